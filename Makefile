@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up all that they need, in .venv, and run. `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# One thread a process: the programs and the tests run one process a core themselves.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint bench clean
+
+help:  ## list these commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: $(READY)  ## gather trajectories, train a predictor, judge it on fresh trainings (about 20 minutes on two cores)
+	@echo "== 1 of 3: train small networks and record how their weights move"
+	$(BIN)/python -m collect gather trajectories
+	@echo "== 2 of 3: train the freeze predictor on them"
+	$(BIN)/python -m predictor train
+	@echo "== 3 of 3: judge it on networks and data that it never saw"
+	$(BIN)/python -m evaluate run-suite
+
+test: $(READY)  ## run the tests on every core
+	$(BIN)/python -m pytest -n auto
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test  ## ruff, mypy and the tests
+
+bench: $(READY)  ## what the library itself costs, against the stated limits
+	$(BIN)/python -m evaluate bench
+
+clean:  ## remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, and $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "== Setting up $(VENV): PyTorch and what else the toolkit needs (a few minutes, several GB with CUDA)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable ".[toolkit,wandb,paper,dev]"
+	@touch $@

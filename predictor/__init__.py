@@ -1,0 +1,34 @@
+"""SmartFRZ: freeze each layer of a network, during training, when it has learnt what it will learn.
+
+The library's public names. They are imported at first use, so that a command's `--help` need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from predictor.freezing.controller import FreezeController as FreezeController
+    from predictor.freezing.controller import FreezeEvent as FreezeEvent
+    from predictor.freezing.layers import Layer as Layer
+    from predictor.freezing.layers import layers_of as layers_of
+    from predictor.policies import make_policy as make_policy
+    from predictor.policies.base import FreezePolicy as FreezePolicy
+    from predictor.policies.base import View as View
+
+_HOME = {
+    "FreezeController": "predictor.freezing.controller",
+    "FreezeEvent": "predictor.freezing.controller",
+    "FreezePolicy": "predictor.policies.base",
+    "Layer": "predictor.freezing.layers",
+    "View": "predictor.policies.base",
+    "layers_of": "predictor.freezing.layers",
+    "make_policy": "predictor.policies",
+}
+__all__ = list(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

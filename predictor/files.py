@@ -1,0 +1,86 @@
+"""Files are written whole or not at all: a temporary neighbour, flushed to the disk, then renamed."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from predictor.errors import FileFault
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well, it becomes `path` in one step.
+
+    The temporary name is `NAME.part`. When the block raises, the temporary file is removed and an older `path` stays
+    as it was. A full disk or a folder that cannot be written to raises FileFault.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        _sync(part)
+        os.replace(part, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise FileFault(f"{path}: cannot be written ({error.strerror or error}): {_cure(error)}") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON, whole or not at all."""
+    with written_whole(path) as part:
+        part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def append_json_line(path: Path, content: Any) -> None:
+    """Append one JSON object as a line and flush it to the disk; a line that a kill cut short is closed off first."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            if file.tell() and not _ends_with_newline(file):
+                file.write(b"\n")
+            file.write(json.dumps(content, sort_keys=True).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise FileFault(f"{path}: cannot be written ({error.strerror or error}): {_cure(error)}") from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, in order; lines that a kill cut short are passed over."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _ends_with_newline(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return bool(file.read(1) == b"\n")
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to the disk, so that a power cut after the rename cannot leave an empty file."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cure(error: OSError) -> str:
+    if error.errno == 28:
+        return "the disk is full; free some space or choose another place with --out"
+    return "choose another place with --out, or make that one writable"

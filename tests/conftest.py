@@ -1,0 +1,68 @@
+"""Fixtures that several folders' tests share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from predictor.attention import FreezePredictor, PredictorConfig, PredictorFile, save_predictor
+from predictor.sampling import SampleSpec
+
+torch.set_num_threads(1)
+
+
+class ToyNet(nn.Module):
+    """Two convolutions with BatchNorm and dropout, one linear layer, and the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.Flatten(),
+            nn.Linear(4 * 8 * 8, 16),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x))
+        return out
+
+
+@pytest.fixture
+def make_toy() -> Callable[..., ToyNet]:
+    """Build the same toy network again and again; another seed gives other weights."""
+
+    def make(seed: int = 0) -> ToyNet:
+        torch.manual_seed(seed)
+        return ToyNet()
+
+    return make
+
+
+@pytest.fixture
+def make_predictor_file(tmp_path: Path) -> Callable[..., Path]:
+    """Write a small untrained predictor whose answer is always the same probability."""
+
+    def make(probability: float = 0.9, threshold: float = 0.5, **config: int) -> Path:
+        torch.manual_seed(0)
+        model = FreezePredictor(PredictorConfig(**{"window": 3, "weights": 8, "hidden": 4, "key": 4, **config}))
+        last = model.output[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, torch.tensor(probability).logit().item())
+        path = tmp_path / f"predictor-{probability}-{threshold}.safetensors"
+        save_predictor(
+            path, PredictorFile(model, SampleSpec(weights=8, snapshots=12), threshold, {"note": "untrained"})
+        )
+        return path
+
+    return make

@@ -1,0 +1,258 @@
+"""The freeze predictor: attention over a window of one layer's snapshots, the newest asking the older ones."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from predictor.errors import FileFault, UsageError
+from predictor.files import written_whole
+from predictor.sampling import SampleSpec
+from predictor.windows import SIGNALS
+
+_FORMAT = "smartfrz-predictor"
+_VERSION = 1
+_EPS = 1e-8
+_LARGEST_FILE_BYTES = 64 << 20
+MOTION = ("log_step", "cosine", "log_displacement", "straightness", "change_of_log_step", "evenness")
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    """The form of a predictor."""
+
+    inputs: Literal["motion", "raw"] = "motion"
+    """What it sees of a snapshot: scale-free statistics of how the weights moved, with the signals; or the raw weights,
+    as in the paper."""
+    window: int = 10
+    """Snapshots in a window (W)."""
+    weights: int = 256
+    """Sampled weights it looks at (K); at most as many as were recorded."""
+    hidden: int = 64
+    """Width of the hidden layers of the K, Q and V networks."""
+    key: int = 32
+    """Width of keys, queries and values."""
+    dropout: float = 0.1
+    """Dropout in the K, Q and V networks."""
+
+    def __post_init__(self) -> None:
+        if self.window < 3:
+            raise UsageError(f"window={self.window}: two motions need at least 3 snapshots")
+        if min(self.weights, self.hidden, self.key) < 1 or not 0 <= self.dropout < 1:
+            raise UsageError(f"{self}: widths count from 1, dropout lies in [0, 1)")
+
+    @property
+    def width(self) -> int:
+        """Numbers in a token."""
+        return self.weights if self.inputs == "raw" else len(MOTION) + len(SIGNALS)
+
+
+def motion_BTF(windows_BWK: Tensor) -> Tensor:
+    """How the weights moved at each of a window's T = W - 1 steps, in the order of MOTION.
+
+    With w_t the sampled weights, s the root mean square (RMS) of the newest, and d_t = (w_t - w_(t-1)) / s:
+    log_step: log RMS(d_t). cosine: between d_t and d_(t-1), 0 at the first. log_displacement: log RMS((w_t - w_0) / s).
+    straightness: that displacement over the path, sum of RMS(d_i) up to t. change_of_log_step: log_step less the one
+    before, 0 at the first. evenness: mean |d_t| / RMS(d_t), which is small where few weights do all the moving.
+
+    None of them changes with the layer's scale, nor with the order or, in expectation, the number of the weights.
+    """
+    scale_B11 = _rms(windows_BWK[:, -1:]).unsqueeze(-1) + _EPS
+    scaled_BWK = windows_BWK / scale_B11
+    steps_BTK = scaled_BWK.diff(dim=1)
+    size_BT = _rms(steps_BTK)
+    displacement_BT = _rms(scaled_BWK[:, 1:] - scaled_BWK[:, :1])
+    log_step_BT = (size_BT + _EPS).log()
+    cosine_BT = F.cosine_similarity(steps_BTK[:, 1:], steps_BTK[:, :-1], dim=-1, eps=_EPS)
+    columns = (
+        log_step_BT,
+        F.pad(cosine_BT, (1, 0)),
+        (displacement_BT + _EPS).log(),
+        displacement_BT / (size_BT.cumsum(dim=1) + _EPS),
+        F.pad(log_step_BT.diff(dim=1), (1, 0)),
+        steps_BTK.abs().mean(dim=-1) / (size_BT + _EPS),
+    )
+    return torch.stack(columns, dim=-1)
+
+
+def _rms(values: Tensor) -> Tensor:
+    return values.square().mean(dim=-1).sqrt()
+
+
+class FreezePredictor(nn.Module):
+    """Answers whether a layer may be frozen now.
+
+    The layout is SmartFRZ's as third parties read it: three networks make keys, queries and values; the query comes
+    from the newest token, keys and values from the older ones; one head; z = sum softmax(q k_t / sqrt(d)) v_t; an
+    output network. Ours: with `inputs="motion"` tokens are scale-free (raw weights do not transfer to another
+    architecture), and the newest token's own value joins z; else it would reach the output through the scores alone.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, config: PredictorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.key, self.query, self.value = (_network(config) for _ in range(3))
+        joined = config.key * (1 if config.inputs == "raw" else 2)
+        self.output = nn.Sequential(nn.Linear(joined, config.key), nn.ReLU(), nn.Linear(config.key, 1))
+        self.register_buffer("mean", torch.zeros(config.width))
+        self.register_buffer("deviation", torch.ones(config.width))
+
+    def forward(self, windows_BWK: Tensor, signals_BWS: Tensor) -> Tensor:
+        """logit_B: above zero means more likely freezable than not.
+
+        windows_BWK: the sampled weights, oldest snapshot first; weights beyond the configured K are left out.
+        signals_BWS: the signals at the same snapshots, in the order of predictor.windows.SIGNALS.
+        """
+        return self.judge(self.tokens(windows_BWK, signals_BWS))
+
+    def tokens(self, windows_BWK: Tensor, signals_BWS: Tensor) -> Tensor:
+        """tokens_BTF before scaling. They hold no parameter, so a training computes them once."""
+        if windows_BWK.shape[1] != self.config.window or windows_BWK.shape[2] < self.config.weights:
+            raise UsageError(
+                f"windows of shape {tuple(windows_BWK.shape)}: this predictor needs {self.config.window} snapshots of "
+                f"at least {self.config.weights} weights"
+            )
+        windows_BWK = windows_BWK[..., : self.config.weights].float()
+        if self.config.inputs == "raw":
+            return windows_BWK
+        return torch.cat([motion_BTF(windows_BWK), signals_BWS[:, 1:].float()], dim=-1)
+
+    def judge(self, tokens_BTF: Tensor) -> Tensor:
+        """logit_B from unscaled tokens."""
+        tokens_BTF = (tokens_BTF - self.mean) / (self.deviation + _EPS)
+        newest_BF, older_BTF = tokens_BTF[:, -1], tokens_BTF[:, :-1]
+        query_B1D = self.query(newest_BF).unsqueeze(1)
+        z_BD = F.scaled_dot_product_attention(query_B1D, self.key(older_BTF), self.value(older_BTF)).squeeze(1)
+        if self.config.inputs == "motion":
+            z_BD = torch.cat([z_BD, self.value(newest_BF)], dim=-1)
+        logit_B: Tensor = self.output(z_BD).squeeze(-1)
+        return logit_B
+
+    @torch.no_grad()
+    def fit_scaling(self, tokens_NTF: Tensor) -> None:
+        """Take mean and deviation from the training windows' tokens. They are stored with the weights."""
+        flat = tokens_NTF.flatten(0, 1)
+        if self.config.inputs == "raw":  # one scale for all: a position has no meaning across layers
+            self.mean.fill_(float(flat.mean()))
+            self.deviation.fill_(float(flat.std()))
+        else:
+            self.mean.copy_(flat.mean(dim=0))
+            self.deviation.copy_(flat.std(dim=0))
+
+
+def _network(config: PredictorConfig) -> nn.Sequential:
+    wide, drop = config.hidden, config.dropout
+    return nn.Sequential(
+        nn.Linear(config.width, wide),
+        nn.ReLU(),
+        nn.Dropout(drop),
+        nn.Linear(wide, wide),
+        nn.ReLU(),
+        nn.Dropout(drop),
+        nn.Linear(wide, config.key),
+    )
+
+
+@dataclass(frozen=True)
+class PredictorFile:
+    """A trained predictor and all that must travel with it."""
+
+    model: FreezePredictor
+    spec: SampleSpec
+    """How the weights that it was trained on were sampled; the run time samples the same way."""
+    threshold: float
+    """Freeze where the probability is at least this."""
+    card: dict[str, Any]
+    """What it was trained on, the label rule, and how well it does on what it never saw. JSON."""
+
+
+def save_predictor(path: Path, file: PredictorFile) -> None:
+    """Write a predictor as safetensors, its configuration as one JSON string in the metadata."""
+    from safetensors.torch import save
+
+    meta = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "config": asdict(file.model.config),
+        "spec": asdict(file.spec),
+        "threshold": file.threshold,
+        "card": file.card,
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in file.model.state_dict().items()}
+    content = save(tensors, {"smartfrz": json.dumps(meta, sort_keys=True)})
+    with written_whole(path) as part:
+        part.write_bytes(content)
+
+
+def load_predictor(path: Path | str) -> PredictorFile:
+    """Read a predictor. Runs no code from the file; raises FileFault when it is not what it should be."""
+    path = Path(path)
+    meta, tensors = _read(path)
+    try:
+        # Built without memory: the file's own tensors are what it takes, whatever widths its configuration claims.
+        with torch.device("meta"):
+            model = FreezePredictor(_build(PredictorConfig, meta["config"]))
+        spec = _build(SampleSpec, meta["spec"])
+        threshold = float(meta["threshold"])
+        model.load_state_dict(tensors, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise _fault(path, f"its configuration and weights do not fit ({reason})") from error
+    if not 0 <= threshold <= 1:
+        raise _fault(path, f"threshold {threshold} lies outside [0, 1]")
+    if model.config.weights > spec.weights:
+        raise _fault(path, f"it wants {model.config.weights} weights a layer and its sampling gives {spec.weights}")
+    if not all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise _fault(path, "some of its weights are not finite numbers of 32 bits")
+    return PredictorFile(model.eval(), spec, threshold, meta.get("card", {}))
+
+
+def fingerprint(path: Path | str) -> str:
+    """The first 12 hexadecimal digits of a predictor file's SHA-256."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.stat().st_size > _LARGEST_FILE_BYTES:
+            raise _fault(path, f"it is larger than {_LARGEST_FILE_BYTES >> 20} MiB")
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {})["smartfrz"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise _fault(path, str(error.strerror or error)) from error
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+        if isinstance(error, FileFault):
+            raise
+        raise _fault(path, f"it is not a predictor file ({error})") from error
+    if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
+        raise _fault(path, "it is a safetensors file, but not a predictor")
+    if meta.get("version") != _VERSION:
+        raise _fault(path, f"it is of version {meta.get('version')!r}, and this program reads version {_VERSION}")
+    return meta, tensors
+
+
+def _build(kind: type[Any], content: Any) -> Any:
+    """A configuration from JSON: exactly its fields, each of the type of its default, no width beyond reason."""
+    known = {field.name: type(field.default) for field in fields(kind)}
+    if not isinstance(content, dict) or set(content) != set(known):
+        raise UsageError(f"{kind.__name__} needs {sorted(known)}")
+    for name, value in content.items():
+        wanted = (int, float) if known[name] is float else known[name]
+        if not isinstance(value, wanted) or isinstance(value, bool) or (isinstance(value, int) and value > 1 << 16):
+            raise UsageError(f"{kind.__name__}.{name}={value!r}")
+    return kind(**content)
+
+
+def _fault(path: Path, what: str) -> FileFault:
+    return FileFault(f"{path}: {what}; make one with `python -m predictor train`")

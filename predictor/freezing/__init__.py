@@ -1,0 +1,1 @@
+"""Freezing itself: which layers there are, what frozen means, and who carries it out."""

@@ -1,0 +1,221 @@
+"""When a policy is asked, and how its answer is carried out. The controller acts; it never judges."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from predictor.errors import UsageError
+from predictor.freezing.freeze import freeze, is_frozen, thaw
+from predictor.freezing.layers import Layer, layers_of
+from predictor.policies.base import FreezePolicy, View
+
+
+@dataclass(frozen=True)
+class FreezeEvent:
+    """One change of the frozen set."""
+
+    step: int
+    """Optimizer steps done when it happened."""
+    froze: tuple[int, ...]
+    """Places of the layers that froze."""
+    thawed: tuple[int, ...]
+    """Places of the layers that train again."""
+    frozen: tuple[int, ...]
+    """Places of all layers frozen from here on."""
+    layers: int
+    """How many layers could be frozen."""
+
+    def __str__(self) -> str:
+        parts = [
+            f"{word} {', '.join(map(str, places))}"
+            for word, places in (("froze", self.froze), ("thawed", self.thawed))
+            if places
+        ]
+        return f"step {self.step}: {'; '.join(parts)} ({len(self.frozen)} of {self.layers} layers frozen)"
+
+
+class FreezeController:
+    """Freezes a model's layers while it trains.
+
+        controller = FreezeController(model, optimizer, make_policy("smartfrz"), total_steps=steps)
+        for x, y in loader:
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+            controller.step()
+            optimizer.zero_grad()
+
+    A policy that freezes before the first step does so here, in the constructor.
+
+    To resume: make model, optimizer (over all parameters) and controller as at the start, then load the state of each.
+
+    model: any module. optimizer: one, or several, over all parameters. total_steps: optimizer steps of the whole
+    training. layers: those that may freeze, front to back; by default `layers_of(model)`.
+
+    Raises UsageError when total_steps is below 1, when a layer's parameter belongs to no optimizer, when the policy
+    names a layer that does not exist, or when a frozen parameter gets gradients again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer],
+        policy: FreezePolicy,
+        *,
+        total_steps: int,
+        layers: Sequence[Layer] | None = None,
+    ) -> None:
+        if total_steps < 1:
+            raise UsageError(f"total_steps={total_steps}: give the number of optimizer steps of the whole training")
+        self.model = model
+        self.policy = policy
+        self.layers = tuple(layers_of(model) if layers is None else layers)
+        self.total_steps = total_steps
+        self.history: list[FreezeEvent] = []
+        self.seconds = 0.0
+        """Wall-clock seconds spent in here so far, decisions included."""
+        self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self._frozen: frozenset[int] = frozenset()
+        self._step = 0
+        self._listeners: list[Callable[[FreezeEvent], None]] = []
+        self._reset_seen = False
+        self._check_optimizers()
+        policy.bind(model, self._optimizers[0], self.layers)
+        self._timed(self._decide)
+
+    @property
+    def frozen(self) -> frozenset[int]:
+        """Places in `layers` of those frozen now."""
+        return self._frozen
+
+    @property
+    def view(self) -> View:
+        """What the policy may look at now."""
+        return View(self.layers, self._frozen, self._step, self.total_steps)
+
+    def step(self) -> FreezeEvent | None:
+        """Call after `optimizer.step()` and before `zero_grad()`. Returns what changed, if anything did."""
+        return self._timed(self._advance)
+
+    def on_change(self, callback: Callable[[FreezeEvent], None]) -> None:
+        """Call `callback` after each change: the place to re-wrap DDP or to reset a compiled model."""
+        self._listeners.append(callback)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, frozen layers, history and the policy's state: numbers, strings, tensors, lists and dicts of them."""
+        return {
+            "step": self._step,
+            "total_steps": self.total_steps,
+            "layers": [layer.name for layer in self.layers],
+            "frozen": sorted(self._frozen),
+            "history": [_plain(event) for event in self.history],
+            "policy": self.policy.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`'s result; freezes and thaws layers to match. In any order with the optimizer's.
+
+        Raises UsageError when the state is of a model with other layers or of a training of another length.
+        """
+        names = [layer.name for layer in self.layers]
+        if state["layers"] != names:
+            odd = next((pair for pair in zip(state["layers"], names, strict=False) if pair[0] != pair[1]), None)
+            raise UsageError(
+                f"this state is of a model with {len(state['layers'])} layers, here are {len(names)}"
+                + (f"; the first that differs: {odd[0]!r} there, {odd[1]!r} here" if odd else "")
+            )
+        if state["total_steps"] != self.total_steps:
+            raise UsageError(
+                f"this state is of a training of {state['total_steps']} steps, and total_steps={self.total_steps}"
+            )
+        self._step = state["step"]
+        self.history = [FreezeEvent(**_tuples(event)) for event in state["history"]]
+        self._apply(frozenset(state["frozen"]))
+        self.policy.load_state_dict(state["policy"])
+
+    def close(self) -> None:
+        """Let go of what the policy holds. Layers stay as they are; `thaw` them to train them further."""
+        self.policy.close()
+
+    def _advance(self) -> FreezeEvent | None:
+        self._step += 1
+        self._hold()
+        self.policy.observe(self.view)
+        return self._decide() if self._step % self.policy.every == 0 else None
+
+    def _decide(self) -> FreezeEvent | None:
+        wanted = frozenset(self.policy.decide(self.view))
+        outside = sorted(place for place in wanted if not 0 <= place < len(self.layers))
+        if outside:
+            raise UsageError(
+                f"{type(self.policy).__name__} wants to freeze layer {outside[0]} of {len(self.layers)}: "
+                "places run from 0 to one less"
+            )
+        if wanted == self._frozen:
+            return None
+        before = self._frozen
+        self._apply(wanted)
+        event = FreezeEvent(
+            self._step,
+            tuple(sorted(wanted - before)),
+            tuple(sorted(before - wanted)),
+            tuple(sorted(wanted)),
+            len(self.layers),
+        )
+        self.history.append(event)
+        for listener in self._listeners:
+            listener(event)
+        return event
+
+    def _apply(self, wanted: frozenset[int]) -> None:
+        # Before the first step an optimizer's state can only be one that was loaded to resume, and what the policy
+        # froze so early may be thawed by the controller's own state, which is loaded next.
+        optimizers = self._optimizers if self._step else ()
+        for place in sorted(wanted - self._frozen):
+            freeze(self.layers[place], optimizers)
+        for place in sorted(self._frozen - wanted):
+            thaw(self.layers[place], self.model.training)
+        self._frozen = wanted
+
+    def _hold(self) -> None:
+        """Freeze again what the user's code has switched back on, and say so once."""
+        for place in self._frozen:
+            layer = self.layers[place]
+            if all(not parameter.requires_grad and parameter.grad is None for parameter in layer.parameters()):
+                continue
+            freeze(layer, self._optimizers)
+            if not self._reset_seen:
+                self._reset_seen = True
+                warnings.warn(
+                    f"something switched frozen layer {place} ({layer.name}) back on, and it may have moved; it is "
+                    "frozen again. Look for requires_grad_(True) in the training loop",
+                    stacklevel=4,
+                )
+
+    def _check_optimizers(self) -> None:
+        held = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+        for layer in self.layers:
+            if not is_frozen(layer) and any(p.requires_grad and id(p) not in held for p in layer.parameters()):
+                raise UsageError(
+                    f"layer {layer.name!r} has parameters that no optimizer holds: make the optimizer over all of "
+                    "model.parameters(), before anything is frozen"
+                )
+
+    def _timed(self, action: Callable[[], FreezeEvent | None]) -> FreezeEvent | None:
+        start = time.perf_counter()
+        try:
+            return action()
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def _plain(event: FreezeEvent) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(event).items()}
+
+
+def _tuples(event: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in event.items()}

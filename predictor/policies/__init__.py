@@ -1,0 +1,36 @@
+"""Freezing methods by name, one file each."""
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from predictor.errors import UsageError
+from predictor.policies.base import FreezePolicy
+from predictor.policies.linear import LinearPolicy
+from predictor.policies.none import NonePolicy
+from predictor.policies.shorter import ShorterPolicy
+from predictor.policies.smartfrz import SmartFRZPolicy
+from predictor.policies.static import StaticPolicy
+
+POLICIES: dict[str, Callable[..., FreezePolicy]] = {
+    "none": NonePolicy,
+    "shorter": ShorterPolicy,
+    "static": StaticPolicy,
+    "linear": LinearPolicy,
+    "smartfrz": SmartFRZPolicy,
+}
+
+
+def make_policy(name: str, **options: Any) -> FreezePolicy:
+    """Build a policy by its name: `make_policy("static", share=0.3)`.
+
+    Raises UsageError for a name or an option that does not exist, and for an option's value that cannot work.
+    """
+    if name not in POLICIES:
+        close = difflib.get_close_matches(name, POLICIES, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UsageError(f"there is no policy {name!r}: {hint}there are {', '.join(POLICIES)}")
+    try:
+        return POLICIES[name](**options)
+    except TypeError as error:
+        raise UsageError(f"policy {name!r} cannot be made with {options}: {error}") from error

@@ -1,0 +1,67 @@
+"""What a freezing method is: it looks at a training and answers which layers should be frozen now."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from predictor.freezing.layers import Layer
+
+
+@dataclass(frozen=True)
+class View:
+    """What a policy may look at. Gradients are those of the step just taken; there are none at step 0."""
+
+    layers: tuple[Layer, ...]
+    """Front to back; the head is not among them."""
+    frozen: frozenset[int]
+    """Places in `layers` of those frozen now."""
+    step: int
+    """Optimizer steps done: 0 before the first."""
+    total_steps: int
+    """Optimizer steps of the whole training."""
+
+    @property
+    def progress(self) -> float:
+        """The share of the training that is done, from 0 to 1."""
+        return self.step / self.total_steps
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Places of the layers that still train, front to back."""
+        return tuple(place for place in range(len(self.layers)) if place not in self.frozen)
+
+
+class FreezePolicy(ABC):
+    """It judges, it never acts.
+
+    bind -> decide at step 0 -> for every optimizer step: observe, and at every `every`-th one: decide.
+    """
+
+    every: int = 1
+    """Optimizer steps between decisions."""
+    budget: float = 1.0
+    """The share of the planned optimizer steps that the training should take, its schedule rescaled to them."""
+
+    def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
+        """Called once, before the first step."""
+
+    def observe(self, view: View) -> None:
+        """Called after each optimizer step, while its gradients still stand."""
+
+    @abstractmethod
+    def decide(self, view: View) -> frozenset[int]:
+        """The places of all layers that should be frozen now. A layer left out of it thaws. Changes nothing itself."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it takes to go on after a restart: tensors, numbers, strings, lists and dicts of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state from `state_dict`."""
+
+    def close(self) -> None:
+        """Let go of hooks and memory."""

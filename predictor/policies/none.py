@@ -1,0 +1,14 @@
+"""Full training: nothing freezes."""
+
+from predictor.policies.base import FreezePolicy, View
+
+
+class NonePolicy(FreezePolicy):
+    """Freezes nothing.
+
+    Paper: none. Rule: the frozen set is empty. Signal: none. Differs: not at all. Cost: none.
+    """
+
+    def decide(self, view: View) -> frozenset[int]:
+        """The empty set."""
+        return frozenset()

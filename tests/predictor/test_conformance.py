@@ -1,0 +1,142 @@
+"""What holds for every policy, whatever it does."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from predictor import FreezeController, make_policy
+from predictor.policies import POLICIES
+
+STEPS = 24
+# Settings under which each policy freezes something in a short training (those that freeze at all).
+OPTIONS = {"shorter": {"budget": 0.5}, "static": {"layers": 2}, "linear": {"start": 0.25}}
+FREEZING = [name for name in POLICIES if name not in ("none", "shorter")]
+
+
+class Training:
+    """A small real training, with momentum, BatchNorm and dropout, that can be saved and resumed."""
+
+    def __init__(self, model, policy, optimizer="sgd"):
+        self.model = model
+        parameters = model.parameters()
+        self.optimizer = (
+            torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
+            if optimizer == "sgd"
+            else torch.optim.AdamW(parameters, lr=0.01)
+        )
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
+        self.controller = policy and FreezeController(model, self.optimizer, policy, total_steps=STEPS)
+        self.done = 0
+
+    def run(self, steps, watch=lambda training: None):
+        for _ in range(steps):
+            torch.manual_seed(1000 + self.done)
+            x, y = torch.randn(8, 1, 8, 8), torch.randint(3, (8,))
+            self.model.train()
+            F.cross_entropy(self.model(x), y).backward()
+            self.optimizer.step()
+            if self.controller:
+                self.controller.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            self.done += 1
+            watch(self)
+        return self
+
+    def save(self, path):
+        parts = (self.model, self.optimizer, self.schedule, self.controller)
+        torch.save([part.state_dict() for part in parts] + [self.done], path)
+
+    def load(self, path):
+        *states, self.done = torch.load(path, weights_only=True)
+        for part, state in zip((self.model, self.optimizer, self.schedule, self.controller), states, strict=True):
+            part.load_state_dict(state)
+        return self
+
+    def weights(self):
+        return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+
+@pytest.fixture
+def policy_of(make_predictor_file):
+    def make(name):
+        options = dict(OPTIONS.get(name, {}))
+        if name == "smartfrz":
+            options["predictor"] = make_predictor_file()
+        return make_policy(name, **options)
+
+    return make
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_answers_stay_in_range_and_the_head_trains_on(name, policy_of, make_toy):
+    training = Training(make_toy(), policy_of(name))
+    head = training.model.head.weight.detach().clone()
+    training.run(STEPS, lambda t: None if t.controller.frozen <= set(range(3)) else pytest.fail("out of range"))
+    assert not torch.equal(head, training.model.head.weight)
+    assert training.model.head.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", FREEZING)
+def test_settings_here_do_freeze(name, policy_of, make_toy):
+    assert Training(make_toy(), policy_of(name)).run(STEPS).controller.history
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_judging_changes_nothing(name, policy_of, make_toy):
+    training = Training(make_toy(), policy_of(name)).run(STEPS // 2)
+    F.cross_entropy(training.model(torch.randn(4, 1, 8, 8)), torch.tensor([0, 1, 2, 0])).backward()
+    weights, random = training.weights(), torch.get_rng_state()
+    grads = [p.grad is not None for p in training.model.parameters()]
+    state = copy.deepcopy(training.optimizer.state_dict())
+    view = training.controller.view
+    training.controller.policy.observe(view)
+    training.controller.policy.decide(view)
+    assert equal(weights, training.weights())
+    assert torch.equal(random, torch.get_rng_state())
+    assert grads == [p.grad is not None for p in training.model.parameters()]
+    assert state["param_groups"] == training.optimizer.state_dict()["param_groups"]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_frozen_weights_and_statistics_stand_still(name, optimizer, policy_of, make_toy):
+    held = {}
+
+    def watch(training):
+        for place, layer in enumerate(training.controller.layers):
+            now = [t.clone() for module in layer.modules for t in module.state_dict().values()]
+            if place in training.controller.frozen:
+                assert all(torch.equal(a, b) for a, b in zip(held.get(place, now), now, strict=True)), place
+                held[place] = now
+            else:
+                held.pop(place, None)
+
+    Training(make_toy(), policy_of(name), optimizer).run(STEPS, watch)
+
+
+def test_none_equals_no_controller_bit_for_bit(policy_of, make_toy):
+    bare = Training(make_toy(), None).run(STEPS)
+    watched = Training(make_toy(), policy_of("none")).run(STEPS)
+    assert equal(bare.weights(), watched.weights())
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stop", [1, 7, 13, 20])
+def test_save_load_go_on_equals_the_unbroken_run(name, optimizer, stop, policy_of, make_toy, tmp_path):
+    unbroken = Training(make_toy(), policy_of(name), optimizer).run(STEPS)
+    first = Training(make_toy(), policy_of(name), optimizer).run(stop)
+    first.save(tmp_path / "checkpoint.pt")
+    resumed = Training(make_toy(seed=5), policy_of(name), optimizer).load(tmp_path / "checkpoint.pt")
+    assert resumed.controller.frozen == first.controller.frozen
+    resumed.run(STEPS - stop)
+    assert equal(unbroken.weights(), resumed.weights())
+    assert resumed.controller.history == unbroken.controller.history
+    assert resumed.controller.frozen == unbroken.controller.frozen

@@ -1,0 +1,168 @@
+"""When policies are asked, and how their answers are carried out."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from predictor import FreezeController, FreezePolicy, make_policy
+from predictor.errors import UsageError
+
+X = torch.linspace(-1, 1, 6 * 64).reshape(6, 1, 8, 8)
+Y = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+class Script(FreezePolicy):
+    """Answers what the test wrote down for each step."""
+
+    def __init__(self, answers, every=1):
+        self.answers, self.every, self.asked, self.observed = answers, every, [], []
+
+    def observe(self, view):
+        self.observed.append((view.step, view.layers[-1].own[0].grad is not None))
+
+    def decide(self, view):
+        self.asked.append(view.step)
+        return frozenset(self.answers.get(view.step, view.frozen))
+
+
+def start(model, policy, total_steps=4, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return optimizer, FreezeController(model, optimizer, policy, total_steps=total_steps, **options)
+
+
+def step(model, optimizer, controller):
+    torch.manual_seed(0)  # the same dropout every time
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+    event = controller.step()
+    optimizer.zero_grad()
+    return event
+
+
+def test_a_policy_is_asked_before_the_first_step_and_then_at_its_cadence(make_toy):
+    model, policy = make_toy(), Script({}, every=2)
+    optimizer, controller = start(model, policy)
+    for _ in range(4):
+        step(model, optimizer, controller)
+    assert policy.asked == [0, 2, 4]
+    assert policy.observed == [(1, True), (2, True), (3, True), (4, True)]
+
+
+def test_events_tell_what_changed(make_toy):
+    model = make_toy()
+    optimizer, controller = start(model, Script({1: {0, 2}, 3: {0}}))
+    heard = []
+    controller.on_change(heard.append)
+    events = [step(model, optimizer, controller) for _ in range(4)]
+    assert [event and (event.froze, event.thawed, event.frozen) for event in events] == [
+        ((0, 2), (), (0, 2)),
+        None,
+        ((), (2,), (0,)),
+        None,
+    ]
+    assert controller.history == heard == [event for event in events if event]
+    assert str(events[0]) == "step 1: froze 0, 2 (2 of 3 layers frozen)"
+    assert str(events[2]) == "step 3: thawed 2 (1 of 3 layers frozen)"
+
+
+def test_a_policy_may_freeze_before_the_first_step(make_toy):
+    model = make_toy()
+    before = model.body[0].weight.detach().clone()
+    optimizer, controller = start(model, make_policy("static", layers=2))
+    assert controller.frozen == {0, 1}
+    step(model, optimizer, controller)
+    assert torch.equal(before, model.body[0].weight)
+
+
+def test_all_layers_frozen_leaves_the_head_training(make_toy):
+    model = make_toy()
+    before = model.head.weight.detach().clone()
+    optimizer, controller = start(model, make_policy("static", share=1.0))
+    step(model, optimizer, controller)
+    assert not torch.equal(before, model.head.weight)
+
+
+@pytest.mark.parametrize("total_steps", [0, -3])
+def test_total_steps_below_one_is_refused(make_toy, total_steps):
+    with pytest.raises(UsageError, match=f"total_steps={total_steps}: give the number of optimizer steps"):
+        start(make_toy(), make_policy("none"), total_steps=total_steps)
+
+
+@pytest.mark.parametrize("place", [-1, 3])
+def test_a_layer_that_does_not_exist_is_refused(make_toy, place):
+    with pytest.raises(UsageError, match=f"Script wants to freeze layer {place} of 3"):
+        start(make_toy(), Script({0: {place}}))
+
+
+def test_an_optimizer_without_a_layers_parameters_is_refused(make_toy):
+    model = make_toy()
+    with pytest.raises(UsageError, match=r"'body\.0' has parameters that no optimizer holds"):
+        FreezeController(model, torch.optim.SGD(model.head.parameters(), 0.1), make_policy("none"), total_steps=1)
+
+
+def test_several_optimizers_are_taken(make_toy):
+    model = make_toy()
+    pair = [torch.optim.SGD(model.body.parameters(), 0.1), torch.optim.AdamW(model.head.parameters(), 0.1)]
+    controller = FreezeController(model, pair, Script({1: {0}}), total_steps=2)
+    F.cross_entropy(model(X), Y).backward()
+    for optimizer in pair:
+        optimizer.step()
+    controller.step()
+    assert controller.frozen == {0}
+
+
+def test_what_user_code_switches_on_is_frozen_again_and_said_once(make_toy):
+    model = make_toy()
+    optimizer, controller = start(model, make_policy("static", layers=1), total_steps=9)
+    step(model, optimizer, controller)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"switched frozen layer 0 \(body.0\) back on"):
+        step(model, optimizer, controller)
+    assert not model.body[0].weight.requires_grad
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    step(model, optimizer, controller)  # a second warning would be an error here
+    assert not model.body[0].weight.requires_grad
+
+
+def test_state_of_another_model_or_length_is_refused(make_toy):
+    model = make_toy()
+    _, controller = start(model, make_policy("none"))
+    state = controller.state_dict()
+    with pytest.raises(UsageError, match=r"the first that differs: 'stem' there, 'body\.0' here"):
+        controller.load_state_dict({**state, "layers": ["stem", "body.3", "body.8"]})
+    with pytest.raises(UsageError, match="of 7 steps, and total_steps=4"):
+        controller.load_state_dict({**state, "total_steps": 7})
+
+
+def test_loading_thaws_what_the_state_does_not_freeze_and_keeps_loaded_momentum(make_toy):
+    model = make_toy()
+    optimizer, controller = start(model, Script({0: {0}, 1: ()}))
+    for _ in range(2):
+        step(model, optimizer, controller)
+    twin = make_toy(seed=1)
+    fresh = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    twin.load_state_dict(model.state_dict())
+    fresh.load_state_dict(
+        copy.deepcopy(optimizer.state_dict())
+    )  # before the controller is made: the order does not matter
+    resumed = FreezeController(twin, fresh, Script({0: {0}, 1: ()}), total_steps=4)
+    resumed.load_state_dict(controller.state_dict())
+    assert resumed.frozen == frozenset()
+    assert twin.body[0].weight.requires_grad
+    step(model, optimizer, controller)
+    step(twin, fresh, resumed)
+    step(model, optimizer, controller)
+    step(twin, fresh, resumed)
+    assert model.body[0].weight.allclose(twin.body[0].weight)
+
+
+def test_time_spent_is_counted(make_toy):
+    model = make_toy()
+    optimizer, controller = start(model, make_policy("none"))
+    before = controller.seconds
+    step(model, optimizer, controller)
+    assert controller.seconds > before > 0

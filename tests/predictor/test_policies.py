@@ -1,0 +1,132 @@
+"""Each policy's rule on cases worked out by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from predictor.errors import FileFault, UsageError
+from predictor.freezing.layers import layers_of
+from predictor.policies import POLICIES, make_policy
+from predictor.policies.base import View
+
+
+def chain(layers):
+    return nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers + 1)))
+
+
+def answers(policy, layers, total_steps, steps):
+    places = layers_of(chain(layers))
+    return [sorted(policy.decide(View(places, frozenset(), step, total_steps))) for step in steps]
+
+
+def test_none_freezes_nothing():
+    assert answers(make_policy("none"), 4, 10, [0, 5, 10]) == [[], [], []]
+
+
+def test_shorter_freezes_nothing_and_asks_for_fewer_steps():
+    policy = make_policy("shorter", budget=0.6)
+    assert policy.budget == 0.6
+    assert answers(policy, 4, 10, [0, 10]) == [[], []]
+    assert make_policy("none").budget == make_policy("linear").budget == 1.0
+
+
+def test_static_freezes_the_same_front_always():
+    assert answers(make_policy("static", share=0.5), 4, 10, [0, 9]) == [[0, 1], [0, 1]]
+    assert answers(make_policy("static", layers=3), 4, 10, [0]) == [[0, 1, 2]]
+
+
+def test_linear_grows_evenly_after_its_start():
+    # share(t) = (t - 0.5) / 0.5, of 4 layers: .5 -> 0, .7 -> 1.6, .75 -> 2, .9 -> 3.2, 1 -> 4
+    expected = [[], [], [0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+    assert answers(make_policy("linear"), 4, 100, [0, 50, 70, 75, 90, 100]) == expected
+    assert answers(make_policy("linear", start=0.0, level=0.5), 4, 100, [0, 50, 100]) == [[], [0], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("shorter", {"budget": 0}, "budget=0: give a share"),
+        ("shorter", {"budget": 1.5}, "budget=1.5: give a share"),
+        ("static", {"share": -0.1}, "share=-0.1"),
+        ("static", {"layers": -1}, "layers=-1"),
+        ("linear", {"start": 1.0}, "start=1.0"),
+        ("linear", {"level": 2}, "level=2"),
+        ("linear", {"begin": 0.5}, "policy 'linear' cannot be made with"),
+        ("liner", {}, "no policy 'liner': did you mean 'linear'"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_value(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        make_policy(name, **options)
+
+
+def test_static_beyond_the_model_is_refused():
+    with pytest.raises(UsageError, match="layers=9: the model has 4 layers"):
+        answers(make_policy("static", layers=9), 4, 10, [0])
+
+
+def run_smartfrz(path, steps, total_steps=12, **options):
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    layers = layers_of(model)
+    policy = make_policy("smartfrz", predictor=path, **options)
+    policy.bind(model, optimizer, layers)
+    frozen = policy.decide(View(layers, frozenset(), 0, total_steps))
+    history = [sorted(frozen)]
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01)
+        view = View(layers, frozen, step, total_steps)
+        policy.observe(view)
+        frozen = policy.decide(view)
+        history.append(sorted(frozen))
+    return policy, history
+
+
+def test_smartfrz_waits_for_a_whole_window_and_then_freezes_what_is_judged_ready(make_predictor_file):
+    # 12 snapshots over 24 steps: one every second step; the third (that of step 0 counts) is taken at step 4.
+    _, history = run_smartfrz(make_predictor_file(probability=0.9, threshold=0.5), steps=5, total_steps=24)
+    assert history == [[], [], [], [], [0, 1, 2], [0, 1, 2]]
+
+
+def test_smartfrz_freezes_nothing_below_its_threshold(make_predictor_file):
+    path = make_predictor_file(probability=0.9, threshold=0.95)
+    assert run_smartfrz(path, steps=12)[1][-1] == []
+    assert run_smartfrz(path, steps=12, threshold=0.8)[1][-1] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("prefix", "expected"), [(True, {0}), (False, {0, 2})])
+def test_smartfrz_keeps_a_front_unless_told_otherwise(make_predictor_file, prefix, expected):
+    policy, _ = run_smartfrz(make_predictor_file(threshold=0.5), steps=1, prefix=prefix)
+    view = View(layers_of(chain(3)), frozenset(), 1, 12)
+    assert policy._choose(view, torch.tensor([0.9, 0.1, 0.9])) == expected
+    view = View(layers_of(chain(4)), frozenset({0, 1}), 1, 12)
+    assert policy._choose(view, torch.tensor([0.9, 0.1])) == {2}
+
+
+def test_smartfrz_judges_the_windows_that_it_saw(make_predictor_file):
+    policy, _ = run_smartfrz(make_predictor_file(probability=0.1), steps=6)
+    seen = {}
+    policy._model.forward = lambda windows, signals: seen.update(w=windows, s=signals) or torch.zeros(len(windows))
+    view = View(layers_of(chain(3)), frozenset({0}), 6, 12)
+    policy._fresh = True
+    policy.decide(view)
+    assert seen["w"].shape == (2, 3, 8)
+    # Every weight grew by 0.01 a step, and each of the 12 steps has its snapshot.
+    assert torch.allclose(seen["w"].diff(dim=1), torch.full((2, 2, 8), 0.01), atol=1e-6)
+    assert torch.allclose(seen["s"][..., 0], torch.tensor([4 / 12, 5 / 12, 6 / 12]).expand(2, 3))
+    assert seen["s"][:, 0, 1].tolist() == [0.5, 1.0]
+
+
+def test_smartfrz_refuses_a_file_that_is_no_predictor_and_a_wrong_threshold(tmp_path, make_predictor_file):
+    (tmp_path / "x.safetensors").write_bytes(b"not a predictor")
+    with pytest.raises(FileFault, match=r"x\.safetensors"):
+        make_policy("smartfrz", predictor=tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match=r"threshold=1.2"):
+        make_policy("smartfrz", predictor=make_predictor_file(), threshold=1.2)
+
+
+def test_every_policy_has_a_card():
+    for make in POLICIES.values():
+        assert all(f"{part}:" in make.__doc__ for part in ("Paper", "Rule", "Signal", "Differs", "Cost")), make

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from predictor.freezing.cache import FeatureCache as FeatureCache
     from predictor.freezing.controller import FreezeController as FreezeController
     from predictor.freezing.controller import FreezeEvent as FreezeEvent
     from predictor.freezing.layers import Layer as Layer
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from predictor.policies.base import View as View
 
 _HOME = {
+    "FeatureCache": "predictor.freezing.cache",
     "FreezeController": "predictor.freezing.controller",
     "FreezeEvent": "predictor.freezing.controller",
     "FreezePolicy": "predictor.policies.base",

@@ -1,0 +1,267 @@
+"""The frozen front's outputs, kept by sample, so that its forward pass is skipped too."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from predictor.errors import UsageError
+from predictor.freezing.controller import FreezeController, FreezeEvent
+from predictor.freezing.cut import Cut, candidates, replayed, trace_calls
+from predictor.freezing.store import FeatureStore
+
+_TOLERANCE = 1e-5
+
+
+class FeatureCache:
+    """Keeps what the frozen front makes of each sample, and skips the front where that is known.
+
+        cache = FeatureCache(controller, memory_gb=4)
+        for ids, x, y in loader:                       # each sample has an id
+            with cache.batch(ids):                     # a hit skips the frozen front; a miss runs and stores it
+                loss = loss_fn(model(x), y)
+
+    The model is left as it is. Inside `batch`, on a hit, modules before the cut return a stand-in of the right shape,
+    and the module at the cut returns what was stored. A cut is taken only after a real forward pass gave the same
+    outputs as one with the cut; the one that skips most is used, and where none is right (say, a skip connection around
+    the whole front) the cache is off and `reason` says why: slower, never wrong. A front that grows is filled from the
+    features at the old cut, not from the inputs; a front that shrinks forgets.
+
+    A sample's inputs must be the same each time it comes. Where they are not, as under random augmentation, UsageError
+    is raised, unless `check_inputs=False` says that the features of the first time shall stand for all.
+
+    memory_gb: features beyond this go to memory-mapped files. directory: where those are, by default the system's
+    temporary folder.
+    """
+
+    def __init__(
+        self,
+        controller: FreezeController,
+        *,
+        memory_gb: float = 4.0,
+        directory: Path | str | None = None,
+        check_inputs: bool = True,
+    ) -> None:
+        if memory_gb < 0:
+            raise UsageError(f"memory_gb={memory_gb}: give the gigabytes of memory to use, from 0")
+        self.reason = "nothing is frozen yet"
+        """Why nothing is skipped; empty while the cache works."""
+        self.hits = 0
+        """Batches for which the front was skipped."""
+        self.misses = 0
+        """Batches for which it was run."""
+        self._controller = controller
+        self._model = controller.model
+        self._memory_bytes = int(memory_gb * 1e9)
+        self._directory = directory
+        self._check_inputs = check_inputs
+        self._levels: list[_Level] = []  # the present cut, last; before it the one that it is filled from
+        self._stale = True
+        self._projections: dict[torch.Size, Tensor] = {}
+        controller.on_change(self._front_changed)
+
+    @property
+    def cut(self) -> str:
+        """The name of the module whose output is kept; empty where none is."""
+        return self._levels[-1].cut.at.name if self._levels else ""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of features kept, in memory and on the disk."""
+        return sum(level.store.bytes for level in self._levels)
+
+    @contextmanager
+    def batch(self, ids: Tensor | Iterable[int]) -> Iterator[None]:
+        """Within it, call the model once, on the samples with these ids, in their order."""
+        numbers = [int(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+        with ExitStack() as stack:
+
+            def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                handle.remove()  # one pass a batch, and none of the passes made here to find a cut
+                self._enter(stack, numbers, args, kwargs)
+
+            handle = self._model.register_forward_pre_hook(before, with_kwargs=True)
+            stack.callback(handle.remove)
+            yield
+
+    def clear(self) -> None:
+        """Forget all features."""
+        self._levels = []
+        self._stale = True
+
+    def _front_changed(self, event: FreezeEvent) -> None:
+        if event.thawed:
+            self.clear()
+        self._stale = True
+
+    def _enter(self, stack: ExitStack, ids: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Arrange for the pass that is about to begin."""
+        if 0 not in self._controller.frozen:
+            self.misses += 1
+            return
+        prints = self._fingerprints(len(ids), args, kwargs)
+        if self._stale:
+            self._stale = False
+            self._find_cut(len(ids), args, kwargs)
+        if not self._levels:
+            self.misses += 1
+            return
+        known = next((level for level in reversed(self._levels) if level.store.holds(ids)), None)
+        if known is not None:
+            *leaves, prints_then = known.store.get(ids, prints.device)
+            self._compare(ids, prints, prints_then)
+            stack.enter_context(replayed(known.cut, leaves, len(ids)))
+        newest = self._levels[-1]
+        if known is newest:
+            self.hits += 1
+            if len(self._levels) == 2 and len(newest.store) >= len(self._levels[0].store):
+                del self._levels[0]
+            return
+        self.misses += known is None
+        self.hits += known is not None
+        stack.enter_context(newest.kept(ids, prints, self._give_up))
+
+    def _find_cut(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the cut that skips most among those that change nothing."""
+        with _judging(self._model):
+            calls, result = trace_calls(self._model, args, kwargs)
+            tried = 0
+            for cut in candidates(calls, batch):
+                leaves = cut.leaves()
+                if leaves is None:
+                    continue
+                tried += 1
+                with replayed(cut, leaves, batch):
+                    again = self._model(*args, **kwargs)
+                if _same(result, again):
+                    self._add_level(cut, leaves)
+                    return
+        self.clear()
+        self._stale = False
+        self.reason = (
+            f"no place to cut was found: {tried} tried, and each changed the model's output, as skip connections "
+            "around the frozen front do"
+            if tried
+            else "no module ends before the first layer that trains"
+        )
+
+    def _add_level(self, cut: Cut, leaves: Sequence[Tensor]) -> None:
+        if self._levels and self._levels[-1].cut.at.name == cut.at.name:
+            return  # the front grew, but not beyond the next place to cut
+        shapes = [leaf.shape[1:] for leaf in leaves] + [torch.Size(())]
+        dtypes = [leaf.dtype for leaf in leaves] + [torch.float32]
+        free = self._memory_bytes - self.bytes
+        store = FeatureStore(shapes, dtypes, free, self._directory)
+        self._levels = [*self._levels[-1:], _Level(cut, store, list(leaves))]
+        # The outputs seen while looking for the cut have served; only their shapes are needed from here on.
+        cut.forget_values()
+        self.reason = ""
+
+    def _give_up(self, reason: str) -> None:
+        self.clear()
+        self._stale = False
+        self.reason = reason
+
+    def _fingerprints(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """One number a sample that changes when its inputs do: prints_B, float32."""
+        prints = None
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch:
+                flat = leaf.detach().reshape(batch, -1).float()
+                with torch.autocast(leaf.device.type, enabled=False):
+                    part = flat @ self._projection(flat.shape[1:], flat.device)
+                prints = part if prints is None else prints + part
+        if prints is None:
+            raise UsageError(
+                f"the model got no tensor with {batch} rows, one for each id: call it inside `cache.batch(ids)` on the "
+                "samples that the ids name"
+            )
+        return prints
+
+    def _projection(self, shape: torch.Size, device: torch.device) -> Tensor:
+        if shape not in self._projections:
+            generator = torch.Generator().manual_seed(0)
+            self._projections[shape] = torch.randn(shape, generator=generator).to(device)
+        return self._projections[shape].to(device)
+
+    def _compare(self, ids: list[int], prints_B: Tensor, then_B: Tensor) -> None:
+        if not self._check_inputs:
+            return
+        apart_B = (prints_B - then_B).abs() > 1e-3 * (1 + prints_B.abs())
+        if bool(apart_B.any()):
+            raise UsageError(
+                f"sample {ids[int(apart_B.nonzero()[0])]} is not what it was when its features were kept, as under "
+                "random augmentation: train without the cache, switch the augmentation off, or say "
+                "FeatureCache(..., check_inputs=False) to keep the features of the first time"
+            )
+
+
+class _Level:
+    """A cut and the features there."""
+
+    def __init__(self, cut: Cut, store: FeatureStore, expected: list[Tensor]) -> None:
+        self.cut = cut
+        self.store = store
+        self._expected = expected  # what the first batch gave in evaluation mode, until it was compared
+
+    @contextmanager
+    def kept(self, ids: list[int], prints_B: Tensor, give_up: Any) -> Iterator[None]:
+        """Within it, the next pass's output at the cut is stored."""
+        calls = 0
+
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls - 1 != self.cut.at.nth:
+                return
+            leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            if not self.store.fits([*leaves, prints_B]):
+                return  # another length or precision than the first batch's: this one is not kept
+            if self._expected and not _same(self._expected, leaves):
+                give_up(
+                    "the frozen front gives other features in training than in evaluation: something in it is still in "
+                    "training mode, such as dropout or BatchNorm outside the frozen layers"
+                )
+                return
+            self._expected = []
+            try:
+                self.store.put(ids, [*leaves, prints_B])
+            except OSError as error:
+                give_up(f"features could not be kept: {error.strerror}")
+
+        handle = self.cut.at.module.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def _judging(model: nn.Module) -> Iterator[None]:
+    """Passes made to find a cut: without gradients, in evaluation mode, and with no trace left."""
+    training = [module for module in model.modules() if module.training]
+    with torch.no_grad(), torch.random.fork_rng(devices=_gpus(model)):
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _gpus(model: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two outputs hold the same numbers; not, where they hold none that could be compared."""
+    leaves = zip(tree_leaves(first), tree_leaves(second), strict=True)
+    pairs = [(a, b) for a, b in leaves if isinstance(a, Tensor) and a.is_floating_point() and a.numel()]
+    return bool(pairs) and all(
+        torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE * float(a.abs().max())) for a, b in pairs
+    )

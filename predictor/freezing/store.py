@@ -1,0 +1,109 @@
+"""Rows of features by sample id: in memory up to a budget, then in memory-mapped files."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_BLOCK_BYTES = 64 << 20
+
+
+class FeatureStore:
+    """Keeps one row of each of several tensors for every sample.
+
+    shapes: of one row of each tensor. dtypes: of each. memory_bytes: what may be held in memory; rows beyond go to
+    files in `directory`, which have no name any more and vanish with the process, however it ends.
+
+    Raises OSError when the disk is full; what was stored stays readable.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[torch.Size],
+        dtypes: Sequence[torch.dtype],
+        memory_bytes: int,
+        directory: Path | str | None = None,
+    ) -> None:
+        self._shapes, self._dtypes = list(shapes), list(dtypes)
+        self._memory_bytes = memory_bytes
+        self._directory = directory
+        self._places: dict[int, int] = {}
+        self._blocks: list[list[Tensor]] = []
+        self._row_bytes = sum(
+            prod(shape) * dtype.itemsize for shape, dtype in zip(self._shapes, self._dtypes, strict=True)
+        )
+        self._rows = max(1, _BLOCK_BYTES // max(self._row_bytes, 1))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the rows held."""
+        return len(self._places) * self._row_bytes
+
+    def fits(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether these tensors have rows of the kind that is kept here."""
+        return [leaf.shape[1:] for leaf in leaves] == self._shapes and [leaf.dtype for leaf in leaves] == self._dtypes
+
+    def holds(self, ids: Sequence[int]) -> bool:
+        """Whether every one of these samples is here."""
+        return all(i in self._places for i in ids)
+
+    def put(self, ids: Sequence[int], leaves: Sequence[Tensor]) -> None:
+        """Keep the rows of these samples, in their order; a sample that is here already is replaced."""
+        for i in ids:
+            if i not in self._places:
+                if len(self._places) == len(self._blocks) * self._rows:
+                    self._blocks.append(self._new_block())
+                self._places[i] = len(self._places)
+        rows_B = torch.tensor([self._places[i] for i in ids])
+        leaves = [leaf.detach().cpu() for leaf in leaves]
+        for block, inside_B, places_B in self._spread(rows_B):
+            for kept, leaf in zip(self._blocks[block], leaves, strict=True):
+                kept[places_B] = leaf[inside_B]
+
+    def get(self, ids: Sequence[int], device: torch.device) -> list[Tensor]:
+        """The rows of these samples, in their order, on `device`."""
+        rows_B = torch.tensor([self._places[i] for i in ids])
+        parts = self._spread(rows_B)
+        if len(parts) == 1:
+            block, _, places_B = parts[0]
+            return [kept.index_select(0, places_B).to(device) for kept in self._blocks[block]]
+        out = [
+            torch.empty((len(ids), *shape), dtype=dtype)
+            for shape, dtype in zip(self._shapes, self._dtypes, strict=True)
+        ]
+        for block, inside_B, places_B in parts:
+            for kept, leaf in zip(self._blocks[block], out, strict=True):
+                leaf[inside_B] = kept[places_B]
+        return [leaf.to(device) for leaf in out]
+
+    def _spread(self, rows_B: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+        """For each block concerned: its number, which of the batch lie in it, and where there."""
+        block_B = rows_B // self._rows
+        numbers = sorted(set(block_B.tolist()))
+        inside = [(block_B == number).nonzero().squeeze(1) for number in numbers]
+        return [(number, at, rows_B[at] % self._rows) for number, at in zip(numbers, inside, strict=True)]
+
+    def _new_block(self) -> list[Tensor]:
+        in_memory = (len(self._blocks) + 1) * self._rows * self._row_bytes <= self._memory_bytes
+        make = self._in_memory if in_memory else self._in_file
+        return [make((self._rows, *shape), dtype) for shape, dtype in zip(self._shapes, self._dtypes, strict=True)]
+
+    def _in_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def _in_file(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        handle, name = tempfile.mkstemp(prefix="frozen-features-", dir=self._directory)
+        try:
+            # Reserved now: a write into a mapped file on a full disk would end the process.
+            os.posix_fallocate(handle, 0, max(1, prod(shape) * dtype.itemsize))
+            return torch.from_file(name, shared=True, size=prod(shape), dtype=dtype).view(shape)
+        finally:
+            os.close(handle)
+            os.unlink(name)

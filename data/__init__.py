@@ -1,0 +1,1 @@
+"""What networks train on, and the trajectories that trainings leave behind."""

@@ -1,0 +1,133 @@
+"""Data sets that fit into memory: whole on the device, a batch is one gather. No sample is touched one by one."""
+
+import copy
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from data.sources.base import Batch, Plan, Source, Split, generator_for, stratified
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One split: inputs_NCHW as uint8 or inputs_NT as int64, and labels_N as int64."""
+
+    inputs: Tensor
+    labels: Tensor
+
+    def at(self, ids_B: Tensor) -> "Samples":
+        """Those with these ids."""
+        return Samples(self.inputs.index_select(0, ids_B), self.labels.index_select(0, ids_B))
+
+    def to(self, device: torch.device) -> "Samples":
+        """The same on another device."""
+        return Samples(self.inputs.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Look:
+    """How stored bytes become numbers for a network, and what may be done to an image without changing its class."""
+
+    mean: tuple[float, ...]
+    """Mean of each channel, in bytes."""
+    deviation: tuple[float, ...]
+    """Standard deviation of each channel, in bytes."""
+    shift: int = 0
+    """Augmentation moves an image by up to so many pixels, each way; zeros come in at the border."""
+    flip: bool = False
+    """Augmentation mirrors an image left to right, one time in two."""
+
+    def normalized(self, bytes_BCHW: Tensor) -> Tensor:
+        """x_BCHW, float32: (byte - mean) / deviation."""
+        mean_C11, deviation_C11 = _constants(self, bytes_BCHW.device)
+        return bytes_BCHW.float().sub_(mean_C11).div_(deviation_C11)
+
+
+@functools.cache
+def _constants(look: Look, device: torch.device) -> tuple[Tensor, Tensor]:
+    """mean_C11 and deviation_C11, put on the device once: a copy for each batch would stall a GPU."""
+    mean_C, deviation_C = torch.tensor([look.mean, look.deviation], device=device)
+    return mean_C.view(-1, 1, 1), deviation_C.view(-1, 1, 1)
+
+
+class MemorySource(Source):
+    """Both splits in memory. A split moves to a device once, when the first batch for it is asked for."""
+
+    def __init__(self, name: str, classes: int, train: Samples, test: Samples) -> None:
+        self.name, self.classes = name, classes
+        self.shape = tuple(train.inputs.shape[1:])
+        self.samples: dict[Split, Samples] = {"train": train, "test": test}
+        self._moved: dict[tuple[Split, torch.device], Samples] = {}
+
+    def labels(self, split: Split) -> Tensor:
+        """labels_N of a split, int64, on the CPU, in the order of the ids."""
+        return self.samples[split].labels
+
+    def limited(self, train_samples: int) -> Self:
+        """The same source with `train_samples` training samples, each class with its share, counted from 0 anew."""
+        twin = copy.copy(self)
+        train = self.samples["train"].at(stratified(self.labels("train"), train_samples))
+        twin.samples, twin._moved = {"train": train, "test": self.samples["test"]}, {}
+        return twin
+
+    def _load(self, split: Split, plan: Plan, device: torch.device) -> Iterator[Batch]:
+        if (split, device) not in self._moved:
+            self._moved[split, device] = self.samples[split].to(device)
+        samples = self._moved[split, device]
+        for place, ids_B in enumerate(plan.ids):
+            batch = samples.at(ids_B.to(device, non_blocking=True))
+            yield ids_B, self._prepared(batch.inputs, plan, plan.start + place), batch.labels
+
+    def _prepared(self, inputs: Tensor, plan: Plan, batch: int) -> Tensor:
+        """The inputs of one batch as the network gets them; `batch` is its number in the epoch."""
+        return inputs
+
+
+class ImageSource(MemorySource):
+    """Images as bytes in memory, normalized and augmented batch by batch, on the device."""
+
+    kind = "image"
+
+    def __init__(self, name: str, classes: int, train: Samples, test: Samples, look: Look) -> None:
+        super().__init__(name, classes, train, test)
+        self.look = look
+        self.augmentable = bool(look.shift) or look.flip
+
+    def _prepared(self, inputs: Tensor, plan: Plan, batch: int) -> Tensor:
+        if plan.augment:
+            inputs = shift_and_flip(inputs, self.look, generator_for(plan.seed, plan.epoch, batch))
+        return self.look.normalized(inputs)
+
+
+class TokenSource(MemorySource):
+    """Texts as token sequences of one length in memory."""
+
+    kind = "text"
+
+    def __init__(self, name: str, classes: int, train: Samples, test: Samples, words: tuple[str, ...]) -> None:
+        super().__init__(name, classes, train, test)
+        self.words = words
+        self.vocabulary = len(words)
+
+
+def shift_and_flip(bytes_BCHW: Tensor, look: Look, generator: torch.Generator) -> Tensor:
+    """Move and mirror each image by random amounts of its own: a crop out of the padded image, in one gather.
+
+    The random numbers are drawn on the CPU, so a GPU sees the same augmentation.
+    """
+    batch, channels, height, width = bytes_BCHW.shape
+    device = bytes_BCHW.device
+    down_B, right_B = torch.randint(0, 2 * look.shift + 1, (2, batch), generator=generator).to(device)
+    mirror_B = (torch.rand(batch, generator=generator) < (0.5 if look.flip else 0.0)).to(device)
+    rows_BH = torch.arange(height, device=device) + down_B[:, None]
+    columns_W = torch.arange(width, device=device)
+    columns_BW = torch.where(mirror_B[:, None], columns_W.flip(0), columns_W) + right_B[:, None]
+    padded = pad(bytes_BCHW, [look.shift] * 4)
+    place_BHW = rows_BH[:, :, None] * padded.shape[3] + columns_BW[:, None, :]
+    place_BCP = place_BHW.view(batch, 1, -1).expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, place_BCP).view_as(bytes_BCHW)

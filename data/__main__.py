@@ -1,0 +1,95 @@
+"""Looks after the data: trajectories (inspect, validate, merge) and what networks train on (prepare)."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.trajectories.store import DEFAULT_FILE, trajectory_files
+from predictor import cli
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    flags = _parser().parse_args(argv)
+    return int(flags.command(flags))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    text = "print what trajectory files hold: fields, runs by workload, labels, versions"
+    inspect = commands.add_parser("inspect", help=text, description=text)
+    _add_paths(inspect)
+    cli.add_fields(inspect, "data/trajectories/labels.py", "LabelRule")
+    inspect.set_defaults(command=_inspect)
+
+    text = "name every fault of trajectory files; the exit status is 1 if there is one"
+    validate = commands.add_parser("validate", help=text, description=text)
+    _add_paths(validate)
+    validate.set_defaults(command=_validate)
+
+    text = "copy the runs of several trajectory files into one, verified"
+    merge = commands.add_parser("merge", help=text, description=text)
+    merge.add_argument("paths", nargs="+", type=Path, metavar="FILE", help="trajectory files or gather folders")
+    merge.add_argument("--out", required=True, type=Path, help="the new file; it may be one of those that are merged")
+    merge.add_argument(
+        "--on-duplicate",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="a run that comes twice: stop, or keep the one that comes first (default: %(default)s)",
+    )
+    merge.set_defaults(command=_merge)
+
+    text = "say which data sets and pretrained weights are here and how to get the others; unpack downloads"
+    prepare = commands.add_parser("prepare", help=text, description=text)
+    prepare.set_defaults(command=_prepare)
+    return parser
+
+
+def _add_paths(parser: argparse.ArgumentParser) -> None:
+    text = f"trajectory files or gather folders (default: {DEFAULT_FILE})"
+    parser.add_argument("paths", nargs="*", type=Path, metavar="FILE", help=text)
+
+
+def _inspect(flags: argparse.Namespace) -> int:
+    from data.trajectories.labels import LabelRule
+    from data.trajectories.summary import describe
+
+    rule = cli.from_flags(LabelRule, flags)
+    print(describe(flags.paths or [DEFAULT_FILE], rule, progress=_terminal()), end="")
+    return 0
+
+
+def _validate(flags: argparse.Namespace) -> int:
+    from data.trajectories.validate import validate
+
+    faulty = 0
+    for path in trajectory_files(flags.paths or [DEFAULT_FILE]):
+        faults = validate(path, progress=_terminal())
+        faulty += bool(faults)
+        for fault in faults:
+            print(fault)
+        print(f"{path}: {f'faults: {len(faults)}' if faults else 'sound'}")
+    return 1 if faulty else 0
+
+
+def _merge(flags: argparse.Namespace) -> int:
+    from data.trajectories.merge import merge
+
+    print(merge(flags.paths, flags.out, flags.on_duplicate, progress=_terminal()))
+    return 0
+
+
+def _prepare(flags: argparse.Namespace) -> int:
+    from data.prepare import prepare
+
+    return prepare()
+
+
+def _terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,158 @@
+"""Writes trajectory files: whole or not at all, also when the disk fills up half-way."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+
+from data.trajectories.checks import content_faults, shape_faults
+from data.trajectories.reader import TrajectoryFile
+from data.trajectories.schema import FIELDS, FORMAT, FORMAT_VERSION, is_run_id
+from data.trajectories.trajectory import Arrays, Trajectory, arrays_of, checksum
+from predictor.errors import UsageError
+from predictor.files import written_whole
+
+
+def write_runs(path: Path, trajectories: Iterable[Trajectory]) -> None:
+    """Write runs, taken one by one, as one file. An older file stays until the new one is complete and on the disk.
+
+    Raises UsageError for a run that a reader would refuse, and FileFault when the disk is full or the place cannot be
+    written to.
+    """
+    with written_whole(Path(path)) as part, new_file(part) as runs:
+        for trajectory in trajectories:
+            runs.add(trajectory)
+        if not len(runs):
+            raise UsageError(f"{path}: no runs to write: a trajectory file holds at least one")
+
+
+class NewRuns:
+    """The runs of a file that is being written."""
+
+    def __init__(self, group: h5py.Group, output: "_Output") -> None:
+        self._group = group
+        self._output = output
+
+    def add(self, trajectory: Trajectory) -> None:
+        """Write one run."""
+        arrays = _checked(trajectory)
+        if trajectory.run_id in self:
+            raise UsageError(f"run {trajectory.run_id}: twice in one file: a run's id is its own")
+        run = self._group.create_group(trajectory.run_id)
+        for field in FIELDS:
+            array = arrays[field.name]
+            # One chunk a field: it is read whole, and a reader can judge it at a glance.
+            run.create_dataset(
+                field.name, data=array, chunks=array.shape, compression="gzip", compression_opts=4, shuffle=True
+            )
+        run.attrs["sha256"] = np.bytes_(checksum(trajectory.run_id, arrays))
+        self._output.check()
+
+    def copy(self, source: TrajectoryFile, run_id: str) -> None:
+        """Copy one run from a file, compressed as it is. Only what `source` has read is known to be sound."""
+        source.copy_run(run_id, self._group)
+        self._output.check()
+
+    def __contains__(self, run_id: str) -> bool:
+        return run_id in self._group
+
+    def __len__(self) -> int:
+        return len(self._group)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[NewRuns]:
+    """Start a trajectory file. A kill leaves it unreadable: to be used inside `written_whole`."""
+    with _Output(path) as output:
+        try:
+            # HDF5 1.10 put checksums on its own structures, and every HDF5 since then reads it.
+            with h5py.File(output, "w", libver=("v110", "v110")) as file:
+                file.attrs["format"] = np.bytes_(FORMAT)
+                file.attrs["version"] = np.int64(FORMAT_VERSION)
+                yield NewRuns(file.create_group("runs"), output)
+        except BaseException:
+            output.check()  # the disk's own error, rather than what HDF5 makes of it
+            raise
+        output.check()
+
+
+class _Output:
+    """The file below HDF5. It keeps the first error until `check` and takes everything after it for written.
+
+    HDF5 itself must not meet an error: when the disk is full it fails again while closing, where h5py cannot raise, and
+    ends the process with a segmentation fault (HDF5 2.0).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w+b", buffering=0)
+        self._place = 0
+        self._error: BaseException | None = None
+
+    def check(self) -> None:
+        """Raise the first error."""
+        if self._error is not None:
+            raise self._error
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + (os.fstat(self._file.fileno()).st_size if whence == os.SEEK_END else 0)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        """Without this method h5py does not take it for a file."""
+        raise NotImplementedError("h5py uses readinto")
+
+    def readinto(self, buffer: Any) -> int:
+        return self._try(lambda: os.preadv(self._file.fileno(), [buffer], self._place))
+
+    def write(self, content: Any) -> int:
+        left = memoryview(content).cast("B")
+        while left and not self._error:
+            written = self._try(lambda part=left: os.pwrite(self._file.fileno(), part, self._place))
+            left, self._place = left[written:], self._place + written
+        return len(content)
+
+    def truncate(self, size: int) -> int:
+        self._try(lambda: os.ftruncate(self._file.fileno(), size))
+        return size
+
+    def flush(self) -> None:
+        """Nothing is held back: `written_whole` flushes to the disk at the end."""
+
+    def __enter__(self) -> "_Output":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def _try(self, call: Any) -> int:
+        try:
+            return call() or 0
+        except BaseException as error:  # Ctrl-C too: this runs below HDF5
+            self._error = self._error or error
+            return 0
+
+
+def _checked(trajectory: Trajectory) -> Arrays:
+    """A trajectory's arrays, if a reader will take them."""
+    if not is_run_id(trajectory.run_id):
+        raise UsageError(f"run_id={trajectory.run_id!r}: give up to 100 letters, digits, `.`, `_` and `-`")
+    try:
+        arrays = arrays_of(trajectory)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"run {trajectory.run_id}: {error}: give numbers, text, lists and dicts") from error
+    faults = list(shape_faults({name: array.shape for name, array in arrays.items()}))
+    faults = faults or list(content_faults(trajectory))
+    if faults:
+        listed = "; ".join(f"{name}: {what}" for name, what in faults)
+        raise UsageError(f"run {trajectory.run_id}: cannot be written: {listed}")
+    return arrays

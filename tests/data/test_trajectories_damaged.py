@@ -1,0 +1,154 @@
+"""Files that an accident left: truncated, flipped, of another version, or no trajectory file at all."""
+
+import os
+
+import h5py
+import numpy as np
+import pytest
+
+from data.trajectories import open_trajectories, write_runs
+from data.trajectories.trajectory import arrays_of
+from data.trajectories.validate import validate
+from predictor.errors import FileFault
+from tests.data.made import assert_same, made_trajectory, write_raw
+
+RUNS = [made_trajectory("mlp-0"), made_trajectory("mlp-1")]
+
+
+@pytest.fixture
+def good(tmp_path):
+    path = tmp_path / "good.h5"
+    write_runs(path, RUNS)
+    return path.read_bytes()
+
+
+def sound_or_refused(path):
+    """Whether a file is refused; if it is not, it must hold what was written."""
+    try:
+        with open_trajectories(path) as file:
+            read = list(file)
+    except FileFault:
+        return True
+    for want, got in zip(RUNS, read, strict=True):
+        assert_same(want, got)
+    return False
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused(tmp_path, good, share):
+    path = tmp_path / "t.h5"
+    path.write_bytes(good[: int(share * len(good))])
+    assert sound_or_refused(path)
+    assert validate(path)
+
+
+def test_a_flipped_bit_is_refused_or_lay_where_nothing_is_stored(tmp_path, good):
+    path, refusals, positions = tmp_path / "t.h5", 0, range(3, len(good), 131)
+    for position in positions:
+        content = bytearray(good)
+        content[position] ^= 1 << position % 8
+        path.write_bytes(content)
+        refusals += sound_or_refused(path)
+    assert refusals > 0.7 * len(positions)
+
+
+def test_a_flipped_bit_in_a_file_of_older_hdf5(tmp_path):
+    path = write_raw(tmp_path / "t.h5", {run.run_id: arrays_of(run) for run in RUNS}, libver="earliest")
+    good = path.read_bytes()
+    for position in range(5, len(good), 2503):
+        content = bytearray(good)
+        content[position] ^= 1 << position % 8
+        path.write_bytes(content)
+        sound_or_refused(path)
+
+
+def test_a_wrong_value_behind_right_hdf5_is_found_by_the_checksum(tmp_path, good):
+    path = tmp_path / "good.h5"
+    with h5py.File(path, "r+") as file:
+        file["runs/mlp-1/weights"][2, 1, 3] += 1
+    with open_trajectories(path) as file:
+        assert_same(file.read("mlp-0"), RUNS[0])
+        with pytest.raises(FileFault, match=r"good.h5: run mlp-1: .*checksum.*make it again"):
+            file.read("mlp-1")
+
+
+def test_a_run_under_another_name_is_found_by_the_checksum(tmp_path, good):
+    with h5py.File(tmp_path / "good.h5", "r+") as file:
+        file.move("runs/mlp-1", "runs/mlp-2")
+    with open_trajectories(tmp_path / "good.h5") as file, pytest.raises(FileFault, match=r"run mlp-2: .*checksum"):
+        file.read("mlp-2")
+
+
+@pytest.mark.parametrize(("version", "cure"), [(2, "update the toolkit"), (0, "gather it again")])
+def test_another_version(tmp_path, version, cure):
+    path = write_raw(tmp_path / "t.h5", {"mlp-0": arrays_of(RUNS[0])}, version=version)
+    with pytest.raises(FileFault, match=f"version {version}, but this toolkit reads 1: {cure}"):
+        open_trajectories(path)
+
+
+@pytest.mark.parametrize("change", ["no format", "another format", "version as text", "no runs", "runs a dataset"])
+def test_hdf5_of_something_else(tmp_path, good, change):
+    path = tmp_path / "good.h5"
+    with h5py.File(path, "r+") as file:
+        if change == "no format":
+            del file.attrs["format"]
+        elif change == "another format":
+            file.attrs["format"] = np.bytes_("weather")
+        elif change == "version as text":
+            del file.attrs["version"]
+            file.attrs["version"] = np.bytes_("1")
+        else:
+            del file["runs"]
+            if change == "runs a dataset":
+                file["runs"] = 1
+    assert sound_or_refused(path)
+
+
+def test_files_that_are_no_hdf5(tmp_path):
+    (tmp_path / "text.h5").write_text("hello")
+    with pytest.raises(FileFault, match=r"text.h5: HDF5 cannot read it"):
+        open_trajectories(tmp_path / "text.h5")
+    with pytest.raises(FileFault, match=r"none.h5: there is no such file: make it with `python -m collect gather"):
+        open_trajectories(tmp_path / "none.h5")
+    with pytest.raises(FileFault, match="not a regular file"):
+        open_trajectories(tmp_path)
+    os.mkfifo(tmp_path / "pipe.h5")
+    with pytest.raises(FileFault, match="not a regular file"):
+        open_trajectories(tmp_path / "pipe.h5")
+
+
+def test_a_file_that_may_not_be_read(tmp_path, good, monkeypatch):
+    def denied(*_args, **_options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", denied)
+    with pytest.raises(FileFault, match=r"good.h5: cannot be read \(Permission denied\): make it readable"):
+        open_trajectories(tmp_path / "good.h5")
+
+
+def test_validate_names_every_fault(tmp_path, good):
+    path = tmp_path / "good.h5"
+    with h5py.File(path, "r+") as file:
+        file["beside"] = 1
+        file.move("runs/mlp-1", "runs/bad name")
+        run = file["runs/mlp-0"]
+        del run["lr"]
+        run["more"] = 1
+        run["config"][:10] = 0
+        del run["weights"]
+        run["weights"] = h5py.SoftLink("/runs")
+    faults = "\n".join(map(str, validate(path)))
+    for words in (
+        "'beside'",
+        "run bad name: a run's id",
+        "run mlp-0: field lr: missing",
+        "run mlp-0: field more: the format has no such field",
+        "run mlp-0: field config: not valid JSON",
+        "run mlp-0: field weights: a soft link",
+    ):
+        assert words in faults
+    assert len(validate(path)) == 6
+
+
+def test_validate_finds_nothing_wrong_with_a_sound_file(tmp_path, good):
+    assert validate(tmp_path / "good.h5") == []

@@ -1,0 +1,1 @@
+"""The evaluator: fresh trainings under every policy, compared at equal accuracy."""

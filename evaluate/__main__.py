@@ -1,0 +1,118 @@
+"""What freezing buys: `python -m evaluate run-suite`, then `report`; `bench` for what the library itself costs."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from predictor import cli
+from predictor.tracking import add_wandb_flag, start_tracker
+
+if TYPE_CHECKING:
+    from evaluate.plan import Plan
+
+_RUNS = Path("runs/evaluate")
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    flags = _parser().parse_args(argv)
+    return {"run-suite": _run_suite, "report": _report, "bench": _bench}[flags.command](flags)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m evaluate", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_run_suite(commands.add_parser("run-suite", help="train workloads afresh under every policy, then report"))
+    report = commands.add_parser("report", help="the table and the page of a suite that was run")
+    report.add_argument("folder", nargs="?", type=Path, default=_RUNS / "quick", help="default: %(default)s")
+    bench = commands.add_parser("bench", help="what recording, deciding and frozen layers cost, against the limits")
+    bench.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="default: %(default)s")
+    _add_device(bench)
+    return parser
+
+
+def _add_run_suite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--suite", default="quick", help="a name of evaluate/suites, or a TOML file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--slots", type=int, help="trials at once; with 1, costs are wall-clock times (default: one a CPU core or GPU)"
+    )
+    parser.add_argument("--out", type=Path, help=f"folder of the results (default: {_RUNS}/SUITE)")
+    parser.add_argument(
+        "--predictor", type=Path, help="predictor file (default: runs/predictor.safetensors, else the one that ships)"
+    )
+    _add_device(parser)
+    add_wandb_flag(parser)
+    parser.add_argument("--dry-run", action="store_true", help="list the trials, train nothing")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+
+
+def _run_suite(flags: argparse.Namespace) -> int:
+    from evaluate.plan import Settings, SuiteFolder, make_plan
+    from evaluate.run import pending, run_suite
+    from evaluate.suite import read_suite
+
+    suite = read_suite(flags.suite)
+    folder = SuiteFolder(flags.out or _RUNS / suite.name)
+    plan = make_plan(suite, folder, Settings(flags.device, flags.slots, flags.predictor))
+    left = pending(plan, folder)
+    _introduce(plan, len(left), folder.root)
+    if flags.dry_run:
+        waiting = {job.id for job in left}
+        for job in plan.jobs:
+            print(f"{'to run' if job.id in waiting else 'done  '}  {job.id}  {job.title}")
+        return 0
+    config = {"suite": suite.name, "trials": len(plan.jobs), "slots": plan.settings.chosen_slots}
+    with start_tracker("evaluate", flags.wandb, folder.root, config) as tracker:
+        summary = run_suite(plan, folder, tracker.log)
+    _show(folder.root)
+    for title, why in summary.failed.items():
+        print(f"FAILED {title}: {why}")
+    if summary.failed:
+        print("The same command tries these again.")
+    return 1 if summary.failed else 0
+
+
+def _introduce(plan: "Plan", left: int, root: Path) -> None:
+    """Say what is going to happen, and what it will be able to tell."""
+    from collect.device import pick_device
+
+    suite, settings = plan.suite, plan.settings
+    grid = f"workloads: {len(suite.workloads)}, policies: {len(suite.policies)}, seeds: {len(suite.seeds)}"
+    print(f"suite {suite.name}: {len(plan.jobs)} trials ({grid}); {left} to run, {settings.chosen_slots} at a time")
+    for mark, path in plan.predictors.items():
+        print(f"predictor: {path} (sha256 {mark})")
+    if settings.sharing == 1:
+        print("cost: wall-clock time; one trial runs at a time")
+    elif pick_device(settings.device).type == "cpu":
+        print(f"cost: CPU time and FLOPs; {settings.sharing} trials share the machine (--slots 1 for wall-clock time)")
+    else:
+        print(f"cost: FLOPs alone, for {settings.sharing} trials share a GPU (no more --slots than GPUs for seconds)")
+    print(f"results: {root}", flush=True)
+
+
+def _report(flags: argparse.Namespace) -> None:
+    _show(flags.folder)
+
+
+def _show(folder: Path) -> None:
+    from evaluate.report import make_report
+    from evaluate.table import print_table
+
+    print()
+    print_table(folder)
+    print(f"\nreport: {make_report(folder).resolve()}")
+
+
+def _bench(flags: argparse.Namespace) -> int:
+    from evaluate.bench import run_bench
+
+    return 0 if run_bench(flags.out, flags.device) else 1
+
+
+if __name__ == "__main__":
+    cli.run(main)

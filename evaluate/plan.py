@@ -1,0 +1,186 @@
+"""From a suite to its trials: every name and file checked, every trial under an id made of its configuration."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from collect.device import pick_device
+from collect.engines import Job, default_slots, visible_gpus
+from collect.workloads import Workload
+from data.sources import load_source
+from evaluate.suite import PolicyEntry, Suite, WorkloadEntry
+from evaluate.trial import build_workload
+from predictor.attention import fingerprint, load_predictor
+from predictor.errors import UsageError
+from predictor.policies import POLICIES, make_policy
+from predictor.policies.smartfrz import SHIPPED
+
+TRAINED = Path("runs/predictor.safetensors")
+"""Where `python -m predictor train` leaves a predictor."""
+
+
+class SuiteFolder:
+    """Names every file of a suite's results."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.suite = root / "suite.json"
+        self.results = root / "results.jsonl"
+        self.lock = root / ".lock"
+        self.earlier = root / "earlier.jsonl"
+        """Results that the suite no longer asks for, such as those with the predictor before."""
+
+    def log(self, trial_id: str) -> Path:
+        """What a trial printed."""
+        return self.root / "logs" / f"{trial_id}.log"
+
+    def predictor(self, mark: str) -> Path:
+        """The suite's own copy of the predictor with a fingerprint, so that training another one changes no trial."""
+        return self.root / "predictors" / f"{mark}.safetensors"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a suite is run."""
+
+    device: str = "auto"
+    """Where to train: auto, cpu, cuda, cuda:1, ... or mps."""
+    slots: int | None = None
+    """Trials at once; by default one a GPU, or one a CPU core where there is no GPU."""
+    predictor: Path | None = None
+    """The file for policies that take a predictor and whose options name none; by default the one trained here, else
+    the one that ships."""
+
+    def __post_init__(self) -> None:
+        if self.slots is not None and self.slots < 1:
+            raise UsageError(f"slots={self.slots}: at least one trial must run at a time")
+
+    @property
+    def chosen_slots(self) -> int:
+        """Trials at once."""
+        return self.slots or default_slots(self.device)
+
+    @property
+    def sharing(self) -> int:
+        """Trials that share this machine's cores, or one GPU. With more than one, wall-clock time compares nothing."""
+        return -(-self.chosen_slots // max(1, len(visible_gpus(self.device))))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A suite's trials."""
+
+    suite: Suite
+    settings: Settings
+    jobs: tuple[Job, ...]
+    """In the order in which they run."""
+    predictors: Mapping[str, Path]
+    """The predictor files that are used, by their fingerprint."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    entry: WorkloadEntry
+    workload: Workload
+
+
+@dataclass(frozen=True)
+class _Judge:
+    entry: PolicyEntry
+    mark: str | None
+    """The fingerprint of its predictor file; None for a policy that takes none."""
+
+    def options(self, predictor: str | None) -> dict[str, Any]:
+        """The policy's options, with `predictor` where it takes one."""
+        return {**self.entry.options, **({} if self.mark is None else {"predictor": predictor})}
+
+
+def make_plan(suite: Suite, folder: SuiteFolder, settings: Settings) -> Plan:
+    """Check all that a suite names, and list its trials. Trains and writes nothing.
+
+    Raises UsageError or FileFault for a workload, recipe, source, policy, option or predictor file that does not work.
+    """
+    device = pick_device(settings.device).type
+    works = {entry.label: _Work(entry, _checked(entry)) for entry in suite.workloads}
+    judges, predictors = {}, {}
+    for entry in suite.policies:
+        path = _predictor_of(entry, settings.predictor)
+        judge = judges[entry.label] = _Judge(entry, None if path is None else fingerprint(path))
+        make_policy(entry.name, **judge.options(str(path)))
+        if path is not None and judge.mark is not None:
+            predictors[judge.mark] = path
+    jobs = [
+        _job(seed, works[work.label], judges[policy.label], folder, {"device": device, "slots": settings.sharing})
+        for seed, work, policy in suite.cells()
+    ]
+    return Plan(suite, settings, tuple(jobs), predictors)
+
+
+def find_predictor(given: Path | None) -> Path:
+    """The predictor to use: the one given, else the one trained here, else the one that ships."""
+    if given is not None:
+        return given
+    found = next((path for path in (TRAINED, SHIPPED) if path.exists()), None)
+    if found is None:
+        raise UsageError(
+            f"the suite needs a predictor, and there is no {TRAINED}: run `python -m predictor train` (after "
+            "`python -m collect gather trajectories`), or give --predictor PATH"
+        )
+    return found
+
+
+def _checked(entry: WorkloadEntry) -> Workload:
+    workload = build_workload(entry.name, entry.source, entry.recipe)
+    load_source(workload.source, train_samples=workload.recipe.train_samples)
+    return workload
+
+
+def _predictor_of(entry: PolicyEntry, given: Path | None) -> Path | None:
+    """The predictor file of a policy, read and found good; None for a policy that takes none."""
+    factory = POLICIES.get(entry.name)
+    if factory is None or "predictor" not in inspect.signature(factory).parameters:
+        return None
+    named = entry.options.get("predictor")
+    path = find_predictor(given) if named is None else Path(named)
+    load_predictor(path)
+    return path
+
+
+def _job(seed: int, work: _Work, judge: _Judge, folder: SuiteFolder, where: dict[str, Any]) -> Job:
+    policy = judge.entry
+    options = judge.options(f"sha256:{judge.mark}")
+    config = {
+        "workload": work.entry.name,
+        "label": work.entry.label,
+        "source": work.workload.source,
+        "recipe": asdict(work.workload.recipe),
+        "policy": {"name": policy.name, "label": policy.label, "options": options},
+        "seed": seed,
+        "device": where["device"],
+    }
+    trial_id = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    row = {
+        "trial_id": trial_id,
+        "workload": work.entry.label,
+        "family": work.workload.family,
+        "source": work.workload.source,
+        "policy": policy.label,
+        "policy_name": policy.name,
+        "policy_options": options,
+        "seed": seed,
+        "slots": where["slots"],
+        "config": config,
+    }
+    payload = {
+        "row": row,
+        "workload": {"name": work.entry.name, "source": work.entry.source, "recipe": dict(work.entry.recipe)},
+        "policy": {"name": policy.name, "options": judge.options(str(folder.predictor(judge.mark or "")))},
+        "seed": seed,
+        "device": where["device"],
+    }
+    title = f"{work.entry.label}, {policy.label}, seed {seed}"
+    return Job(trial_id, title, "evaluate.trial:run_trial", payload)

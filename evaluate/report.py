@@ -1,0 +1,108 @@
+"""From a suite's results to one self-contained HTML page, readable in light and dark, on a phone, without a network."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from tqdm import tqdm
+
+from evaluate import figures, table, tradeoff
+from evaluate.results import COST_AXES, Results, Trial, read_results
+from evaluate.statistics import AS_ACCURATE, BASELINE, CANNOT_TELL, LESS_ACCURATE, Row, compare, headline, overall
+from evaluate.svg import Plot, swatch
+from predictor.files import written_whole
+
+_HERE = Path(__file__).parent
+_SYMBOLS = {AS_ACCURATE: "✓", LESS_ACCURATE: "▼", CANNOT_TELL: "?", BASELINE: ""}
+
+
+def make_report(folder: Path) -> Path:
+    """Read `folder`/suite.json and results.jsonl and write `folder`/report.html, whole or not at all.
+
+    Raises FileFault where the results cannot be read or the page cannot be written.
+    """
+    page = render(read_results(folder))
+    path = folder / "report.html"
+    with written_whole(path) as part:
+        part.write_text(page, encoding="utf-8", errors="replace")
+    return path
+
+
+def render(results: Results) -> str:
+    """The page as text: every string of the results is escaped, and the page forbids any other script and address."""
+    rows = compare(results)
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html").render(
+        style=(_HERE / "page.css").read_text(encoding="utf-8"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        suite=results.suite,
+        headline=headline(results, rows),
+        cost_axis=COST_AXES[results.suite.cost],
+        rows=rows,
+        overall=overall(rows),
+        main_plot=tradeoff.overall_plot(results, rows),
+        workloads=_workloads(results, rows),
+        swatches={policy: swatch(place) for place, policy in enumerate(results.policies)},
+        symbols=_SYMBOLS,
+        trials=results.trials,
+        counts={status: _of_status(results, status) for status in ("finished", "diverged", "failed")},
+        missing=results.missing(),
+        faults=results.faults,
+        configurations=[
+            (name, distinct(_recipe(t) for t in results.trials if t.workload == name)) for name in results.workloads
+        ],
+        versions=distinct(trial.versions for trial in results.trials),
+        hardware=distinct(trial.hardware for trial in results.trials),
+        write=table,
+    )
+
+
+def distinct(mappings: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, int]]]]:
+    """For each key, its different values as text with how many of the mappings hold them; nested keys are dotted."""
+    counts: dict[str, dict[str, int]] = {}
+    for mapping in mappings:
+        for key, value in _flat(mapping):
+            values = counts.setdefault(key, {})
+            values[value] = values.get(value, 0) + 1
+    return [(key, list(values.items())) for key, values in counts.items()]
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _recipe(trial: Trial) -> Mapping[str, Any]:
+    """A trial's configuration without what the tables say of each trial anyway."""
+    said = ("workload", "seed", "policy", "policy_name", "policy_options")
+    return {key: value for key, value in trial.config.items() if key not in said}
+
+
+def _of_status(results: Results, status: str) -> list[Trial]:
+    return [trial for trial in results.trials if trial.status == status]
+
+
+def _workloads(results: Results, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Each workload's name, its plots, and the policies that froze nothing on it."""
+    sections = []
+    for name in tqdm(results.workloads, desc="report", unit="workload", disable=None, delay=3):
+        timelines, idle = figures.timeline_plots(results, name)
+        plots: list[Plot | None] = [
+            tradeoff.workload_plot(results, rows, name),
+            figures.loss_plot(results, name),
+            figures.step_cost_plot(results, name),
+        ]
+        found = [plot for plot in plots if plot]
+        sections.append({"name": name, "plots": found, "timelines": timelines, "idle": idle})
+    return sections

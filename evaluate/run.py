@@ -1,0 +1,135 @@
+"""Runs the trials of a plan that have no result yet, and keeps each result the moment it is there."""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from collect.engines import Job, run_jobs
+from evaluate.plan import Plan, SuiteFolder
+from predictor.attention import fingerprint
+from predictor.errors import FileFault, UsageError
+from predictor.files import append_json_line, read_json_lines, write_json, written_whole
+
+_FIGURES = ("workload", "policy", "seed", "status", "accuracy", "train_seconds", "cpu_seconds", "flops")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What running a suite came to."""
+
+    done: int
+    """Trials with a result, those of earlier calls and diverged ones too."""
+    failed: dict[str, str]
+    """Why a trial has none and where its log is, by the trial's title."""
+
+
+def pending(plan: Plan, folder: SuiteFolder) -> list[Job]:
+    """The trials that have no result yet; one that failed has none."""
+    rows = [*read_json_lines(folder.results), *read_json_lines(folder.earlier)]
+    done = {row.get("trial_id") for row in rows if _has_result(row)}
+    return [job for job in plan.jobs if job.id not in done]
+
+
+def run_suite(plan: Plan, folder: SuiteFolder, log: Callable[[dict[str, Any], int], None]) -> Summary:
+    """Run what is pending. Killed at any time, the same call goes on with the trials that were not finished.
+
+    log: called with the figures of each trial that ends, and how many have a result by then.
+
+    Raises FileFault for a folder that cannot be written to, UsageError while another process is at work in it.
+    """
+    with _alone(folder):
+        left = pending(plan, folder)
+        _sort_results(plan, folder)
+        write_json(folder.suite, _description(plan, folder, left))
+        _copy_predictors(plan, folder)
+        return _run(left, plan, folder, log)
+
+
+def _run(left: list[Job], plan: Plan, folder: SuiteFolder, log: Callable[[dict[str, Any], int], None]) -> Summary:
+    done = len(plan.jobs) - len(left)
+    failed: dict[str, str] = {}
+
+    def keep(job: Job, result: dict[str, Any]) -> None:
+        nonlocal done
+        append_json_line(folder.results, result)
+        done += 1
+        log({name: result[name] for name in _FIGURES}, done)
+
+    def report(job: Job, error: str) -> None:
+        append_json_line(folder.results, {**job.payload["row"], "status": "failed", "error": error})
+        failed[job.title] = f"{error}; its log: {folder.log(job.id)}"
+
+    settings = plan.settings
+    run_jobs(
+        left,
+        folder=folder.root,
+        slots=settings.chosen_slots,
+        log=folder.log,
+        on_done=keep,
+        on_failed=report,
+        device=settings.device,
+    )
+    return Summary(done, failed)
+
+
+@contextlib.contextmanager
+def _alone(folder: SuiteFolder) -> Iterator[None]:
+    """Hold the folder against other processes; a process that is killed lets go of it."""
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        lock = folder.lock.open("w")
+    except OSError as error:
+        cure = "choose another place with --out"
+        raise FileFault(f"{folder.root}: cannot be written to ({error.strerror}): {cure}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            cure = "wait for it to end, or choose another place with --out"
+            raise UsageError(f"{folder.root}: another run-suite is at work there: {cure}") from error
+        yield
+
+
+def _has_result(row: dict[str, Any]) -> bool:
+    return row.get("status") in ("finished", "diverged")
+
+
+def _sort_results(plan: Plan, folder: SuiteFolder) -> None:
+    """Leave in results.jsonl what the plan asks for. The rest goes to earlier.jsonl, from where it can come back."""
+    wanted = {job.id for job in plan.jobs}
+    rows, earlier = read_json_lines(folder.results), read_json_lines(folder.earlier)
+    for row in rows:
+        if row.get("trial_id") not in wanted and row not in earlier:
+            append_json_line(folder.earlier, row)
+    have = {row.get("trial_id") for row in rows if _has_result(row)}
+    back = {row["trial_id"]: row for row in earlier if row.get("trial_id") in wanted - have and _has_result(row)}
+    stay = [*(row for row in rows if row.get("trial_id") in wanted), *back.values()]
+    with written_whole(folder.results) as part:
+        part.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in stay), encoding="utf-8")
+
+
+def _description(plan: Plan, folder: SuiteFolder, left: list[Job]) -> dict[str, Any]:
+    """What the report needs to know of the suite."""
+    sharing = {row["slots"] for row in read_json_lines(folder.results)} | ({plan.settings.sharing} if left else set())
+    suite = plan.suite
+    return {
+        "name": suite.name,
+        "baseline": suite.baseline,
+        "margin": suite.margin,
+        "cost": "train_seconds" if sharing <= {1} else "cpu_seconds",
+        "workloads": [entry.label for entry in suite.workloads],
+        "policies": [entry.label for entry in suite.policies],
+        "seeds": list(suite.seeds),
+    }
+
+
+def _copy_predictors(plan: Plan, folder: SuiteFolder) -> None:
+    for mark, path in plan.predictors.items():
+        copy = folder.predictor(mark)
+        with written_whole(copy) as part:
+            part.write_bytes(path.read_bytes())
+        if fingerprint(copy) != mark:
+            raise FileFault(f"{path}: changed while it was read; run the same command again")

@@ -1,0 +1,170 @@
+"""Suite files: which workloads are trained under which policies with which seeds, and how the results are judged."""
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from predictor.errors import FileFault, UsageError
+
+SUITES = Path(__file__).parent / "suites"
+
+
+@dataclass(frozen=True)
+class WorkloadEntry:
+    """What is trained: a workload, and what the suite changes of it."""
+
+    name: str
+    """A name that `collect.workloads.load_workload` knows."""
+    label: str
+    """What tables and plots call it; the name by default."""
+    source: str | None = None
+    """Another data source than the workload's own."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the recipe that are changed."""
+
+
+@dataclass(frozen=True)
+class PolicyEntry:
+    """What decides about freezing: a policy and its options."""
+
+    name: str
+    """A name that `predictor.policies.make_policy` knows."""
+    label: str
+    """What tables and plots call it; the name by default."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The policy's options."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A grid of trials. Every policy meets every workload with the same seeds, so that results can be paired."""
+
+    name: str
+    """Names the folder of the results too."""
+    workloads: tuple[WorkloadEntry, ...]
+    policies: tuple[PolicyEntry, ...]
+    seeds: tuple[int, ...]
+    baseline: str = "none"
+    """The label of the policy that every other is compared with."""
+    margin: float = 0.005
+    """How much accuracy (a share of 1) may be lost and the policy still counts as accurate."""
+
+    def cells(self) -> Iterable[tuple[int, WorkloadEntry, PolicyEntry]]:
+        """Every trial's seed, workload and policy, in the order in which they run.
+
+        Policies of the same workload and seed follow each other, so that what the machine does meanwhile meets all
+        alike; seeds come last, so that a suite that is broken off has compared every policy with a few seeds.
+        """
+        return ((seed, work, policy) for seed in self.seeds for work in self.workloads for policy in self.policies)
+
+
+def read_suite(name_or_path: str) -> Suite:
+    """The suite of a name, or of a file of the user's own. Raises FileFault or UsageError that names what is wrong."""
+    path = _path_of(name_or_path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return _suite(content)
+    except OSError as error:
+        raise FileFault(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # TOML's and Unicode's errors, and ours from below
+        raise FileFault(f"{path}: {error}") from error
+
+
+def _path_of(name_or_path: str) -> Path:
+    own = Path(name_or_path)
+    if own.suffix == ".toml" or own.is_file():
+        return own
+    known = sorted(path.stem for path in SUITES.glob("*.toml"))
+    if name_or_path not in known:
+        raise UsageError(_unknown("suite", name_or_path, known) + ", and PATH.toml")
+    return SUITES / f"{name_or_path}.toml"
+
+
+def _suite(content: dict[str, Any]) -> Suite:
+    _only(content, ("name", "seeds", "baseline", "margin", "recipe", "workloads", "policies"), "")
+    shared = _typed(content, "recipe", dict, {})
+    workloads = tuple(_workload(entry, shared) for entry in _entries(content, "workloads"))
+    policies = tuple(_policy(entry) for entry in _entries(content, "policies"))
+    baseline, margin = _typed(content, "baseline", str, "none"), _typed(content, "margin", float, 0.005)
+    _distinct("workload", [entry.label for entry in workloads])
+    labels = _distinct("policy", [entry.label for entry in policies])
+    if baseline not in labels:
+        raise UsageError(_unknown("policy", baseline, labels) + ": the baseline must be one of the suite's policies")
+    if not 0 <= margin < 1:
+        raise UsageError(f"margin = {margin}: give a share of 1, such as 0.005 for half a percentage point")
+    return Suite(_file_name(_typed(content, "name", str)), workloads, policies, _seeds(content), baseline, margin)
+
+
+def _workload(entry: str | dict[str, Any], shared: dict[str, Any]) -> WorkloadEntry:
+    table = {"name": entry} if isinstance(entry, str) else entry
+    _only(table, ("name", "label", "source", "recipe"), "workloads: ")
+    name = _typed(table, "name", str)
+    recipe = {**shared, **_typed(table, "recipe", dict, {})}
+    return WorkloadEntry(name, _typed(table, "label", str, name), _typed(table, "source", str, None), recipe)
+
+
+def _policy(entry: str | dict[str, Any]) -> PolicyEntry:
+    table = {"name": entry} if isinstance(entry, str) else entry
+    _only(table, ("name", "label", "options"), "policies: ")
+    name = _typed(table, "name", str)
+    return PolicyEntry(name, _typed(table, "label", str, name), _typed(table, "options", dict, {}))
+
+
+def _entries(content: dict[str, Any], key: str) -> list[str | dict[str, Any]]:
+    entries: list[str | dict[str, Any]] = _typed(content, key, list)
+    if not entries or not all(isinstance(entry, str | dict) for entry in entries):
+        raise UsageError(f"{key}: give a list of names, or one [[{key}]] table for each")
+    return entries
+
+
+def _seeds(content: dict[str, Any]) -> tuple[int, ...]:
+    seeds = _typed(content, "seeds", list)
+    if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise UsageError(f"seeds = {seeds}: give different whole numbers from 0, such as [0, 1, 2]")
+    return tuple(seeds)
+
+
+_MISSING = object()
+
+
+def _typed(table: dict[str, Any], key: str, kind: type, default: Any = _MISSING) -> Any:
+    if key not in table:
+        if default is _MISSING:
+            raise UsageError(f"{key} is missing")
+        return default
+    value = table[key]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if not isinstance(value, kind):
+        word = {str: "a text", float: "a number", list: "a list", dict: "a table"}[kind]
+        raise UsageError(f"{key} = {value!r}: give {word}")
+    return value
+
+
+def _only(table: dict[str, Any], known: Iterable[str], where: str) -> None:
+    known = tuple(known)
+    for key in table:
+        if key not in known:
+            raise UsageError(where + _unknown("setting", key, known))
+
+
+def _distinct(what: str, labels: list[str]) -> list[str]:
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{what} {twice!r} comes twice: give each a label of its own")
+    return labels
+
+
+def _file_name(name: str) -> str:
+    if not name or name.startswith(".") or not all(char.isalnum() or char in "._-" for char in name):
+        raise UsageError(f"name = {name!r}: letters, digits, '.', '_' and '-' alone, because a folder is called so")
+    return name
+
+
+def _unknown(what: str, value: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(value, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"there is no {what} {value!r}: {hint}there are {', '.join(known)}"

@@ -1,0 +1,74 @@
+"""FLOPs against counts made by hand, and which pattern ruled how many steps."""
+
+import pytest
+import torch
+
+from data.sources import load_source
+from evaluate.cost import StepFlops, steps_by_pattern
+from predictor.freezing.controller import FreezeEvent
+from tests.evaluate import toys
+
+UNIT = 10 * 2 * 64 * 64
+"""One product of six_linear: a batch of 10 through 64 x 64 weights, a multiplication and an addition each."""
+
+
+def counter(workload):
+    return StepFlops(workload, load_source(workload.source, train_samples=workload.recipe.train_samples))
+
+
+@pytest.mark.parametrize(
+    ("frozen", "units"),
+    [
+        (set(), 17),  # 6 forward, 6 for weights, 5 for inputs: the first layer passes nothing on
+        ({0, 1, 2}, 11),  # 6 forward, 3 for weights, 2 for inputs
+        ({2, 3, 4}, 14),  # a hole: 3 weights spared, all inputs passed through
+        ({0, 2, 4}, 13),  # 6 forward, 3 for weights, 4 for inputs
+        ({0, 1, 2, 3, 4}, 7),  # forward, and the head's weights
+    ],
+)
+def test_six_equal_layers_counted_by_hand(frozen, units):
+    assert counter(toys.six_linear())(frozenset(frozen)) == units * UNIT
+
+
+@pytest.mark.parametrize(("frozen", "share"), [({0, 1, 2}, 0.647), ({2, 3, 4}, 0.824), ({0, 2, 4}, 0.765)])
+def test_shares_that_are_known(frozen, share):
+    flops = counter(toys.six_linear())
+    assert flops(frozenset(frozen)) / flops(frozenset()) == pytest.approx(share, abs=5e-4)
+
+
+def test_attention_is_counted_though_the_cpu_fuses_it():
+    linear, products, head = 2 * 8 * 8 * 8, 2 * 8 * 8 * 8, 2 * 64 * 10
+    # linear: forward, weights. Attention: two products forward, four backward. Head: forward, weights, input.
+    assert counter(toys.attention())(frozenset()) == 10 * (2 * linear + 6 * products + 3 * head)
+
+
+def test_a_step_of_several_batches_costs_as_many():
+    one, three = (toys.six_linear().with_recipe(accumulate=n) for n in (1, 3))
+    assert counter(three)(frozenset()) == 3 * counter(one)(frozenset())
+
+
+def test_a_pattern_is_counted_once_and_random_numbers_stand_still():
+    built = []
+    workload = toys.six_linear()
+    make = workload.model
+    object.__setattr__(workload, "model", lambda source: built.append(1) or make(source))
+    flops = counter(workload)
+    state = torch.get_rng_state()
+    assert flops(frozenset({0})) == flops(frozenset({0}))
+    assert len(built) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def event(step, frozen):
+    return FreezeEvent(step, (), (), tuple(frozen), layers=5)
+
+
+def test_steps_by_pattern():
+    history = [event(0, [0]), event(4, [0, 1]), event(6, [0]), event(10, [0, 1, 2])]
+    # Steps 1-4 and 7-10 with {0}, 5-6 with {0, 1}; what froze after the last step ruled none.
+    assert steps_by_pattern(history, 10) == {frozenset({0}): 8, frozenset({0, 1}): 2}
+
+
+def test_steps_by_pattern_without_events():
+    assert steps_by_pattern([], 7) == {frozenset(): 7}
+    assert steps_by_pattern([], 0) == {}

@@ -1,0 +1,100 @@
+"""What the figures are drawn from: frozen spans, the Pareto front, colours and markers."""
+
+import re
+
+import pytest
+
+from evaluate.figures import frozen_share, frozen_spans, loss_plot, step_cost_plot, timeline_plots
+from evaluate.results import read_results
+from evaluate.statistics import compare
+from evaluate.svg import colour, drawn, marker, swatch
+from evaluate.tradeoff import Point, Span, overall_plot, pareto, workload_plot
+
+
+def frozen(write, trial, events, steps=100, layers=3):
+    freezes = [{"step": step, "froze": [], "thawed": [], "frozen": places} for step, places in events]
+    row = trial("a", "none", 0, freezes=freezes, steps=steps, layers=[f"layer {place}" for place in range(layers)])
+    return read_results(write([row])).trials[0]
+
+
+def test_spans_run_from_freeze_to_thaw(write, trial):
+    found = frozen(write, trial, [(10, [0]), (40, [0, 2]), (70, [2])])
+    assert frozen_spans(found) == [[(10, 70)], [], [(40, 100)]]
+    assert frozen_share(found) == pytest.approx((60 + 60) / 300)
+
+
+def test_a_layer_that_thaws_and_freezes_again_has_two_spans(write, trial):
+    assert frozen_spans(frozen(write, trial, [(0, [0]), (20, []), (60, [0])]))[0] == [(0, 20), (60, 100)]
+
+
+def test_a_training_that_stopped_early_ends_its_spans(write, trial):
+    assert frozen_spans(frozen(write, trial, [(10, [0]), (150, [0, 1])], steps=100)) == [[(10, 100)], [], []]
+    assert frozen_share(frozen(write, trial, [], steps=0)) == 0.0
+
+
+def test_the_pareto_front_holds_what_nothing_beats():
+    values = {"cheap": (1, 1), "worse": (2, 0.5), "good": (2, 3), "same cost": (2, 2), "dear": (5, 3), "best": (6, 4)}
+    points = [Point(0, name, Span(x, x, x), Span(y, y, y)) for name, (x, y) in values.items()]
+    assert [point.label for point in pareto(points)] == ["cheap", "good", "best"]
+    assert pareto([]) == []
+
+
+def test_forty_two_policies_and_the_baseline_look_different():
+    assert len({(colour(place), marker(place)) for place in range(43)}) == 43
+
+
+def test_titles_state_what_is_seen(folder):
+    results = read_results(folder)
+    rows = compare(results)
+    assert overall_plot(results, rows).title == "Not beaten in both accuracy and cost: shorter 0.7, smartfrz, none"
+    assert loss_plot(results, "digits-mlp").title == (
+        "Test loss ends lowest under none (0.31), highest under static 0.5 (0.341)"
+    )
+    assert "a step under smartfrz costs 4" in step_cost_plot(results, "fashion-resnet8").title
+    plots, idle = timeline_plots(results, "digits-mlp")
+    assert [plot.title.split(" kept ")[0] for plot in plots] == ["static 0.5", "linear", "smartfrz"]
+    assert plots[0].title == "static 0.5 kept 50 % of layers x steps frozen"
+    assert idle == ["none", "shorter 0.7"]
+
+
+def test_each_seed_has_a_panel_and_a_lost_one_says_so(folder):
+    plots, _ = timeline_plots(read_results(folder), "glosses-transformer")
+    linear = plots[1].svg
+    assert [f"seed {seed}" in linear for seed in range(3)] == [True] * 3
+    assert "seed 2, diverged" in linear
+
+
+def test_no_step_is_called_cheaper_that_is_not(write, trial):
+    rows = [trial("digits-mlp", policy, 0) for policy in ("none", "shorter 0.7")]
+    assert step_cost_plot(read_results(write(rows)), "digits-mlp").title == (
+        "Towards the end no policy's step is cheaper than one under none"
+    )
+
+
+def test_nothing_is_drawn_from_nothing(write, trial):
+    empty = {"curve": [], "step_cost": [], "freezes": [], "layers": [], "accuracy": None, "loss": None}
+    results = read_results(write([trial("a", "none", 0, status="failed", **empty)]))
+    assert loss_plot(results, "a") is None
+    assert step_cost_plot(results, "a") is None
+    assert timeline_plots(results, "a") == ([], [])
+    assert workload_plot(results, compare(results), "a") is None
+    assert overall_plot(results, compare(results)).title == "Nothing to compare yet"
+
+
+def test_figures_take_colours_and_fonts_from_the_page():
+    def draw(figure):
+        figure.add_subplot(title="#ab0011 costs 12.3456 $x^2$").plot([0, 1], [2, 3], color=colour(2))
+
+    svg = drawn(2.0, draw, 'a "title" & more')
+    assert svg.startswith('<svg viewBox="0 0 345.6 144" role="img" aria-label="a &quot;title&quot; &amp; more">')
+    assert "stroke: var(--c2)" in svg
+    assert "fill: currentColor" in svg
+    assert "font-family" not in svg
+    assert "<style" not in svg
+    assert "#ab0011 costs 12.3456 $x^2$" in svg  # text is left as it is
+    assert not re.search(r"\d\.\d{3,}", re.sub(r">[^<]*<", "><", svg))
+
+
+def test_swatches_show_the_policys_own_colour():
+    assert "var(--c0)" in swatch(0)
+    assert "var(--c3)" in swatch(3)

@@ -1,0 +1,88 @@
+"""The table in the terminal."""
+
+import pytest
+
+from evaluate.results import read_results
+from evaluate.table import plain, print_table, shortened, table
+
+
+def line_of(text, policy, after):
+    lines = text.splitlines()
+    return next(line for line in lines[lines.index(after) :] if line.startswith(f"  {policy} "))
+
+
+def test_every_workload_and_all_of_them_have_a_row_a_policy(folder):
+    text = table(read_results(folder), 200)
+    for title in ("digits-mlp", "fashion-resnet8", "glosses-transformer", "all workloads"):
+        for policy in ("none", "shorter 0.7", "static 0.5", "linear", "smartfrz"):
+            assert line_of(text, policy, title)
+
+
+def test_a_row_says_what_was_found(write, trial):
+    rows = [
+        trial("a", "none", 0, accuracy=0.90, cpu_seconds=100.0, flops=1000),
+        trial("a", "none", 1, accuracy=0.80, cpu_seconds=100.0, flops=1000),
+        trial("a", "fast", 0, accuracy=0.93, cpu_seconds=50.0, flops=250, policy_seconds=1.5, train_seconds=100.0),
+        trial("a", "fast", 1, accuracy=0.83, cpu_seconds=50.0, flops=250, policy_seconds=1.5, train_seconds=100.0),
+    ]
+    text = table(read_results(write(rows)), 200)
+    expected = "fast 88.00 ±7.07 +3.00 [+3.00, +3.00] as accurate 2.00x [2.00, 2.00] 25 % 1.5 % 2/2 0"
+    assert line_of(text, "fast", "a").split() == expected.split()
+    assert "CPU speedup" in text.splitlines()[2]
+    assert "ratio of CPU seconds" in text
+    assert "all workloads" not in text
+
+
+def test_with_one_trial_at_a_time_the_speedup_is_that_of_the_clock(write, rows):
+    text = table(read_results(write(rows, cost="train_seconds")), 200)
+    assert "CPU" not in text
+    assert "ratio of wall-clock seconds" in text
+
+
+def test_without_an_interval_the_table_says_so(write, trial):
+    text = table(read_results(write([trial("a", name, 0, accuracy=0.9) for name in ("none", "same")])), 200)
+    assert "+0.00 [?]" in line_of(text, "same", "a")
+    assert "cannot tell" in line_of(text, "same", "a")
+
+
+def test_what_was_left_out_is_listed(folder):
+    with (folder / "results.jsonl").open("a") as file:
+        file.write('{"trial_id": "cut sho')
+    suite = (folder / "suite.json").read_text()
+    (folder / "suite.json").write_text(suite.replace('"seeds": [0, 1, 2]', '"seeds": [0, 1, 2, 3]'))
+    text = table(read_results(folder), 200)
+    assert "diverged: glosses-transformer, linear, seed 2: loss is nan after step 480" in text
+    assert "not run: 15 of the suite's trials" in text
+    assert "left out: results.jsonl, line 46: cut short" in text
+    assert line_of(text, "linear", "glosses-transformer").split()[-2:] == ["2/4", "1"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_a_narrow_terminal_gets_the_columns_below_each_other(folder, width):
+    text = table(read_results(folder), width)
+    rows = text.split("\n\ndifference:")[0].splitlines()
+    assert max(map(len, rows)) <= width
+    assert sum(line.startswith("policy") for line in rows) > 1
+    assert all(name in text for name in ("accuracy %", "difference", "verdict", "CPU speedup", "FLOPs", "seeds", "div"))
+
+
+def test_labels_cannot_steer_the_terminal(write, trial, hostile):
+    rows = [trial("\x1b]0;title\x07", policy, 0) for policy in ("none", "\x1b[2J", "two\nlines", hostile)]
+    text = table(read_results(write(rows, name="\x1b[31mred")), 120)
+    assert not [char for char in text if not char.isprintable() and char != "\n"]
+    assert "\\x1b[2J" in text
+    assert "two\\nlines" in text
+
+
+def test_labels_are_cut_in_the_middle():
+    assert shortened("policy number 14", 16) == "policy number 14"
+    assert shortened("policy number 14", 10) == "policy… 14"
+    assert len(shortened("x" * 100, 17)) == 17
+    assert plain("a\tb") == "a\\tb"
+
+
+def test_a_terminal_of_another_encoding_is_printed_to(folder, monkeypatch, tmp_path):
+    with (tmp_path / "out").open("w", encoding="ascii") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        print_table(folder)
+    assert "smartfrz" in (tmp_path / "out").read_text()

@@ -1,0 +1,139 @@
+"""One trial: what it reports, that freezing is all it changes, and that a lost training loses nothing else."""
+
+import importlib.metadata
+import json
+
+import pytest
+import torch
+
+from collect.train import Hook, train
+from evaluate.trial import FreezeHook, build_workload, run_trial
+from predictor.errors import UsageError
+from predictor.policies import POLICIES, make_policy
+from predictor.policies.base import FreezePolicy
+from tests.evaluate import toys
+
+
+def trial(tmp_path, policy="none", seed=0, recipe=None, workload="tests.evaluate.toys:six_linear", **options):
+    payload = {
+        "row": {"trial_id": "t", "policy": policy},
+        "workload": {"name": workload, "source": None, "recipe": recipe or {}},
+        "policy": {"name": policy, "options": options},
+        "seed": seed,
+        "device": "cpu",
+    }
+    shares = []
+    result = run_trial(payload, tmp_path, shares.append)
+    json.dumps(result, allow_nan=False)  # strict JSON, whatever happened
+    return result | {"shares": shares}
+
+
+def scores(curve):
+    return [(row["step"], row["train_loss"], row["test_loss"], row["test_accuracy"]) for row in curve]
+
+
+def test_none_is_the_plain_training_bit_for_bit(tmp_path):
+    plain = train(toys.six_linear(), seed=1, device="cpu")
+    result = trial(tmp_path, seed=1)
+    assert scores(result["curve"]) == scores(plain.curve)
+    assert result["accuracy"] == plain.curve[-1]["test_accuracy"]
+    assert result["loss"] == plain.curve[-1]["test_loss"]
+
+
+def test_what_a_trial_reports(tmp_path):
+    result = trial(tmp_path, "static", layers=2)
+    assert (result["trial_id"], result["status"], result["error"]) == ("t", "finished", None)
+    assert (result["steps"], result["planned_steps"], result["parameters"]) == (20, 20, 6 * 64 * 64)
+    assert result["layers"] == ["1", "2", "3", "4", "5"]
+    assert [(event["step"], event["frozen"]) for event in result["freezes"]] == [(0, [0, 1])]
+    # 6 forward, 4 for weights, 3 for inputs, each 2 * 64 * 64 for each of 10 samples
+    step_flops = 13 * 10 * 2 * 64 * 64
+    assert result["patterns"] == [{"frozen": [0, 1], "step_flops": step_flops, "steps": 20}]
+    assert result["flops"] == 20 * step_flops
+    assert result["step_cost"][-1]["step"] == 20
+    assert 0 < result["policy_seconds"] < result["train_seconds"]
+    assert result["cpu_seconds"] > 0
+    assert (result["peak_memory_bytes"] is None) == (result["peak_memory_note"] is not None)
+    assert result["versions"]["torch"] == importlib.metadata.version("torch")
+    assert result["hardware"]["threads"] == torch.get_num_threads()
+    assert result["shares"][-1] == 1.0
+
+
+def test_freezing_is_what_changes_the_outcome(tmp_path):
+    frozen, plain = trial(tmp_path, "static", layers=4), trial(tmp_path)
+    assert scores(frozen["curve"]) != scores(plain["curve"])
+    assert frozen["flops"] < plain["flops"]
+
+
+def test_the_same_seed_gives_the_same_trial_and_another_another(tmp_path):
+    results = [trial(tmp_path, "linear", seed=seed) for seed in (5, 5, 6)]
+    assert scores(results[0]["curve"]) == scores(results[1]["curve"]) != scores(results[2]["curve"])
+    assert results[0]["freezes"] == results[1]["freezes"] != []
+
+
+def test_a_shorter_training_takes_fewer_steps_of_those_planned(tmp_path):
+    result = trial(tmp_path, "shorter", budget=0.75)
+    assert (result["steps"], result["planned_steps"]) == (15, 20)
+    assert result["status"] == "finished"
+
+
+def test_a_lost_training_is_recorded_as_such(tmp_path):
+    result = trial(tmp_path, "linear", recipe={"lr": 1e30}, start=0.0)
+    assert result["status"] == "diverged"
+    assert result["accuracy"] is None
+    assert result["loss"] is None
+    assert "no longer a finite number" in result["error"]
+    assert 0 < result["steps"] < 20
+    assert sum(pattern["steps"] for pattern in result["patterns"]) == result["steps"]
+
+
+class LastAlone(FreezePolicy):
+    """Freezes the last layer that can freeze."""
+
+    def decide(self, view):
+        return frozenset({len(view.layers) - 1})
+
+
+def test_a_policy_that_nobody_has_heard_of(tmp_path, monkeypatch):
+    monkeypatch.setitem(POLICIES, "made-up", LastAlone)
+    assert trial(tmp_path, "made-up")["patterns"][0]["frozen"] == [4]
+
+
+def test_the_log_says_what_a_freeze_saves(tmp_path, capsys):
+    trial(tmp_path, "static", layers=3)
+    assert "65% of a full step's FLOPs" in capsys.readouterr().out  # 11 of 17 products
+
+
+class StopAt(Hook):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, training):
+        if training.step == self.step:
+            training.stop("for the test")
+
+
+def test_a_frozen_training_goes_on_from_its_checkpoint_bit_for_bit(tmp_path):
+    def run(stop_at, name):
+        freezing = FreezeHook(make_policy("linear", start=0.1))
+        hooks = (freezing, StopAt(stop_at))
+        training = train(toys.six_linear(), seed=2, device="cpu", hooks=hooks, checkpoint=tmp_path / name)
+        return training, freezing.controller
+
+    whole, unbroken = run(10_000, "whole")
+    run(13, "broken")
+    resumed, controller = run(10_000, "broken")
+    assert resumed.status == "finished"
+    assert controller.history == unbroken.history
+    assert scores(resumed.curve) == scores(whole.curve)
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_build_workload_changes_source_and_recipe():
+    workload = build_workload("mlp-digits", "fashion", {"epochs": 2.0})
+    assert (workload.source, workload.recipe.epochs) == ("fashion", 2.0)
+    with pytest.raises(UsageError, match="did you mean 'epochs'"):
+        build_workload("mlp-digits", None, {"epoch": 2})
+    with pytest.raises(UsageError, match="epochs"):
+        build_workload("mlp-digits", None, {"epochs": "many"})

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from predictor.errors import FileFault, UsageError
+from predictor.errors import FileFault, unknown
 
 ASSETS = Path(__file__).parent / "assets"
 """The folder of the slices that are embedded in the checkout, with their licences."""
@@ -51,7 +51,7 @@ def data_root() -> Path:
 def folder_of(name: str) -> Path:
     """The folder with the files of the place called `name`. Raises FileFault with the cure where there is none."""
     if name not in PLACES:
-        raise UsageError(f"{name!r} is no known place: choose one of {', '.join(PLACES)}")
+        raise unknown("place", name, PLACES)
     place = PLACES[name]
     folder = place.find()
     if folder is None:

@@ -1,13 +1,13 @@
 """Suite files: which workloads are trained under which policies with which seeds, and how the results are judged."""
 
-import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from predictor.errors import FileFault, UsageError
+from collect.grid import suite_path
+from predictor.errors import FileFault, UsageError, unknown
 
 SUITES = Path(__file__).parent / "suites"
 
@@ -63,7 +63,7 @@ class Suite:
 
 def read_suite(name_or_path: str) -> Suite:
     """The suite of a name, or of a file of the user's own. Raises FileFault or UsageError that names what is wrong."""
-    path = _path_of(name_or_path)
+    path = suite_path(name_or_path, SUITES)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         return _suite(content)
@@ -71,16 +71,6 @@ def read_suite(name_or_path: str) -> Suite:
         raise FileFault(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:  # TOML's and Unicode's errors, and ours from below
         raise FileFault(f"{path}: {error}") from error
-
-
-def _path_of(name_or_path: str) -> Path:
-    own = Path(name_or_path)
-    if own.suffix == ".toml" or own.is_file():
-        return own
-    known = sorted(path.stem for path in SUITES.glob("*.toml"))
-    if name_or_path not in known:
-        raise UsageError(_unknown("suite", name_or_path, known) + ", and PATH.toml")
-    return SUITES / f"{name_or_path}.toml"
 
 
 def _suite(content: dict[str, Any]) -> Suite:
@@ -92,7 +82,7 @@ def _suite(content: dict[str, Any]) -> Suite:
     _distinct("workload", [entry.label for entry in workloads])
     labels = _distinct("policy", [entry.label for entry in policies])
     if baseline not in labels:
-        raise UsageError(_unknown("policy", baseline, labels) + ": the baseline must be one of the suite's policies")
+        raise UsageError(f"the baseline must be one of the suite's policies: {unknown('policy', baseline, labels)}")
     if not 0 <= margin < 1:
         raise UsageError(f"margin = {margin}: give a share of 1, such as 0.005 for half a percentage point")
     return Suite(_file_name(_typed(content, "name", str)), workloads, policies, _seeds(content), baseline, margin)
@@ -148,7 +138,7 @@ def _only(table: dict[str, Any], known: Iterable[str], where: str) -> None:
     known = tuple(known)
     for key in table:
         if key not in known:
-            raise UsageError(where + _unknown("setting", key, known))
+            raise UsageError(f"{where}{unknown('setting', key, known)}")
 
 
 def _distinct(what: str, labels: list[str]) -> list[str]:
@@ -162,9 +152,3 @@ def _file_name(name: str) -> str:
     if not name or name.startswith(".") or not all(char.isalnum() or char in "._-" for char in name):
         raise UsageError(f"name = {name!r}: letters, digits, '.', '_' and '-' alone, because a folder is called so")
     return name
-
-
-def _unknown(what: str, value: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(value, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"there is no {what} {value!r}: {hint}there are {', '.join(known)}"

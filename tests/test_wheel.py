@@ -1,5 +1,6 @@
 """The wheel holds the library alone, and works far from the checkout."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -30,7 +31,11 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(CHECKOUT)]
+    # A copy, because a build leaves its traces where it is made.
+    shutil.copytree(CHECKOUT / "predictor", folder / "source" / "predictor")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, folder / "source")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), folder / "source"]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(folder.glob("*.whl"))

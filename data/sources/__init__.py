@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from data.sources import images, text
 from data.sources.base import Batch, Source, Split
-from predictor.errors import UsageError
+from predictor.errors import unknown
 
 __all__ = ["SOURCES", "Batch", "Source", "Split", "load_source"]
 
@@ -42,5 +42,5 @@ def _load(name: str) -> Source:
 
         return image_folder(name.removeprefix("imagefolder:"))
     if name not in SOURCES:
-        raise UsageError(f"{name!r} is no known source: choose one of {', '.join(SOURCES)}, or imagefolder:PATH")
+        raise unknown("source", name, SOURCES, "imagefolder:PATH")
     return SOURCES[name]()

@@ -59,7 +59,13 @@ FIELDS: tuple[Field, ...] = (
     Field("seconds", ("T",), "<f8", "s", "training time until then, evaluation left out"),
     Field("weights", ("T", "L", "K"), "<f4", "1", "each layer's sampled weights, at positions that never change"),
     Field("gradient_norm", ("T", "L"), "<f4", "1", "Euclidean norm of the layer's gradient; NaN where there is none"),
-    Field("update_norm", ("T", "L"), "<f4", "1", "Euclidean distance from the snapshot before; NaN at step 0"),
+    Field(
+        "update_norm",
+        ("T", "L"),
+        "<f4",
+        "1",
+        "length of the last optimizer step, estimated from the sample; NaN at step 0",
+    ),
     Field("similarity", ("T", "L"), "<f4", "1", "CKA of the layer's output to the final network's; NaN where none"),
 )
 

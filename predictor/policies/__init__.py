@@ -1,10 +1,9 @@
 """Freezing methods by name, one file each."""
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
-from predictor.errors import UsageError
+from predictor.errors import UsageError, unknown
 from predictor.policies.base import FreezePolicy
 from predictor.policies.linear import LinearPolicy
 from predictor.policies.none import NonePolicy
@@ -27,9 +26,7 @@ def make_policy(name: str, **options: Any) -> FreezePolicy:
     Raises UsageError for a name or an option that does not exist, and for an option's value that cannot work.
     """
     if name not in POLICIES:
-        close = difflib.get_close_matches(name, POLICIES, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UsageError(f"there is no policy {name!r}: {hint}there are {', '.join(POLICIES)}")
+        raise unknown("policy", name, POLICIES)
     try:
         return POLICIES[name](**options)
     except TypeError as error:

@@ -95,7 +95,7 @@ def test_options_make_another_trial(tmp_path):
         (with_policy("shorter", budget=2.0), "budget=2.0"),
         (with_workload("mlp-digit"), "there is no workload 'mlp-digit': did you mean 'mlp-digits'"),
         (with_workload(epoch=3), "did you mean 'epochs'"),
-        (with_workload(source="digit"), "'digit' is no known source"),
+        (with_workload(source="digit"), "there is no source 'digit': did you mean 'digits'"),
         (with_workload(train_samples=10**9), "samples"),
     ],
 )

@@ -1,0 +1,1 @@
+"""The collector: trains many networks and records how their weights move."""

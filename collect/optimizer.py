@@ -1,0 +1,41 @@
+"""A recipe's optimizer and learning-rate schedule."""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from collect.workloads.recipe import Recipe
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
+    """One group over all parameters, in the model's order.
+
+    Freezing and resuming rely on that: a layer that freezes stays where it is, and state is found again by its place.
+    """
+    parameters = list(model.parameters())
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+    betas = (recipe.momentum, 0.999)
+    return torch.optim.AdamW(parameters, recipe.lr, betas, weight_decay=recipe.weight_decay)
+
+
+def make_scheduler(optimizer: Optimizer, recipe: Recipe, total_steps: int) -> LambdaLR:
+    """The recipe's schedule over `total_steps` optimizer steps."""
+    return LambdaLR(optimizer, lambda step: lr_share(step, total_steps, recipe))
+
+
+def lr_share(step: int, total_steps: int, recipe: Recipe) -> float:
+    """The share of `recipe.lr` with which step number `step` is taken, counted from 0.
+
+    The warm-up's last step is the first at full rate; the step after the last one would be at zero.
+    """
+    warm_steps = round(recipe.warmup * total_steps)
+    if step < warm_steps:
+        return (step + 1) / warm_steps
+    done = (step - warm_steps) / max(total_steps - warm_steps, 1)
+    if recipe.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1 - done if recipe.schedule == "linear" else 1.0

@@ -1,0 +1,110 @@
+"""What can be trained: a model, a source and a recipe under one name, or the user's own package.module:function."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from collect.workloads import (
+    convnext,
+    densenet,
+    mixer,
+    mlp,
+    mobilenet,
+    paper,
+    resnet,
+    textcnn,
+    texttransformer,
+    vgg,
+    vit,
+)
+from collect.workloads.recipe import Recipe, Workload
+from predictor.errors import UsageError, unknown
+
+__all__ = ["WORKLOADS", "Recipe", "Workload", "load_workload"]
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "mlp-fashion": mlp.mlp_fashion,
+    "vgg-fashion": vgg.vgg_fashion,
+    "resnet8-fashion": resnet.resnet8_fashion,
+    "resnet14-fashion": resnet.resnet14_fashion,
+    "resnet20-fashion": resnet.resnet20_fashion,
+    "mobilenet-fashion": mobilenet.mobilenet_fashion,
+    "densenet-fashion": densenet.densenet_fashion,
+    "mixer-fashion": mixer.mixer_fashion,
+    "convnext-fashion": convnext.convnext_fashion,
+    "vit-fashion": vit.vit_fashion,
+    "textcnn-glosses": textcnn.textcnn_glosses,
+    "texttransformer-glosses": texttransformer.texttransformer_glosses,
+    "mlp-digits": mlp.mlp_digits,
+    "vgg-digits": vgg.vgg_digits,
+    "resnet8-digits": resnet.resnet8_digits,
+    "mobilenet-digits": mobilenet.mobilenet_digits,
+    "densenet-digits": densenet.densenet_digits,
+    "mixer-digits": mixer.mixer_digits,
+    "convnext-digits": convnext.convnext_digits,
+    "vit-digits": vit.vit_digits,
+    "resnet50-cifar10": partial(paper.on_cifar, "resnet50", "cifar10"),
+    "resnet50-cifar100": partial(paper.on_cifar, "resnet50", "cifar100"),
+    "resnet50-imagefolder": partial(paper.on_folder, "resnet50"),
+    "vgg11-cifar10": partial(paper.on_cifar, "vgg11", "cifar10"),
+    "vgg11-cifar100": partial(paper.on_cifar, "vgg11", "cifar100"),
+    "vgg11-imagefolder": partial(paper.on_folder, "vgg11"),
+    "mobilenetv2-cifar10": partial(paper.on_cifar, "mobilenetv2", "cifar10"),
+    "mobilenetv2-cifar100": partial(paper.on_cifar, "mobilenetv2", "cifar100"),
+    "mobilenetv2-imagefolder": partial(paper.on_folder, "mobilenetv2"),
+    "deit-tiny-cifar10": partial(paper.on_cifar, "deit-tiny", "cifar10"),
+    "deit-tiny-cifar100": partial(paper.on_cifar, "deit-tiny", "cifar100"),
+    "deit-tiny-imagefolder": partial(paper.on_folder, "deit-tiny"),
+}
+"""Every workload by name. The times in their descriptions are those of one thread of a 2020s server CPU."""
+
+
+def load_workload(name: str) -> Workload:
+    """The workload called `name`.
+
+    name: a key of `WORKLOADS`; or one that ends in "-imagefolder", a colon and a folder; or the user's own function
+        that takes nothing and returns a Workload, as "package.module:function".
+
+    Raises UsageError, naming what there is, when there is none.
+    """
+    known, _, rest = name.partition(":")
+    if known not in WORKLOADS:
+        return _own(name)
+    workload = WORKLOADS[known]()
+    if workload.source == "imagefolder":
+        if not rest:
+            raise UsageError(f"{name}: say which folder, as in {name}:/data/imagenet")
+        workload = replace(workload, name=name, source=f"imagefolder:{rest}")
+    elif rest:
+        raise UsageError(f"{name}: {known} takes nothing behind a colon")
+    return _documented(workload, WORKLOADS[known])
+
+
+def _own(name: str) -> Workload:
+    """A workload from a user's function."""
+    module_name, _, function_name = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
+        raise unknown("workload", name, WORKLOADS, "package.module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(
+            f"workload {name!r}: importing {module_name} fails ({error}): run from the folder that holds it, or set "
+            "PYTHONPATH"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UsageError(f"workload {name!r}: {module_name} has no function {function_name}")
+    workload = function()
+    if not isinstance(workload, Workload):
+        raise UsageError(f"workload {name!r}: the function returns {workload!r}: return a collect.workloads.Workload")
+    return _documented(workload, function)
+
+
+def _documented(workload: Workload, function: Callable[[], Workload]) -> Workload:
+    """The workload with the first line of its function's docstring as its `doc`, where it has none of its own."""
+    if workload.doc:
+        return workload
+    return replace(workload, doc=(inspect.getdoc(function) or "").split("\n")[0])

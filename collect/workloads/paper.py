@@ -1,0 +1,124 @@
+"""The networks of the SmartFRZ paper's experiments on images, from torchvision and timm; they want a GPU.
+
+The paper's own hyperparameters are not known to us: these are the usual recipes of each network.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from collect.workloads.recipe import Recipe, Workload, image_shape
+from data.sources.base import Source
+from predictor.errors import UsageError
+
+_SMALL = 64
+"""Images below this height get the stem that is usual for CIFAR: it keeps their resolution."""
+
+
+def resnet50(source: Source) -> nn.Module:
+    """Torchvision's ResNet-50; for small images with a 3x3 stem of stride 1 and no pooling behind it."""
+    model: nn.Module = _package("torchvision.models").resnet50(num_classes=source.classes)
+    if _small(source):
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    return model
+
+
+def vgg11(source: Source) -> nn.Module:
+    """Torchvision's VGG-11 with BatchNorm; for small images with one linear layer behind the convolutions."""
+    model: nn.Module = _package("torchvision.models").vgg11_bn(num_classes=source.classes)
+    if _small(source):
+        model.avgpool = nn.AdaptiveAvgPool2d(1)
+        model.classifier = nn.Linear(512, source.classes)
+    return model
+
+
+def mobilenetv2(source: Source) -> nn.Module:
+    """Torchvision's MobileNetV2; for small images its first two halvings are left out."""
+    model: nn.Module = _package("torchvision.models").mobilenet_v2(num_classes=source.classes)
+    if _small(source):
+        for name in ("features.0.0", "features.2.conv.1.0"):
+            convolution = model.get_submodule(name)
+            convolution.stride = (1, 1)  # type: ignore[assignment]
+    return model
+
+
+def deit_tiny(source: Source) -> nn.Module:
+    """DeiT-Tiny from timm, without distillation, for images of the source's size; small ones in patches of 4x4."""
+    timm = _package("timm")
+    size = image_shape(source)[1:]
+    patch = 4 if _small(source) else 16
+    model: nn.Module = timm.create_model(
+        "deit_tiny_patch16_224", num_classes=source.classes, img_size=size, patch_size=patch
+    )
+    return model
+
+
+_MODELS = {
+    "resnet50": ("resnet", resnet50),
+    "vgg11": ("vgg", vgg11),
+    "mobilenetv2": ("mobilenet", mobilenetv2),
+    "deit-tiny": ("vit", deit_tiny),
+}
+_CIFAR = {
+    "resnet50": Recipe(epochs=200, batch_size=128, lr=0.1, warmup=0.025, augment=True),
+    "vgg11": Recipe(epochs=200, batch_size=128, lr=0.05, warmup=0.025, augment=True),
+    "mobilenetv2": Recipe(epochs=200, batch_size=128, lr=0.1, warmup=0.025, augment=True),
+    "deit-tiny": Recipe(
+        epochs=200,
+        batch_size=128,
+        optimizer="adamw",
+        lr=5e-4,
+        weight_decay=0.05,
+        warmup=0.05,
+        label_smoothing=0.1,
+        clip_norm=1.0,
+        augment=True,
+    ),
+}
+_FOLDER = {
+    "resnet50": Recipe(
+        epochs=90, batch_size=256, lr=0.1, weight_decay=1e-4, warmup=0.055, label_smoothing=0.1, augment=True
+    ),
+    "vgg11": Recipe(epochs=90, batch_size=256, lr=0.05, weight_decay=1e-4, warmup=0.055, augment=True),
+    "mobilenetv2": Recipe(epochs=150, batch_size=256, lr=0.05, weight_decay=4e-5, warmup=0.033, augment=True),
+    "deit-tiny": Recipe(
+        epochs=300,
+        batch_size=256,
+        accumulate=4,
+        optimizer="adamw",
+        lr=1e-3,
+        weight_decay=0.05,
+        warmup=0.017,
+        label_smoothing=0.1,
+        clip_norm=1.0,
+        augment=True,
+    ),
+}
+
+
+def on_cifar(model: str, source: str) -> Workload:
+    """One of the four networks on "cifar10" or "cifar100"."""
+    family, build = _MODELS[model]
+    return Workload(f"{model}-{source}", family, build, source, _CIFAR[model], f"{model} on {source}; wants a GPU")
+
+
+def on_folder(model: str) -> Workload:
+    """One of the four networks on a folder of images: `load_workload("resnet50-imagefolder:/data/imagenet")`."""
+    family, build = _MODELS[model]
+    doc = f"{model} on a folder of images, named behind a colon; wants a GPU"
+    return Workload(f"{model}-imagefolder", family, build, "imagefolder", _FOLDER[model], doc)
+
+
+def _small(source: Source) -> bool:
+    return image_shape(source)[1] < _SMALL
+
+
+def _package(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.split(".")[0]
+        raise UsageError(f"this workload's network comes from {package}: pip install {package}") from error

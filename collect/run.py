@@ -1,0 +1,104 @@
+"""One run of a gathering, in the process of its slot: trained, recorded, compared, written."""
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from collect.grid import RunConfig
+from collect.provenance import provenance
+from collect.recorder import Recorder
+from collect.similarity import Similarity
+from collect.train import Training, train
+from data.trajectories.store import GatherFolder
+from data.trajectories.trajectory import Trajectory
+from data.trajectories.writer import write_runs
+from predictor.errors import FileFault, UsageError
+
+_LOCK_SECONDS = 20.0
+
+
+def record_run(payload: dict[str, Any], folder: Path, progress: Callable[[float], None]) -> dict[str, Any]:
+    """Train and record the run of `payload`, write its file into the gather folder, and return its outcome.
+
+    payload: `config` of the run (`RunConfig.as_dict`), its `id`, `device`, and `checkpoint_seconds`.
+    """
+    files, run_id = GatherFolder(folder), payload["id"]
+    run = RunConfig.from_dict(payload["config"])
+    recorder, similarity = Recorder(run.sampling), Similarity(run.sampling, run.probe)
+    with _alone(files.log(run_id)):
+        training = _go_on_or_start_over(
+            lambda: train(
+                run.workload,
+                seed=run.seed,
+                hooks=(recorder, similarity),
+                device=payload["device"],
+                checkpoint=files.checkpoint(run_id),
+                checkpoint_seconds=payload["checkpoint_seconds"],
+                progress=lambda step, total: progress(step / total),
+            ),
+            files.checkpoint(run_id),
+        )
+        trajectory = Trajectory(
+            run_id=run_id,
+            config={**payload["config"], "total_steps": training.total_steps},
+            provenance=provenance(),
+            outcome=outcome_of(training),
+            similarity_TL=similarity.similarity_TL,
+            **recorder.fields(),
+        )
+        write_runs(files.run(run_id), [trajectory])
+        remove_checkpoint(files, run_id)
+    print(f"outcome: {trajectory.outcome}")
+    return trajectory.outcome
+
+
+def outcome_of(training: Training) -> dict[str, Any]:
+    """What became of a training: the part `outcome` of its trajectory. Diverged: no final accuracy and loss."""
+    last = training.curve[-1] if training.status == "finished" else {}
+    return {
+        "status": training.status,
+        "final_accuracy": last.get("test_accuracy"),
+        "final_loss": last.get("test_loss"),
+        "train_seconds": training.train_seconds,
+        "cpu_seconds": training.cpu_seconds,
+        "steps": training.step,
+        "curve": training.curve,
+    }
+
+
+def remove_checkpoint(files: GatherFolder, run_id: str) -> None:
+    """Remove what a run went on from, and what a kill left of one that was being written."""
+    path = files.checkpoint(run_id)
+    for file in (path, path.with_name(path.name + ".part")):
+        file.unlink(missing_ok=True)
+
+
+def _go_on_or_start_over(attempt: Callable[[], Training], checkpoint: Path) -> Training:
+    try:
+        return attempt()
+    except FileFault as fault:
+        if not checkpoint.exists():
+            raise
+        # A checkpoint is worth minutes: what is wrong with it is not worth the user's time.
+        print(f"{fault}\nstarting over")
+        checkpoint.unlink()
+        return attempt()
+
+
+@contextlib.contextmanager
+def _alone(log: Path) -> Iterator[None]:
+    """Hold the run against other processes: one that outlives its killed parent for a moment, or a second gather."""
+    with log.open("a") as file:
+        end = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    raise UsageError("another gather is at this run: wait for it, or choose another --out") from None
+                time.sleep(0.1)
+        yield

@@ -1,0 +1,104 @@
+"""The process behind a slot: takes jobs as JSON lines on its input, answers on its output, ends with its parent.
+
+Its input ends when the parent closes it, and also when the parent is killed: either way this process is gone at once.
+"""
+
+import gc
+import importlib
+import json
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from predictor.errors import UsageError
+
+_SECONDS_BETWEEN_REPORTS = 0.25
+
+
+def main() -> None:
+    """Do jobs for ever."""
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    _point_output_at(Path(os.devnull))  # only answers go to the parent, whatever a job prints
+    orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(orders.put,), daemon=True).start()
+    while True:
+        answers.write(_line(_answer(orders.get(), answers.write)))
+
+
+def _listen(take: Callable[[dict[str, Any]], None]) -> None:
+    for line in sys.stdin.buffer:
+        take(json.loads(line))
+    os._exit(1)  # the main thread may be deep in a training: no clean-up of its own would end it
+
+
+def _prepare() -> None:
+    """Pin the threads, before each job: the one before may have changed them."""
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_flush_denormal(True)
+
+
+def _answer(order: dict[str, Any], write: Callable[[bytes], object]) -> dict[str, Any]:
+    try:
+        _point_output_at(Path(order["log"]))
+        _prepare()
+        print(f"=== {datetime.now().astimezone().isoformat(timespec='seconds')} {order['title']}", flush=True)
+        module, function = order["target"].split(":")
+        job = getattr(importlib.import_module(module), function)
+        answer = {"done": job(order["payload"], Path(order["folder"]), _reporter(write))}
+        _line(answer)  # what cannot be written as JSON fails here, inside the job
+        return answer
+    except Exception as error:  # whatever a job raises is the job's failure, and must not end the slot
+        traceback.print_exc()
+        kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
+        return {"failed": f"{kind}{error}".strip().replace("\n", " ")}
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        _clean_up()
+
+
+def _reporter(write: Callable[[bytes], object]) -> Callable[[float], None]:
+    last = time.monotonic()
+
+    def report(share: float) -> None:
+        nonlocal last
+        if time.monotonic() - last > _SECONDS_BETWEEN_REPORTS:
+            last = time.monotonic()
+            write(_line({"share": float(share)}))
+
+    return report
+
+
+def _line(answer: dict[str, Any]) -> bytes:
+    return json.dumps(answer).encode() + b"\n"
+
+
+def _point_output_at(path: Path) -> None:
+    """Send everything that this process prints, from Python or below it, to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+
+
+def _clean_up() -> None:
+    """Give back what the job held, so that the next one starts as the first did."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+import copy
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from collect.similarity import ProbeSpec, Similarity, by_sample, cka_to_last, gram, hsic1, upper_triangle
+from collect.train import Hook, Training, train
+from collect.workloads import Recipe, Workload
+from data.sources.base import Source
+from predictor.errors import UsageError
+from predictor.freezing.layers import layers_of
+from predictor.sampling import SampleSpec
+from tests.collect.tiny import TinyNet, tiny_source, tiny_workload
+
+SPEC = SampleSpec(weights=8, snapshots=6)
+PROBE = ProbeSpec(samples=9, features=2048)
+
+
+def tiny_train(*hooks: Hook, workload: Workload | None = None, **options: Any) -> Training:
+    return train(workload or tiny_workload(), seed=0, hooks=hooks, device="cpu", source=tiny_source(test=12), **options)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def off_diagonal(gram_BB: Tensor) -> Tensor:
+    return gram_BB - torch.diag(torch.diag(gram_BB))
+
+
+def plain_hsic(gram_BB: Tensor, other_BB: Tensor) -> float:
+    """The U-statistic by its definition: the mean over all ordered choices of four different samples."""
+    terms = [
+        gram_BB[i, j] * (other_BB[i, j] + other_BB[q, r] - 2 * other_BB[i, q])
+        for i, j, q, r in itertools.permutations(range(len(gram_BB)), 4)
+    ]
+    return float(sum(terms) / len(terms))
+
+
+def plain_cka(x_BF: Tensor, y_BF: Tensor) -> float:
+    """Unbiased CKA with the formula as METHODS writes it: full matrices, and no centring."""
+    n, one = len(x_BF), torch.ones(len(x_BF), dtype=torch.float64)
+
+    def hsic(k: Tensor, m: Tensor) -> Tensor:
+        product = (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2))
+        return (torch.trace(k @ m) + product - 2 / (n - 2) * (one @ k @ m @ one)) / (n * (n - 3))
+
+    k, m = off_diagonal(x_BF.double() @ x_BF.double().T), off_diagonal(y_BF.double() @ y_BF.double().T)
+    return float(hsic(k, m) / (hsic(k, k) * hsic(m, m)).sqrt())
+
+
+def cka(x_BF: Tensor, y_BF: Tensor) -> float:
+    triangles_TP = torch.stack([upper_triangle(gram(features)) for features in (x_BF, y_BF)])
+    return cka_to_last(triangles_TP, len(x_BF))[0].item()
+
+
+def test_hsic1_is_the_unbiased_estimate() -> None:
+    k, m = random(6, 3) @ random(6, 3).T, random(6, 2, seed=1) @ random(6, 2, seed=1).T
+    assert hsic1(off_diagonal(k), off_diagonal(m)).item() == pytest.approx(plain_hsic(k, m), rel=1e-10)
+
+
+def test_hsic1_by_hand() -> None:
+    """n = 4, K = L = 1 for the pairs 12 and 34: tr 4, product 4 * 4 / 6, cross 2/2 * 4; (4 + 8/3 - 4) / 4."""
+    k = torch.zeros(4, 4, dtype=torch.float64)
+    k[0, 1] = k[1, 0] = k[2, 3] = k[3, 2] = 1.0
+    assert hsic1(k, k).item() == pytest.approx(2 / 3, rel=1e-12)
+
+
+def test_the_broadcast_bug_would_be_seen() -> None:
+    """`K - torch.diag(K)` subtracts a row vector from every row: another number."""
+    x_BF, y_BF = random(8, 5), random(8, 5, seed=1)
+    k, m = x_BF @ x_BF.T, y_BF @ y_BF.T
+    bug = hsic1(k - torch.diag(k), m - torch.diag(m))
+    assert abs(hsic1(off_diagonal(k), off_diagonal(m)) - bug) > 0.1 * abs(bug)
+
+
+def test_cka_against_the_plain_formula() -> None:
+    x_BF, y_BF = random(10, 7), random(10, 7) + 0.5 * random(10, 7, seed=1)
+    assert cka(x_BF, y_BF) == pytest.approx(plain_cka(x_BF, y_BF), rel=1e-9)
+    assert 0.3 < cka(x_BF, y_BF) < 0.99
+
+
+def test_what_cka_does_not_see() -> None:
+    x_BF = random(10, 6)
+    turned_BF = x_BF @ torch.linalg.qr(random(6, 6, seed=1)).Q
+    assert cka(x_BF, x_BF) == pytest.approx(1.0, abs=1e-12)
+    assert cka(x_BF, 3.0 * turned_BF + 5.0) == pytest.approx(1.0, abs=1e-10)
+
+
+def test_cka_is_unbiased() -> None:
+    """Independent features, many more than samples: 0 on average, where the plain estimate gives nearly 1."""
+    values = [cka(random(12, 500, seed=seed), random(12, 500, seed=1000 + seed)) for seed in range(30)]
+    assert abs(np.mean(values)) < 0.1
+    x_BF, y_BF = random(12, 500), random(12, 500, seed=1000)
+    x_BF, y_BF = x_BF - x_BF.mean(0), y_BF - y_BF.mean(0)
+    assert (y_BF.T @ x_BF).norm() ** 2 / ((x_BF.T @ x_BF).norm() * (y_BF.T @ y_BF).norm()) > 0.8
+
+
+def test_float32_features_far_from_zero_lose_nothing() -> None:
+    x_BF, y_BF = random(16, 40), random(16, 40) + random(16, 40, seed=1)
+    assert cka((x_BF + 300).float(), (y_BF - 300).float()) == pytest.approx(plain_cka(x_BF, y_BF), abs=1e-4)
+
+
+@pytest.mark.parametrize("constant", [torch.zeros(8, 5), torch.full((8, 5), 0.1) + torch.arange(5) * 1.1])
+def test_an_output_that_is_the_same_for_all_samples_has_no_similarity(constant: Tensor) -> None:
+    assert math.isnan(cka(constant, random(8, 5).float()))
+    assert math.isnan(cka(random(8, 5).float(), constant))
+
+
+def test_outputs_of_many_kinds() -> None:
+    x_BTC = torch.arange(24.0).view(2, 3, 4)
+    rows = x_BTC.reshape(2, 12)
+    for output in (x_BTC, (x_BTC, None), [x_BTC], {"hidden": x_BTC}, ((x_BTC,), 1), x_BTC.reshape(6, 4)):
+        features_BF = by_sample(output, 2)
+        assert features_BF is not None
+        assert torch.equal(features_BF, rows)
+    turned_BF = by_sample(x_BTC.transpose(0, 1), 2)  # tokens first: 3 x 2 x 4
+    assert turned_BF is not None
+    assert torch.equal(turned_BF, rows)
+    for nothing in (None, (), {}, torch.tensor(1.0), torch.zeros(2, 0), torch.zeros(5, 3), "text"[:0]):
+        assert by_sample(nothing, 2) is None
+
+
+class Networks(Hook):
+    """The plain twin: keeps a copy of the network at each snapshot, and the inputs."""
+
+    def on_start(self, training: Training) -> None:
+        self.inputs = training.source.probe(PROBE.samples)
+        self.networks = [copy.deepcopy(training.model)]
+
+    def on_step(self, training: Training) -> None:
+        if SPEC.due(training.step, training.total_steps):
+            self.networks.append(copy.deepcopy(training.model))
+
+    def outputs(self, layer: int) -> list[Tensor]:
+        found = []
+        for network in self.networks:
+            network.eval()
+            module = layers_of(network)[layer].modules[-1]
+            module.register_forward_hook(lambda _module, _inputs, output: found.append(output.detach().flatten(1)))
+            network(self.inputs)
+        return found
+
+
+def test_every_snapshot_against_networks_that_were_kept() -> None:
+    similarity, twin = Similarity(SPEC, PROBE), Networks()
+    tiny_train(similarity, twin)
+    assert similarity.similarity_TL.shape == (7, 2)
+    assert similarity.similarity_TL.dtype == np.float32
+    for layer in range(2):
+        outputs = twin.outputs(layer)
+        expected = [plain_cka(output, outputs[-1]) for output in outputs]
+        assert similarity.similarity_TL[:, layer] == pytest.approx(expected, abs=1e-4)
+    assert similarity.similarity_TL[-1].tolist() == [1.0, 1.0]
+    assert similarity.similarity_TL[0, 1] < 0.99
+
+
+class Untouched(Hook):
+    """Compares what a probe must leave alone, before and after: it stands on both sides of the probe."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[Any]] = []
+
+    def on_step(self, training: Training) -> None:
+        modes = [module.training for module in training.model.modules()]
+        buffers = [buffer.clone() for buffer in training.model.buffers()]
+        hooks = [len(module._forward_hooks) for module in training.model.modules()]
+        gradients = [parameter.grad.clone() for parameter in training.model.parameters()]
+        self.seen.append([modes, buffers, hooks, gradients, torch.get_rng_state()])
+
+
+class DropoutAlways(nn.Dropout):
+    """Draws random numbers in evaluation mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.p, training=True)
+
+
+class Noisy(TinyNet):
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.dropout = DropoutAlways(0.2)
+
+
+def test_a_probe_leaves_everything_as_it_was() -> None:
+    before, after = Untouched(), Untouched()
+    workload = tiny_workload(Noisy)
+
+    class FreezeNorm(Hook):
+        def on_start(self, training: Training) -> None:
+            training.model.norm.eval()  # as a frozen layer would be
+
+    probed = tiny_train(FreezeNorm(), before, Similarity(SPEC, PROBE), after, workload=workload)
+    for ours, theirs in zip(before.seen, after.seen, strict=True):
+        assert ours[0] == theirs[0]
+        assert ours[2] == theirs[2]
+        for first, second in zip([*ours[1], *ours[3], ours[4]], [*theirs[1], *theirs[3], theirs[4]], strict=True):
+            assert torch.equal(first, second)
+    assert False in before.seen[0][0]
+    unprobed = tiny_train(FreezeNorm(), workload=workload)
+    for first, second in zip(probed.model.state_dict().values(), unprobed.model.state_dict().values(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_the_probe_is_not_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = []
+
+    def probe(self: Similarity, training: Training) -> Tensor:
+        seconds.append([training.train_seconds, training.cpu_seconds])
+        sum(range(100_000))
+        assert [training.train_seconds, training.cpu_seconds] == seconds[-1]
+        return torch.zeros(2, 36)
+
+    monkeypatch.setattr(Similarity, "_probe", probe)
+    tiny_train(Similarity(SPEC, PROBE))
+    assert len(seconds) == 7
+
+
+def test_at_most_so_many_features_at_positions_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr("collect.similarity.gram", lambda features_BF: seen.append(features_BF) or gram(features_BF))
+    similarity, twin = Similarity(SPEC, ProbeSpec(samples=9, features=50)), Networks()
+    tiny_train(similarity, twin)
+    outputs = twin.outputs(0)
+    assert outputs[0].shape == (9, 256)
+    places = None
+    for features_BF, output_BF in zip(seen[::2], outputs, strict=True):
+        assert features_BF.shape == (9, 50)
+        found = [place for place in range(256) if any(torch.equal(output_BF[:, place], f) for f in features_BF.T)]
+        places = set(found) if places is None else places & set(found)
+    assert places is not None
+    assert 50 <= len(places) < 80  # some columns have twins
+
+
+def test_memory_is_half_a_gram_matrix_a_layer_a_snapshot() -> None:
+    class Look(Hook):
+        def on_step(self, training: Training) -> None:
+            self.state = similarity.state_dict()["triangles"]
+
+    similarity, look = Similarity(SPEC, PROBE), Look()
+    tiny_train(similarity, look)
+    assert len(look.state) == 0  # let go of at the end
+    similarity = Similarity(SPEC, PROBE)
+    similarity.on_start(tiny_train())
+    (triangle_LP,) = similarity.state_dict()["triangles"]
+    assert triangle_LP.shape == (2, 9 * 8 // 2)
+    assert triangle_LP.dtype == torch.float32
+
+
+class Stop(Hook):
+    def on_step(self, training: Training) -> None:
+        if training.step == 8 and not self.resumed:
+            training.stop("enough")
+
+    def __init__(self, resumed: bool) -> None:
+        self.resumed = resumed
+
+
+def test_a_broken_off_run_goes_on_exactly(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.pt"
+    whole, resumed = Similarity(SPEC, PROBE), Similarity(SPEC, PROBE)
+    tiny_train(whole, Stop(True))
+    tiny_train(Similarity(SPEC, PROBE), Stop(False), checkpoint=file, checkpoint_seconds=1e9)
+    tiny_train(resumed, Stop(True), checkpoint=file, checkpoint_seconds=1e9)
+    np.testing.assert_array_equal(resumed.similarity_TL, whole.similarity_TL)
+
+
+def test_a_run_that_diverges_has_no_similarity() -> None:
+    similarity = Similarity(SPEC, PROBE)
+    assert tiny_train(similarity, workload=tiny_workload(lr=1e30, warmup=0.0)).status == "diverged"
+    assert np.isnan(similarity.similarity_TL).all()
+    assert similarity.similarity_TL.shape[1] == 2
+
+
+class Attending(nn.Module):
+    """Attention that gives tuples, PyTorch's encoder with its fast path, a part that is never called, and the head."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.patches = nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+        self.unused = nn.Linear(8, 8)
+        self.head = nn.Linear(8, source.classes)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_TBC = self.patches(x_BCHW.flatten(1, 2)).transpose(0, 1)
+        x_TBC = x_TBC + self.attention(x_TBC, x_TBC, x_TBC)[0]
+        logits: Tensor = self.head(self.encoder(x_TBC.transpose(0, 1)).mean(dim=1))
+        return logits
+
+
+def test_attention_encoders_and_parts_that_are_never_called() -> None:
+    workload = Workload("attending", "vit", Attending, "tiny", Recipe(epochs=1, batch_size=4, lr=0.05))
+    similarity = Similarity(SPEC, PROBE)
+    training = tiny_train(similarity, workload=workload)
+    names = [layer.name for layer in training.layers]
+    known = ~np.isnan(similarity.similarity_TL).any(axis=0)
+    assert dict(zip(names, known.tolist(), strict=True)) == {name: name != "unused" for name in names}
+    assert len(names) > 4
+
+
+def test_too_few_samples() -> None:
+    with pytest.raises(UsageError, match="at least 4"):
+        ProbeSpec(samples=3)
+    with pytest.raises(UsageError, match="tiny has 3 test samples"):
+        train(tiny_workload(), seed=0, hooks=(Similarity(SPEC),), device="cpu", source=tiny_source(test=3))

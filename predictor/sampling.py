@@ -70,6 +70,11 @@ def _weights_of(layer: Layer) -> list[nn.Parameter]:
 def _draw(size: int, spec: SampleSpec, place: int) -> Tensor:
     # A generator of its own: drawing must not move the training's random numbers.
     generator = torch.Generator().manual_seed(spec.seed * 1_000_003 + place)
+    if size > 16 * spec.weights:  # a permutation of a hundred million weights takes seconds and a gigabyte
+        drawn: dict[int, None] = {}
+        while len(drawn) < spec.weights:
+            drawn.update(dict.fromkeys(torch.randint(size, (spec.weights,), generator=generator).tolist()))
+        return torch.tensor(list(drawn)[: spec.weights])
     order = torch.randperm(size, generator=generator)[: spec.weights]
     return order.repeat(-(-spec.weights // len(order)))[: spec.weights]
 

@@ -28,6 +28,13 @@ def test_positions_are_drawn_once_and_follow_the_weights():
     assert len(first.unique()) == 16
 
 
+def test_positions_in_a_large_layer_are_distinct_and_lie_all_over_it():
+    values = LayerSampler([layer_of((1000, 100))], SampleSpec(weights=1000)).sample(0)
+    assert len(values.unique()) == 1000
+    assert values.mean() == pytest.approx(50_000, rel=0.06)
+    assert values.max() > 99_000
+
+
 def test_two_samplers_of_one_spec_agree_and_of_another_seed_do_not():
     layers = [layer_of((10, 10)), layer_of((10, 10))]
     first, second = (LayerSampler(layers, SampleSpec(weights=16)).sample_all() for _ in range(2))

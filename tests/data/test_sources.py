@@ -179,7 +179,9 @@ def test_generators_of_near_numbers_are_unrelated() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"there is no source 'mnist': did you mean 'mnist-5k'. there are digits, .*imagefolder:PATH"):
+    with pytest.raises(
+        UsageError, match=r"there is no source 'mnist': did you mean 'mnist-5k'. there are digits, .*imagefolder:PATH"
+    ):
         load_source("mnist")
 
 

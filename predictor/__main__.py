@@ -1,0 +1,256 @@
+"""`python -m predictor train | tune | show`: train a freeze predictor on trajectories, search settings, read a file."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from predictor import cli
+from predictor.errors import DivergedError, FileFault, UsageError
+from predictor.tracking import add_wandb_flag, start_tracker
+
+if TYPE_CHECKING:
+    from predictor.attention import PredictorConfig
+    from predictor.fit import FitConfig, FitResult
+    from predictor.sampling import SampleSpec
+    from predictor.windows import WindowSet
+
+_DATA = Path("runs/trajectories.h5")
+_OUT = Path("runs/predictor.safetensors")
+_STUDY = Path("runs/tune")
+_LABEL_FLAGS = ("label_threshold", "label_dip", "learn_threshold")
+# What a trial of `tune` does not choose itself.
+_FIXED = ("epochs", "patience", "epoch_windows", "validation", "test", "split_seed", "seed", "device")
+_LEARN_THRESHOLDS = (0.95, 0.97, 0.99)
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    flags = _parser().parse_args(arguments)
+    if getattr(flags, "settings", None):
+        # Before the user's own flags, which so have the last word.
+        flags = _parser().parse_args([arguments[0], *_flags_in(flags.settings), *arguments[1:]])
+    commands = {"train": _train, "tune": _tune, "show": _show}
+    try:
+        return commands[flags.command](flags)
+    except DivergedError as error:
+        raise UsageError(str(error)) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m predictor", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | tune | show")
+    train = commands.add_parser("train", help="from trajectories to a predictor file, with held-out figures")
+    _add_data_flags(train)
+    train.add_argument("--out", type=Path, default=_OUT, help="the file to write (default: %(default)s)")
+    train.add_argument("--settings", type=Path, help="settings that `tune` found; flags given here go before them")
+    text = "also train without each family in turn and test on it: does the predictor transfer? (default: yes)"
+    train.add_argument("--transfer", action=argparse.BooleanOptionalAction, default=True, help=text)
+    train.add_argument(
+        "--learn-threshold", type=float, help="learn from labels of this CKA, but be judged by the others"
+    )
+    cli.add_fields(train, "predictor/attention.py", "PredictorConfig")
+    cli.add_fields(train, "predictor/fit.py", "FitConfig")
+    tune = commands.add_parser("tune", help="search for better settings with Optuna; going on where it was killed")
+    _add_data_flags(tune)
+    tune.add_argument("--out", type=Path, default=_STUDY, help="folder of the study (default: %(default)s)")
+    cli.add_fields(tune, "predictor/search.py", "TuneConfig")
+    cli.add_fields(tune, "predictor/fit.py", "FitConfig", only=_FIXED)
+    show = commands.add_parser("show", help="what a predictor file is and how well it does")
+    show.add_argument("file", type=Path, nargs="?", default=_OUT, help="(default: %(default)s)")
+    return parser
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    text = "trajectory files or gather folders (default: runs/trajectories.h5)"
+    parser.add_argument("--data", type=Path, nargs="+", default=[_DATA], metavar="PATH", help=text)
+    text = "a layer may freeze once its CKA to the final network stays at least this high (default: %(default)s)"
+    parser.add_argument("--label-threshold", type=float, default=0.98, help=text)
+    text = "how far it may fall below that again (default: %(default)s)"
+    parser.add_argument("--label-dip", type=float, default=0.0, help=text)
+    add_wandb_flag(parser)
+
+
+def _flags_in(path: Path) -> list[str]:
+    """The settings of a file as flags."""
+    from predictor.attention import PredictorConfig
+    from predictor.fit import FitConfig
+
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        known = {*_LABEL_FLAGS, *(field.name for kind in (PredictorConfig, FitConfig) for field in fields(kind))}
+        if unknown := sorted(set(settings) - known):
+            raise FileFault(f"{path}: no settings of a predictor: {', '.join(unknown)}")
+        return [_flag(name, value) for name, value in settings.items() if value is not None]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, FileFault):
+            raise
+        raise FileFault(f"{path}: no settings ({error}): give a file that `python -m predictor tune` wrote") from error
+
+
+def _flag(name: str, value: Any) -> str:
+    dashed = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{dashed}" if value else f"--no-{dashed}"
+    return f"--{dashed}={value}"
+
+
+def _train(flags: argparse.Namespace) -> None:
+    from predictor.attention import PredictorConfig
+    from predictor.fit import FitConfig, fit
+
+    if flags.out.suffix != _OUT.suffix:
+        raise UsageError(f"--out {flags.out}: name a file that ends in {_OUT.suffix}")
+    config, settings = cli.from_flags(PredictorConfig, flags), cli.from_flags(FitConfig, flags)
+    _use_one_thread()
+    windows, spec = _read(flags, config.window)
+    if config.weights > spec.weights:
+        print(f"weights: {config.weights} asked for, {spec.weights} recorded: taking those")
+        config = replace(config, weights=spec.weights)
+    learn_from = None if flags.learn_threshold is None else _relabelled(flags, windows, flags.learn_threshold)
+    with start_tracker("train", flags.wandb, flags.out.with_suffix(""), _told(flags)) as tracker:
+        result = fit(windows, spec, config, settings, learn_from=learn_from, tracker=tracker)
+        card = _card(flags, windows, result, settings)
+        _finish(flags, windows, learn_from, result, config, settings, card)
+        figures = {f"test_{name}": value for name, value in card["test"]["overall"]["attention"].items()}
+        tracker.log(figures, len(result.fitted.history))
+
+
+def _finish(
+    flags: argparse.Namespace,
+    windows: "WindowSet",
+    learn_from: "WindowSet | None",
+    result: "FitResult",
+    config: "PredictorConfig",
+    settings: "FitConfig",
+    card: dict[str, Any],
+) -> None:
+    """Judge, draw, write and print. The file is written before the long part, so that breaking it off loses nothing."""
+    from tqdm import tqdm
+
+    from predictor import plots
+    from predictor.attention import save_predictor
+    from predictor.card import figures_text
+    from predictor.files import write_json
+    from predictor.heldout import held_out, transfer
+
+    folder = flags.out.with_suffix("")
+    card["test"] = held_out(windows, result, settings, learn_from)
+    save_predictor(flags.out, result.file(card))
+    plots.learning_curve(result.fitted.history, result.fitted.best_epoch, folder / "learning_curve.png")
+    plots.calibration_curve(card["test"]["calibration"], folder / "calibration.png")
+    if flags.transfer:
+        card["transfer"] = transfer(
+            windows,
+            result.split,
+            config,
+            settings,
+            learn_from=learn_from,
+            watch=lambda families: tqdm(families, desc="leaving a family out", unit="family"),
+        )
+        save_predictor(flags.out, result.file(card))
+    plots.families(card["test"], card.get("transfer"), folder / "families.png")
+    runs = {part: [windows.runs[place].run_id for place in places] for part, places in asdict(result.split).items()}
+    write_json(folder / "metrics.json", {**card, "split": runs, "history": result.fitted.history})
+    print(f"\n{figures_text(card)}\n")
+    print(
+        f"epoch {result.fitted.best_epoch} of {len(result.fitted.history)} kept; freezes from probability "
+        f"{result.threshold:.4f}, where at most {settings.false_freeze:.1%} of the freezes on the validation runs are "
+        f"false\nwritten: {flags.out}, and plots and metrics.json in {folder}/"
+    )
+
+
+def _card(
+    flags: argparse.Namespace, windows: "WindowSet", result: "FitResult", settings: "FitConfig"
+) -> dict[str, Any]:
+    from predictor.card import provenance, training_data
+
+    return {
+        "labels": {name: getattr(flags, name) for name in _LABEL_FLAGS},
+        "data": training_data(windows, asdict(result.split), [path.name for path in flags.data]),
+        "training": {
+            **asdict(settings),
+            "best_epoch": result.fitted.best_epoch,
+            "epochs": len(result.fitted.history),
+            "fit_seconds": result.fitted.fit_seconds,
+        },
+        "provenance": provenance(),
+    }
+
+
+def _tune(flags: argparse.Namespace) -> None:
+    from predictor import plots
+    from predictor.fit import FitConfig
+    from predictor.search import Task, TuneConfig
+    from predictor.tune import BEST_FILE, tune
+
+    config, settings = cli.from_flags(TuneConfig, flags), cli.from_flags(FitConfig, flags)
+    _use_one_thread()
+    windows, _ = _read(flags, window=3)
+    others = [threshold for threshold in _LEARN_THRESHOLDS if threshold != flags.label_threshold]
+    labelled = {flags.label_threshold: windows, **{t: _relabelled(flags, windows, t) for t in others}}
+    labels = {"label_threshold": flags.label_threshold, "label_dip": flags.label_dip}
+    task = Task(labelled, labels, config, settings)
+    with start_tracker("tune", flags.wandb, flags.out, _told(flags)) as tracker:
+        study = tune(task, flags.out, tracker=tracker)
+    drawn = plots.study(study, flags.out)
+    default = study.get_trials(deepcopy=False)[0].value
+    print(
+        f"best of {len(study.trials)} trials: {config.score} {study.best_value:.3f} on families left out "
+        f"(the default settings: {'n/a' if default is None else f'{default:.3f}'}), by these settings:"
+    )
+    print("\n".join(f"  {name} {value}" for name, value in sorted(study.best_params.items())))
+    print(f"plots: {', '.join(str(path) for path in drawn) or 'none, too few trials'}")
+    print(f"next: python -m predictor train --settings {flags.out / BEST_FILE}")
+
+
+def _show(flags: argparse.Namespace) -> None:
+    from predictor.attention import fingerprint, load_predictor
+    from predictor.card import show
+
+    file = load_predictor(flags.file)
+    print(f"{flags.file} (sha256 {fingerprint(flags.file)}...)\n{show(file)}")
+
+
+def _read(flags: argparse.Namespace, window: int) -> "tuple[WindowSet, SampleSpec]":
+    from data.trajectories.labels import LabelRule
+    from data.trajectories.windows import spec_of, trajectories_in, windows_from
+
+    rule = LabelRule(flags.label_threshold, flags.label_dip)
+    windows = windows_from(flags.data, window, rule)
+    spec = spec_of(next(trajectories_in(flags.data)))
+    families = sorted({run.family for run in windows.runs})
+    print(
+        f"{', '.join(map(str, flags.data))}: {len(windows.runs)} finished runs of {len(families)} families "
+        f"({', '.join(families)}), {len(windows):,} windows, {windows.labels_N.double().mean():.1%} of them freezable"
+    )
+    return windows, spec
+
+
+def _relabelled(flags: argparse.Namespace, windows: "WindowSet", threshold: float) -> "WindowSet":
+    """The same windows with labels of another threshold; the weights are shared."""
+    from data.trajectories.labels import LabelRule
+    from data.trajectories.windows import windows_from
+
+    others = windows_from(flags.data, windows.window, LabelRule(threshold, flags.label_dip)).runs
+    pairs = zip(windows.runs, others, strict=True)
+    return replace(windows, runs=tuple(replace(run, labels_TL=other.labels_TL) for run, other in pairs))
+
+
+def _told(flags: argparse.Namespace) -> dict[str, Any]:
+    """The flags as JSON can say them."""
+    return {name: value if isinstance(value, int | float | None) else str(value) for name, value in vars(flags).items()}
+
+
+def _use_one_thread() -> None:
+    """These tensors are so small that threads gain nothing, and on cores that are busy they lose much."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+if __name__ == "__main__":
+    cli.run(main)

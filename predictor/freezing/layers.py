@@ -1,20 +1,27 @@
 """The freezable layers of a model, front to back. The head is never one of them."""
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from predictor.errors import UsageError
-
-# Modules whose own parameters and those of their children are one weight.
-_WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+from predictor.freezing.grouping import grouped
+from predictor.freezing.known import own_examples
+from predictor.freezing.parts import parts_of, unwrapped
+from predictor.freezing.trace import Order, definition_order, traced_order
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What freezes together: modules in execution order, and the parameters that they hold."""
+    """What freezes together: modules in execution order, and the parameters that they hold.
+
+    Modules that contain others come first, the outermost foremost; the last module is the one that computes last.
+    """
 
     name: str
     modules: tuple[nn.Module, ...]
@@ -30,100 +37,107 @@ class Layer:
         return sum(parameter.numel() for parameter in self.own)
 
 
-def layers_of(model: nn.Module, patterns: Sequence[str] | None = None) -> tuple[Layer, ...]:
-    """The layers of `model` that may freeze, in the order in which the model defines them.
+def layers_of(
+    model: nn.Module,
+    example: object = None,
+    *,
+    granularity: Literal["layer", "block"] = "layer",
+    patterns: Sequence[str] | None = None,
+) -> tuple[Layer, ...]:
+    """The layers of `model` that may freeze, in the order in which its forward pass uses them.
 
-    A layer starts at each module that holds a weight of two or more dimensions (convolution, linear, embedding,
-    attention) and takes along what follows up to the next: normalization, activation, dropout. Normalization before
-    the first weight goes to the first layer. A parameter that a container holds itself (class token, position
-    embedding, layer scale) goes to the first layer inside that container. Modules that share a parameter are one layer.
-    The last layer is the head and is left out, and so is everything tied to it.
+    **The rule.** A layer starts where a module that holds a weight of two or more dimensions (convolution, linear,
+    embedding, attention) is first used. All else goes to the layer before it: norms, activations, dropout, parameters
+    that a container holds itself (class token, position embedding, layer scale, table of relative positions). What
+    comes before the first goes to the first. So whatever is used before a layer belongs to the layers in front of it,
+    and when those are frozen the backward pass ends there.
 
-    patterns: glob patterns over module names, one layer a pattern, front to back (`["stem*", "blocks.0*", ...]`), for
-        those who want other layers. What no pattern names never freezes.
+    **Used again.** The first use counts: while a parameter trains, the backward pass goes back to there. For the same
+    reason modules that share a parameter are one layer, at the place of the first of them. Only a module without
+    parameters that several layers call (one dropout for all) goes to the last: it stays on until all are frozen.
 
-    Raises UsageError when fewer than two layers are found, or when a pattern matches nothing.
+    **Never used** in the pass (auxiliary classifiers, which run in training alone): a module and its parameters are
+    left out and train on; a container's own parameter (a mask token) goes to the first layer inside that container.
+
+    **The head** is left out, and so is everything tied to it: the module with weights that runs last; any other whose
+    output leaves the model and feeds no weights; and what the model itself says is its head (timm's `get_classifier`,
+    Transformers' output embeddings and all that it puts behind its base model). A pooler inside the base model is
+    pretrained, and a layer. With tied word embeddings the embedding trains on, and the backward pass never ends early.
+
+    example: inputs to run `model` with once, on its device: a tensor, a tuple of inputs, or a dict of named ones.
+        The model, its buffers, modes and the random generators are afterwards as they were; its own hooks run. Without
+        one, a model of timm or Transformers runs on one small input that its configuration describes: the forward
+        passes of both are known to change nothing, and that costs less than a training step. Any other model does not
+        run unasked, nor does one that is sharded: then the order of definition is taken for that of execution.
+    granularity: "layer", or "block" for groups of them: those that the model itself names (timm's `group_matcher`),
+        or what stands in its lists of modules (`encoder.layer.3`, `layer1.0`).
+    patterns: glob patterns over module names, one layer a pattern, front to back (`["stem*", "blocks.0.*", ...]`), for
+        those who want other layers. A module goes to the first that names it; what none names never freezes.
+
+    Names are those inside DDP and `torch.compile`. Warns when a model of timm or Transformers cannot be run. Raises
+    UsageError when there is no layer before the head, when weights are not made yet, when `model` cannot be called with
+    `example`, and when a pattern matches nothing or nothing is left to train.
     """
+    model = unwrapped(model)
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise UsageError(f"{type(model).__name__} has lazy modules without weights yet: call it with a batch first")
+    if granularity not in ("layer", "block"):
+        raise UsageError(f'granularity={granularity!r}: give "layer" or "block"')
     if patterns is not None:
+        if example is not None or granularity == "block":
+            raise UsageError("patterns name the layers and their order: leave out example and granularity")
         return _by_pattern(model, patterns)
-    layers = _merge_tied(_weights_in_order(model))
-    if len(layers) < 2:
+    parts = parts_of(model)
+    groups = grouped(model, parts, _order_of(model, parts, example), blocks=granularity == "block")
+    if not groups:
         raise UsageError(
-            f"{type(model).__name__} has {len(layers)} layer(s) with weights: freezing needs at least one before the "
-            "head; pass layers=layers_of(model, patterns=[...]) to name them"
+            f"{type(model).__name__} has no layer with weights but its head and what is tied to it: freezing needs at "
+            "least one before the head; pass layers=layers_of(model, patterns=[...]) to name them"
         )
-    return tuple(layers[:-1])
+    return tuple(Layer(group.name, group.modules, group.parameters) for group in groups)
 
 
-def _weights_in_order(model: nn.Module) -> list[Layer]:
-    names: list[str] = []
-    modules: list[list[nn.Module]] = []
-    waiting: list[nn.Module] = []
-    for name, module in _leaves(model):
-        if any(parameter.dim() >= 2 for parameter in module.parameters()):
-            names.append(name)
-            modules.append([*waiting, module])
-            waiting = []
-        elif modules:
-            modules[-1].append(module)
-        else:
-            waiting.append(module)
-    own = _parameters_of(model, modules)
-    return [Layer(*row) for row in zip(names, map(tuple, modules), own, strict=True)]
-
-
-def _leaves(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules without children, or that count as a whole, in the order of definition, each once."""
-    seen: set[int] = set()
-    stack = [(name, module)]
-    while stack:
-        name, module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        children = [] if isinstance(module, _WHOLE) else list(module.named_children())
-        if not children:
-            yield name, module
-        stack += [(f"{name}.{child}" if name else child, part) for child, part in reversed(children)]
-
-
-def _parameters_of(model: nn.Module, modules: list[list[nn.Module]]) -> list[tuple[nn.Parameter, ...]]:
-    """The parameters of each layer: those of its modules, and those of containers that it comes first in."""
-    place = {id(module): layer for layer, group in enumerate(modules) for module in group}
-    own: list[dict[int, nn.Parameter]] = [{} for _ in modules]
-    for module in model.modules():
-        layer = place.get(id(module))
-        if layer is None:
-            layer = next((place[id(part)] for part in module.modules() if id(part) in place), None)
-        if layer is not None:
-            held = module.parameters() if id(module) in place else module.parameters(recurse=False)
-            own[layer].update((id(parameter), parameter) for parameter in held)
-    return [tuple(part.values()) for part in own]
-
-
-def _merge_tied(layers: list[Layer]) -> list[Layer]:
-    """Layers that share a parameter become one, at the place of the last: only there is the parameter done with."""
-    merged: list[Layer] = []
-    for layer in layers:
-        ids = {id(parameter) for parameter in layer.own}
-        tied = [earlier for earlier in merged if ids & {id(parameter) for parameter in earlier.own}]
-        if tied:
-            merged = [earlier for earlier in merged if earlier not in tied]
-            parts = [*tied, layer]
-            own = {id(parameter): parameter for part in parts for parameter in part.own}
-            modules = tuple(module for part in parts for module in part.modules)
-            layer = Layer("+".join(part.name for part in parts), modules, tuple(own.values()))
-        merged.append(layer)
-    return merged
+def _order_of(model: nn.Module, parts: Iterable[nn.Module], example: object) -> Order:
+    if example is not None:
+        try:
+            return traced_order(model, parts, example)
+        except Exception as error:
+            raise UsageError(
+                f"{type(model).__name__} cannot be called with this example ({type(error).__name__}: {error}): give a "
+                "tensor, a tuple of inputs or a dict of named ones, on the model's device"
+            ) from error
+    fault: Exception | None = None
+    for own in own_examples(model):
+        try:
+            return traced_order(model, parts, own)
+        except Exception as error:
+            fault = error
+    if fault is not None:
+        # Not silent: layers out of order cost no accuracy, but they may save nothing.
+        warnings.warn(
+            f"{type(model).__name__} could not be run to see in which order its layers run ({type(fault).__name__}: "
+            f"{fault}); they are in the order of definition. Pass layers=layers_of(model, example)",
+            stacklevel=3,
+        )
+    return definition_order(model, parts)
 
 
 def _by_pattern(model: nn.Module, patterns: Sequence[str]) -> tuple[Layer, ...]:
-    layers, taken = [], set[int]()
+    layers: list[Layer] = []
+    parameters, modules = set[int](), set[nn.Module]()
     for pattern in patterns:
-        modules = [module for name, module in model.named_modules() if name and fnmatch.fnmatchcase(name, pattern)]
-        own = {id(p): p for module in modules for p in module.parameters() if id(p) not in taken}
+        named = [m for name, m in model.named_modules() if name and fnmatch.fnmatchcase(name, pattern)]
+        parts = dict.fromkeys(part for module in named for part in module.modules())
+        inside = [part for part in parts if modules.isdisjoint(part.modules())]
+        own = {id(p): p for module in named for p in module.parameters() if id(p) not in parameters}
         if not own:
-            raise UsageError(f"{pattern!r} names no module with parameters of its own: see model.named_modules()")
-        taken |= own.keys()
-        layers.append(Layer(pattern, tuple(modules), tuple(own.values())))
+            raise UsageError(
+                f"{pattern!r} names no module with parameters that no pattern before it has named: see "
+                "model.named_modules()"
+            )
+        parameters |= own.keys()
+        modules.update(inside)
+        layers.append(Layer(pattern, tuple(inside), tuple(own.values())))
+    if all(id(parameter) in parameters for parameter in model.parameters()):
+        raise UsageError("the patterns name all of the model: leave out its head, which has to train on")
     return tuple(layers)

@@ -54,12 +54,17 @@ class LayerSampler:
     def sample(self, layer: int) -> Tensor:
         """The sampled weights of one layer now: weights_K, float32, on the layer's device."""
         pairs = zip(self._parameters[layer], self._positions[layer], strict=True)
-        parts = [parameter.take(position).float() for parameter, position in pairs if position.numel()]
+        parts = [_whole(parameter).take(position).float() for parameter, position in pairs if position.numel()]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def sample_all(self) -> Tensor:
         """Every layer's sampled weights now: weights_LK, float32."""
         return torch.stack([self.sample(layer) for layer in range(len(self._parameters))])
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    """The parameter itself, or all of it where FSDP2 has it in pieces on several machines."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def _weights_of(layer: Layer) -> list[nn.Parameter]:

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from predictor.errors import UsageError
 from predictor.freezing.freeze import freeze, is_frozen, thaw
 from predictor.freezing.layers import Layer, layers_of
+from predictor.freezing.parts import unwrapped
+from predictor.freezing.wrappers import GradientWatch, follow, forget_compiled, refuse_unfit
 from predictor.policies.base import FreezePolicy, View
 
 
@@ -53,11 +55,15 @@ class FreezeController:
 
     To resume: make model, optimizer (over all parameters) and controller as at the start, then load the state of each.
 
-    model: any module. optimizer: one, or several, over all parameters. total_steps: optimizer steps of the whole
-    training. layers: those that may freeze, front to back; by default `layers_of(model)`.
+    model: any module, as it is called in the loop: inside DDP or `torch.compile` too, which then keep up with what is
+    frozen. optimizer: one, or several, over all parameters. total_steps: optimizer steps of the whole training. layers:
+    those that may freeze, front to back; by default `layers_of(model)`. agree: where several processes train one model,
+    makes one process's answer that of all, given the answer and the number of layers; by default that of the first
+    process where `model` is DDP or sharded.
 
     Raises UsageError when total_steps is below 1, when a layer's parameter belongs to no optimizer, when the policy
-    names a layer that does not exist, or when a frozen parameter gets gradients again.
+    names a layer that does not exist, when what is around the model cannot freeze layers while it trains (DeepSpeed,
+    FSDP1, DDP with a static graph, reentrant checkpointing), and when gradients no longer reach a layer that trains.
     """
 
     def __init__(
@@ -68,23 +74,30 @@ class FreezeController:
         *,
         total_steps: int,
         layers: Sequence[Layer] | None = None,
+        agree: Callable[[frozenset[int], int], frozenset[int]] | None = None,
     ) -> None:
         if total_steps < 1:
             raise UsageError(f"total_steps={total_steps}: give the number of optimizer steps of the whole training")
-        self.model = model
+        self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        refuse_unfit(model, self._optimizers)
+        self.model = unwrapped(model)
+        """The model itself, without what is wrapped around it."""
         self.policy = policy
         self.layers = tuple(layers_of(model) if layers is None else layers)
         self.total_steps = total_steps
         self.history: list[FreezeEvent] = []
         self.seconds = 0.0
         """Wall-clock seconds spent in here so far, decisions included."""
-        self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self.agree: Callable[[frozenset[int], int], frozenset[int]] = _as_it_is
         self._frozen: frozenset[int] = frozenset()
         self._step = 0
-        self._listeners: list[Callable[[FreezeEvent], None]] = []
+        self._listeners: list[Callable[[FreezeEvent], None]] = [forget_compiled]
+        self._watch = GradientWatch(self.layers, self._optimizers)
         self._reset_seen = False
         self._check_optimizers()
-        policy.bind(model, self._optimizers[0], self.layers)
+        follow(self, model)
+        self.agree = agree or self.agree
+        policy.bind(self.model, self._optimizers[0], self.layers)
         self._timed(self._decide)
 
     @property
@@ -102,7 +115,7 @@ class FreezeController:
         return self._timed(self._advance)
 
     def on_change(self, callback: Callable[[FreezeEvent], None]) -> None:
-        """Call `callback` after each change: the place to re-wrap DDP or to reset a compiled model."""
+        """Call `callback` after each change, also after one that comes from loading a state."""
         self._listeners.append(callback)
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,7 +147,8 @@ class FreezeController:
             )
         self._step = state["step"]
         self.history = [FreezeEvent(**_tuples(event)) for event in state["history"]]
-        self._apply(frozenset(state["frozen"]))
+        if self._frozen != frozenset(state["frozen"]):
+            self._change(frozenset(state["frozen"]))
         self.policy.load_state_dict(state["policy"])
 
     def close(self) -> None:
@@ -144,6 +158,7 @@ class FreezeController:
     def _advance(self) -> FreezeEvent | None:
         self._step += 1
         self._hold()
+        self._watch.check(self.view.active)
         self.policy.observe(self.view)
         return self._decide() if self._step % self.policy.every == 0 else None
 
@@ -155,18 +170,23 @@ class FreezeController:
                 f"{type(self.policy).__name__} wants to freeze layer {outside[0]} of {len(self.layers)}: "
                 "places run from 0 to one less"
             )
+        wanted = self.agree(wanted, len(self.layers))
         if wanted == self._frozen:
             return None
-        before = self._frozen
-        self._apply(wanted)
+        return self._change(wanted, note=True)
+
+    def _change(self, wanted: frozenset[int], note: bool = False) -> FreezeEvent:
         event = FreezeEvent(
             self._step,
-            tuple(sorted(wanted - before)),
-            tuple(sorted(before - wanted)),
+            tuple(sorted(wanted - self._frozen)),
+            tuple(sorted(self._frozen - wanted)),
             tuple(sorted(wanted)),
             len(self.layers),
         )
-        self.history.append(event)
+        self._apply(wanted)
+        self._watch.start(self.view.active)
+        if note:
+            self.history.append(event)
         for listener in self._listeners:
             listener(event)
         return event
@@ -211,6 +231,10 @@ class FreezeController:
             return action()
         finally:
             self.seconds += time.perf_counter() - start
+
+
+def _as_it_is(wanted: frozenset[int], layers: int) -> frozenset[int]:
+    return wanted
 
 
 def _plain(event: FreezeEvent) -> dict[str, Any]:

@@ -1,0 +1,228 @@
+"""What stands around a model while it trains, and what each of it needs when the frozen set changes.
+
+- `torch.compile`: compiled code is thrown away at each change. It was made for one pattern of gradients; PyTorch makes
+  it anew for a few other patterns and then falls back to eager for good.
+- `DistributedDataParallel`: the process that comes first decides for all, and the buckets of gradients are built anew,
+  over what still trains. So less is communicated, and nobody waits for gradients that do not come.
+- FSDP2 (`fully_shard`): the process that comes first decides for all. Nothing else.
+- AMP: nothing, but for an optimizer that has become wholly frozen: see `has_gradients`.
+- Activation checkpointing: `use_reentrant=False`. The other kind is refused, at the start where it can be seen, and
+  otherwise once gradients stay away: see `GradientWatch`.
+- FSDP1, DeepSpeed and DDP with `static_graph=True` cannot follow, and are refused.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from predictor.errors import UsageError
+from predictor.freezing.layers import Layer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+_REFUSED = {
+    "FullyShardedDataParallel": "FSDP1 wants all of a unit's parameters to train or none, and returns no memory: use "
+    "FSDP2, torch.distributed.fsdp.fully_shard(module)",
+    "DeepSpeedEngine": "DeepSpeed fixes what trains when it starts: use DDP or FSDP2 (fully_shard)",
+    "DeepSpeedZeroOptimizer": "DeepSpeed fixes what trains when it starts: use DDP or FSDP2 (fully_shard)",
+    "DeepSpeedOptimizerWrapper": "DeepSpeed fixes what trains when it starts: use DDP or FSDP2 (fully_shard)",
+}
+_REENTRANT = (
+    "reentrant activation checkpointing gives no gradients to a layer that trains behind a frozen one: checkpoint with "
+    "use_reentrant=False"
+)
+_PATIENCE = 3
+"""Steps without gradients after which they are taken to be lost; a layer that is left out at random may miss some."""
+
+
+class Changing(Protocol):
+    """What is followed: a FreezeController."""
+
+    agree: Callable[[frozenset[int], int], frozenset[int]]
+
+    @property
+    def frozen(self) -> frozenset[int]:
+        """Places of the layers frozen now."""
+
+    def on_change(self, callback: Callable[[Any], None]) -> None:
+        """Call `callback` after each change."""
+
+
+def follow(controller: Changing, model: nn.Module) -> None:
+    """Have what is wrapped around a model keep up with a controller's frozen set.
+
+    A controller follows the model that it was given. Only what is wrapped around it later is given here, by every
+    process alike:
+
+        controller = FreezeController(net, optimizer, policy, total_steps=steps)
+        model = DistributedDataParallel(net)
+        follow(controller, model)
+
+    Raises UsageError for what cannot keep up, with the cure.
+    """
+    refuse_unfit(model)
+    for wrapper in _wrappers(model):
+        if isinstance(wrapper, DistributedDataParallel):
+            controller.agree = Agreement(wrapper.process_group)
+            controller.on_change(partial(_rebuild, wrapper))
+            if controller.frozen:
+                _rebuild(wrapper)
+    mesh = next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
+    if mesh is not None:
+        controller.agree = Agreement(_group_of(mesh))
+
+
+def refuse_unfit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
+    """Raise UsageError where something in or around a model cannot follow a frozen set that changes."""
+    for module in (*model.modules(), *optimizers):
+        for kind in type(module).__mro__:
+            if kind.__name__ in _REFUSED:
+                raise UsageError(f"{kind.__name__} cannot freeze layers while it trains: {_REFUSED[kind.__name__]}")
+        if isinstance(module, DistributedDataParallel):
+            _refuse_unfit_ddp(module)
+        if _is_reentrant(module):
+            raise UsageError(f"{type(module).__name__}: {_REENTRANT}")
+
+
+def forget_compiled(event: object = None) -> None:
+    """Throw away what `torch.compile` made, so that it is made anew for what trains now."""
+    if "torch._dynamo" in sys.modules:  # otherwise nothing was compiled, and its import is slow
+        torch.compiler.reset()
+
+
+def has_gradients(optimizer: Optimizer) -> bool:
+    """Whether any of an optimizer's parameters has a gradient.
+
+    With a GradScaler and several optimizers, one of which may become wholly frozen, step only those that have any:
+
+        for optimizer in optimizers:
+            if has_gradients(optimizer):
+                scaler.step(optimizer)      # else: AssertionError, No inf checks were recorded for this optimizer
+        scaler.update()
+    """
+    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
+
+
+class Agreement:
+    """Makes the answer of a group's first process that of all. Called by all of them, each with its own answer.
+
+    group: the processes; by default all that there are.
+    """
+
+    def __init__(self, group: "ProcessGroup | None" = None) -> None:
+        self._group: Any = group
+        # Over the CPU, so that no training waits for its GPU to see what was decided.
+        if "cpu" not in dist.get_backend_config(group):
+            ranks = dist.get_process_group_ranks(group)
+            self._group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+
+    def __call__(self, wanted: frozenset[int], layers: int) -> frozenset[int]:
+        """What the first process wants frozen, of so many layers."""
+        chosen_L = torch.zeros(layers, dtype=torch.uint8)
+        chosen_L[sorted(wanted)] = 1
+        dist.broadcast(chosen_L, group=self._group, group_src=0)
+        return frozenset(chosen_L.nonzero().flatten().tolist())
+
+
+class GradientWatch:
+    """Sees that gradients reach the layers that train, in the first steps after a change.
+
+    Reentrant checkpointing inside somebody's `forward` cannot be seen from outside. Its effect can: the first layer
+    behind the frozen ones has no gradient any more, while the head has, and would stand still without a word.
+    """
+
+    def __init__(self, layers: Sequence[Layer], optimizers: Sequence[Optimizer]) -> None:
+        self._layers = layers
+        self._optimizers = optimizers
+        self._had: frozenset[int] = frozenset()
+        self._left = 0
+        self._missed = 0
+
+    def start(self, active: Sequence[int]) -> None:
+        """Watch the next steps; `active` are the layers that train from here on, front to back."""
+        self._had = frozenset(filter(self._has_gradient, active))
+        self._left = _PATIENCE
+        self._missed = 0
+
+    def check(self, active: Sequence[int]) -> None:
+        """Call after each step, while gradients stand. Raises UsageError when they have stayed away."""
+        if not self._left or not active or not any(map(has_gradients, self._optimizers)):
+            return  # where there are no gradients at all, they were cleared
+        self._left -= 1
+        first = active[0]
+        known = first in self._had or not any(map(self._has_gradient, active))
+        self._missed += known and self._trains(first) and not self._has_gradient(first)
+        if self._missed == _PATIENCE:
+            raise UsageError(
+                f"no gradient has reached layer {first} ({self._layers[first].name}), which trains, in the {_PATIENCE} "
+                f"steps since the layers frozen now were frozen: {_REENTRANT}"
+            )
+
+    def _has_gradient(self, place: int) -> bool:
+        return any(parameter.grad is not None for parameter in self._layers[place].parameters())
+
+    def _trains(self, place: int) -> bool:
+        return any(parameter.requires_grad for parameter in self._layers[place].parameters())
+
+
+def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that stand around the model, and itself, from the outside in."""
+    while True:
+        yield model
+        if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule":
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return
+
+
+def _group_of(mesh: "DeviceMesh") -> "ProcessGroup | None":
+    """All processes that hold a piece of a sharded model."""
+    if mesh.size() == dist.get_world_size():
+        return None
+    return cast("ProcessGroup", dist.new_group(mesh.mesh.flatten().tolist(), use_local_synchronization=True))
+
+
+def _refuse_unfit_ddp(ddp: DistributedDataParallel) -> None:
+    if ddp.static_graph:
+        raise UsageError("DDP with static_graph=True cannot freeze layers while it trains: leave static_graph out")
+    if ddp.mixed_precision is not None or ddp._use_python_reducer or ddp._delay_all_reduce_params:
+        raise UsageError(
+            "DDP cannot freeze layers while it trains with mixed_precision (use torch.autocast), with "
+            "delay_all_reduce_named_params, or with torch._dynamo.config.optimize_ddp='python_reducer'"
+        )
+
+
+def _rebuild(ddp: DistributedDataParallel, event: object = None) -> None:
+    """Build the buckets of gradients anew, as a new DDP around the same model would.
+
+    In place, since others hold this one (Lightning and Accelerate in their own objects, a user in a variable), and
+    without sending the whole model once more: it is the same everywhere.
+    """
+    inner: Any = ddp
+    hooks: list[tuple[Any, object]] = inner._comm_hooks
+    parameters, sparse = inner._build_params_for_reducer()
+    inner._ddp_init_helper(parameters, sparse, inner._build_debug_param_to_name_mapping(parameters), False)
+    inner._has_rebuilt_buckets = False
+    inner._comm_hooks = []
+    for hook, state in hooks:
+        ddp.register_comm_hook(state, hook)
+
+
+def _is_reentrant(module: object) -> bool:
+    """Whether a module says that it checkpoints reentrantly, as those of Transformers and torch's wrapper do."""
+    if getattr(getattr(module, "checkpoint_impl", None), "name", None) == "REENTRANT":
+        return True
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    on = getattr(module, "gradient_checkpointing", False)
+    return bool(on and isinstance(function, partial) and function.keywords.get("use_reentrant"))

@@ -1,0 +1,96 @@
+"""Freezing in Transformers' Trainer."""
+
+import base64
+import io
+from typing import Any
+
+import torch
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import ParallelMode, TrainingArguments
+
+from predictor.errors import UsageError
+from predictor.freezing.wrappers import Agreement
+from predictor.integrations import Adapter, Layers
+from predictor.policies import make_policy
+from predictor.policies.base import FreezePolicy
+
+
+class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Freezes layers while a Trainer trains.
+
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[FreezeCallback(make_policy("smartfrz"))])
+        trainer.train()
+
+    Begins when training does, not before: the Trainer gives its optimizer only parameters that train then, and what
+    is frozen earlier is never trained. Policies are asked right after each optimizer step, while its gradients stand.
+    What it takes to resume is in the Trainer's checkpoints; `trainer.train(resume_from_checkpoint=...)` goes on.
+
+    policy: from `make_policy`, or its name and, as `options`, its settings; by name it can also be remade under
+    `restore_callback_states_from_checkpoint=True`. layers: those that may freeze, by default `layers_of(model)`.
+
+    Raises UsageError at the start of training for what cannot freeze layers while it trains: DeepSpeed, FSDP1, DDP with
+    a static graph or without `ddp_find_unused_parameters`, reentrant checkpointing.
+    """
+
+    def __init__(self, policy: FreezePolicy | str, *, layers: Layers = None, **options: Any) -> None:
+        if policy == "":
+            raise UsageError(
+                "restore_callback_states_from_checkpoint=True makes callbacks anew, and this one was made of objects: "
+                "name the policy, FreezeCallback('smartfrz', threshold=0.5), or leave that setting out, without which "
+                "the frozen layers are restored all the same"
+            )
+        named = isinstance(policy, str)
+        super().__init__(make_policy(policy, **options) if isinstance(policy, str) else policy, layers)
+        self._made_of = {"policy": policy, **options} if named and layers is None else {"policy": ""}
+        self._saved = ""
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into its checkpoints, as JSON."""
+        if self.controller is not None:
+            buffer = io.BytesIO()
+            torch.save(self.controller.state_dict(), buffer)
+            self._saved = base64.b64encode(buffer.getvalue()).decode()
+        return {"args": self._made_of, "attributes": {"_saved": self._saved}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the controller: model and optimizer are those that train, their states loaded."""
+        many = args.parallel_mode == ParallelMode.DISTRIBUTED
+        if many:
+            _refuse_unfit(args)
+        # What the checkpoint says is here, whether or not the Trainer restores callbacks.
+        stored: Any = state.stateful_callbacks or {}
+        text = stored.get(type(self).__name__, {}).get("attributes", {}).get("_saved", "")
+        self._start(
+            kwargs["model"],
+            [kwargs["optimizer"]],
+            state.max_steps,
+            done=state.global_step,
+            state=torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True) if text else None,
+            agree=Agreement() if many else None,
+        )
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Once an optimizer step: gradients stand here, and are gone in `on_step_end`."""
+        assert self.controller is not None, "the Trainer steps after it began to train"
+        self.controller.step()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the frozen layers go."""
+        self._finish()
+
+
+def _refuse_unfit(args: TrainingArguments) -> None:
+    """The Trainer keeps its DDP to itself, so that one must look for parameters without gradients."""
+    if args.ddp_static_graph:
+        raise UsageError("ddp_static_graph=True cannot freeze layers while it trains: leave it out")
+    if not args.fsdp and not args.ddp_find_unused_parameters:
+        raise UsageError(
+            f"ddp_find_unused_parameters={args.ddp_find_unused_parameters}: with several processes say "
+            "TrainingArguments(ddp_find_unused_parameters=True), so that none waits for a frozen layer's gradients"
+        )

@@ -1,0 +1,148 @@
+"""Compiled models: after each freeze they save what eager ones save, and after a thaw gradients come back."""
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from predictor import FreezeController, FreezePolicy
+
+X = torch.linspace(-1, 1, 6 * 64).reshape(6, 1, 8, 8)
+Y = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+class Script(FreezePolicy):
+    """Answers what the test wrote down for each step."""
+
+    def __init__(self, answers):
+        self.answers = answers
+
+    def decide(self, view):
+        return frozenset(self.answers.get(view.step, view.frozen))
+
+
+class Counting:
+    """A compiler that runs the compiled graphs as they are, and counts their FLOPs and how often it compiled."""
+
+    def __init__(self):
+        self.flops = self.compiled = 0
+        self.backend = aot_autograd(fw_compiler=self._compile, bw_compiler=self._compile)
+
+    def _compile(self, graph, inputs):
+        self.compiled += 1
+
+        def run(*args):
+            bare = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                out = graph(*bare)
+            self.flops += counter.get_total_flops()
+            return out
+
+        return make_boxed_func(run)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def train(net, called, answers, steps, measure):
+    """What `measure` says of each step."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    controller = FreezeController(called, optimizer, Script(answers), total_steps=steps)
+    seen = []
+    for _ in range(steps):
+        seen.append(measure(lambda: F.cross_entropy(called(X), Y).backward()))
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+    return seen
+
+
+def eager_flops(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def make_toy_without_dropout(make_toy):
+    net = make_toy()
+    net.body[6].p = 0.0
+    return net
+
+
+def make_mlp(make_toy):
+    torch.manual_seed(0)
+    layers = [part for _ in range(4) for part in (nn.Linear(64, 64), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(64, 3))
+
+
+# More frozen sets than the eight after which PyTorch, left alone, compiles no more and runs the model eagerly.
+MANY = {step: {place for place in range(4) if step >> place & 1} for step in range(1, 10)}
+
+
+@pytest.mark.parametrize(
+    ("make", "answers"),
+    [
+        (make_toy_without_dropout, {1: {0}, 3: {0, 1, 2}, 4: {0, 1}, 6: ()}),
+        (make_toy_without_dropout, {0: {0, 1}, 2: ()}),
+        (make_mlp, MANY),
+    ],
+)
+def test_a_compiled_step_costs_what_an_eager_one_costs_after_each_change(make, answers, make_toy):
+    counting, net, twin = Counting(), make(make_toy), make(make_toy)
+
+    def compiled_flops(run):
+        counting.flops = 0
+        run()
+        return counting.flops
+
+    steps = max(answers) + 2
+    compiled = train(net, torch.compile(net, backend=counting.backend), answers, steps, compiled_flops)
+    assert compiled == train(twin, twin, answers, steps, eager_flops)
+    assert len(set(compiled)) > 1
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(tensor, twin.state_dict()[name])
+
+
+def test_nothing_is_compiled_anew_while_nothing_changes(make_toy):
+    counting, net = Counting(), make_toy()
+    called = torch.compile(net, backend=counting.backend)
+    compiled = train(net, called, {2: {0}}, 6, lambda run: (run(), counting.compiled)[1])
+    assert compiled == [2, 2, 4, 4, 4, 4]  # forward and backward, once for each of the two frozen sets
+
+
+def test_a_module_compiled_in_place_keeps_up_too(make_toy):
+    counting, net = Counting(), make_toy()
+    net.body.compile(backend=counting.backend)  # a part of the model, as `torch.compile` of regions does
+    train(net, net, {1: {0}}, 3, lambda run: run())
+    assert counting.compiled == 4
+
+
+def test_layers_are_named_as_in_the_model_itself(make_toy):
+    net = make_toy()
+    called = torch.compile(net, backend="eager")
+    controller = FreezeController(called, torch.optim.SGD(net.parameters(), 0.1), Script({}), total_steps=1)
+    assert controller.model is net
+    assert [layer.name for layer in controller.layers] == ["body.0", "body.3", "body.8"]
+
+
+def test_a_resumed_training_compiles_for_what_is_frozen_there(make_toy):
+    net = make_toy()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    state = FreezeController(net, optimizer, Script({0: {0, 1}}), total_steps=4).state_dict()
+    counting, twin = Counting(), make_toy()
+    called = torch.compile(twin, backend=counting.backend)
+    F.cross_entropy(called(X), Y).backward()  # compiled before the state is loaded
+    twin.zero_grad()
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    controller = FreezeController(called, optimizer, Script({}), total_steps=4)
+    controller.load_state_dict(state)
+    F.cross_entropy(called(X), Y).backward()
+    assert counting.compiled == 4
+    assert [twin.body[place].weight.grad is None for place in (0, 3, 8)] == [True, True, False]

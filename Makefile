@@ -41,5 +41,5 @@ $(READY): pyproject.toml
 	  { echo "Python 3.11 or newer is needed, and $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
 	@echo "== Setting up $(VENV): PyTorch and what else the toolkit needs (a few minutes, several GB with CUDA)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable ".[toolkit,wandb,paper,dev]"
+	$(BIN)/pip install --quiet --editable ".[toolkit,wandb,paper,huggingface,lightning,dev]"
 	@touch $@

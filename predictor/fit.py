@@ -17,7 +17,7 @@ from predictor.sampling import SampleSpec
 from predictor.splits import Split, split_by_run
 from predictor.tokens import Tokens, fit_scaling
 from predictor.tracking import Tracker
-from predictor.windows import WindowSet
+from predictor.windows import SIGNALS, WindowSet
 
 _COLUMNS = ("train_loss", "validation_loss", "validation_auroc", "learning_rate")
 
@@ -26,9 +26,9 @@ _COLUMNS = ("train_loss", "validation_loss", "validation_auroc", "learning_rate"
 class FitConfig:
     """How a predictor is trained."""
 
-    epochs: int = 40
+    epochs: int = 10
     """Epochs at most."""
-    patience: int = 8
+    patience: int = 5
     """Stop after so many epochs without a lower validation loss."""
     epoch_windows: int = 4096
     """Windows drawn for an epoch, at most; neighbours overlap, so that all of them would tell little more."""
@@ -38,6 +38,9 @@ class FitConfig:
     """AdamW's learning rate at the start; a cosine brings it to zero at the last epoch."""
     weight_decay: float = 0.01
     """AdamW's weight decay."""
+    hide_signals: float = 0.3
+    """Share of training windows whose progress, depth and learning rate are hidden, so that the motion must be read:
+    how a family's layers settle over time is soon learnt by heart, and is another in the next family."""
     balance: bool = False
     """Let both classes count the same in the loss; the probabilities then no longer are those of the data."""
     scaling: Literal["standard", "robust", "none"] = "standard"
@@ -58,8 +61,10 @@ class FitConfig:
     def __post_init__(self) -> None:
         if min(self.epochs, self.patience, self.epoch_windows, self.batch_size) < 1:
             raise UsageError(f"{self}: epochs, patience, epoch_windows and batch_size count from 1")
-        if self.learning_rate <= 0 or self.weight_decay < 0 or not 0 <= self.false_freeze < 1:
-            raise UsageError(f"{self}: learning_rate > 0, weight_decay >= 0, false_freeze in [0, 1)")
+        if self.learning_rate <= 0 or self.weight_decay < 0:
+            raise UsageError(f"{self}: learning_rate > 0, weight_decay >= 0")
+        if not (0 <= self.false_freeze < 1 and 0 <= self.hide_signals < 1):
+            raise UsageError(f"{self}: false_freeze and hide_signals are shares in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,8 @@ def _train_epoch(
     total, seen = torch.zeros((), device=tokens.device), 0
     for places_B in _batches(len(tokens), settings, generator):
         labels_B = tokens.labels_N[places_B.to(tokens.device)].float()
-        loss = F.binary_cross_entropy_with_logits(model.judge(tokens[places_B]), labels_B, pos_weight=pos_weight)
+        tokens_BTF = _hide_signals(model, tokens[places_B], settings.hide_signals)
+        loss = F.binary_cross_entropy_with_logits(model.judge(tokens_BTF), labels_B, pos_weight=pos_weight)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -232,6 +238,15 @@ def _train_epoch(
 def _batches(windows: int, settings: FitConfig, generator: torch.Generator) -> Iterator[Tensor]:
     places_N = torch.randperm(windows, generator=generator)[: settings.epoch_windows]
     yield from torch.split(places_N, settings.batch_size)
+
+
+def _hide_signals(model: FreezePredictor, tokens_BTF: Tensor, share: float) -> Tensor:
+    """Put the mean in the place of some windows' signals. Raw tokens have none."""
+    if model.config.inputs == "raw" or not share:
+        return tokens_BTF
+    hidden_B11 = torch.rand(len(tokens_BTF), 1, 1, device=tokens_BTF.device) < share
+    motion_BTF, signals_BTS = tokens_BTF[..., : -len(SIGNALS)], tokens_BTF[..., -len(SIGNALS) :]
+    return torch.cat([motion_BTF, signals_BTS.where(~hidden_B11, model.mean[-len(SIGNALS) :])], dim=-1)
 
 
 def _validate(model: FreezePredictor, tokens: Tokens, pos_weight: Tensor | None) -> tuple[float, float | None]:

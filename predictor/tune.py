@@ -70,10 +70,11 @@ def suggest(trial: "optuna.trial.BaseTrial", task: Task) -> Choice:
         "dropout": trial.suggest_float("dropout", 0.0, 0.4),
     }
     settings: dict[str, Any] = {
+        "hide_signals": trial.suggest_float("hide_signals", 0.0, 0.7),
         "scaling": trial.suggest_categorical("scaling", ["standard", "robust", "none"]),
         "balance": trial.suggest_categorical("balance", [False, True]),
         "learning_rate": trial.suggest_float("learning_rate", 3e-4, 2e-2, log=True),
-        "weight_decay": trial.suggest_float("weight_decay", 1e-4, 0.3, log=True),
+        "weight_decay": trial.suggest_float("weight_decay", 1e-3, 10.0, log=True),
         "batch_size": trial.suggest_categorical("batch_size", [64, 128, 256]),
     }
     learn_threshold = trial.suggest_categorical("learn_threshold", sorted(task.windows))

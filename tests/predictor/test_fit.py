@@ -11,7 +11,7 @@ from predictor.attention import FreezePredictor, PredictorConfig
 from predictor.baselines import Clock, HandMade, Majority
 from predictor.errors import DivergedError, UsageError
 from predictor.files import read_json_lines
-from predictor.fit import FitConfig, fit, fit_on, pick_device
+from predictor.fit import FitConfig, _hide_signals, fit, fit_on, pick_device
 from predictor.heldout import JUDGES, held_out, transfer
 from predictor.metrics import auroc
 from predictor.sampling import SampleSpec
@@ -111,6 +111,20 @@ def test_an_epoch_sees_no_more_windows_than_asked(make_windows, monkeypatch):
     windows = make_windows(each=1)
     fit_on(windows, windows, CONFIG, replace(QUICK, epochs=1, epoch_windows=40, batch_size=16))
     assert seen == [16, 16, 8, len(windows)]
+
+
+def test_signals_are_hidden_window_by_window_and_motion_never():
+    model = FreezePredictor(CONFIG)
+    model.mean.copy_(torch.arange(9.0))
+    tokens = torch.full((2000, 5, 9), 77.0)
+    hidden = _hide_signals(model, tokens, 0.3)
+    assert torch.equal(hidden[..., :6], tokens[..., :6])
+    whole = (hidden[..., 6:] == model.mean[6:]).flatten(1)
+    assert torch.equal(whole.all(1), whole.any(1))
+    assert 0.25 < whole.all(1).float().mean() < 0.35
+    assert torch.equal(_hide_signals(model, tokens, 0.0), tokens)
+    raw = FreezePredictor(replace(CONFIG, inputs="raw"))
+    assert torch.equal(_hide_signals(raw, tokens, 0.3), tokens)
 
 
 @pytest.mark.parametrize(("scaling", "inputs"), [("none", "motion"), ("robust", "motion"), ("robust", "raw")])
@@ -229,7 +243,15 @@ def test_a_training_that_diverges_says_so(make_windows):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"patience": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"false_freeze": 1.0}]
+    "wrong",
+    [
+        {"epochs": 0},
+        {"patience": 0},
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"false_freeze": 1.0},
+        {"hide_signals": 1.0},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(wrong):
     with pytest.raises(UsageError):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,7 +51,8 @@ def traced_order(model: nn.Module, parts: Iterable[nn.Module], example: object) 
     """
     watch = _Watch(model, tuple(parts))
     with undisturbed(model), ExitStack() as hooks:
-        for part in watch.parts:
+        # TorchScript takes no hooks; the weights of its modules are seen at work.
+        for part in (part for part in watch.parts if not isinstance(part, ScriptModule)):
             hooks.callback(part.register_forward_pre_hook(watch.called).remove)
         with watch:
             if isinstance(example, tuple):

@@ -23,8 +23,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_random_kept(devices))
         stack.enter_context(_part_by_part())
         stack.enter_context(torch.no_grad())
-        # Weights cast under the caller's autocast would be found again by the training, without a gradient.
-        stack.callback(torch.clear_autocast_cache)
         yield
 
 

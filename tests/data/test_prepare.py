@@ -162,7 +162,7 @@ def test_incomplete_data_counts_as_missing(root: Path) -> None:
     (root / "cifar-100-python" / "train").touch()
     with pytest.raises(FileFault, match=r"cifar100 .* is not on this machine; to get it: download"):
         folder_of("cifar100")
-    with pytest.raises(UsageError, match=r"'cifar' is no known place: choose one of .*cifar10"):
+    with pytest.raises(UsageError, match=r"there is no place 'cifar': did you mean 'cifar10'"):
         folder_of("cifar")
 
 

@@ -4,7 +4,7 @@ name = "mine"
 [sampling]                  # fields of SampleSpec
 snapshots = 60
 [probe]                     # fields of ProbeSpec
-samples = 128
+samples = 80
 [[runs]]                    # every combination of the values in lists is a run
 workload = ["mlp-digits", "vgg-digits"]
 seed = [0, 1, 2]

@@ -158,8 +158,10 @@ class FreezeController:
     def _advance(self) -> FreezeEvent | None:
         self._step += 1
         self._hold()
-        self._watch.check(self.view.active)
-        self.policy.observe(self.view)
+        view = self.view
+        if self._watch.watching:
+            self._watch.check(view.active)
+        self.policy.observe(view)
         return self._decide() if self._step % self.policy.every == 0 else None
 
     def _decide(self) -> FreezeEvent | None:

@@ -147,6 +147,11 @@ class GradientWatch:
         self._left = 0
         self._missed = 0
 
+    @property
+    def watching(self) -> bool:
+        """Whether the last change is so recent that steps are still watched."""
+        return self._left > 0
+
     def start(self, active: Sequence[int]) -> None:
         """Watch the next steps; `active` are the layers that train from here on, front to back."""
         self._had = frozenset(filter(self._has_gradient, active))

@@ -92,7 +92,7 @@ class SmartFRZPolicy(FreezePolicy):
         self._rates.append(float(self._optimizer.param_groups[0]["lr"]))
         self._fresh = True
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _judge(self, view: View) -> Tensor:
         """The probability that each active layer may be frozen now, in the order of `view.active`."""
         signals_TLS = signals_of(

@@ -11,28 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-from collect.train import Hook, Training, train
+from collect.recorder import Recorder
+from collect.train import train
 from collect.workloads import WORKLOADS, load_workload
 from data.sources import load_source
 from predictor.errors import UsageError
+from predictor.sampling import SampleSpec
 from tests.collect.tiny import order_of_use, tiny_source
 
 NAMES = [name for name in WORKLOADS if name.rpartition("-")[2] in ("cifar10", "cifar100", "imagefolder")]
-
-
-class Watch(Hook):
-    """Keeps some of each layer's weights before the first and after each step."""
-
-    def __init__(self) -> None:
-        self.weights_L: list[list[Tensor]] = []
-
-    def on_start(self, training: Training) -> None:
-        self.on_step(training)
-
-    def on_step(self, training: Training) -> None:
-        self.weights_L.append([layer.own[0].detach().flatten()[:64].clone() for layer in training.layers])
 
 
 @pytest.fixture
@@ -82,14 +71,15 @@ def test_a_network_of_the_paper_takes_steps_and_is_recorded(name: str, users_dis
     workload = load_workload(f"{name}:{users_disk}/photos@64" if name.endswith("folder") else name)
     workload = workload.with_recipe(batch_size=2, accumulate=1, epochs=1, train_samples=4, warmup=0, momentum=0)
     source = load_source(workload.source, train_samples=4)
-    watch = Watch()
-    training = train(workload, seed=0, hooks=[watch], device="cpu", source=source)
+    recorder = Recorder(SampleSpec(weights=64, snapshots=2))
+    training = train(workload, seed=0, hooks=[recorder], device="cpu", source=source)
     assert (training.status, training.step) == ("finished", 2)
     assert len(training.layers) == {"resnet": 53, "vgg": 8, "mobilenet": 52, "vit": 49}[workload.family] + (
         2 if name == "vgg11-imagefolder" else 0
     )
-    for before, after in zip(watch.weights_L[0], watch.weights_L[2], strict=True):
-        assert not torch.equal(before, after)
+    weights_TLK = recorder.fields()["weights_TLK"]
+    assert weights_TLK.shape == (3, len(training.layers), 64)
+    assert (weights_TLK[0] != weights_TLK[2]).any(axis=1).all(), "a layer stood still"
 
     inputs = source.probe(2)
     names = [layer.name for layer in training.layers]

@@ -1,6 +1,8 @@
 """Searching for better settings with Optuna, in a study that survives being killed."""
 
-import warnings
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
 STUDY_FILE, BEST_FILE = "study.db", "best.json"
 _NAME = "smartfrz"
-_HEARTBEAT_SECONDS, _GRACE_SECONDS = 5, 15
 _WEIGHTS = (32, 64, 128, 256, 512, 1024)
 
 
@@ -32,16 +33,22 @@ def tune(
     """Run trials until the study in `folder` has as many as asked for; write the best settings beside it.
 
     The study lies in an SQLite file: a start that was killed loses the trial that it was in, and the next goes on.
+    Raises UsageError while another process is at the same study, FileFault for a folder that cannot be used.
     """
     import optuna
-    from tqdm import tqdm
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = _open(task, folder)
+    with _alone(folder):
+        return _search(_open(task, folder), task, folder, tracker, progress)
+
+
+def _search(study: "optuna.Study", task: Task, folder: Path, tracker: Tracker | None, progress: bool) -> "optuna.Study":
+    from tqdm import tqdm
+
     done = _finished(study)
     with tqdm(total=task.config.trials, initial=done, desc="tuning", unit="trial", disable=not progress) as bar:
 
-        def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        def after(study: "optuna.Study", trial: "optuna.trial.FrozenTrial") -> None:
             _note(trial, tracker)
             bar.update()
             bar.set_postfix_str(f"best {_best_score(study)}")
@@ -50,7 +57,6 @@ def tune(
 
         if done < task.config.trials:
             study.optimize(lambda trial: _objective(trial, task), timeout=task.config.timeout, callbacks=[after])
-    _fail_stale(study)
     _write_best(study, folder / BEST_FILE, task)
     return study
 
@@ -110,22 +116,15 @@ def _open(task: Task, folder: Path) -> "optuna.Study":
     path = folder / STUDY_FILE
     pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():  # Optuna calls the heartbeat experimental
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            storage = optuna.storages.RDBStorage(
-                f"sqlite:///{path}", heartbeat_interval=_HEARTBEAT_SECONDS, grace_period=_GRACE_SECONDS
-            )
         study = optuna.create_study(
             study_name=_NAME,
-            storage=storage,
+            storage=f"sqlite:///{path}",
             pruner=pruner,
             direction="maximize",
             load_if_exists=True,
         )
-    except (SQLAlchemyError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileFault(f"{path}: no study can be kept there ({reason}): choose another folder with --out") from error
+    except (SQLAlchemyError, RuntimeError) as error:
+        raise _no_study(path, error) from error
     if study.user_attrs.get("fingerprint", task.fingerprint) != task.fingerprint:
         raise UsageError(
             f"{path}: a study of other data or settings ({study.user_attrs.get('described')}): choose another folder "
@@ -142,12 +141,38 @@ def _open(task: Task, folder: Path) -> "optuna.Study":
 
 
 def _fail_stale(study: "optuna.Study") -> None:
-    """Mark the trials of killed starts as failed; otherwise they would count as running for ever."""
-    import optuna
+    """Mark the trials of killed starts as failed; otherwise they would count as running for ever.
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        optuna.storages.fail_stale_trials(study)
+    Nobody else is at the study, so every trial that runs is one. Optuna's heartbeat would miss a trial that was killed
+    before its first beat.
+    """
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the study's folder against other processes. The lock goes with the process, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise _no_study(folder / STUDY_FILE, error) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{folder}: another tune is at this study: wait for it, or choose another folder with --out"
+            ) from error
+        yield
+
+
+def _no_study(path: Path, error: Exception) -> FileFault:
+    reason = str(error).splitlines()[0]
+    return FileFault(f"{path}: no study can be kept there ({reason}): choose another folder with --out")
 
 
 def _defaults(task: Task) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Searching for settings: a study that goes on where it was killed, and never looks at the test runs."""
 
+import fcntl
 import json
 import os
 import signal
@@ -15,7 +16,6 @@ import pytest
 from optuna.trial import TrialState
 
 from predictor import plots
-from predictor import tune as tune_module
 from predictor.attention import PredictorConfig
 from predictor.errors import FileFault, UsageError
 from predictor.files import read_json_lines
@@ -136,7 +136,23 @@ def test_a_study_that_cannot_be_is_refused(wrong):
         TuneConfig(**wrong)
 
 
-def test_a_study_that_was_killed_goes_on(write_trajectories, tmp_path, monkeypatch):
+def test_a_trial_that_was_killed_at_its_very_start_does_not_run_for_ever(make_windows, tmp_path):
+    windows = make_windows(each=3)
+    study = tune(task_of(windows, trials=1), tmp_path, progress=False)
+    study.ask()  # nobody will ever tell what came of it
+    assert states(tmp_path) == ["COMPLETE", "RUNNING"]
+    tune(task_of(windows, trials=2), tmp_path, progress=False)
+    assert states(tmp_path) == ["COMPLETE", "FAIL", "COMPLETE"]
+
+
+def test_two_searches_at_once_in_one_folder_are_refused(make_windows, tmp_path):
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="another tune is at this study"):
+            tune(task_of(make_windows(each=3), trials=1), tmp_path, progress=False)
+
+
+def test_a_study_that_was_killed_goes_on(write_trajectories, tmp_path):
     data, folder = write_trajectories(each=3), tmp_path / "tune"
     command = [sys.executable, "-m", "predictor", "tune", "--data", str(data), "--out", str(folder), "--epochs", "2"]
     # Were it not killed, this one would go on for hours.
@@ -153,9 +169,6 @@ def test_a_study_that_was_killed_goes_on(write_trajectories, tmp_path, monkeypat
         os.kill(started.pid, signal.SIGKILL)
         started.communicate()
     before = states(folder)
-    monkeypatch.setattr(tune_module, "_GRACE_SECONDS", 1)
-    time.sleep(2)
-
     from predictor.__main__ import main
 
     done = before.count("COMPLETE") + before.count("PRUNED")

@@ -1,9 +1,6 @@
 """One run of a gathering, in the process of its slot: trained, recorded, compared, written."""
 
-import contextlib
-import fcntl
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,8 @@ from collect.train import Training, train
 from data.trajectories.store import GatherFolder
 from data.trajectories.trajectory import Trajectory
 from data.trajectories.writer import write_runs
-from predictor.errors import FileFault, UsageError
+from predictor.errors import FileFault
+from predictor.files import held
 
 _LOCK_SECONDS = 20.0
 
@@ -28,7 +26,8 @@ def record_run(payload: dict[str, Any], folder: Path, progress: Callable[[float]
     files, run_id = GatherFolder(folder), payload["id"]
     run = RunConfig.from_dict(payload["config"])
     recorder, similarity = Recorder(run.sampling), Similarity(run.sampling, run.probe)
-    with _alone(files.log(run_id)):
+    # Against a second gather, and against a slot that outlives its killed parent for a moment.
+    with held(files.log(run_id), "another gather", _LOCK_SECONDS):
         training = _go_on_or_start_over(
             lambda: train(
                 run.workload,
@@ -86,19 +85,3 @@ def _go_on_or_start_over(attempt: Callable[[], Training], checkpoint: Path) -> T
         print(f"{fault}\nstarting over")
         checkpoint.unlink()
         return attempt()
-
-
-@contextlib.contextmanager
-def _alone(log: Path) -> Iterator[None]:
-    """Hold the run against other processes: one that outlives its killed parent for a moment, or a second gather."""
-    with log.open("a") as file:
-        end = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > end:
-                    raise UsageError("another gather is at this run: wait for it, or choose another --out") from None
-                time.sleep(0.1)
-        yield

@@ -1,17 +1,15 @@
 """Runs the trials of a plan that have no result yet, and keeps each result the moment it is there."""
 
-import contextlib
-import fcntl
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from collect.engines import Job, run_jobs
 from evaluate.plan import Plan, SuiteFolder
 from predictor.attention import fingerprint
-from predictor.errors import FileFault, UsageError
-from predictor.files import append_json_line, read_json_lines, write_json, written_whole
+from predictor.errors import FileFault
+from predictor.files import append_json_line, held, read_json_lines, write_json, written_whole
 
 _FIGURES = ("workload", "policy", "seed", "status", "accuracy", "train_seconds", "cpu_seconds", "flops")
 
@@ -40,7 +38,7 @@ def run_suite(plan: Plan, folder: SuiteFolder, log: Callable[[dict[str, Any], in
 
     Raises FileFault for a folder that cannot be written to, UsageError while another process is at work in it.
     """
-    with _alone(folder):
+    with held(folder.lock, "another run-suite"):
         left = pending(plan, folder)
         _sort_results(plan, folder)
         write_json(folder.suite, _description(plan, folder, left))
@@ -73,24 +71,6 @@ def _run(left: list[Job], plan: Plan, folder: SuiteFolder, log: Callable[[dict[s
         device=settings.device,
     )
     return Summary(done, failed)
-
-
-@contextlib.contextmanager
-def _alone(folder: SuiteFolder) -> Iterator[None]:
-    """Hold the folder against other processes; a process that is killed lets go of it."""
-    try:
-        folder.root.mkdir(parents=True, exist_ok=True)
-        lock = folder.lock.open("w")
-    except OSError as error:
-        cure = "choose another place with --out"
-        raise FileFault(f"{folder.root}: cannot be written to ({error.strerror}): {cure}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            cure = "wait for it to end, or choose another place with --out"
-            raise UsageError(f"{folder.root}: another run-suite is at work there: {cure}") from error
-        yield
 
 
 def _has_result(row: dict[str, Any]) -> bool:

@@ -1,13 +1,15 @@
 """Files are written whole or not at all: a temporary neighbour, flushed to the disk, then renamed."""
 
+import errno
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from predictor.errors import FileFault
+from predictor.errors import FileFault, UsageError
 
 
 @contextmanager
@@ -25,7 +27,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(part, path)
         _sync(path.parent)
     except OSError as error:
-        raise FileFault(f"{path}: cannot be written ({error.strerror or error}): {_cure(error)}") from error
+        raise _cannot_write(path, error) from error
     finally:
         with suppress(OSError):
             part.unlink()
@@ -48,7 +50,7 @@ def append_json_line(path: Path, content: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise FileFault(f"{path}: cannot be written ({error.strerror or error}): {_cure(error)}") from error
+        raise _cannot_write(path, error) from error
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -66,6 +68,35 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@contextmanager
+def held(path: Path, work: str, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold a lock on the file `path`, made if it is not there. It goes with this process, however that ends.
+
+    work: who else may hold it, for the error, such as "another tune". wait_seconds: how long to wait for them.
+
+    Raises UsageError while another process holds it, FileFault where there can be no such file.
+    """
+    import fcntl  # POSIX alone; the library must import elsewhere too
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a")
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    end = time.monotonic() + wait_seconds
+    with lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= end:
+                    cure = "wait for it to end, or choose another place with --out"
+                    raise UsageError(f"{path.parent}: {work} is at work there: {cure}") from error
+                time.sleep(0.1)
+        yield
+
+
 def _ends_with_newline(file: Any) -> bool:
     file.seek(-1, os.SEEK_END)
     return bool(file.read(1) == b"\n")
@@ -80,7 +111,10 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _cure(error: OSError) -> str:
-    if error.errno == 28:
-        return "the disk is full; free some space or choose another place with --out"
-    return "choose another place with --out, or make that one writable"
+def _cannot_write(path: Path, error: OSError) -> FileFault:
+    cure = (
+        "the disk is full; free some space or choose another place with --out"
+        if error.errno == errno.ENOSPC
+        else "choose another place with --out, or make that one writable"
+    )
+    return FileFault(f"{path}: cannot be written ({error.strerror or error}): {cure}")

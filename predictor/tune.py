@@ -1,8 +1,5 @@
 """Searching for better settings with Optuna, in a study that survives being killed."""
 
-import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +8,7 @@ import numpy as np
 
 from predictor.attention import PredictorConfig
 from predictor.errors import DivergedError, FileFault, UsageError
-from predictor.files import write_json
+from predictor.files import held, write_json
 from predictor.search import SEARCHED, Choice, Task
 from predictor.tracking import Tracker
 
@@ -38,7 +35,7 @@ def tune(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with _alone(folder):
+    with held(folder / ".lock", "another tune"):
         return _search(_open(task, folder), task, folder, tracker, progress)
 
 
@@ -124,7 +121,8 @@ def _open(task: Task, folder: Path) -> "optuna.Study":
             load_if_exists=True,
         )
     except (SQLAlchemyError, RuntimeError) as error:
-        raise _no_study(path, error) from error
+        reason = str(error).splitlines()[0]
+        raise FileFault(f"{path}: no study can be kept there ({reason}): choose another folder with --out") from error
     if study.user_attrs.get("fingerprint", task.fingerprint) != task.fingerprint:
         raise UsageError(
             f"{path}: a study of other data or settings ({study.user_attrs.get('described')}): choose another folder "
@@ -150,29 +148,6 @@ def _fail_stale(study: "optuna.Study") -> None:
 
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the study's folder against other processes. The lock goes with the process, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise _no_study(folder / STUDY_FILE, error) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"{folder}: another tune is at this study: wait for it, or choose another folder with --out"
-            ) from error
-        yield
-
-
-def _no_study(path: Path, error: Exception) -> FileFault:
-    reason = str(error).splitlines()[0]
-    return FileFault(f"{path}: no study can be kept there ({reason}): choose another folder with --out")
 
 
 def _defaults(task: Task) -> dict[str, Any]:

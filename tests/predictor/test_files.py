@@ -1,11 +1,16 @@
 """Files are written whole or not at all."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from predictor.errors import FileFault
-from predictor.files import append_json_line, read_json_lines, write_json, written_whole
+from predictor.errors import FileFault, UsageError
+from predictor.files import append_json_line, held, read_json_lines, write_json, written_whole
+
+CHECKOUT = Path(__file__).parents[2]
 
 
 def test_a_block_that_ends_well_replaces_the_file(tmp_path):
@@ -58,3 +63,27 @@ def test_lines_are_appended_and_a_line_cut_short_by_a_kill_costs_only_itself(tmp
     append_json_line(path, {"row": 3})
     assert read_json_lines(path) == [{"row": 1}, {"row": 3}]
     assert read_json_lines(tmp_path / "none.jsonl") == []
+
+
+def test_a_place_is_held_by_one_process_and_let_go_of_when_it_is_killed(tmp_path):
+    lock = tmp_path / ".lock"
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom predictor.files import held\n"
+        f"with held(Path({str(lock)!r}), 'nobody'):\n    print('held', flush=True)\n    time.sleep(600)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=CHECKOUT, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UsageError, match="another tune is at work there"), held(lock, "another tune"):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with held(lock, "another tune"):
+        pass
+
+
+def test_a_lock_where_none_can_be_made_is_a_clear_error(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(FileFault, match="choose another place with --out"), held(tmp_path / "taken" / ".lock", "x"):
+        pass

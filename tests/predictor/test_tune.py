@@ -148,7 +148,7 @@ def test_a_trial_that_was_killed_at_its_very_start_does_not_run_for_ever(make_wi
 def test_two_searches_at_once_in_one_folder_are_refused(make_windows, tmp_path):
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="another tune is at this study"):
+        with pytest.raises(UsageError, match="another tune is at work there"):
             tune(task_of(make_windows(each=3), trials=1), tmp_path, progress=False)
 
 

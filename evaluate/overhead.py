@@ -13,13 +13,13 @@ from collect.similarity import Similarity
 from collect.train import Hook, Training
 from collect.workloads import Workload
 from data.sources.base import Batch, Source
+from evaluate.freezing import FreezeHook
 from evaluate.stopwatch import Spread, busy_seconds, warm_up
-from evaluate.trial import FreezeHook
 from predictor.attention import FreezePredictor, PredictorConfig, PredictorFile, save_predictor
 from predictor.policies import make_policy
 from predictor.sampling import SampleSpec
 
-LIMITS = {"recorder": 0.03, "recorder, similarity": 0.03, "smartfrz": 0.005}
+LIMITS = {"recorder": 0.02, "recorder, similarity": 0.03, "smartfrz": 0.005}
 """The share of the training's own time that each may take."""
 
 

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +19,7 @@ from predictor.sampling import SampleSpec
 from predictor.windows import SIGNALS
 
 _FORMAT = "smartfrz-predictor"
-_VERSION = 1
+_VERSION = 2
 _EPS = 1e-8
 _LARGEST_FILE_BYTES = 64 << 20
 MOTION = ("log_step", "cosine", "log_displacement", "straightness", "change_of_log_step", "evenness")
@@ -81,7 +84,8 @@ def motion_BTF(windows_BWK: Tensor) -> Tensor:
 
 
 def _rms(values: Tensor) -> Tensor:
-    return values.square().mean(dim=-1).sqrt()
+    norm: Tensor = torch.linalg.vector_norm(values, dim=-1)
+    return norm / math.sqrt(values.shape[-1])
 
 
 class FreezePredictor(nn.Module):
@@ -99,7 +103,7 @@ class FreezePredictor(nn.Module):
     def __init__(self, config: PredictorConfig) -> None:
         super().__init__()
         self.config = config
-        self.key, self.query, self.value = (_network(config) for _ in range(3))
+        self.networks = _Networks(3, (config.width, config.hidden, config.hidden, config.key), config.dropout)
         joined = config.key * (1 if config.inputs == "raw" else 2)
         self.output = nn.Sequential(nn.Linear(joined, config.key), nn.ReLU(), nn.Linear(config.key, 1))
         self.register_buffer("mean", torch.zeros(config.width))
@@ -128,11 +132,12 @@ class FreezePredictor(nn.Module):
     def judge(self, tokens_BTF: Tensor) -> Tensor:
         """logit_B from unscaled tokens."""
         tokens_BTF = (tokens_BTF - self.mean) / (self.deviation + _EPS)
-        newest_BF, older_BTF = tokens_BTF[:, -1], tokens_BTF[:, :-1]
-        query_B1D = self.query(newest_BF).unsqueeze(1)
-        z_BD = F.scaled_dot_product_attention(query_B1D, self.key(older_BTF), self.value(older_BTF)).squeeze(1)
+        made_3BTD = self.networks(tokens_BTF.flatten(0, 1)).unflatten(1, tokens_BTF.shape[:2])
+        key_BTD, query_BTD, value_BTD = made_3BTD.unbind()
+        z_B1D = F.scaled_dot_product_attention(query_BTD[:, -1:], key_BTD[:, :-1], value_BTD[:, :-1])
+        z_BD = z_B1D.squeeze(1)
         if self.config.inputs == "motion":
-            z_BD = torch.cat([z_BD, self.value(newest_BF)], dim=-1)
+            z_BD = torch.cat([z_BD, value_BTD[:, -1]], dim=-1)
         logit_B: Tensor = self.output(z_BD).squeeze(-1)
         return logit_B
 
@@ -148,17 +153,29 @@ class FreezePredictor(nn.Module):
             self.deviation.copy_(flat.std(dim=0))
 
 
-def _network(config: PredictorConfig) -> nn.Sequential:
-    wide, drop = config.hidden, config.dropout
-    return nn.Sequential(
-        nn.Linear(config.width, wide),
-        nn.ReLU(),
-        nn.Dropout(drop),
-        nn.Linear(wide, wide),
-        nn.ReLU(),
-        nn.Dropout(drop),
-        nn.Linear(wide, config.key),
-    )
+class _Networks(nn.Module):
+    """Several networks of the same widths side by side, on the same inputs: as many calls as one of them would take.
+
+    A decision is so small that its time is that of the calls.
+    """
+
+    def __init__(self, count: int, widths: Sequence[int], dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        shapes = list(pairwise(widths))
+        linears = [[nn.Linear(inputs, outputs) for inputs, outputs in shapes] for _ in range(count)]
+        stacks = list(zip(*linears, strict=True))
+        self.weights = nn.ParameterList(torch.stack([one.weight.detach().T for one in stack]) for stack in stacks)
+        self.biases = nn.ParameterList(torch.stack([one.bias.detach()[None] for one in stack]) for stack in stacks)
+
+    def forward(self, inputs_NF: Tensor) -> Tensor:
+        """outputs_CND of the C networks; ReLU and dropout between the layers."""
+        x_CNF = inputs_NF.expand(self.weights[0].shape[0], *inputs_NF.shape)
+        for place, (weight_CFD, bias_C1D) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if place:
+                x_CNF = F.dropout(x_CNF.relu(), self.dropout, self.training)
+            x_CNF = torch.baddbmm(bias_C1D, x_CNF, weight_CFD)
+        return x_CNF
 
 
 @dataclass(frozen=True)

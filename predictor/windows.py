@@ -1,5 +1,6 @@
 """What the predictor looks at: the last W snapshots of one layer, and what is known about the training then."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +14,16 @@ SIGNALS = ("progress", "depth", "log_lr")
 _LOWEST_LOG_LR = -10.0
 
 
+def depth_of(layers: int) -> Tensor:
+    """depth_L of so many layers: 0 for the first, 1 for the last before the head."""
+    return (torch.arange(layers, dtype=torch.float64) / max(layers - 1, 1)).float()
+
+
+def log_lr(lr: float, peak: float) -> float:
+    """The signal log_lr of one snapshot, `peak` being the highest learning rate so far."""
+    return max(math.log(max(lr / max(peak, 1e-30), 1e-30)), _LOWEST_LOG_LR)
+
+
 def signals_of(step_T: Tensor, lr_T: Tensor, total_steps: int, layers: int) -> Tensor:
     """The cheap signals of every layer at every snapshot: signals_TLS, in the order of SIGNALS.
 
@@ -22,10 +33,10 @@ def signals_of(step_T: Tensor, lr_T: Tensor, total_steps: int, layers: int) -> T
     progress_T = step_T.double() / total_steps
     peak_T = torch.cummax(lr_T.double(), dim=0).values
     log_lr_T = (lr_T.double() / peak_T.clamp_min(1e-30)).clamp_min(1e-30).log().clamp_min(_LOWEST_LOG_LR)
-    depth_L = torch.arange(layers, dtype=torch.float64) / max(layers - 1, 1)
+    depth_L = depth_of(layers)
     shape = (len(step_T), layers)
     columns = (progress_T[:, None].expand(shape), depth_L[None].expand(shape), log_lr_T[:, None].expand(shape))
-    return torch.stack(columns, dim=-1).float()
+    return torch.stack([column.float() for column in columns], dim=-1)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from predictor.errors import UsageError
 from predictor.freezing.layers import Layer
 from predictor.policies.base import FreezePolicy, View
 from predictor.sampling import LayerSampler
-from predictor.windows import signals_of
+from predictor.windows import SIGNALS, depth_of, log_lr
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "smartfrz.safetensors"
 
@@ -46,61 +46,56 @@ class SmartFRZPolicy(FreezePolicy):
         self._model = file.model
         self._spec = file.spec
         self._snapshots: deque[Tensor] = deque(maxlen=file.model.config.window)
-        self._steps: list[int] = []
-        self._rates: list[float] = []
-        self._fresh = False
+        self._signals: deque[list[float]] = deque(maxlen=file.model.config.window)
+        self._peak_lr = 0.0
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         """Draw the positions to watch."""
         self._optimizer = optimizer
         self._sampler = LayerSampler(layers, self._spec)
+        self._depth_L = depth_of(len(layers))
 
-    def observe(self, view: View) -> None:
-        """Take a snapshot where one is due. At step 0 the controller asks `decide` at once, which takes the first."""
-        if self._spec.due(view.step, view.total_steps):
-            self._take(view.step)
+    def due(self, step: int, total_steps: int) -> bool:
+        """At every snapshot."""
+        return self._spec.due(step, total_steps)
 
     def decide(self, view: View) -> frozenset[int]:
-        """The layers frozen so far, and those that the predictor has just judged ready."""
-        if view.step == 0:
-            self._take(0)
-        if not self._fresh or len(self._snapshots) < self._model.config.window or not view.active:
+        """The layers frozen so far, and those that the predictor judges ready."""
+        self._take(view)
+        if len(self._snapshots) < self._model.config.window or not view.active:
             return view.frozen
-        self._fresh = False
-        return view.frozen | self._choose(view, self._judge(view))
+        return view.frozen | self._choose(view, self._judge(list(view.active)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The snapshots of the window, and every snapshot's step and learning rate."""
+        """The window's snapshots and signals."""
         return {
             "snapshots": [snapshot.cpu() for snapshot in self._snapshots],
-            "steps": list(self._steps),
-            "rates": list(self._rates),
-            "fresh": self._fresh,
+            "signals": list(self._signals),
+            "peak_lr": self._peak_lr,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the snapshots again."""
-        self._snapshots.clear()
-        self._snapshots.extend(state["snapshots"])
-        self._steps, self._rates = list(state["steps"]), list(state["rates"])
-        self._fresh = state["fresh"]
+        for window, rows in ((self._snapshots, state["snapshots"]), (self._signals, state["signals"])):
+            window.clear()
+            window.extend(rows)
+        self._peak_lr = state["peak_lr"]
 
-    def _take(self, step: int) -> None:
+    def _take(self, view: View) -> None:
         # Frozen layers are read too: a stack of one shape, and they cost one small gather each.
         self._snapshots.append(self._sampler.sample_all().cpu())
-        self._steps.append(step)
-        self._rates.append(float(self._optimizer.param_groups[0]["lr"]))
-        self._fresh = True
+        lr = float(self._optimizer.param_groups[0]["lr"])
+        self._peak_lr = max(self._peak_lr, lr)
+        self._signals.append([view.progress, log_lr(lr, self._peak_lr)])
 
     @torch.inference_mode()
-    def _judge(self, view: View) -> Tensor:
-        """The probability that each active layer may be frozen now, in the order of `view.active`."""
-        signals_TLS = signals_of(
-            torch.tensor(self._steps), torch.tensor(self._rates), view.total_steps, len(view.layers)
-        )[-self._model.config.window :]
-        active = list(view.active)
-        windows_BWK = torch.stack(list(self._snapshots))[:, active].transpose(0, 1)
-        probability_B: Tensor = self._model(windows_BWK, signals_TLS[:, active].transpose(0, 1)).sigmoid()
+    def _judge(self, active: list[int]) -> Tensor:
+        """The probability that each of these layers may be frozen now."""
+        windows_BWK = torch.stack(list(self._snapshots), dim=1)[active]
+        signals_BWS = windows_BWK.new_empty(*windows_BWK.shape[:2], len(SIGNALS))
+        signals_BWS[..., ::2] = torch.tensor(list(self._signals))
+        signals_BWS[..., 1] = self._depth_L[active][:, None]
+        probability_B: Tensor = self._model(windows_BWK, signals_BWS).sigmoid()
         return probability_B
 
     def _choose(self, view: View, probability_B: Tensor) -> set[int]:

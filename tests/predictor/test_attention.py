@@ -68,9 +68,9 @@ def test_the_newest_asks_and_the_older_answer_by_a_plain_reference():
     model = make(PredictorConfig(inputs="raw", window=4, weights=8, hidden=8, key=4))
     windows, signals = batch(3)
     for i in range(3):
-        query = model.query(windows[i, 3])
-        scores = torch.stack([query @ model.key(windows[i, t]) for t in range(3)]) / math.sqrt(4)
-        z = sum(weight * model.value(windows[i, t]) for t, weight in enumerate(scores.softmax(dim=0)))
+        key, query, value = model.networks(windows[i])
+        scores = torch.stack([query[3] @ key[t] for t in range(3)]) / math.sqrt(4)
+        z = sum(weight * value[t] for t, weight in enumerate(scores.softmax(dim=0)))
         assert torch.allclose(model(windows, signals)[i], model.output(z)[0], atol=1e-5)
 
 
@@ -127,7 +127,7 @@ def test_save_and_load_give_the_same_answers(tmp_path):
 CONFIG = {"inputs": "motion", "window": 4, "weights": 8, "hidden": 8, "key": 4, "dropout": 0.1}
 BAD = {
     "another format": {"format": "something"},
-    "another version": {"version": 2},
+    "another version": {"version": 1},
     "a width beyond reason": {"config": {**CONFIG, "hidden": 10**9}},
     "a width that its tensors do not have": {"config": {**CONFIG, "hidden": 60000}},
     "an unknown field": {"config": {**CONFIG, "code": "import os"}},

@@ -35,6 +35,30 @@ def test_static_freezes_the_same_front_always():
     assert answers(make_policy("static", layers=3), 4, 10, [0]) == [[0, 1, 2]]
 
 
+def test_static_leaves_the_last_layers_alone():
+    assert answers(make_policy("static", last=1), 4, 10, [0, 9]) == [[0, 1, 2], [0, 1, 2]]
+    assert answers(make_policy("static", last=4), 4, 10, [0]) == [[]]
+    assert answers(make_policy("static"), 4, 10, [0]) == [[0, 1]]
+
+
+def test_gradual_thaws_one_layer_after_another_from_the_back():
+    # Four layers until .5: one more at each .125 of the training.
+    expected = [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2], [0, 1], [0], [0], [], []]
+    assert answers(make_policy("gradual"), 4, 1000, [0, 124, 125, 250, 375, 499, 500, 1000]) == expected
+
+
+def test_gradual_in_groups():
+    # Five layers in two groups, until .4: three at .2, two at .4.
+    assert answers(make_policy("gradual", until=0.4, groups=2), 5, 10, [0, 1, 2, 3, 4]) == [
+        [0, 1, 2, 3, 4],
+        [0, 1, 2, 3, 4],
+        [0, 1],
+        [0, 1],
+        [],
+    ]
+    assert answers(make_policy("gradual", until=1, groups=9), 2, 10, [0, 5, 9, 10]) == [[0, 1], [0], [0], []]
+
+
 def test_linear_grows_evenly_after_its_start():
     # share(t) = (t - 0.5) / 0.5, of 4 layers: .5 -> 0, .7 -> 1.6, .75 -> 2, .9 -> 3.2, 1 -> 4
     expected = [[], [], [0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
@@ -49,6 +73,10 @@ def test_linear_grows_evenly_after_its_start():
         ("shorter", {"budget": 1.5}, "budget=1.5: give a share"),
         ("static", {"share": -0.1}, "share=-0.1"),
         ("static", {"layers": -1}, "layers=-1"),
+        ("static", {"last": -1}, "last=-1"),
+        ("static", {"share": 0.5, "last": 1}, "share=0.5, last=1: give one of them"),
+        ("gradual", {"until": 0}, "until=0: give a progress"),
+        ("gradual", {"groups": 0}, "groups=0: give a number"),
         ("linear", {"start": 1.0}, "start=1.0"),
         ("linear", {"level": 2}, "level=2"),
         ("linear", {"begin": 0.5}, "policy 'linear' cannot be made with"),
@@ -63,6 +91,14 @@ def test_what_cannot_work_is_refused_with_the_value(name, options, message):
 def test_static_beyond_the_model_is_refused():
     with pytest.raises(UsageError, match="layers=9: the model has 4 layers"):
         answers(make_policy("static", layers=9), 4, 10, [0])
+    with pytest.raises(UsageError, match="last=9: the model has 4 layers"):
+        answers(make_policy("static", last=9), 4, 10, [0])
+
+
+@torch.no_grad()
+def grow(parameters):
+    for parameter in parameters:
+        parameter.add_(0.01)
 
 
 def run_smartfrz(path, steps, total_steps=12, **options):
@@ -74,12 +110,9 @@ def run_smartfrz(path, steps, total_steps=12, **options):
     frozen = policy.decide(View(layers, frozenset(), 0, total_steps))
     history = [sorted(frozen)]
     for step in range(1, steps + 1):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.01)
-        view = View(layers, frozen, step, total_steps)
-        policy.observe(view)
-        frozen = policy.decide(view)
+        grow(model.parameters())
+        if policy.due(step, total_steps):
+            frozen = policy.decide(View(layers, frozen, step, total_steps))
         history.append(sorted(frozen))
     return policy, history
 
@@ -106,12 +139,11 @@ def test_smartfrz_keeps_a_front_unless_told_otherwise(make_predictor_file, prefi
 
 
 def test_smartfrz_judges_the_windows_that_it_saw(make_predictor_file):
-    policy, _ = run_smartfrz(make_predictor_file(probability=0.1), steps=6)
+    policy, _ = run_smartfrz(make_predictor_file(probability=0.1), steps=5)
     seen = {}
     policy._model.forward = lambda windows, signals: seen.update(w=windows, s=signals) or torch.zeros(len(windows))
-    view = View(layers_of(chain(3)), frozenset({0}), 6, 12)
-    policy._fresh = True
-    policy.decide(view)
+    grow(policy._optimizer.param_groups[0]["params"])
+    policy.decide(View(layers_of(chain(3)), frozenset({0}), 6, 12))
     assert seen["w"].shape == (2, 3, 8)
     # Every weight grew by 0.01 a step, and each of the 12 steps has its snapshot.
     assert torch.allclose(seen["w"].diff(dim=1), torch.full((2, 2, 8), 0.01), atol=1e-6)

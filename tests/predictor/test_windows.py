@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from predictor.errors import UsageError
-from predictor.windows import RunWindows, WindowSet, signals_of
+from predictor.windows import RunWindows, WindowSet, depth_of, log_lr, signals_of
 
 
 def run_of(name, snapshots, layers, start=0.0):
@@ -54,3 +54,12 @@ def test_runs_too_short_for_a_window_are_passed_over_and_none_at_all_is_refused(
     assert len(WindowSet((run_of("a", 4, 2), run_of("b", 2, 1)), window=3)) == 4
     with pytest.raises(UsageError, match="no run has the 9 snapshots"):
         len(WindowSet((run_of("a", 4, 2),), window=9))
+
+
+def test_one_snapshot_at_a_time_gives_the_same_signals():
+    rates = [0.02, 0.1, 0.07, 0.0, 1e-9]
+    peaks = [0.02, 0.1, 0.1, 0.1, 0.1]
+    whole_TLS = signals_of(torch.arange(5), torch.tensor(rates, dtype=torch.float64), total_steps=4, layers=3)
+    one_T = torch.tensor([log_lr(rate, peak) for rate, peak in zip(rates, peaks, strict=True)])
+    assert torch.allclose(whole_TLS[:, 0, 2], one_T)
+    assert torch.equal(whole_TLS[0, :, 1], depth_of(3))

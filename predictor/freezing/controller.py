@@ -10,9 +10,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from predictor.errors import UsageError
-from predictor.freezing.freeze import freeze, is_frozen, thaw
+from predictor.freezing.freeze import freeze, is_frozen, settle_containers, thaw
 from predictor.freezing.layers import Layer, layers_of
 from predictor.freezing.parts import unwrapped
+from predictor.freezing.rates import LayerRates
+from predictor.freezing.telling import Teller
 from predictor.freezing.wrappers import GradientWatch, follow, forget_compiled, refuse_unfit
 from predictor.policies.base import FreezePolicy, View
 
@@ -59,7 +61,8 @@ class FreezeController:
     frozen. optimizer: one, or several, over all parameters. total_steps: optimizer steps of the whole training. layers:
     those that may freeze, front to back; by default `layers_of(model)`. agree: where several processes train one model,
     makes one process's answer that of all, given the answer and the number of layers; by default that of the first
-    process where `model` is DDP or sharded.
+    process where `model` is DDP or sharded. say: takes one line at each freeze, with what froze and what a step costs
+    before and after, and one where data loading has become the bound; None for silence.
 
     Raises UsageError when total_steps is below 1, when a layer's parameter belongs to no optimizer, when the policy
     names a layer that does not exist, when what is around the model cannot freeze layers while it trains (DeepSpeed,
@@ -75,6 +78,7 @@ class FreezeController:
         total_steps: int,
         layers: Sequence[Layer] | None = None,
         agree: Callable[[frozenset[int], int], frozenset[int]] | None = None,
+        say: Callable[[str], None] | None = print,
     ) -> None:
         if total_steps < 1:
             raise UsageError(f"total_steps={total_steps}: give the number of optimizer steps of the whole training")
@@ -93,11 +97,19 @@ class FreezeController:
         self._step = 0
         self._listeners: list[Callable[[FreezeEvent], None]] = [forget_compiled]
         self._watch = GradientWatch(self.layers, self._optimizers)
+        self._teller = Teller(model, self.layers, say)
         self._reset_seen = False
+        self._observing = type(policy).observe is not FreezePolicy.observe
+        self._quiet = False
         self._check_optimizers()
         follow(self, model)
         self.agree = agree or self.agree
+        if policy.wants_flops:
+            self._teller.count()
         policy.bind(self.model, self._optimizers[0], self.layers)
+        self._rates: LayerRates | None = None
+        if type(policy).rates is not FreezePolicy.rates:  # otherwise not even a hook
+            self._rates = LayerRates(self.layers, self._optimizers, lambda: policy.rates(self.view), self._timed)
         self._timed(self._decide)
 
     @property
@@ -108,10 +120,14 @@ class FreezeController:
     @property
     def view(self) -> View:
         """What the policy may look at now."""
-        return View(self.layers, self._frozen, self._step, self.total_steps)
+        return View(self.layers, self._frozen, self._step, self.total_steps, self._teller.flops)
 
     def step(self) -> FreezeEvent | None:
         """Call after `optimizer.step()` and before `zero_grad()`. Returns what changed, if anything did."""
+        self._step += 1
+        # Most steps of most trainings end here, and have to: with a fast network, Python's time counts.
+        if self._quiet and not self._frozen and not self.policy.due(self._step, self.total_steps):
+            return None
         return self._timed(self._advance)
 
     def on_change(self, callback: Callable[[FreezeEvent], None]) -> None:
@@ -153,16 +169,21 @@ class FreezeController:
 
     def close(self) -> None:
         """Let go of what the policy holds. Layers stay as they are; `thaw` them to train them further."""
+        self._teller.close()
+        if self._rates is not None:
+            self._rates.close()
         self.policy.close()
 
     def _advance(self) -> FreezeEvent | None:
-        self._step += 1
+        self._teller.stepped()
         self._hold()
         view = self.view
         if self._watch.watching:
             self._watch.check(view.active)
         self.policy.observe(view)
-        return self._decide() if self._step % self.policy.every == 0 else None
+        event = self._decide() if self.policy.due(self._step, self.total_steps) else None
+        self._quiet = not (self._observing or self._watch.watching or self._teller.busy)
+        return event
 
     def _decide(self) -> FreezeEvent | None:
         wanted = frozenset(self.policy.decide(self.view))
@@ -185,10 +206,13 @@ class FreezeController:
             tuple(sorted(wanted)),
             len(self.layers),
         )
+        before = self._frozen
         self._apply(wanted)
         self._watch.start(self.view.active)
+        self._quiet = False
         if note:
             self.history.append(event)
+            self._teller.changed(event, before)
         for listener in self._listeners:
             listener(event)
         return event
@@ -201,6 +225,7 @@ class FreezeController:
             freeze(self.layers[place], optimizers)
         for place in sorted(self._frozen - wanted):
             thaw(self.layers[place], self.model.training)
+        settle_containers(self.model, self.layers, wanted)
         self._frozen = wanted
 
     def _hold(self) -> None:

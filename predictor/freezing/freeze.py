@@ -4,10 +4,10 @@ A frozen layer's parameters want no gradient and have none, so that no optimizer
 weight decay. They stay in their parameter group, so that the optimizer's state loads on resume and no scheduler
 notices. Their optimizer state is dropped, which returns its memory; a thawed layer starts with fresh state. The
 layer's modules are in evaluation mode and stay there through `model.train()`: running statistics stand still, dropout
-is off, and the layer's output depends on its input alone.
+is off, and the layer's output depends on its input alone. So is what stands around frozen layers only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from torch import nn
@@ -37,6 +37,25 @@ def thaw(layer: Layer, training: bool) -> None:
     for module in _parts(layer):
         module.__dict__.pop("train", None)
         module.train(training)
+
+
+def settle_containers(model: nn.Module, layers: Sequence[Layer], frozen: Iterable[int]) -> None:
+    """Put modules that hold nothing but frozen layers into evaluation mode too, and the others that were back.
+
+    A container may have dropout of its own, as the attention of a BERT, whose projections are layers of their own.
+    """
+    frozen = set(frozen)
+    parts = {part for layer in layers for part in _parts(layer)}
+    still = {id(p) for place, layer in enumerate(layers) if place in frozen for p in layer.parameters()}
+    for module in model.modules():
+        if module in parts:
+            continue
+        own = [id(parameter) for parameter in module.parameters()]
+        if own and still.issuperset(own):
+            module.training = False
+            module.train = partial(_stay_in_evaluation, module)  # type: ignore[method-assign]
+        elif module.__dict__.pop("train", None) is not None:
+            module.training = model.training
 
 
 def is_frozen(layer: Layer) -> bool:

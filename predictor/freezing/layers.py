@@ -32,6 +32,15 @@ class Layer:
         return iter(self.own)
 
     @property
+    def output(self) -> nn.Module:
+        """The module whose output stands for the layer's: the last that holds parameters.
+
+        What comes after it may stand beside it, as a shortcut without parameters, or be called by others too.
+        """
+        holding = [module for module in self.modules if any(True for _ in module.parameters())]
+        return (holding or self.modules)[-1]
+
+    @property
     def size(self) -> int:
         """How many weights the layer holds."""
         return sum(parameter.numel() for parameter in self.own)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from predictor.errors import UsageError
 from predictor.freezing.controller import FreezeController
-from predictor.freezing.freeze import thaw
+from predictor.freezing.freeze import settle_containers, thaw
 from predictor.freezing.layers import Layer
 from predictor.policies.base import FreezePolicy
 
@@ -69,4 +69,5 @@ class Adapter:
         if self.controller is not None:
             for place in self.controller.frozen:
                 thaw(self.controller.layers[place], self.controller.model.training)
+            settle_containers(self.controller.model, self.controller.layers, ())
             self.controller.close()

@@ -1,13 +1,14 @@
 """What a freezing method is: it looks at a training and answers which layers should be frozen now."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from predictor.freezing.flops import LayerFlops
 from predictor.freezing.layers import Layer
 
 
@@ -23,6 +24,9 @@ class View:
     """Optimizer steps done: 0 before the first."""
     total_steps: int
     """Optimizer steps of the whole training."""
+    flops: LayerFlops | None = None
+    """What the layers cost, for a policy that `wants_flops`; None before the first forward pass, and for a model on
+    which it cannot be counted, such as a sharded one."""
 
     @property
     def progress(self) -> float:
@@ -38,11 +42,14 @@ class View:
 class FreezePolicy(ABC):
     """It judges, it never acts.
 
-    bind -> decide at step 0 -> for every optimizer step: observe, and at every `every`-th one: decide.
+    bind -> decide at step 0 -> for every optimizer step: before it rates, after it observe, and where it is `due`
+    decide.
     """
 
     every: int = 1
     """Optimizer steps between decisions."""
+    wants_flops: bool = False
+    """Whether its views should have FLOPs, which cost a forward pass to count."""
     budget: float = 1.0
     """The share of the planned optimizer steps that the training should take, its schedule rescaled to them."""
 
@@ -52,9 +59,21 @@ class FreezePolicy(ABC):
     def observe(self, view: View) -> None:
         """Called after each optimizer step, while its gradients still stand."""
 
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether to decide after `step` optimizer steps: by nothing else, so that several processes ask as one."""
+        return step % self.every == 0
+
     @abstractmethod
     def decide(self, view: View) -> frozenset[int]:
         """The places of all layers that should be frozen now. A layer left out of it thaws. Changes nothing itself."""
+
+    def rates(self, view: View) -> Mapping[int, float]:
+        """The factors by which the next step's learning rate is multiplied, for layers where it is not 1.
+
+        Asked right before an optimizer step, when the learning rates are those of that step. After a restart it is
+        asked again: the answer follows from the view, the optimizer and the policy's state.
+        """
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on after a restart: tensors, numbers, strings, lists and dicts of them."""

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from predictor.freezing.freeze import freeze, is_frozen, thaw
+from predictor import FreezeController, make_policy
+from predictor.freezing.freeze import freeze, is_frozen, settle_containers, thaw
 from predictor.freezing.layers import layers_of
 
 X = torch.linspace(-1, 1, 6 * 64).reshape(6, 1, 8, 8)
@@ -146,3 +147,50 @@ def test_freezing_the_front_ends_the_backward_pass_there(make_toy):
     assert not out.requires_grad
     F.cross_entropy(model(X), Y).backward()
     assert model.body[8].weight.grad is not None
+
+
+class Attending(nn.Module):
+    """A block with dropout of its own around two layers, as a BERT's attention is."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.value = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        scores = F.dropout(self.query(x), 0.5, self.training)
+        return F.dropout(self.value(scores), 0.5, self.training)
+
+
+def test_a_module_around_frozen_layers_alone_is_in_evaluation_mode_too():
+    model = nn.Sequential(Attending(), Attending(), nn.Linear(8, 2)).train()
+    layers = layers_of(model, torch.ones(3, 8))
+    assert len(layers) == 4
+
+    def modes():
+        model.train()
+        return [model.training, *(module.training for module in model)]
+
+    for frozen, expected in [
+        ({0}, [True, True, True, True]),
+        ({0, 1, 2}, [True, False, True, True]),
+        ({0, 1, 2, 3}, [True, False, False, True]),
+        ({0, 2, 3}, [True, True, False, True]),
+        (set(), [True, True, True, True]),
+    ]:
+        for place, layer in enumerate(layers):
+            freeze(layer) if place in frozen else thaw(layer, training=True)
+        settle_containers(model, layers, frozen)
+        assert modes() == expected
+        model.eval()
+        settle_containers(model, layers, frozen)
+        assert not any(module.training for module in model.modules())
+
+
+def test_a_frozen_front_with_dropout_around_its_layers_gives_the_same_each_time():
+    model = nn.Sequential(Attending(), Attending(), nn.Linear(8, 2)).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    layers = layers_of(model, torch.ones(3, 8))
+    FreezeController(model, optimizer, make_policy("static", layers=2), total_steps=1, layers=layers)
+    x = torch.randn(3, 8)
+    assert torch.equal(model[0](x), model[0](x))
+    assert not torch.equal(model[1](x), model[1](x))

@@ -1,7 +1,6 @@
 """A hook that measures how like the final network's each layer's output already was: unbiased CKA."""
 
 import math
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from collect.train import Hook, Training
 from predictor.errors import UsageError
 from predictor.freezing.undisturbed import undisturbed
 from predictor.sampling import SampleSpec
+from predictor.similarity import by_sample, cka_to_last, gram, upper_triangle
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class ProbeSpec:
 class Similarity(Hook):
     """Compares each snapshot's layers with those of the final network, without keeping a network.
 
-    At each snapshot the network sees the same n test inputs, in evaluation mode. A layer's output is that of its last
-    module at that module's first call (first tensor of a tuple or dict); its columns are centred, at most
+    At each snapshot the network sees the same n test inputs, in evaluation mode. A layer's output is that of
+    `layer.output` at its first call (first tensor of a tuple or dict); its columns are centred, at most
     `probe.features` of them, and the Gram matrix K = XX' is kept: the n (n - 1) / 2 numbers above its diagonal in
     float32, 32 kB a layer a snapshot at n = 128, in the host's memory. HSIC1 needs no more: it has the diagonals
     zeroed, and neither centring nor any other shift of X changes it. At the end, in float64 (Nguyen, Raghu and
@@ -104,7 +104,7 @@ class Similarity(Hook):
 
         with undisturbed(training.model), training.precision.forward(), ExitStack() as stack:
             for place, layer in enumerate(layers):
-                stack.callback(layer.modules[-1].register_forward_hook(partial(take, place)).remove)
+                stack.callback(layer.output.register_forward_hook(partial(take, place)).remove)
             training.model(self._inputs)
         return triangle_LP
 
@@ -114,7 +114,8 @@ class Similarity(Hook):
         features_BF = by_sample(output, samples)
         if features_BF is None:
             return torch.zeros(samples * (samples - 1) // 2)
-        return upper_triangle(gram(self._chosen(layer, features_BF))).cpu()
+        with torch.autocast(features_BF.device.type, enabled=False):  # products in full precision
+            return upper_triangle(gram(self._chosen(layer, features_BF))).cpu()
 
     def _chosen(self, layer: int, features_BF: Tensor) -> Tensor:
         size = features_BF.shape[1]
@@ -125,56 +126,3 @@ class Similarity(Hook):
             positions = torch.randperm(size, generator=generator)[: self.probe.features].sort().values
             self._positions[layer] = positions.to(features_BF.device)
         return features_BF.index_select(1, self._positions[layer]).float()
-
-
-def by_sample(output: Any, samples: int) -> Tensor | None:
-    """features_BF of a module's output: one row for each of the `samples` inputs; None where there is no such thing.
-
-    The batch may be the first dimension, alone or with others folded into it behind it, or the second (as in
-    `nn.MultiheadAttention` without `batch_first`).
-    """
-    while not isinstance(output, Tensor):
-        parts = list(output.values() if isinstance(output, Mapping) else output if isinstance(output, Sequence) else ())
-        if not parts:
-            return None
-        output = parts[0]
-    if output.dim() > 1 and output.shape[0] != samples and output.shape[1] == samples:
-        output = output.transpose(0, 1)
-    if output.numel() == 0 or output.dim() == 0 or output.shape[0] % samples:
-        return None
-    features_BF: Tensor = output.reshape(samples, -1)
-    return features_BF
-
-
-def gram(features_BF: Tensor) -> Tensor:
-    """gram_BB = XX' with the columns of X centred; all zero where the samples differ by rounding errors alone."""
-    centred_BF = features_BF - features_BF.mean(dim=0)
-    noise = 1e-6 * torch.linalg.vector_norm(features_BF)
-    return torch.where(torch.linalg.vector_norm(centred_BF) <= noise, 0.0, centred_BF @ centred_BF.T)
-
-
-def upper_triangle(gram_BB: Tensor) -> Tensor:
-    """The numbers above the diagonal, row by row: triangle_P, P = n (n - 1) / 2."""
-    rows, columns = torch.triu_indices(len(gram_BB), len(gram_BB), offset=1, device=gram_BB.device)
-    return gram_BB[rows, columns]
-
-
-def cka_to_last(triangles_TP: Tensor, samples: int) -> Tensor:
-    """cka_T in float64: unbiased CKA of each Gram matrix to the last one; NaN where one of the two is constant."""
-    rows, columns = torch.triu_indices(samples, samples, offset=1)
-    grams_TBB = torch.zeros(len(triangles_TP), samples, samples, dtype=torch.float64)
-    grams_TBB[:, rows, columns] = triangles_TP.double()
-    grams_TBB += grams_TBB.mT.clone()
-    last_BB = grams_TBB[-1]
-    own_T, last = hsic1(grams_TBB, grams_TBB), hsic1(last_BB, last_BB)
-    return hsic1(grams_TBB, last_BB) / (own_T * last).sqrt()
-
-
-def hsic1(gram_BB: Tensor, other_BB: Tensor) -> Tensor:
-    """The unbiased Hilbert-Schmidt independence criterion of Gram matrices with zeros as diagonals; may be batched."""
-    samples = gram_BB.shape[-1]
-    trace = (gram_BB * other_BB).sum(dim=(-2, -1))  # tr(KL), since L is symmetric
-    sums_B, other_sums_B = gram_BB.sum(dim=-1), other_BB.sum(dim=-1)
-    product = sums_B.sum(dim=-1) * other_sums_B.sum(dim=-1) / ((samples - 1) * (samples - 2))
-    cross = 2 / (samples - 2) * (sums_B * other_sums_B).sum(dim=-1)  # 1'KL1 = (K1)'(L1)
-    return (trace + product - cross) / (samples * (samples - 3))

@@ -1,6 +1,4 @@
 import copy
-import itertools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from collect.similarity import ProbeSpec, Similarity, by_sample, cka_to_last, gram, hsic1, upper_triangle
+from collect.similarity import ProbeSpec, Similarity
 from collect.train import Hook, Training, train
-from collect.workloads import Recipe, Workload
+from collect.workloads import Recipe, Workload, load_workload
+from data.sources import load_source
 from data.sources.base import Source
 from predictor.errors import UsageError
 from predictor.freezing.layers import layers_of
 from predictor.sampling import SampleSpec
+from predictor.similarity import gram
 from tests.collect.tiny import TinyNet, tiny_source, tiny_workload
 
 SPEC = SampleSpec(weights=8, snapshots=6)
@@ -26,21 +26,8 @@ def tiny_train(*hooks: Hook, workload: Workload | None = None, **options: Any) -
     return train(workload or tiny_workload(), seed=0, hooks=hooks, device="cpu", source=tiny_source(test=12), **options)
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def off_diagonal(gram_BB: Tensor) -> Tensor:
     return gram_BB - torch.diag(torch.diag(gram_BB))
-
-
-def plain_hsic(gram_BB: Tensor, other_BB: Tensor) -> float:
-    """The U-statistic by its definition: the mean over all ordered choices of four different samples."""
-    terms = [
-        gram_BB[i, j] * (other_BB[i, j] + other_BB[q, r] - 2 * other_BB[i, q])
-        for i, j, q, r in itertools.permutations(range(len(gram_BB)), 4)
-    ]
-    return float(sum(terms) / len(terms))
 
 
 def plain_cka(x_BF: Tensor, y_BF: Tensor) -> float:
@@ -53,78 +40,6 @@ def plain_cka(x_BF: Tensor, y_BF: Tensor) -> float:
 
     k, m = off_diagonal(x_BF.double() @ x_BF.double().T), off_diagonal(y_BF.double() @ y_BF.double().T)
     return float(hsic(k, m) / (hsic(k, k) * hsic(m, m)).sqrt())
-
-
-def cka(x_BF: Tensor, y_BF: Tensor) -> float:
-    triangles_TP = torch.stack([upper_triangle(gram(features)) for features in (x_BF, y_BF)])
-    return cka_to_last(triangles_TP, len(x_BF))[0].item()
-
-
-def test_hsic1_is_the_unbiased_estimate() -> None:
-    k, m = random(6, 3) @ random(6, 3).T, random(6, 2, seed=1) @ random(6, 2, seed=1).T
-    assert hsic1(off_diagonal(k), off_diagonal(m)).item() == pytest.approx(plain_hsic(k, m), rel=1e-10)
-
-
-def test_hsic1_by_hand() -> None:
-    """n = 4, K = L = 1 for the pairs 12 and 34: tr 4, product 4 * 4 / 6, cross 2/2 * 4; (4 + 8/3 - 4) / 4."""
-    k = torch.zeros(4, 4, dtype=torch.float64)
-    k[0, 1] = k[1, 0] = k[2, 3] = k[3, 2] = 1.0
-    assert hsic1(k, k).item() == pytest.approx(2 / 3, rel=1e-12)
-
-
-def test_the_broadcast_bug_would_be_seen() -> None:
-    """`K - torch.diag(K)` subtracts a row vector from every row: another number."""
-    x_BF, y_BF = random(8, 5), random(8, 5, seed=1)
-    k, m = x_BF @ x_BF.T, y_BF @ y_BF.T
-    bug = hsic1(k - torch.diag(k), m - torch.diag(m))
-    assert abs(hsic1(off_diagonal(k), off_diagonal(m)) - bug) > 0.1 * abs(bug)
-
-
-def test_cka_against_the_plain_formula() -> None:
-    x_BF, y_BF = random(10, 7), random(10, 7) + 0.5 * random(10, 7, seed=1)
-    assert cka(x_BF, y_BF) == pytest.approx(plain_cka(x_BF, y_BF), rel=1e-9)
-    assert 0.3 < cka(x_BF, y_BF) < 0.99
-
-
-def test_what_cka_does_not_see() -> None:
-    x_BF = random(10, 6)
-    turned_BF = x_BF @ torch.linalg.qr(random(6, 6, seed=1)).Q
-    assert cka(x_BF, x_BF) == pytest.approx(1.0, abs=1e-12)
-    assert cka(x_BF, 3.0 * turned_BF + 5.0) == pytest.approx(1.0, abs=1e-10)
-
-
-def test_cka_is_unbiased() -> None:
-    """Independent features, many more than samples: 0 on average, where the plain estimate gives nearly 1."""
-    values = [cka(random(12, 500, seed=seed), random(12, 500, seed=1000 + seed)) for seed in range(30)]
-    assert abs(np.mean(values)) < 0.1
-    x_BF, y_BF = random(12, 500), random(12, 500, seed=1000)
-    x_BF, y_BF = x_BF - x_BF.mean(0), y_BF - y_BF.mean(0)
-    assert (y_BF.T @ x_BF).norm() ** 2 / ((x_BF.T @ x_BF).norm() * (y_BF.T @ y_BF).norm()) > 0.8
-
-
-def test_float32_features_far_from_zero_lose_nothing() -> None:
-    x_BF, y_BF = random(16, 40), random(16, 40) + random(16, 40, seed=1)
-    assert cka((x_BF + 300).float(), (y_BF - 300).float()) == pytest.approx(plain_cka(x_BF, y_BF), abs=1e-4)
-
-
-@pytest.mark.parametrize("constant", [torch.zeros(8, 5), torch.full((8, 5), 0.1) + torch.arange(5) * 1.1])
-def test_an_output_that_is_the_same_for_all_samples_has_no_similarity(constant: Tensor) -> None:
-    assert math.isnan(cka(constant, random(8, 5).float()))
-    assert math.isnan(cka(random(8, 5).float(), constant))
-
-
-def test_outputs_of_many_kinds() -> None:
-    x_BTC = torch.arange(24.0).view(2, 3, 4)
-    rows = x_BTC.reshape(2, 12)
-    for output in (x_BTC, (x_BTC, None), [x_BTC], {"hidden": x_BTC}, ((x_BTC,), 1), x_BTC.reshape(6, 4)):
-        features_BF = by_sample(output, 2)
-        assert features_BF is not None
-        assert torch.equal(features_BF, rows)
-    turned_BF = by_sample(x_BTC.transpose(0, 1), 2)  # tokens first: 3 x 2 x 4
-    assert turned_BF is not None
-    assert torch.equal(turned_BF, rows)
-    for nothing in (None, (), {}, torch.tensor(1.0), torch.zeros(2, 0), torch.zeros(5, 3), "text"[:0]):
-        assert by_sample(nothing, 2) is None
 
 
 class Networks(Hook):
@@ -142,7 +57,7 @@ class Networks(Hook):
         found = []
         for network in self.networks:
             network.eval()
-            module = layers_of(network)[layer].modules[-1]
+            module = layers_of(network)[layer].output
             module.register_forward_hook(lambda _module, _inputs, output: found.append(output.detach().flatten(1)))
             network(self.inputs)
         return found
@@ -312,3 +227,11 @@ def test_too_few_samples() -> None:
         ProbeSpec(samples=3)
     with pytest.raises(UsageError, match="tiny has 3 test samples"):
         train(tiny_workload(), seed=0, hooks=(Similarity(SPEC),), device="cpu", source=tiny_source(test=3))
+
+
+def test_a_layers_output_is_not_that_of_a_shortcut_beside_it() -> None:
+    workload = load_workload("resnet8-digits")
+    source = load_source("digits")
+    layers = layers_of(workload.model(source), source.probe(2))
+    assert any(isinstance(layer.modules[-1], nn.Identity) for layer in layers)
+    assert all(isinstance(layer.output, nn.BatchNorm2d) for layer in layers)

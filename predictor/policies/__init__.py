@@ -4,10 +4,20 @@ from collections.abc import Callable
 from typing import Any
 
 from predictor.errors import UsageError, unknown
+from predictor.policies.autofreeze import AutoFreezePolicy
 from predictor.policies.base import FreezePolicy
+from predictor.policies.egeria import EgeriaPolicy
+from predictor.policies.freezeout import FreezeOutPolicy
+from predictor.policies.gradual import GradualPolicy
+from predictor.policies.greentrainer import GreenTrainerPolicy
 from predictor.policies.linear import LinearPolicy
+from predictor.policies.lisa import LisaPolicy
 from predictor.policies.none import NonePolicy
+from predictor.policies.pipetransformer import PipeTransformerPolicy
+from predictor.policies.random_layers import RandomPolicy
 from predictor.policies.shorter import ShorterPolicy
+from predictor.policies.simfreeze import SimFreezePolicy
+from predictor.policies.slimfit import SlimFitPolicy
 from predictor.policies.smartfrz import SmartFRZPolicy
 from predictor.policies.static import StaticPolicy
 
@@ -15,7 +25,17 @@ POLICIES: dict[str, Callable[..., FreezePolicy]] = {
     "none": NonePolicy,
     "shorter": ShorterPolicy,
     "static": StaticPolicy,
+    "random": RandomPolicy,
     "linear": LinearPolicy,
+    "gradual": GradualPolicy,
+    "freezeout": FreezeOutPolicy,
+    "autofreeze": AutoFreezePolicy,
+    "pipetransformer": PipeTransformerPolicy,
+    "greentrainer": GreenTrainerPolicy,
+    "slimfit": SlimFitPolicy,
+    "lisa": LisaPolicy,
+    "egeria": EgeriaPolicy,
+    "simfreeze": SimFreezePolicy,
     "smartfrz": SmartFRZPolicy,
 }
 

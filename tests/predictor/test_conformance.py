@@ -11,7 +11,18 @@ from predictor.policies import POLICIES
 
 STEPS = 24
 # Settings under which each policy freezes something in a short training (those that freeze at all).
-OPTIONS = {"shorter": {"budget": 0.5}, "static": {"layers": 2}, "linear": {"start": 0.25}}
+OPTIONS = {
+    "shorter": {"budget": 0.5},
+    "static": {"layers": 2},
+    "linear": {"start": 0.25},
+    "autofreeze": {"intervals": 6},
+    "pipetransformer": {"epochs": 6},
+    "greentrainer": {"rounds": 6},
+    "slimfit": {"every": 4},
+    "lisa": {"layers": 1, "every": 5},
+    "egeria": {"window": 2, "patience": 1, "tolerance": 0.5, "refresh": 3},
+    "simfreeze": {"tolerance": 0.3, "patience": 2},
+}
 FREEZING = [name for name in POLICIES if name not in ("none", "shorter")]
 
 

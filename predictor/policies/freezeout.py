@@ -1,0 +1,88 @@
+"""FreezeOut: each layer's learning rate falls to zero at a time of its own, front to back."""
+
+from collections.abc import Mapping, Sequence
+from math import cos, pi
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from predictor.errors import UsageError, unknown
+from predictor.freezing.layers import Layer
+from predictor.policies.base import FreezePolicy, View
+
+_POWERS = {"linear": 1, "squared": 2, "cubic": 3}
+
+
+class FreezeOutPolicy(FreezePolicy):
+    """Gives each layer a cosine learning rate of its own, and freezes it when that has reached zero.
+
+    Paper: FreezeOut (Brock et al., 2017, arXiv 1706.04983). Rule: with t the progress and i the place of a layer among
+    L, u_i = t0 + (1 - t0) i / L, and t_i is u_i, its square or its cube; the layer learns at
+    lr_i(t) = a_i (1 + cos(pi t / t_i)) / 2 and freezes at t > t_i; a_i = a / t_i when scaled, so that every layer
+    travels as far, else a. Signal: time. Differs: a layer's own rate takes the place of the training's schedule,
+    warm-up included, whatever that schedule is; the head, which has t_i = 1, and all that is no layer follow the
+    training's schedule, so the paper's method is this policy under a cosine schedule to zero. In a step whose scheduled
+    rate is zero the layers stand still too. Cost: a copy of the weights during each optimizer step.
+
+    schedule: "linear", "squared" or "cubic". t0: where the first layer's time starts from, above 0 and at most 1,
+    before it is squared or cubed. scaled: divide each layer's rate by its t_i. lr: the rate a; by default the highest
+    of a schedule that names it (`OneCycleLR`), else that from which the optimizer started, by parameter group.
+    """
+
+    def __init__(self, schedule: str = "cubic", t0: float = 0.8, scaled: bool = True, lr: float | None = None) -> None:
+        if schedule not in _POWERS:
+            raise unknown("FreezeOut schedule", schedule, _POWERS)
+        if not 0 < t0 <= 1:
+            raise UsageError(f"t0={t0}: give a progress above 0 and at most 1")
+        if lr is not None and not lr > 0:
+            raise UsageError(f"lr={lr}: give a learning rate above 0")
+        self.schedule = schedule
+        self.t0 = t0
+        self.scaled = scaled
+        self.lr = lr
+
+    def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
+        """See at which rate each layer starts."""
+        self._optimizer = optimizer
+        self._groups = [_group_of(layer, optimizer) for layer in layers]
+        self._base = [self._base_of(optimizer.param_groups[group]) for group in self._groups]
+
+    def rates(self, view: View) -> Mapping[int, float]:
+        """Each layer's own rate, as a multiple of the scheduled one."""
+        scheduled = [float(self._optimizer.param_groups[group]["lr"]) for group in self._groups]
+        return {place: self._rate(place, view) / scheduled[place] for place in view.active if scheduled[place] > 0}
+
+    def decide(self, view: View) -> frozenset[int]:
+        """The layers whose time is over."""
+        count = len(view.layers)
+        return frozenset(place for place in range(count) if view.progress > self._end(place, count))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rates at which the layers started."""
+        return {"base": list(self._base)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up those rates again: an optimizer under a schedule may no longer know them."""
+        self._base = list(state["base"])
+
+    def _end(self, place: int, layers: int) -> float:
+        """The layer's t_i."""
+        return float((self.t0 + (1 - self.t0) * place / layers) ** _POWERS[self.schedule])
+
+    def _rate(self, place: int, view: View) -> float:
+        end = self._end(place, len(view.layers))
+        start = self._base[place] / end if self.scaled else self._base[place]
+        return 0.5 * start * (1 + cos(pi * min(view.progress / end, 1.0)))
+
+    def _base_of(self, group: dict[str, Any]) -> float:
+        return float(group.get("max_lr", group.get("initial_lr", group["lr"]))) if self.lr is None else self.lr
+
+
+def _group_of(layer: Layer, optimizer: Optimizer) -> int:
+    """The number of the parameter group that holds most of a layer; of the first where none does."""
+    sizes = [0] * len(optimizer.param_groups)
+    own = {id(parameter) for parameter in layer.parameters()}
+    for number, group in enumerate(optimizer.param_groups):
+        sizes[number] = sum(parameter.numel() for parameter in group["params"] if id(parameter) in own)
+    return sizes.index(max(sizes))

@@ -1,0 +1,30 @@
+"""A front that grows at random times: what a freezing method must beat to have shown that its times matter."""
+
+import torch
+
+from predictor.errors import UsageError
+from predictor.policies.base import FreezePolicy, View
+
+
+class RandomPolicy(FreezePolicy):
+    """Freezes a front that grows by one layer at each of several random times.
+
+    Paper: none; a control. Rule: n = round(share * L) moments are drawn evenly from the whole training; at each of
+    them one more layer freezes, front to back. Signal: chance. Differs: not at all. Cost: none.
+
+    share: of the layers that are frozen at the end; take that of the method it is compared with. seed: of the moments.
+    """
+
+    def __init__(self, share: float = 0.5, seed: int = 0) -> None:
+        if not 0 <= share <= 1:
+            raise UsageError(f"share={share}: give a share of the layers, from 0 to 1")
+        self.share = share
+        self.seed = seed
+
+    def decide(self, view: View) -> frozenset[int]:
+        """As many layers as moments have passed."""
+        # Drawn anew each time, by a generator of its own: nothing to save, and the training's random numbers stand
+        # still.
+        generator = torch.Generator().manual_seed(self.seed)
+        moments = torch.rand(round(self.share * len(view.layers)), generator=generator)
+        return frozenset(range(int((moments <= view.progress).sum())))

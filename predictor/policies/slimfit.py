@@ -1,0 +1,93 @@
+"""SlimFit: the layers that the last step changed least stand still for the next steps."""
+
+from collections.abc import Sequence
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from predictor.errors import UsageError
+from predictor.freezing.layers import Layer
+from predictor.policies.base import FreezePolicy, View
+from predictor.policies.measure import LastStep, read
+
+_LEAST = 1e-8
+"""Stands for a weight of zero where one divides by it."""
+
+
+class SlimFitPolicy(FreezePolicy):
+    """Freezes the share of the layers whose weights changed least, relative to their size.
+
+    Paper: SlimFit (Ardakani et al., 2023, arXiv 2305.18513), which saves memory in fine-tuning transformers. Rule: of
+    all layers, the share p with the least mean |dw / w| over a step is frozen; the choice is made again and again.
+    Signal: weights. Differs: whole layers rather than single tensors, chosen every few steps rather than at each; our
+    reading of the rule for a frozen layer, which does not move, is that it keeps its last value, so that it trains
+    again once the active layers have become as slow; only weights of two or more dimensions are measured, where a layer
+    has any, since a bias that starts from zero would outweigh all else. Its quantization is not here. A layer that
+    thaws starts with a fresh optimizer state. Cost: a copy of the weights, once in `every` steps, and one mean a layer.
+
+    share: of the layers that are frozen, rounded to whole layers. every: optimizer steps between choices.
+    """
+
+    def __init__(self, share: float = 0.5, every: int = 10) -> None:
+        if not 0 <= share <= 1:
+            raise UsageError(f"share={share}: give a share of the layers, from 0 to 1")
+        if every < 1:
+            raise UsageError(f"every={every}: give a number of optimizer steps, from 1")
+        self.share = share
+        self.every = every
+
+    def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
+        """Begin with layers whose movement is not known."""
+        self._last_step = LastStep(layers)
+        self._distances = [inf] * len(layers)
+
+    def observe(self, view: View) -> None:
+        """Measure the step before a choice."""
+        if self._last_step.kept:
+            self._measure(view)
+            self._last_step.drop()
+        self._keep_if_next(view.step)
+
+    def decide(self, view: View) -> frozenset[int]:
+        """The share that moves least."""
+        if view.step == 0:
+            self._keep_if_next(0)
+        if inf in self._distances:
+            return view.frozen
+        slowest_first = sorted(range(len(view.layers)), key=lambda place: (self._distances[place], place))
+        return frozenset(slowest_first[: round(self.share * len(view.layers))])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each layer's last movement, and the weights before a step that is waited for."""
+        return {"distances": list(self._distances), **self._last_step.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them up again."""
+        self._distances = list(state["distances"])
+        self._last_step.load_state_dict(state)
+
+    def close(self) -> None:
+        """Let go of the kept weights."""
+        self._last_step.drop()
+
+    def _keep_if_next(self, step: int) -> None:
+        if (step + 1) % self.every == 0:
+            self._last_step.keep()
+
+    @torch.no_grad()
+    def _measure(self, view: View) -> None:
+        if view.active:
+            values = read([self._distance(place) for place in view.active])
+            if any(values):  # otherwise the step was skipped, or had a learning rate of zero
+                for place, value in zip(view.active, values, strict=True):
+                    self._distances[place] = value
+
+    def _distance(self, place: int) -> Tensor:
+        """Mean |dw / w| over a layer's weights."""
+        pairs = list(zip(self._last_step.moved(place), self._last_step.before(place), strict=True))
+        pairs = [pair for pair in pairs if pair[0].dim() >= 2] or pairs
+        ratios = [(moved.float() / before.float().abs().clamp_min(_LEAST)).abs().sum() for moved, before in pairs]
+        return torch.stack(ratios).sum() / sum(moved.numel() for moved, _ in pairs)

@@ -1,7 +1,9 @@
 """The frozen front's outputs, kept by sample, so that its forward pass is skipped too."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from predictor.errors import UsageError
 from predictor.freezing.controller import FreezeController, FreezeEvent
-from predictor.freezing.cut import Cut, candidates, replayed, trace_calls
+from predictor.freezing.cut import Cut, best_cut, replayed, trace_calls
 from predictor.freezing.store import FeatureStore
 
 _TOLERANCE = 1e-5
@@ -26,10 +28,11 @@ class FeatureCache:
                 loss = loss_fn(model(x), y)
 
     The model is left as it is. Inside `batch`, on a hit, modules before the cut return a stand-in of the right shape,
-    and the module at the cut returns what was stored. A cut is taken only after a real forward pass gave the same
-    outputs as one with the cut; the one that skips most is used, and where none is right (say, a skip connection around
-    the whole front) the cache is off and `reason` says why: slower, never wrong. A front that grows is filled from the
-    features at the old cut, not from the inputs; a front that shrinks forgets.
+    and the module at the cut returns what was stored; so do others behind it, where a connection leads around them, as
+    in a residual block of which only the first layers are frozen. A cut is taken only after a real forward pass gave
+    the same outputs as one with the cut; the one that skips most is used, and where none is right the cache is off and
+    `reason` says why: slower, never wrong. A front that grows is filled from the features at the old cut, not from the
+    inputs; a front that shrinks forgets.
 
     A sample's inputs must be the same each time it comes. Where they are not, as under random augmentation, UsageError
     is raised, unless `check_inputs=False` says that the features of the first time shall stand for all.
@@ -54,6 +57,9 @@ class FeatureCache:
         """Batches for which the front was skipped."""
         self.misses = 0
         """Batches for which it was run."""
+        self.taken: frozenset[int] | None = None
+        """Layers that were frozen when the place was found from whose features the last batch's pass began; None where
+        it ran as a whole. They are fewer than are frozen while a front that has grown is filled."""
         self._controller = controller
         self._model = controller.model
         self._memory_bytes = int(memory_gb * 1e9)
@@ -66,8 +72,13 @@ class FeatureCache:
 
     @property
     def cut(self) -> str:
-        """The name of the module whose output is kept; empty where none is."""
-        return self._levels[-1].cut.at.name if self._levels else ""
+        """The name of the module whose output is kept, the foremost where several are; empty where none is."""
+        return self._levels[-1].cut.name if self._levels else ""
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The names of all modules whose outputs are kept, front to back."""
+        return self._levels[-1].cut.names if self._levels else ()
 
     @property
     def bytes(self) -> int:
@@ -77,7 +88,7 @@ class FeatureCache:
     @contextmanager
     def batch(self, ids: Tensor | Iterable[int]) -> Iterator[None]:
         """Within it, call the model once, on the samples with these ids, in their order."""
-        numbers = [int(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+        numbers = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
         with ExitStack() as stack:
 
             def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -100,6 +111,7 @@ class FeatureCache:
 
     def _enter(self, stack: ExitStack, ids: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Arrange for the pass that is about to begin."""
+        self.taken = None
         if 0 not in self._controller.frozen:
             self.misses += 1
             return
@@ -115,6 +127,7 @@ class FeatureCache:
             *leaves, prints_then = known.store.get(ids, prints.device)
             self._compare(ids, prints, prints_then)
             stack.enter_context(replayed(known.cut, leaves, len(ids)))
+            self.taken = known.frozen
         newest = self._levels[-1]
         if known is newest:
             self.hits += 1
@@ -127,19 +140,23 @@ class FeatureCache:
 
     def _find_cut(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the cut that skips most among those that change nothing."""
+        tried = 0
         with _judging(self._model):
             calls, result = trace_calls(self._model, args, kwargs)
-            tried = 0
-            for cut in candidates(calls, batch):
-                leaves = cut.leaves()
-                if leaves is None:
-                    continue
+
+            def right(cut: Cut) -> bool:
+                nonlocal tried
                 tried += 1
-                with replayed(cut, leaves, batch):
-                    again = self._model(*args, **kwargs)
-                if _same(result, again):
-                    self._add_level(cut, leaves)
-                    return
+                try:
+                    with replayed(cut, cut.leaves(), batch):
+                        return _same(result, self._model(*args, **kwargs))
+                except RuntimeError:
+                    return False  # a stand-in was written to, which it does not allow
+
+            cut = best_cut(calls, batch, right)
+        if cut is not None:
+            self._add_level(cut)
+            return
         self.clear()
         self._stale = False
         self.reason = (
@@ -149,14 +166,16 @@ class FeatureCache:
             else "no module ends before the first layer that trains"
         )
 
-    def _add_level(self, cut: Cut, leaves: Sequence[Tensor]) -> None:
-        if self._levels and self._levels[-1].cut.at.name == cut.at.name:
+    def _add_level(self, cut: Cut) -> None:
+        if self._levels and self._levels[-1].cut.names == cut.names:
             return  # the front grew, but not beyond the next place to cut
-        shapes = [leaf.shape[1:] for leaf in leaves] + [torch.Size(())]
-        dtypes = [leaf.dtype for leaf in leaves] + [torch.float32]
-        free = self._memory_bytes - self.bytes
-        store = FeatureStore(shapes, dtypes, free, self._directory)
-        self._levels = [*self._levels[-1:], _Level(cut, store, list(leaves))]
+        leaves = cut.leaves()
+        prints_B = torch.empty(len(leaves[0]))
+        store = FeatureStore([*leaves, prints_B], self._memory_bytes - self.bytes, self._directory)
+        # A front may grow before the features at the last cut are complete: it is filled from where most are known.
+        fullest = max(reversed(self._levels), key=lambda level: len(level.store), default=None)
+        level = _Level(cut, store, leaves, self._controller.frozen)
+        self._levels = [level] if fullest is None else [fullest, level]
         # The outputs seen while looking for the cut have served; only their shapes are needed from here on.
         cut.forget_values()
         self.reason = ""
@@ -172,8 +191,7 @@ class FeatureCache:
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch:
                 flat = leaf.detach().reshape(batch, -1).float()
-                with torch.autocast(leaf.device.type, enabled=False):
-                    part = flat @ self._projection(flat.shape[1:], flat.device)
+                part = self._projected(flat)
                 prints = part if prints is None else prints + part
         if prints is None:
             raise UsageError(
@@ -182,6 +200,13 @@ class FeatureCache:
             )
         return prints
 
+    def _projected(self, flat_BK: Tensor) -> Tensor:
+        projection_K = self._projection(flat_BK.shape[1:], flat_BK.device)
+        if not torch.is_autocast_enabled(flat_BK.device.type):
+            return flat_BK @ projection_K
+        with torch.autocast(flat_BK.device.type, enabled=False):
+            return flat_BK @ projection_K
+
     def _projection(self, shape: torch.Size, device: torch.device) -> Tensor:
         if shape not in self._projections:
             generator = torch.Generator().manual_seed(0)
@@ -189,7 +214,7 @@ class FeatureCache:
         return self._projections[shape].to(device)
 
     def _compare(self, ids: list[int], prints_B: Tensor, then_B: Tensor) -> None:
-        if not self._check_inputs:
+        if not self._check_inputs or torch.equal(prints_B, then_B):
             return
         apart_B = (prints_B - then_B).abs() > 1e-3 * (1 + prints_B.abs())
         if bool(apart_B.any()):
@@ -203,41 +228,53 @@ class FeatureCache:
 class _Level:
     """A cut and the features there."""
 
-    def __init__(self, cut: Cut, store: FeatureStore, expected: list[Tensor]) -> None:
+    def __init__(self, cut: Cut, store: FeatureStore, expected: list[Tensor], frozen: frozenset[int]) -> None:
         self.cut = cut
         self.store = store
+        self.frozen = frozen
         self._expected = expected  # what the first batch gave in evaluation mode, until it was compared
 
     @contextmanager
     def kept(self, ids: list[int], prints_B: Tensor, give_up: Any) -> Iterator[None]:
-        """Within it, the next pass's output at the cut is stored."""
-        calls = 0
+        """Within it, the next pass's outputs at the cut are stored."""
+        outputs: dict[int, Any] = {}
 
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            nonlocal calls
-            calls += 1
-            if calls - 1 != self.cut.at.nth:
-                return
-            leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-            if not self.store.fits([*leaves, prints_B]):
-                return  # another length or precision than the first batch's: this one is not kept
-            if self._expected and not _same(self._expected, leaves):
-                give_up(
-                    "the frozen front gives other features in training than in evaluation: something in it is still in "
-                    "training mode, such as dropout or BatchNorm outside the frozen layers"
-                )
-                return
-            self._expected = []
-            try:
-                self.store.put(ids, [*leaves, prints_B])
-            except OSError as error:
-                give_up(f"features could not be kept: {error.strerror}")
+        def keep(place: int, output: Any) -> None:
+            outputs[place] = output
+            if len(outputs) == len(self.cut.given):
+                leaves = [outputs[place] for place in range(len(outputs))]
+                self._store(ids, [leaf for leaf in tree_leaves(leaves) if isinstance(leaf, Tensor)], prints_B, give_up)
 
-        handle = self.cut.at.module.register_forward_hook(keep)
-        try:
+        with ExitStack() as hooks:
+            for place, call in enumerate(self.cut.given):
+                hooks.callback(call.module.register_forward_hook(_at_call(call.nth, partial(keep, place))).remove)
             yield
-        finally:
-            handle.remove()
+
+    def _store(self, ids: list[int], leaves: list[Tensor], prints_B: Tensor, give_up: Any) -> None:
+        if not self.store.fits([*leaves, prints_B]):
+            return  # another length or precision than the first batch's: this one is not kept
+        if self._expected and not _same(self._expected, leaves):
+            give_up(
+                "the frozen front gives other features in training than in evaluation: something in it is still in "
+                "training mode, such as dropout or BatchNorm outside the frozen layers"
+            )
+            return
+        self._expected = []
+        try:
+            self.store.put(ids, [*leaves, prints_B])
+        except OSError as error:
+            give_up(f"features could not be kept: {error.strerror}")
+
+
+def _at_call(nth: int, act: Callable[[Any], None]) -> Callable[[nn.Module, Any, Any], None]:
+    """A forward hook that passes on the output of the module's call number `nth`."""
+    calls = itertools.count()
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        if next(calls) == nth:
+            act(output)
+
+    return hook
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Where a model's frozen front can be cut off: its calls in order, and running it with the front left out."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,25 +30,48 @@ class Call:
 
 @dataclass(frozen=True)
 class Cut:
-    """Everything before it is skipped; its own output is given."""
+    """What a pass with the front left out is given, and what it skips. Modules in neither run as ever."""
 
-    at: Call
+    given: tuple[Call, ...]
+    """Calls whose outputs are given: one, or several where a connection leads around the last of them."""
     skipped: tuple[Call, ...]
+    """Calls that only have to seem to happen."""
     batch: int
     """Samples in the pass that it was found in: the size of the dimension that follows the batch."""
+    _stand_ins: dict[int, list[Any]] = field(default_factory=dict)  # for the skipped calls, by the size of the batch
 
-    def leaves(self) -> list[Tensor] | None:
-        """The tensors of the cut's output, or None where they cannot be kept.
+    @property
+    def name(self) -> str:
+        """The foremost module whose output is given."""
+        return self.given[0].name
 
-        That is where one of them has no row for each sample, or was written to after the module had given it.
-        """
-        tensors = _tensors(self.at.output)
-        fit = all(tensor.dim() and tensor.shape[0] == self.batch for tensor in tensors)
-        return tensors if tensors and fit and _versions(tensors) == self.at.versions else None
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All modules whose outputs are given, front to back."""
+        return tuple(call.name for call in self.given)
+
+    def leaves(self) -> list[Tensor]:
+        """The tensors of all outputs that are given."""
+        return [tensor for call in self.given for tensor in _tensors(call.output)]
+
+    def answers(self, leaves: Iterable[Tensor], batch: int) -> dict[nn.Module, dict[int, Any]]:
+        """What each module answers to each of its calls that are left out, in a pass on `batch` samples."""
+        if batch not in self._stand_ins:
+            self._stand_ins[batch] = [_stand_in(call.output, self.batch, batch) for call in self.skipped]
+        answers: dict[nn.Module, dict[int, Any]] = defaultdict(dict)
+        for call, stand_in in zip(self.skipped, self._stand_ins[batch], strict=True):
+            # A tuple or a dict is made anew, since the model may change it.
+            answers[call.module][call.nth] = stand_in if isinstance(stand_in, Tensor) else _filled(stand_in)
+        rest = iter(leaves)
+        for call in self.given:
+            answers[call.module][call.nth] = (
+                next(rest) if isinstance(call.output, Tensor) else _filled(call.output, rest)
+            )
+        return answers
 
     def forget_values(self) -> None:
         """Keep the shapes of what the modules gave and let the values go."""
-        for call in (self.at, *self.skipped):
+        for call in (*self.given, *self.skipped):
             call.output = _stand_in(call.output, self.batch, self.batch)
             call.parent = None
 
@@ -88,36 +111,83 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return calls, result
 
 
-def candidates(calls: Sequence[Call], batch: int) -> Iterator[Cut]:
-    """Cuts that a frozen front allows, the ones that skip most first. Whether one is right, only a pass can tell.
+def best_cut(calls: Sequence[Call], batch: int, right: Callable[[Cut], bool]) -> Cut | None:
+    """The cut that skips most and is given least, of those that a frozen front allows; None where none is right.
+
+    calls: of one pass, from `trace_calls`. right: whether a pass with this cut gives what the pass without it gave.
 
     The front ends where the first module begins that holds a parameter that trains. A module that ends before that,
-    whose parent does not, can be left out as a whole. Modules without parameters are left out in the first round and
-    run in the second: what they give may be needed all along, as rotary position embeddings are.
+    whose parent does not, can be left out as a whole. At first all of their outputs are given. Then as many as can be,
+    counted from the front, are only made to seem to happen, and then each of the others that can. Modules without
+    parameters are treated like the rest in the first round and run in the second: something hidden in them may be
+    needed. Where both rounds fail, one output alone is given and all behind it runs.
     """
+    whole = whole_calls(calls)
+    weighty = [call for call in whole if any(True for _ in call.module.parameters())]
+    if not weighty:
+        return None
+    for among in (whole, weighty):
+        if any(map(_keepable(batch), among)) and right(_given_from(among, 0, batch)):
+            return _with_least(among, batch, right)
+    singles = (
+        Cut((call,), tuple(earlier for earlier in among if earlier.end < call.end), batch)
+        for among in (whole, weighty)
+        for call in reversed(whole)
+        if _keepable(batch)(call) and call.end >= weighty[0].end
+    )
+    return next(filter(right, singles), None)
+
+
+def whole_calls(calls: Sequence[Call]) -> list[Call]:
+    """The outermost calls that end before anything that trains begins."""
     boundary = min((call.start for call in calls if _trains(call.module)), default=0)
-    whole = [
+    return [
         call for call in calls if 0 < call.end < boundary and call.parent is not None and call.parent.end > boundary
     ]
-    for keep_running in (False, True):
-        for place in range(len(whole) - 1, -1, -1):
-            before = whole[:place]
-            if keep_running:
-                before = [call for call in before if any(True for _ in call.module.parameters())]
-            if any(True for call in [*before, whole[place]] for _ in call.module.parameters()):
-                yield Cut(whole[place], tuple(before), batch)
+
+
+def _with_least(among: Sequence[Call], batch: int, right: Callable[[Cut], bool]) -> Cut:
+    """Skip what can be skipped of `among`, which is right with nothing skipped."""
+    keepable = [place for place, call in enumerate(among) if _keepable(batch)(call)]
+    low, high = 0, keepable[-1]
+    while low < high:  # what may be skipped up to some place may be skipped up to any before it
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if right(_given_from(among, middle, batch)) else (low, middle - 1)
+    cut = _given_from(among, low, batch)
+    for call in among[low:]:
+        given = tuple(other for other in cut.given if other is not call)
+        less = Cut(given, (*cut.skipped, call), batch)
+        if given and right(less):
+            cut = less
+    return cut
+
+
+def _given_from(among: Sequence[Call], place: int, batch: int) -> Cut:
+    """Everything before `place` is skipped, what can be given of the rest is, and what cannot runs."""
+    return Cut(tuple(filter(_keepable(batch), among[place:])), tuple(among[:place]), batch)
+
+
+def _keepable(batch: int) -> Callable[[Call], bool]:
+    """Whether a call's output can be kept by sample: each of its tensors has a row for each, and was not written to
+    after the module had given it.
+    """
+
+    def check(call: Call) -> bool:
+        tensors = _tensors(call.output)
+        fit = all(tensor.dim() and tensor.shape[0] == batch for tensor in tensors)
+        return bool(tensors) and fit and _versions(tensors) == call.versions
+
+    return check
 
 
 @contextmanager
 def replayed(cut: Cut, leaves: Sequence[Tensor], batch: int) -> Iterator[None]:
-    """Within it, the model's next pass skips what is before the cut and takes the cut's output from `leaves`."""
-    answers: dict[nn.Module, dict[int, Any]] = defaultdict(dict)
-    for call in cut.skipped:
-        answers[call.module][call.nth] = _stand_in(call.output, cut.batch, batch)
-    answers[cut.at.module][cut.at.nth] = _filled(cut.at.output, leaves)
+    """Within it, the model's next pass skips what the cut skips and takes what it is given from `leaves`."""
+    answers = cut.answers(leaves, batch)
     before = {module: module.__dict__.get("forward") for module in answers}
     for module, known in answers.items():
-        module.forward = _Answering(module.forward, known)
+        # Not by setattr, which looks for parameters and submodules of that name first.
+        module.__dict__["forward"] = _Answering(module.forward, known)
     try:
         yield
     finally:
@@ -125,7 +195,7 @@ def replayed(cut: Cut, leaves: Sequence[Tensor], batch: int) -> Iterator[None]:
             if forward is None:
                 del module.__dict__["forward"]
             else:
-                module.forward = forward
+                module.__dict__["forward"] = forward
 
 
 class _Answering:
@@ -168,9 +238,10 @@ def _stand_in(output: Any, batch_then: int, batch_now: int) -> Any:
     return _map(output, alike)
 
 
-def _filled(output: Any, leaves: Sequence[Tensor]) -> Any:
-    rest = iter(leaves)
-    return _map(output, lambda leaf: next(rest) if isinstance(leaf, Tensor) else leaf)
+def _filled(output: Any, leaves: Iterable[Tensor] | None = None) -> Any:
+    """An output of the same structure, with the next of `leaves` for each tensor, or with its own."""
+    rest = iter(leaves) if leaves is not None else None
+    return _map(output, lambda leaf: next(rest) if rest is not None and isinstance(leaf, Tensor) else leaf)
 
 
 def _map(tree: Any, function: Callable[[Any], Any]) -> Any:

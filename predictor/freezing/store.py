@@ -15,20 +15,24 @@ _BLOCK_BYTES = 64 << 20
 class FeatureStore:
     """Keeps one row of each of several tensors for every sample.
 
-    shapes: of one row of each tensor. dtypes: of each. memory_bytes: what may be held in memory; rows beyond go to
-    files in `directory`, which have no name any more and vanish with the process, however it ends.
+    like: tensors of the kind to keep, of any number of rows: rows come back in their shape, dtype and memory format,
+    for a convolution that gets another format than the one it works in takes longer. memory_bytes: what may be held in
+    memory; rows beyond go to files in `directory`, which have no name any more and vanish with the process, however it
+    ends.
 
     Raises OSError when the disk is full; what was stored stays readable.
     """
 
     def __init__(
         self,
-        shapes: Sequence[torch.Size],
-        dtypes: Sequence[torch.dtype],
+        like: Sequence[Tensor],
         memory_bytes: int,
         directory: Path | str | None = None,
     ) -> None:
-        self._shapes, self._dtypes = list(shapes), list(dtypes)
+        self._kinds = [(leaf.shape[1:], leaf.dtype) for leaf in like]
+        self._orders = [_memory_order(leaf) for leaf in like]
+        ordered = [leaf.permute(order) for leaf, order in zip(like, self._orders, strict=True)]
+        self._shapes, self._dtypes = [leaf.shape[1:] for leaf in ordered], [leaf.dtype for leaf in ordered]
         self._memory_bytes = memory_bytes
         self._directory = directory
         self._places: dict[int, int] = {}
@@ -48,7 +52,7 @@ class FeatureStore:
 
     def fits(self, leaves: Sequence[Tensor]) -> bool:
         """Whether these tensors have rows of the kind that is kept here."""
-        return [leaf.shape[1:] for leaf in leaves] == self._shapes and [leaf.dtype for leaf in leaves] == self._dtypes
+        return [(leaf.shape[1:], leaf.dtype) for leaf in leaves] == self._kinds
 
     def holds(self, ids: Sequence[int]) -> bool:
         """Whether every one of these samples is here."""
@@ -62,26 +66,24 @@ class FeatureStore:
                     self._blocks.append(self._new_block())
                 self._places[i] = len(self._places)
         rows_B = torch.tensor([self._places[i] for i in ids])
-        leaves = [leaf.detach().cpu() for leaf in leaves]
+        leaves = [leaf.detach().permute(order).cpu() for leaf, order in zip(leaves, self._orders, strict=True)]
         for block, inside_B, places_B in self._spread(rows_B):
             for kept, leaf in zip(self._blocks[block], leaves, strict=True):
                 kept[places_B] = leaf[inside_B]
 
     def get(self, ids: Sequence[int], device: torch.device) -> list[Tensor]:
         """The rows of these samples, in their order, on `device`."""
-        rows_B = torch.tensor([self._places[i] for i in ids])
-        parts = self._spread(rows_B)
-        if len(parts) == 1:
-            block, _, places_B = parts[0]
-            return [kept.index_select(0, places_B).to(device) for kept in self._blocks[block]]
-        out = [
-            torch.empty((len(ids), *shape), dtype=dtype)
-            for shape, dtype in zip(self._shapes, self._dtypes, strict=True)
-        ]
-        for block, inside_B, places_B in parts:
-            for kept, leaf in zip(self._blocks[block], out, strict=True):
-                leaf[inside_B] = kept[places_B]
-        return [leaf.to(device) for leaf in out]
+        rows = [self._places[i] for i in ids]
+        if len(self._blocks) == 1:
+            rows_B = torch.tensor(rows)
+            out = [kept.index_select(0, rows_B) for kept in self._blocks[0]]
+        else:
+            places = [divmod(row, self._rows) for row in rows]
+            out = [
+                torch.stack([self._blocks[block][leaf][place] for block, place in places])
+                for leaf in range(len(self._shapes))
+            ]
+        return [leaf.to(device).permute(_inverse(order)) for leaf, order in zip(out, self._orders, strict=True)]
 
     def _spread(self, rows_B: Tensor) -> list[tuple[int, Tensor, Tensor]]:
         """For each block concerned: its number, which of the batch lie in it, and where there."""
@@ -107,3 +109,12 @@ class FeatureStore:
         finally:
             os.close(handle)
             os.unlink(name)
+
+
+def _memory_order(leaf: Tensor) -> tuple[int, ...]:
+    """The dimensions from the one with the longest stride to that with the shortest, the rows first of all."""
+    return (0, *sorted(range(1, leaf.dim()), key=leaf.stride, reverse=True))
+
+
+def _inverse(order: Sequence[int]) -> tuple[int, ...]:
+    return tuple(order.index(place) for place in range(len(order)))

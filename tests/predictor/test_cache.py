@@ -206,6 +206,35 @@ def test_a_front_that_grows_is_filled_from_the_old_features_and_one_that_shrinks
     assert cache.cut == "2"
 
 
+class Hasty(FreezePolicy):
+    """One layer more at each step."""
+
+    def decide(self, view):
+        return frozenset(range(1 + view.step))
+
+
+def test_a_front_that_grows_before_its_features_are_complete_is_filled_from_where_most_are():
+    model = chain()
+    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), Hasty(), total_steps=3)
+    cache = FeatureCache(controller)
+    first, second = torch.arange(6), torch.arange(6, 12)
+    expected = model(X)
+    for ids in (first, second):
+        run(model, cache, ids)
+    for cut in ("4", "5"):
+        controller.step()
+        misses, calls = cache.misses, model[1].calls
+        assert torch.equal(run(model, cache, first), expected[first])
+        assert (cache.cut, cache.misses) == (cut, misses)
+        assert model[1].calls == calls + 1  # in the pass that looks for the cut
+    # The second half is known at the first cut alone, and starts there.
+    calls = model[1].calls
+    assert torch.equal(run(model, cache, second), expected[second])
+    assert model[1].calls == calls
+    run(model, cache, second)
+    assert len(cache._levels) == 1  # the old features have served
+
+
 def test_random_augmentation_is_refused_unless_told_otherwise():
     model = chain()
     cache = cached(model)
@@ -295,3 +324,24 @@ def test_wrong_use_is_refused():
         model(X)
     with pytest.raises(UsageError, match="memory_gb=-1"):
         cached(chain(), memory_gb=-1)
+
+
+class Growing(FreezePolicy):
+    """Freezes one layer, and one more at each step."""
+
+    def decide(self, view):
+        return frozenset(range(view.step + 1))
+
+
+def test_a_pass_says_what_was_frozen_when_its_features_were_found():
+    model = chain()
+    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.1), Growing(), total_steps=9)
+    cache = FeatureCache(controller)
+    taken = []
+    for ids in (range(12), range(6), range(6), range(6)):
+        if len(taken) == 2:
+            controller.step()
+        run(model, cache, torch.tensor(ids))
+        taken.append(cache.taken)
+    # The third pass begins from the features of the first cut, and keeps those of the second.
+    assert taken == [None, {0}, {0}, {0, 1}]

@@ -1,0 +1,102 @@
+"""The feature cache in real loops: a DataLoader's worker processes load the samples, in half precision or not."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from predictor import FreezeController, make_policy
+from predictor.freezing.cache import FeatureCache
+
+SAMPLES, BATCH, EPOCHS = 24, 6, 3
+FEATURES = 16
+
+
+class Numbered(Dataset):
+    """Samples with their ids, made anew each time one is asked for, and the worker that made them."""
+
+    def __len__(self):
+        return SAMPLES
+
+    def __getitem__(self, i):
+        x = torch.sin(torch.arange(64.0) * (i + 1)).reshape(1, 8, 8)
+        worker = torch.utils.data.get_worker_info()
+        return i, x, i % 3, -1 if worker is None else worker.id
+
+
+class Counted(nn.Conv2d):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def network():
+    torch.manual_seed(0)
+    front = [Counted(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, FEATURES), nn.ReLU()]
+    return nn.Sequential(*front, nn.Linear(FEATURES, 8), nn.Linear(8, 3))
+
+
+def train(loader, half, cached):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    steps = EPOCHS * len(loader)
+    controller = FreezeController(model, optimizer, make_policy("static", layers=2), total_steps=steps, say=None)
+    cache = FeatureCache(controller)
+    losses, workers = [], set()
+    for _ in range(EPOCHS):
+        for ids, x, y, worker in loader:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                with cache.batch(ids) if cached else contextlib.nullcontext():
+                    logits = model(x)
+                loss = F.cross_entropy(logits, y)
+            loss.backward()
+            optimizer.step()
+            controller.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            workers |= set(worker.tolist())
+    return model, cache, losses, workers
+
+
+@pytest.mark.parametrize(("workers", "half"), [(2, False), (2, True), (0, True)])
+def test_batches_from_worker_processes(workers, half):
+    def loader():
+        return DataLoader(
+            Numbered(),
+            batch_size=BATCH,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(1),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+
+    model, cache, losses, seen = train(loader(), half, cached=True)
+    plain, _, expected, _ = train(loader(), half, cached=False)
+    assert seen == set(range(workers) if workers else [-1])
+    # Shuffled: a batch is a hit once each of its samples has come by, so every one after the first epoch.
+    assert (cache.misses, cache.hits) == (SAMPLES // BATCH, (EPOCHS - 1) * SAMPLES // BATCH)
+    assert losses == expected
+    assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
+    # Half the bytes where the features are half as precise; and a number for each sample to know it by.
+    assert cache.bytes == SAMPLES * (FEATURES * (2 if half else 4) + 4)
+    assert plain[0].calls == EPOCHS * SAMPLES // BATCH
+    assert model[0].calls < plain[0].calls
+
+
+def test_features_of_another_precision_are_not_mixed_with_the_first():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = FreezeController(model, optimizer, make_policy("static", layers=2), total_steps=9, say=None)
+    cache = FeatureCache(controller)
+    loader = DataLoader(Numbered(), batch_size=SAMPLES)
+    ids, x, _, _ = next(iter(loader))
+    with torch.autocast("cpu", torch.bfloat16), cache.batch(ids[:12]):
+        model(x[:12])
+    with cache.batch(ids[12:]):
+        assert torch.equal(model(x[12:]), model(x[12:]))
+    assert cache.bytes == 12 * (FEATURES * 2 + 4)

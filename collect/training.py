@@ -2,9 +2,9 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,23 +18,34 @@ from data.sources.base import Batch, Source
 from predictor.errors import UsageError
 from predictor.freezing.layers import Layer, layers_of
 
+Scores: TypeAlias = Literal["epoch", "end"]
 LOOK_EVERY = 20
 """Steps between looks at the loss on a GPU, which has to be waited for at each. On a CPU every step's is looked at."""
 _TEST_BATCH = 256
 
 
 class Training:
-    """A training under way. Hooks may read all of it, freeze parameters, and call `stop` and `untimed`.
+    """A training under way. Hooks may read all of it, freeze parameters, set `around_forward`, and call `stop` and
+    `untimed`.
 
     Building it seeds all global random generators and makes the model; nothing is trained yet.
 
     budget: the share of the recipe's steps to take; the schedule is rescaled to them.
+    scores: when to test: after each "epoch", or at the "end" alone, where a test takes as long as the training.
     """
 
     def __init__(
-        self, workload: Workload, source: Source, *, seed: int, device: torch.device, budget: float = 1.0
+        self,
+        workload: Workload,
+        source: Source,
+        *,
+        seed: int,
+        device: torch.device,
+        budget: float = 1.0,
+        scores: Scores = "epoch",
     ) -> None:
         recipe = workload.recipe
+        self._scores = scores
         self.workload = workload
         self.source = source
         self.seed = seed
@@ -55,6 +66,9 @@ class Training:
         self.curve: list[dict[str, float]] = []
         """Scores after each epoch and at the end: step, epoch (epochs done, parts of one too), train_loss (mean since
         the scores before, as it was minimised), test_loss (plain cross entropy), test_accuracy, train_seconds."""
+        self.around_forward: Callable[[Tensor], contextlib.AbstractContextManager[Any]] = _nothing
+        """For a hook to set at the start: what is around the model's call on each training batch, whose ids_B it is
+        given. Not around tests and what hooks call."""
         self.status: Literal["running", "finished", "diverged", "stopped"] = "running"
         """Whether it goes on; it finished all its steps; its loss is no longer finite; a hook stopped it."""
         self.stop_reason = ""
@@ -84,6 +98,11 @@ class Training:
 
     @property
     def scores_due(self) -> bool:
+        """Whether it is time to test."""
+        return self.epoch_ended if self._scores == "epoch" else self.step == self.total_steps
+
+    @property
+    def epoch_ended(self) -> bool:
         """Whether an epoch or the training has just ended."""
         return self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
 
@@ -132,9 +151,11 @@ class Training:
         """
         loss = torch.zeros((), device=self.device)
         for _ in range(self.recipe.accumulate):
-            _, inputs, labels_B = next(batches)
+            ids_B, inputs, labels_B = next(batches)
             with self.precision.forward():
-                part = F.cross_entropy(self._logits(inputs), labels_B, label_smoothing=self.recipe.label_smoothing)
+                with self.around_forward(ids_B):
+                    logits_BC = self._logits(inputs)
+                part = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.recipe.label_smoothing)
             self.precision.backward(part / self.recipe.accumulate)
             loss += part.detach() / self.recipe.accumulate
         self.loss = loss
@@ -218,6 +239,10 @@ class Training:
     def _memory_format(self, shape: tuple[int, ...]) -> torch.memory_format:
         images = len(shape) == 3
         return torch.channels_last if images and self.recipe.channels_last else torch.contiguous_format
+
+
+def _nothing(ids_B: Tensor) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 def _steps_per_epoch(source: Source, recipe: Recipe) -> int:

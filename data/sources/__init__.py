@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from data.sources import images, text
+from data.sources import images, text, wordpiece
 from data.sources.base import Batch, Source, Split
 from predictor.errors import unknown
 
@@ -12,10 +12,14 @@ SOURCES: dict[str, Callable[[], Source]] = {
     "digits": images.digits,
     "fashion": images.fashion,
     "glosses": text.glosses,
+    "fashion-first": images.fashion_first,
+    "fashion-last": images.fashion_last,
     "fashion-full": images.fashion_full,
     "mnist-5k": images.mnist_5k,
     "glosses-full": text.glosses_full,
     "foods": text.foods,
+    "glosses@minilm": wordpiece.glosses_minilm,
+    "foods@minilm": wordpiece.foods_minilm,
     "cifar10": images.cifar10,
     "cifar100": images.cifar100,
 }

@@ -45,7 +45,7 @@ class Source(ABC):
     shape: tuple[int, ...]
     """(C, H, W) of an image, (length,) of a token sequence."""
     vocabulary: int = 0
-    """Tokens that there are, with 0 = padding and 1 = unknown; 0 for images."""
+    """Tokens that there are, with 0 = padding and, where they are whole words, 1 = unknown; 0 for images."""
     augmentable: bool = False
     """Whether `augment=True` means something."""
 

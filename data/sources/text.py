@@ -21,33 +21,43 @@ Texts: TypeAlias = list[tuple[str, str]]
 
 GLOSS_SLICE = "glosses-slice.tsv.gz"
 PADDING, UNKNOWN = 0, 1
-_GLOSS_LENGTH, _FOODS_LENGTH = 32, 96
+GLOSS_LENGTH, FOODS_LENGTH = 32, 96
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 
 
 def glosses() -> TokenSource:
     """The embedded slice of WordNet: 6,000 + 2,000 glosses of nouns, 10 classes, equally many of each."""
-    splits: dict[str, Texts] = {"train": [], "test": []}
-    with gzip.open(ASSETS / GLOSS_SLICE, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            split, label, text = line.rstrip("\n").split("\t")
-            splits[split].append((label, text))
-    return token_source("glosses", splits["train"], splits["test"], _GLOSS_LENGTH)
+    return token_source("glosses", *gloss_slice(), GLOSS_LENGTH)
 
 
 def glosses_full() -> TokenSource:
     """All of WordNet's glosses, split here nine to one: its 45 lexicographer classes."""
     texts = read_glosses(folder_of("glosses-full"), ("noun", "verb", "adj", "adv"))
     train, test = split_texts(texts, len(texts) * 9 // 10)
-    return token_source("glosses-full", train, test, _GLOSS_LENGTH)
+    return token_source("glosses-full", train, test, GLOSS_LENGTH)
 
 
 def foods() -> TokenSource:
     """Amazon fine foods: 4,000 + 1,000 reviews, 2 classes (great or not; 65 % are)."""
+    return token_source("foods", *food_reviews(), FOODS_LENGTH)
+
+
+def gloss_slice() -> tuple[Texts, Texts]:
+    """The embedded glosses for training and for testing."""
+    splits: dict[str, Texts] = {"train": [], "test": []}
+    with gzip.open(ASSETS / GLOSS_SLICE, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            split, label, text = line.rstrip("\n").split("\t")
+            splits[split].append((label, text))
+    return splits["train"], splits["test"]
+
+
+def food_reviews() -> tuple[Texts, Texts]:
+    """The reviews for training and for testing. Raises FileFault with the cure where they are not on the disk."""
     folder = folder_of("foods")
     train, test = (read_data_frame(folder, f"{split}_data") for split in ("training", "testing"))
     texts = [list(zip(frame["score"], frame["review"], strict=True)) for frame in (train, test)]
-    return token_source("foods", texts[0], texts[1], _FOODS_LENGTH)
+    return texts[0], texts[1]
 
 
 def read_glosses(folder: Path, parts: Sequence[str]) -> Texts:

@@ -186,6 +186,7 @@ def test_the_default_suite_never_sees_what_is_evaluated() -> None:
 
 def test_the_full_suite_has_every_small_workload_and_the_paper_suite_the_papers() -> None:
     small = {name for name in WORKLOADS if name.split("-")[-1] in ("digits", "fashion", "glosses")}
+    small -= {name for name in small if name.startswith(("lite", "minilm"))}  # pretrained
     assert {run.reference for run in read_suite("full").runs} == small
     families = {run.workload.family for run in read_suite("paper").runs}
     assert len(read_suite("paper").runs) == 24

@@ -1,4 +1,6 @@
+import contextlib
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 
 from collect.train import Training
 from predictor.errors import UsageError
-from tests.collect.tiny import PlainNet, TinyNet, Trace, same, tiny_source, tiny_train, tiny_workload, weights
+from tests.collect.tiny import AtStep, PlainNet, TinyNet, Trace, same, tiny_source, tiny_train, tiny_workload, weights
 
 
 def test_loss_is_of_the_step_just_taken() -> None:
@@ -60,6 +62,31 @@ def test_accumulated_batches_equal_one_large_batch() -> None:
     for name, value in large.model.state_dict().items():
         torch.testing.assert_close(small.model.state_dict()[name], value)
     assert small.curve[-1]["train_loss"] == pytest.approx(large.curve[-1]["train_loss"], rel=1e-5)
+
+
+def test_what_is_around_the_models_call_is_given_the_samples_of_each_batch() -> None:
+    inside: list[bool] = []
+    seen: list[list[int]] = []
+
+    @contextlib.contextmanager
+    def around(ids_B: Tensor) -> Iterator[None]:
+        seen.append(ids_B.tolist())
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def begin(training: Training) -> None:
+        training.around_forward = around
+        training.model.register_forward_hook(lambda *_: calls.append(bool(inside)))
+
+    calls: list[bool] = []
+    training = tiny_train((AtStep(0, begin),), net=PlainNet, batch_size=4, accumulate=3, epochs=2)
+    batches = [tiny_source().batches("train", 4, seed=0, epoch=epoch, shuffle=True) for epoch in (0, 1)]
+    assert seen == [batch[0].tolist() for epoch in batches for batch in epoch]
+    # Six batches an epoch, and one of tests.
+    assert calls == ([True] * 6 + [False]) * 2
+    plain = tiny_train(net=PlainNet, batch_size=4, accumulate=3, epochs=2)
+    assert same(weights(training), weights(plain))
 
 
 def test_what_fills_no_step_is_left_out_of_the_epoch() -> None:

@@ -68,8 +68,9 @@ def test_merge(tmp_path, capsys):
 
 
 def test_prepare_says_what_prepare_says(monkeypatch):
-    monkeypatch.setattr("data.prepare.prepare", lambda: 7)
+    monkeypatch.setattr("data.prepare.prepare", lambda install: 8 if install else 7)
     assert main(["prepare"]) == 7
+    assert main(["prepare", "--install"]) == 8
 
 
 def test_errors_come_without_a_traceback(tmp_path):

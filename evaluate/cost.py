@@ -1,15 +1,20 @@
 """FLOPs of a training: one optimizer step counted for each set of frozen layers, times the steps taken under it."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from collect.workloads import Workload
 from data.sources.base import Source
+from predictor.freezing.cache import FeatureCache
 from predictor.freezing.controller import FreezeController, FreezeEvent
+from predictor.freezing.layers import layers_of
 from predictor.policies.base import FreezePolicy, View
 
 _COUNTED_SAMPLES = 2
@@ -17,45 +22,98 @@ _COUNTED_SAMPLES = 2
 
 
 class StepFlops:
-    """FLOPs of one optimizer step of a workload, by which layers are frozen.
+    """FLOPs of one optimizer step of a workload, by which layers are frozen, and by what a feature cache skips.
 
     Counts matrix products, convolutions and attention, forward and backward, as PyTorch's FlopCounterMode sees them,
-    on a model of its own on the CPU; not normalization, elementwise operations and the optimizer's own work, which are
-    a few percent. Torch's random numbers stand still.
+    on a model of its own on the CPU, but for the gradients of grouped convolutions, which that takes for those of one
+    group; not normalization, elementwise operations and the optimizer's own work, which are
+    a few percent. Not counted either: the forward passes, a few at each freeze, in which a FeatureCache looks for the
+    place to cut. Torch's random numbers stand still.
     """
 
     def __init__(self, workload: Workload, source: Source) -> None:
         self._workload, self._source = workload, source
-        self._known: dict[frozenset[int], int] = {}
+        self._known: dict[tuple[frozenset[int], frozenset[int] | None], int] = {}
 
-    def __call__(self, frozen: frozenset[int]) -> int:
-        """FLOPs of a step with these layers frozen; counted once a set."""
-        if frozen not in self._known:
+    @property
+    def batches(self) -> int:
+        """Batches in a step."""
+        return self._workload.recipe.accumulate
+
+    def __call__(self, frozen: frozenset[int], kept_under: frozenset[int] | None = None) -> int:
+        """FLOPs of a step with these layers frozen; counted once.
+
+        kept_under: the step begins from features that a FeatureCache kept where it cut while these layers were frozen,
+            `frozen` or a part of them. Where it finds no place to cut, the step costs what it costs without the cache.
+        """
+        if (frozen, kept_under) not in self._known:
             with torch.random.fork_rng(devices=[]):
-                self._known[frozen] = self._count(frozen)
-        return self._known[frozen]
+                self._known[frozen, kept_under] = self._count(frozen, kept_under)
+        return self._known[frozen, kept_under]
 
-    def _count(self, frozen: frozenset[int]) -> int:
+    def _count(self, frozen: frozenset[int], kept_under: frozenset[int] | None) -> int:
         recipe = self._workload.recipe
         batch = next(self._source.batches("train", min(_COUNTED_SAMPLES, recipe.batch_size), shuffle=False))
         model = self._workload.model(self._source).train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        FreezeController(model, optimizer, _Fixed(frozen), total_steps=1)
         # The counter does not know the CPU's fused attention; its plain form has the same products.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            F.cross_entropy(model(batch[1]), batch[2]).backward()  # type: ignore[no-untyped-call]
+        with sdpa_kernel(SDPBackend.MATH):
+            # Nothing frozen: no look for layers, which a model with adapters need not have.
+            around = _brought_to(model, batch[1], frozen, kept_under) if frozen else nullcontext()
+            with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter, around:
+                F.cross_entropy(model(batch[1]), batch[2]).backward()  # type: ignore[no-untyped-call]
         samples = min(recipe.batch_size, self._source.size("train")) * recipe.accumulate
         return int(counter.get_total_flops()) * samples // len(batch[2])
 
 
-class _Fixed(FreezePolicy):
-    """The same layers frozen all the time."""
+@torch.no_grad()
+def _brought_to(
+    model: nn.Module, inputs: Tensor, frozen: frozenset[int], kept_under: frozenset[int] | None
+) -> AbstractContextManager[None]:
+    """Freeze the layers, and fill a cache where one is asked for. Returns the context of the pass to be counted."""
+    policy = _Chosen(frozen if kept_under is None else kept_under)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    controller = FreezeController(model, optimizer, policy, total_steps=1, layers=layers_of(model, inputs), say=None)
+    if kept_under is None:
+        return nullcontext()
+    cache = FeatureCache(controller)
+    first, second = range(len(inputs)), range(len(inputs), 2 * len(inputs))
+    for ids in (first, second):  # the same inputs, as if they were other samples
+        with cache.batch(ids):
+            model(inputs)
+    policy.frozen = frozen
+    if controller.step() is not None:
+        with cache.batch(first):  # the pass in which the cache looks for the new place to cut
+            model(inputs)
+    return cache.batch(second)
+
+
+def _conv_backward(
+    gradient_shape: list[int],
+    x_shape: list[int],
+    weight_shape: list[int],
+    *rest: Any,
+    out_shape: Any = None,
+) -> int:
+    """FLOPs of a convolution's gradients: of each, the input's and the weight's, those of the forward pass.
+
+    rest: bias sizes, stride, padding, dilation, transposed, output padding, groups, and which gradients are wanted.
+    """
+    transposed, wanted = rest[4], rest[7]
+    each = int(conv_flop_count(x_shape, weight_shape, gradient_shape, transposed=transposed))
+    return each * sum(map(bool, wanted[:2]))
+
+
+_FORMULAS = {torch.ops.aten.convolution_backward: _conv_backward}
+
+
+class _Chosen(FreezePolicy):
+    """Wants the layers frozen that it was told to."""
 
     def __init__(self, frozen: frozenset[int]) -> None:
-        self._frozen = frozen
+        self.frozen = frozen
 
     def decide(self, view: View) -> frozenset[int]:
-        return self._frozen
+        return self.frozen
 
 
 def steps_by_pattern(history: Sequence[FreezeEvent], steps: int) -> dict[frozenset[int], int]:

@@ -12,6 +12,7 @@ from collect.device import pick_device
 from collect.engines import Job, default_slots, visible_gpus
 from collect.workloads import Workload
 from data.sources import load_source
+from evaluate.lora import with_lora
 from evaluate.suite import PolicyEntry, Suite, WorkloadEntry
 from evaluate.trial import build_workload
 from predictor.attention import fingerprint, load_predictor
@@ -102,7 +103,8 @@ class _Judge:
 def make_plan(suite: Suite, folder: SuiteFolder, settings: Settings) -> Plan:
     """Check all that a suite names, and list its trials. Trains and writes nothing.
 
-    Raises UsageError or FileFault for a workload, recipe, source, policy, option or predictor file that does not work.
+    Raises UsageError or FileFault for a workload, recipe, source, policy, option or predictor file that does not work,
+    and for two of them that do not work together.
     """
     device = pick_device(settings.device).type
     works = {entry.label: _Work(entry, _checked(entry)) for entry in suite.workloads}
@@ -113,10 +115,10 @@ def make_plan(suite: Suite, folder: SuiteFolder, settings: Settings) -> Plan:
         make_policy(entry.name, **judge.options(str(path)))
         if path is not None and judge.mark is not None:
             predictors[judge.mark] = path
-    jobs = [
-        _job(seed, works[work.label], judges[policy.label], folder, {"device": device, "slots": settings.sharing})
-        for seed, work, policy in suite.cells()
-    ]
+        for work in works.values():
+            _refuse_unfit(work, entry)
+    where = {"device": device, "slots": settings.sharing, "scores": suite.scores}
+    jobs = [_job(seed, works[work.label], judges[policy.label], folder, where) for seed, work, policy in suite.cells()]
     return Plan(suite, settings, tuple(jobs), predictors)
 
 
@@ -139,6 +141,23 @@ def _checked(entry: WorkloadEntry) -> Workload:
     return workload
 
 
+def _refuse_unfit(work: _Work, policy: PolicyEntry) -> None:
+    """Raise UsageError where a workload cannot be trained the way that a policy's entry says."""
+    if policy.cache and work.workload.recipe.augment:
+        raise UsageError(
+            f"policy {policy.label!r} keeps features (cache = true), and {work.entry.label} augments its samples, so "
+            "that they are never the same: leave the cache out, or set augment = false in the recipe"
+        )
+    if policy.lora is None:
+        return
+    if policy.cache or policy.name not in ("none", "shorter"):
+        raise UsageError(
+            f"policy {policy.label!r} trains adapters (lora = {policy.lora}), and then there is no layer to freeze: "
+            'give it name = "none" or "shorter", and no cache'
+        )
+    with_lora(work.workload, policy.lora)
+
+
 def _predictor_of(entry: PolicyEntry, given: Path | None) -> Path | None:
     """The predictor file of a policy, read and found good; None for a policy that takes none."""
     factory = POLICIES.get(entry.name)
@@ -153,12 +172,13 @@ def _predictor_of(entry: PolicyEntry, given: Path | None) -> Path | None:
 def _job(seed: int, work: _Work, judge: _Judge, folder: SuiteFolder, where: dict[str, Any]) -> Job:
     policy = judge.entry
     options = judge.options(f"sha256:{judge.mark}")
+    faster = {} if policy.lr_factor == 1.0 else {"lr": work.workload.recipe.lr * policy.lr_factor}
     config = {
         "workload": work.entry.name,
         "label": work.entry.label,
         "source": work.workload.source,
-        "recipe": asdict(work.workload.recipe),
-        "policy": {"name": policy.name, "label": policy.label, "options": options},
+        "recipe": asdict(work.workload.recipe) | faster,
+        "policy": {"name": policy.name, "label": policy.label, "options": options, **policy.changes},
         "seed": seed,
         "device": where["device"],
     }
@@ -177,8 +197,11 @@ def _job(seed: int, work: _Work, judge: _Judge, folder: SuiteFolder, where: dict
     }
     payload = {
         "row": row,
-        "workload": {"name": work.entry.name, "source": work.entry.source, "recipe": dict(work.entry.recipe)},
+        "workload": {"name": work.entry.name, "source": work.entry.source, "recipe": {**work.entry.recipe, **faster}},
         "policy": {"name": policy.name, "options": judge.options(str(folder.predictor(judge.mark or "")))},
+        "cache": policy.cache,
+        "lora": policy.lora,
+        "scores": where["scores"],
         "seed": seed,
         "device": where["device"],
     }

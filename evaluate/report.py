@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -55,6 +56,7 @@ def render(results: Results) -> str:
         trials=results.trials,
         counts={status: _of_status(results, status) for status in ("finished", "diverged", "failed")},
         missing=results.missing(),
+        caches=_caches(results),
         faults=results.faults,
         configurations=[
             (name, distinct(_recipe(t) for t in results.trials if t.workload == name)) for name in results.workloads
@@ -87,6 +89,13 @@ def _recipe(trial: Trial) -> Mapping[str, Any]:
     """A trial's configuration without what the tables say of each trial anyway."""
     said = ("workload", "seed", "policy", "policy_name", "policy_options")
     return {key: value for key, value in trial.config.items() if key not in said}
+
+
+def _caches(results: Results) -> list[tuple[str, float]]:
+    """The policies that had a cache, each with the share of batches for which it skipped the frozen front."""
+    shares = {name: [t.hit_share for t in results.trials if t.policy == name] for name in results.policies}
+    known = {name: [share for share in found if share is not None] for name, found in shares.items()}
+    return [(name, fmean(found)) for name, found in known.items() if found]
 
 
 def _of_status(results: Results, status: str) -> list[Trial]:

@@ -83,6 +83,8 @@ class Trial:
     layers: tuple[str, ...]
     freezes: tuple[Freeze, ...]
     step_cost: tuple[StepCost, ...]
+    hit_share: float | None
+    """Share of the batches for which a cache skipped the frozen front; None without a cache."""
     config: Mapping[str, Any]
     versions: Mapping[str, Any]
     hardware: Mapping[str, Any]
@@ -207,6 +209,7 @@ def _trial(row: Any) -> Trial:
         layers=tuple(str(name) for name in row.get("layers") or ()),
         freezes=tuple(Freeze(_whole(f, "step"), frozenset(map(int, f["frozen"]))) for f in row.get("freezes") or ()),
         step_cost=tuple(_step_cost(point) for point in row.get("step_cost") or ()),
+        hit_share=_hit_share(row.get("cache")),
         **parts,
     )
     if trial.status not in _STATUSES:
@@ -222,6 +225,13 @@ def _reading(row: Any) -> Reading:
 
 def _step_cost(row: Any) -> StepCost:
     return StepCost(_whole(row, "step"), _number(row, "seconds"), _number(row, "cpu_seconds"))
+
+
+def _hit_share(row: Any) -> float | None:
+    if row is None:
+        return None
+    hits, misses = _whole(row, "hits"), _whole(row, "misses")
+    return hits / max(hits + misses, 1)
 
 
 def _number(row: Any, key: str) -> float | None:

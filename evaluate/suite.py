@@ -1,12 +1,14 @@
 """Suite files: which workloads are trained under which policies with which seeds, and how the results are judged."""
 
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from collect.grid import suite_path
+from collect.training import Scores
 from predictor.errors import FileFault, UsageError, unknown
 
 SUITES = Path(__file__).parent / "suites"
@@ -36,6 +38,18 @@ class PolicyEntry:
     """What tables and plots call it; the name by default."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The policy's options."""
+    cache: bool = False
+    """Whether a FeatureCache keeps what the frozen front makes of each sample, so that its forward pass is skipped."""
+    lora: int | None = None
+    """The rank of the LoRA adapters that are trained in place of the layers; None trains the layers."""
+    lr_factor: float = 1.0
+    """What the workload's learning rate is multiplied with: fewer weights want larger steps."""
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What it changes of a training besides freezing; only what is set, so that ids of other trials stay."""
+        names = ("cache", "lora", "lr_factor")
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(type(self), name)}
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,8 @@ class Suite:
     """The label of the policy that every other is compared with."""
     margin: float = 0.005
     """How much accuracy (a share of 1) may be lost and the policy still counts as accurate."""
+    scores: Scores = "epoch"
+    """When trials are tested: after each epoch, or at the end alone, where a test takes as long as the training."""
 
     def cells(self) -> Iterable[tuple[int, WorkloadEntry, PolicyEntry]]:
         """Every trial's seed, workload and policy, in the order in which they run.
@@ -74,7 +90,7 @@ def read_suite(name_or_path: str) -> Suite:
 
 
 def _suite(content: dict[str, Any]) -> Suite:
-    _only(content, ("name", "seeds", "baseline", "margin", "recipe", "workloads", "policies"), "")
+    _only(content, ("name", "seeds", "baseline", "margin", "scores", "recipe", "workloads", "policies"), "")
     shared = _typed(content, "recipe", dict, {})
     workloads = tuple(_workload(entry, shared) for entry in _entries(content, "workloads"))
     policies = tuple(_policy(entry) for entry in _entries(content, "policies"))
@@ -85,7 +101,10 @@ def _suite(content: dict[str, Any]) -> Suite:
         raise UsageError(f"the baseline must be one of the suite's policies: {unknown('policy', baseline, labels)}")
     if not 0 <= margin < 1:
         raise UsageError(f"margin = {margin}: give a share of 1, such as 0.005 for half a percentage point")
-    return Suite(_file_name(_typed(content, "name", str)), workloads, policies, _seeds(content), baseline, margin)
+    name, scores = _file_name(_typed(content, "name", str)), _typed(content, "scores", str, "epoch")
+    if scores not in get_args(Scores):
+        raise unknown("scores", scores, get_args(Scores))
+    return Suite(name, workloads, policies, _seeds(content), baseline, margin, scores)
 
 
 def _workload(entry: str | dict[str, Any], shared: dict[str, Any]) -> WorkloadEntry:
@@ -98,9 +117,19 @@ def _workload(entry: str | dict[str, Any], shared: dict[str, Any]) -> WorkloadEn
 
 def _policy(entry: str | dict[str, Any]) -> PolicyEntry:
     table = {"name": entry} if isinstance(entry, str) else entry
-    _only(table, ("name", "label", "options"), "policies: ")
-    name = _typed(table, "name", str)
-    return PolicyEntry(name, _typed(table, "label", str, name), _typed(table, "options", dict, {}))
+    _only(table, ("name", "label", "options", "cache", "lora", "lr_factor"), "policies: ")
+    name, lora, lr_factor = _typed(table, "name", str), _typed(table, "lora", int, None), _factor(table)
+    if lora is not None and lora < 1:
+        raise UsageError(f"lora = {lora}: give the adapters' rank, a whole number from 1")
+    label, options = _typed(table, "label", str, name), _typed(table, "options", dict, {})
+    return PolicyEntry(name, label, options, _typed(table, "cache", bool, False), lora, lr_factor)
+
+
+def _factor(table: dict[str, Any]) -> float:
+    factor: float = _typed(table, "lr_factor", float, 1.0)
+    if not 0 < factor < math.inf:
+        raise UsageError(f"lr_factor = {factor}: give a number above 0 that the learning rate is multiplied with")
+    return factor
 
 
 def _entries(content: dict[str, Any], key: str) -> list[str | dict[str, Any]]:
@@ -118,6 +147,14 @@ def _seeds(content: dict[str, Any]) -> tuple[int, ...]:
 
 
 _MISSING = object()
+_WORDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a table",
+}
 
 
 def _typed(table: dict[str, Any], key: str, kind: type, default: Any = _MISSING) -> Any:
@@ -128,9 +165,8 @@ def _typed(table: dict[str, Any], key: str, kind: type, default: Any = _MISSING)
     value = table[key]
     if kind is float and type(value) is int:
         value = float(value)
-    if not isinstance(value, kind):
-        word = {str: "a text", float: "a number", list: "a list", dict: "a table"}[kind]
-        raise UsageError(f"{key} = {value!r}: give {word}")
+    if not isinstance(value, kind) or (kind is int and type(value) is bool):
+        raise UsageError(f"{key} = {value!r}: give {_WORDS[kind]}")
     return value
 
 

@@ -9,50 +9,16 @@ from typing import Any
 
 from collect.device import pick_device
 from collect.provenance import hardware, versions
-from collect.train import Hook, Training, train
+from collect.train import Training, train
 from collect.workloads import Workload, load_workload
 from data.sources import load_source
 from evaluate.cost import StepFlops, steps_by_pattern
+from evaluate.freezing import CacheHook, FreezeHook
+from evaluate.lora import with_lora
 from evaluate.stopwatch import PeakMemory, Stopwatch, warm_up
 from predictor.errors import UsageError
 from predictor.freezing.controller import FreezeController
 from predictor.policies import make_policy
-from predictor.policies.base import FreezePolicy
-
-
-class FreezeHook(Hook):
-    """Lets a policy freeze layers of the model under training."""
-
-    controller: FreezeController
-
-    def __init__(self, policy: FreezePolicy) -> None:
-        self._policy = policy
-
-    def on_start(self, training: Training) -> None:
-        """Watch the training; a policy that freezes before the first step does so here."""
-        self.controller = FreezeController(
-            training.model,
-            training.optimizer,
-            self._policy,
-            total_steps=training.total_steps,
-            layers=training.layers,
-        )
-
-    def on_step(self, training: Training) -> None:
-        """Let the policy judge."""
-        self.controller.step()
-
-    def on_end(self, training: Training) -> None:
-        """Let go of what the policy holds."""
-        self.controller.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The controller's state."""
-        return self.controller.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the controller's state."""
-        self.controller.load_state_dict(state)
 
 
 def build_workload(name: str, source: str | None, recipe: Mapping[str, Any]) -> Workload:
@@ -68,30 +34,37 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
     """Do one trial and return its line of results.jsonl.
 
     payload: `row`, the facts that are known beforehand and head the result; and what it takes to train: `workload`
-        (arguments of `build_workload`), `policy` (name and options of `make_policy`), `seed` and `device`.
+        (arguments of `build_workload`), `policy` (name and options of `make_policy`), `cache` (whether the frozen
+        front's features are kept), `lora` (rank of the adapters to train, or None), `scores` (when to test), `seed`
+        and `device`.
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    workload = build_workload(**payload["workload"])
+    workload, rank = build_workload(**payload["workload"]), payload["lora"]
+    if rank is not None:
+        workload = with_lora(workload, rank)
     source = load_source(workload.source, train_samples=workload.recipe.train_samples)
     policy = make_policy(payload["policy"]["name"], **payload["policy"]["options"])
     device = pick_device(payload["device"])
     warm_up(workload, source, device)
-    freezing, stopwatch, memory = FreezeHook(policy), Stopwatch(), PeakMemory(device)
+    freezing = FreezeHook(policy, layers=None if rank is None else ())
+    caching = CacheHook(freezing) if payload["cache"] else None
+    stopwatch, memory = Stopwatch(), PeakMemory(device)
     training = train(
         workload,
         seed=payload["seed"],
-        hooks=(freezing, stopwatch),
+        hooks=(freezing, stopwatch) if caching is None else (freezing, caching, stopwatch),
         device=payload["device"],
         budget=policy.budget,
         progress=lambda step, total: progress(step / total),
         source=source,
+        scores=payload["scores"],
     )
     measured = {
         "peak_memory_bytes": memory.bytes,
         "peak_memory_note": memory.note,
         "step_cost": stopwatch.bins,
         **_outcome(training),
-        **_freezing(freezing.controller, training),
+        **_freezing(freezing.controller, caching, training),
     }
     facts = {"versions": versions(), "hardware": hardware(), "started": started}
     result: dict[str, Any] = finite({**payload["row"], **measured, **facts})
@@ -125,11 +98,13 @@ def _outcome(training: Training) -> dict[str, Any]:
     }
 
 
-def _freezing(controller: FreezeController, training: Training) -> dict[str, Any]:
-    """What was frozen when, and the FLOPs that this leaves."""
+def _freezing(controller: FreezeController, caching: CacheHook | None, training: Training) -> dict[str, Any]:
+    """What was frozen when, what the cache did, and the FLOPs that this leaves."""
     step_flops = StepFlops(training.workload, training.source)
     for event in controller.history:  # into the trial's log
         print(f"{event}: {step_flops(frozenset(event.frozen)) / step_flops(frozenset()):.0%} of a full step's FLOPs")
+    if caching is not None:
+        print(f"cache: {caching.figures}")
     steps = steps_by_pattern(controller.history, training.step)
     return {
         "policy_seconds": controller.seconds,
@@ -139,5 +114,13 @@ def _freezing(controller: FreezeController, training: Training) -> dict[str, Any
             {"frozen": sorted(frozen), "step_flops": step_flops(frozen), "steps": count}
             for frozen, count in steps.items()
         ],
-        "flops": sum(step_flops(frozen) * count for frozen, count in steps.items()),
+        "cache": None if caching is None else caching.figures,
+        "flops": sum(step_flops(frozen) * count for frozen, count in steps.items()) - _skipped(caching, step_flops),
     }
+
+
+def _skipped(caching: CacheHook | None, step_flops: StepFlops) -> int:
+    """FLOPs of the forward passes that the cache made unnecessary."""
+    hits = {} if caching is None else caching.hits
+    each = [(step_flops(frozen) - step_flops(frozen, under), batches) for (frozen, under), batches in hits.items()]
+    return sum(spared * batches for spared, batches in each) // step_flops.batches

@@ -5,6 +5,7 @@ import torch
 
 from data.sources import load_source
 from evaluate.cost import StepFlops, steps_by_pattern
+from evaluate.lora import with_lora
 from predictor.freezing.controller import FreezeEvent
 from tests.evaluate import toys
 
@@ -40,6 +41,42 @@ def test_attention_is_counted_though_the_cpu_fuses_it():
     linear, products, head = 2 * 8 * 8 * 8, 2 * 8 * 8 * 8, 2 * 64 * 10
     # linear: forward, weights. Attention: two products forward, four backward. Head: forward, weights, input.
     assert counter(toys.attention())(frozenset()) == 10 * (2 * linear + 6 * products + 3 * head)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "kept_under", "units"),
+    [
+        ({0, 1, 2}, {0, 1, 2}, 8),  # 3 of 6 forward, 3 for weights, 2 for inputs
+        ({0, 1, 2}, {0}, 10),  # the front has grown from one layer, and begins behind that
+        ({0, 1, 3}, {0, 1, 3}, 10),  # 4 forward, 3 for weights, 3 for inputs
+        ({0, 1, 2, 3, 4}, {0, 1, 2, 3, 4}, 2),  # the head's forward product and weights
+        ({2, 3, 4}, {2, 3, 4}, 14),  # the first layer trains: nothing can be kept
+    ],
+)
+def test_a_step_that_begins_from_kept_features(frozen, kept_under, units):
+    assert counter(toys.six_linear())(frozenset(frozen), frozenset(kept_under)) == units * UNIT
+
+
+def test_where_no_place_to_cut_is_found_a_step_costs_what_it_costs_without():
+    flops, front = counter(toys.uncuttable()), frozenset({0})
+    assert flops(front, front) == flops(front) > 0
+
+
+def test_adapters_counted_by_hand():
+    # Forward: 6 products and 5 pairs of adapters. The head's weights and input. The inputs of 4 of 5 layers that stand
+    # still, the first passing nothing on. 10 matrices of adapters, the inputs of 5 second and of 4 first ones.
+    adapter = 10 * 2 * 64 * 4
+    flops = counter(with_lora(toys.six_linear(), 4))(frozenset())
+    assert flops == (6 + 2 + 4) * UNIT + (10 + 10 + 5 + 4) * adapter
+
+
+def test_depthwise_convolutions_counted_by_hand():
+    """Their weights' gradient costs as much as their forward pass, whatever their groups."""
+    depthwise, head = 2 * 9 * 8 * 64, 2 * 8 * 64 * 10
+    first = 2 * 9 * 8 * 64  # from one channel to 8
+    # The first layer's input wants no gradient.
+    assert counter(toys.depthwise())(frozenset()) == 10 * (2 * first + 3 * depthwise + 3 * head)
+    assert counter(toys.depthwise())(frozenset({0, 1})) == 10 * (first + depthwise + 2 * head)
 
 
 def test_a_step_of_several_batches_costs_as_many():

@@ -31,6 +31,10 @@ def with_policy(name, **options):
     return dataclasses.replace(SUITE, policies=(*SUITE.policies[:1], PolicyEntry(name, name, options)))
 
 
+def with_entry(*args, **settings):
+    return dataclasses.replace(SUITE, policies=(*SUITE.policies[:1], PolicyEntry(*args, **settings)))
+
+
 def with_workload(name="mlp-digits", source=None, **recipe):
     return dataclasses.replace(SUITE, workloads=(WorkloadEntry(name, "work", source, recipe),))
 
@@ -85,6 +89,44 @@ def test_another_setting_is_another_trial(tmp_path, make_predictor_file, changed
 
 def test_options_make_another_trial(tmp_path):
     assert ids(tmp_path, with_policy("linear", start=0.2))[1] != ids(tmp_path, with_policy("linear", start=0.3))[1]
+
+
+def test_what_an_entry_leaves_out_is_in_no_id(tmp_path):
+    """Results from before there were caches, adapters and factors keep their ids."""
+    config = plan(tmp_path, with_policy("linear")).jobs[1].payload["row"]["config"]
+    assert config["policy"] == {"name": "linear", "label": "linear", "options": {}}
+    assert type(config["recipe"]["epochs"]) is float  # though the suite says 2: one training, one id
+    assert set(config) == {"workload", "label", "source", "recipe", "policy", "seed", "device"}
+
+
+@pytest.mark.parametrize("settings", [{"cache": True}, {"lr_factor": 10.0}, {"lora": 4}])
+def test_what_an_entry_says_makes_another_trial(tmp_path, settings):
+    plain, changed = (ids(tmp_path, with_entry("shorter", "x", **part))[1] for part in ({}, settings))
+    assert plain != changed
+
+
+def test_a_factor_multiplies_the_workloads_own_learning_rate(tmp_path):
+    suite = dataclasses.replace(with_entry("none", "fast", lr_factor=10.0), workloads=SUITE.workloads)
+    plain, fast = (job.payload for job in plan(tmp_path, suite).jobs)
+    lr = plain["row"]["config"]["recipe"]["lr"]
+    assert fast["row"]["config"]["recipe"] == plain["row"]["config"]["recipe"] | {"lr": 10 * lr}
+    assert fast["workload"]["recipe"] == plain["workload"]["recipe"] | {"lr": 10 * lr}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "message"),
+    [
+        ({"augment": True}, {"cache": True}, "'x' keeps features .* work augments its samples.*augment = false"),
+        ({}, {"lora": 4}, "'x' trains adapters .* no layer to freeze"),
+        ({}, {"lora": 4, "cache": True}, "'x' trains adapters"),
+    ],
+)
+def test_what_does_not_go_together(tmp_path, recipe, settings, message):
+    suite = dataclasses.replace(
+        with_entry("linear", "x", **settings), workloads=with_workload(source="fashion", **recipe).workloads
+    )
+    with pytest.raises(UsageError, match=message):
+        plan(tmp_path, suite)
 
 
 @pytest.mark.parametrize(

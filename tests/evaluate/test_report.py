@@ -183,3 +183,12 @@ def test_settings_that_differ_are_counted():
     found = distinct([{"cpu": "A", "gpu": {"name": None}}, {"cpu": "B", "gpu": {"name": None}}, {"cpu": "A"}])
     assert found == [("cpu", [("A", 2), ("B", 1)]), ("gpu.name", [("none", 2)])]
     assert distinct([{"lr": 0.1, "layers": [1, 2]}]) == [("lr", [("0.1", 1)]), ("layers", [(json.dumps([1, 2]), 1)])]
+
+
+def test_a_cache_is_told_of_where_there_was_one(write, trial, text):
+    caches = [{"hits": hits, "misses": 100 - hits} for hits in (60, 70)]
+    rows = [trial("a", name, seed) for name in ("none", "other") for seed in (0, 1)]
+    rows += [trial("a", "static, cached", seed, cache=cache) for seed, cache in enumerate(caches)]
+    page = make_report(write(rows)).read_text(encoding="utf-8")
+    assert "the frozen front was skipped: static, cached, 65 % of the batches. FLOPs" in page
+    assert "the frozen front was skipped" not in text

@@ -104,3 +104,12 @@ def test_a_broken_description_is_refused(folder, content):
 def test_an_unknown_cost_axis_is_refused(write, rows):
     with pytest.raises(FileFault, match="cost 'euros' is unknown"):
         read_results(write(rows, cost="euros"))
+
+
+def test_the_share_of_batches_that_hit_the_cache(write, trial):
+    cache = {"hits": 30, "misses": 10, "bytes": 1, "cut": "a", "reason": ""}
+    caches = [None, cache, {**cache, "hits": 0, "misses": 0}, {**cache, "hits": "many"}]
+    rows = [trial("a", "none", seed, cache=cache) for seed, cache in enumerate(caches)]
+    results = read_results(write(rows))
+    assert [trial.hit_share for trial in results.trials] == [None, 0.75, 0.0]
+    assert results.faults == ("results.jsonl, line 4: hits is 'many', not a whole number",)

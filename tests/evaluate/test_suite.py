@@ -34,6 +34,7 @@ def test_tables(tmp_path):
         name = "mine"
         seeds = [0]
         baseline = "plain"
+        scores = "end"
         [recipe]
         epochs = 3
         lr = 0.1
@@ -48,10 +49,19 @@ def test_tables(tmp_path):
         [[policies]]
         name = "shorter"
         options = { budget = 0.5 }
+        cache = true
+        lora = 8
+        lr_factor = 10
         """,
     )
+    assert suite.scores == "end"
     assert suite.workloads == (WorkloadEntry("mlp-digits", "small", "fashion", {"epochs": 3, "lr": 0.2}),)
-    assert suite.policies == (PolicyEntry("none", "plain"), PolicyEntry("shorter", "shorter", {"budget": 0.5}))
+    assert suite.policies == (
+        PolicyEntry("none", "plain"),
+        PolicyEntry("shorter", "shorter", {"budget": 0.5}, True, 8, 10.0),
+    )
+    assert suite.policies[0].changes == {}
+    assert suite.policies[1].changes == {"cache": True, "lora": 8, "lr_factor": 10.0}
 
 
 def test_policies_of_a_seed_and_workload_follow_each_other(tmp_path):
@@ -80,12 +90,17 @@ def test_policies_of_a_seed_and_workload_follow_each_other(tmp_path):
         ("seeds = [1, 0]", "seeds = 3", "seeds = 3: give a list"),
         ("margin = 0.01", "margin = 2", "give a share of 1"),
         ("margin = 0.01", "margn = 0.01", "did you mean 'margin'"),
+        ("margin = 0.01", 'scores = "ends"', "did you mean 'end'"),
         ('["mlp-digits", "vgg-digits"]', "[]", "workloads: give a list of names"),
         ('["mlp-digits", "vgg-digits"]', "[1]", "workloads: give a list of names"),
         ('["mlp-digits", "vgg-digits"]', '[{ nam = "x" }]', "workloads: .*did you mean 'name'"),
         ('["none", "linear"]', '["none", "none"]', "policy 'none' comes twice"),
         ('["none", "linear"]', '["linear"]', "baseline must be one"),
         ('["none", "linear"]', '["none", { name = "linear", options = 3 }]', "options = 3: give a table"),
+        ('["none", "linear"]', '["none", { name = "linear", cache = 1 }]', "cache = 1: give true or false"),
+        ('["none", "linear"]', '["none", { name = "linear", lora = 0 }]', "lora = 0: give the adapters' rank"),
+        ('["none", "linear"]', '["none", { name = "linear", lora = true }]', "lora = True: give a whole number"),
+        ('["none", "linear"]', '["none", { name = "linear", lr_factor = 0 }]', "lr_factor = 0.0: give a number above"),
         ('["none", "linear"]', "[", "suite.toml"),
     ],
 )

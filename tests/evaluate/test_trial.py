@@ -7,18 +7,24 @@ import pytest
 import torch
 
 from collect.train import Hook, train
-from evaluate.trial import FreezeHook, build_workload, run_trial
+from evaluate.freezing import FreezeHook
+from evaluate.trial import build_workload, run_trial
 from predictor.errors import UsageError
 from predictor.policies import POLICIES, make_policy
 from predictor.policies.base import FreezePolicy
 from tests.evaluate import toys
 
+SIX = "tests.evaluate.toys:six_linear"
 
-def trial(tmp_path, policy="none", seed=0, recipe=None, workload="tests.evaluate.toys:six_linear", **options):
+
+def trial(tmp_path, policy="none", seed=0, recipe=None, workload=SIX, cache=False, lora=None, when="epoch", **options):
     payload = {
         "row": {"trial_id": "t", "policy": policy},
         "workload": {"name": workload, "source": None, "recipe": recipe or {}},
         "policy": {"name": policy, "options": options},
+        "cache": cache,
+        "lora": lora,
+        "scores": when,
         "seed": seed,
         "device": "cpu",
     }
@@ -38,6 +44,13 @@ def test_none_is_the_plain_training_bit_for_bit(tmp_path):
     assert scores(result["curve"]) == scores(plain.curve)
     assert result["accuracy"] == plain.curve[-1]["test_accuracy"]
     assert result["loss"] == plain.curve[-1]["test_loss"]
+
+
+def test_a_trial_may_be_tested_at_its_end_alone(tmp_path):
+    every, end = (trial(tmp_path, recipe={"epochs": 3}, when=when) for when in ("epoch", "end"))
+    assert len(every["curve"]) == 3
+    assert scores(end["curve"])[0][2:] == scores(every["curve"])[-1][2:]
+    assert end["accuracy"] == every["accuracy"]
 
 
 def test_what_a_trial_reports(tmp_path):
@@ -85,6 +98,40 @@ def test_a_lost_training_is_recorded_as_such(tmp_path):
     assert "no longer a finite number" in result["error"]
     assert 0 < result["steps"] < 20
     assert sum(pattern["steps"] for pattern in result["patterns"]) == result["steps"]
+
+
+def test_a_cached_trial_costs_what_is_left_to_do(tmp_path):
+    plain, cached = (trial(tmp_path, "static", layers=3, cache=on) for on in (False, True))
+    assert plain["cache"] is None
+    # Ten samples of each of 10 batches are kept in the first epoch; in the second all of them are known.
+    assert cached["cache"] == {"hits": 10, "misses": 10, "bytes": 100 * (64 + 1) * 4, "cut": "3", "reason": ""}
+    unit = 10 * 2 * 64 * 64
+    assert plain["flops"] == 20 * 11 * unit
+    assert cached["flops"] == (10 * 11 + 10 * 8) * unit  # three forward products less
+    assert cached["accuracy"] == pytest.approx(plain["accuracy"], abs=0.005)
+
+
+def test_a_cache_that_skips_nothing_costs_nothing_less(tmp_path):
+    result = trial(tmp_path, "none", cache=True)
+    assert result["cache"] == {"hits": 0, "misses": 20, "bytes": 0, "cut": "", "reason": "nothing is frozen yet"}
+    assert result["flops"] == trial(tmp_path)["flops"]
+
+
+def test_several_batches_a_step_and_a_front_that_grows(tmp_path):
+    result = trial(tmp_path, "linear", recipe={"epochs": 4, "accumulate": 2}, start=0.1, cache=True)
+    assert result["steps"] == 20
+    assert result["cache"]["hits"] + result["cache"]["misses"] == 40
+    assert 0 < result["cache"]["hits"] < 40
+    whole = sum(pattern["step_flops"] * pattern["steps"] for pattern in result["patterns"])
+    assert 0.5 * whole < result["flops"] < whole
+
+
+def test_adapters_in_place_of_layers(tmp_path):
+    result = trial(tmp_path, lora=4)
+    assert result["status"] == "finished"
+    assert (result["layers"], result["freezes"], result["cache"]) == ([], [], None)
+    assert result["curve"][-1]["train_loss"] < result["curve"][0]["train_loss"]
+    assert result["flops"] == 20 * 10 * 2 * 64 * (12 * 64 + 29 * 4)  # counted in test_cost.py
 
 
 class LastAlone(FreezePolicy):

@@ -21,6 +21,18 @@ class Attention(nn.Module):
         return logits_BC
 
 
+class Uncalled(nn.Sequential):
+    """A hidden layer whose weights are used without a call of it, so that no output of it can be kept."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(64, 64), nn.Linear(64, 10))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        hidden, head = self
+        logits_BC: Tensor = head(F.linear(x_BCHW.flatten(1), hidden.weight, hidden.bias))
+        return logits_BC
+
+
 def six_linear() -> Workload:
     """Six equal linear layers of 64 x 64."""
 
@@ -35,6 +47,23 @@ def attention() -> Workload:
     """One linear layer, attention and the head."""
     recipe = Recipe(epochs=1, batch_size=10, train_samples=100)
     return Workload("tests.evaluate.toys:attention", "toy", lambda _: Attention(), "digits", recipe)
+
+
+def depthwise() -> Workload:
+    """A convolution of 3x3, another on each of its 8 channels alone, and the head."""
+
+    def model(source: object) -> nn.Module:
+        convolutions = (nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8))
+        return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(8 * 64, 10))
+
+    recipe = Recipe(epochs=1, batch_size=10, train_samples=100)
+    return Workload("tests.evaluate.toys:depthwise", "toy", model, "digits", recipe)
+
+
+def uncuttable() -> Workload:
+    """A hidden layer that a cache cannot cut off, and the head."""
+    recipe = Recipe(epochs=2, batch_size=10, train_samples=100)
+    return Workload("tests.evaluate.toys:uncuttable", "toy", lambda _: Uncalled(), "digits", recipe)
 
 
 def broken() -> Workload:

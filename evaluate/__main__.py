@@ -1,4 +1,6 @@
-"""What freezing buys: `python -m evaluate run-suite`, then `report`; `bench` for what the library itself costs."""
+"""What freezing buys: `python -m evaluate run-suite`, then `report`; `oracle` for the most that it could have bought,
+`bench` for what the library itself costs.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ _RUNS = Path("runs/evaluate")
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     flags = _parser().parse_args(argv)
-    return {"run-suite": _run_suite, "report": _report, "bench": _bench}[flags.command](flags)
+    return {"run-suite": _run_suite, "report": _report, "oracle": _oracle, "bench": _bench}[flags.command](flags)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_suite(commands.add_parser("run-suite", help="train workloads afresh under every policy, then report"))
     report = commands.add_parser("report", help="the table and the page of a suite that was run")
     report.add_argument("folder", nargs="?", type=Path, default=_RUNS / "quick", help="default: %(default)s")
+    _add_oracle(commands.add_parser("oracle", help="search the best freezing in hindsight of one workload"))
     bench = commands.add_parser("bench", help="what recording, deciding and frozen layers cost, against the limits")
     bench.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="default: %(default)s")
     _add_device(bench)
@@ -45,6 +48,18 @@ def _add_run_suite(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
     add_wandb_flag(parser)
     parser.add_argument("--dry-run", action="store_true", help="list the trials, train nothing")
+
+
+def _add_oracle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workload", help="its name; with --suite, what the suite calls it")
+    parser.add_argument("--suite", help="take recipe, source and seeds from this suite, to compare with its policies")
+    parser.add_argument("--trials", type=int, default=60, help="schedules to try (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="trainings of each schedule (default: the suite's, or 0 1 2)"
+    )
+    parser.add_argument("--slots", type=int, help="trainings at once (default: one a CPU core or GPU)")
+    parser.add_argument("--out", type=Path, default=_RUNS / "oracle", help="default: %(default)s")
+    _add_device(parser)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +112,19 @@ def _introduce(plan: "Plan", left: int, root: Path) -> None:
 
 def _report(flags: argparse.Namespace) -> None:
     _show(flags.folder)
+
+
+def _oracle(flags: argparse.Namespace) -> None:
+    from evaluate.hindsight import read_oracle
+    from evaluate.oracle import find_oracle, make_search, written
+    from evaluate.plan import Settings
+
+    search = make_search(flags.workload, flags.suite, flags.seeds, flags.trials)
+    print(f"oracle of {flags.workload}: {search.trials} schedules, seeds {list(search.seeds)}", flush=True)
+    path = find_oracle(search, flags.out, Settings(flags.device, flags.slots))
+    oracle = read_oracle(path)
+    print("\n".join(["", *written(oracle.front)]))
+    print(f"\nThe best of {oracle.tried} on the test set: an upper limit, part of it luck.\n{path.resolve()}")
 
 
 def _show(folder: Path) -> None:

@@ -15,10 +15,12 @@ from predictor.policies.lisa import LisaPolicy
 from predictor.policies.none import NonePolicy
 from predictor.policies.pipetransformer import PipeTransformerPolicy
 from predictor.policies.random_layers import RandomPolicy
+from predictor.policies.scheduled import SchedulePolicy
 from predictor.policies.shorter import ShorterPolicy
 from predictor.policies.simfreeze import SimFreezePolicy
 from predictor.policies.slimfit import SlimFitPolicy
 from predictor.policies.smartfrz import SmartFRZPolicy
+from predictor.policies.spfde import SpFDEPolicy
 from predictor.policies.static import StaticPolicy
 
 POLICIES: dict[str, Callable[..., FreezePolicy]] = {
@@ -28,7 +30,9 @@ POLICIES: dict[str, Callable[..., FreezePolicy]] = {
     "random": RandomPolicy,
     "linear": LinearPolicy,
     "gradual": GradualPolicy,
+    "schedule": SchedulePolicy,
     "freezeout": FreezeOutPolicy,
+    "spfde": SpFDEPolicy,
     "autofreeze": AutoFreezePolicy,
     "pipetransformer": PipeTransformerPolicy,
     "greentrainer": GreenTrainerPolicy,

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from predictor.errors import UsageError, unknown
 from predictor.freezing.layers import Layer
 from predictor.policies.base import FreezePolicy, View
+from predictor.policies.own_rates import OwnRates
 
 _POWERS = {"linear": 1, "squared": 2, "cubic": 3}
 
@@ -44,14 +45,11 @@ class FreezeOutPolicy(FreezePolicy):
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         """See at which rate each layer starts."""
-        self._optimizer = optimizer
-        self._groups = [_group_of(layer, optimizer) for layer in layers]
-        self._base = [self._base_of(optimizer.param_groups[group]) for group in self._groups]
+        self._own = OwnRates(optimizer, layers, self.lr)
 
     def rates(self, view: View) -> Mapping[int, float]:
         """Each layer's own rate, as a multiple of the scheduled one."""
-        scheduled = [float(self._optimizer.param_groups[group]["lr"]) for group in self._groups]
-        return {place: self._rate(place, view) / scheduled[place] for place in view.active if scheduled[place] > 0}
+        return self._own.factors(view.active, lambda place: self._rate(place, view))
 
     def decide(self, view: View) -> frozenset[int]:
         """The layers whose time is over."""
@@ -60,11 +58,11 @@ class FreezeOutPolicy(FreezePolicy):
 
     def state_dict(self) -> dict[str, Any]:
         """The rates at which the layers started."""
-        return {"base": list(self._base)}
+        return {"base": list(self._own.start_L)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up those rates again: an optimizer under a schedule may no longer know them."""
-        self._base = list(state["base"])
+        self._own.start_L = list(state["base"])
 
     def _end(self, place: int, layers: int) -> float:
         """The layer's t_i."""
@@ -72,17 +70,5 @@ class FreezeOutPolicy(FreezePolicy):
 
     def _rate(self, place: int, view: View) -> float:
         end = self._end(place, len(view.layers))
-        start = self._base[place] / end if self.scaled else self._base[place]
+        start = self._own.start_L[place] / (end if self.scaled else 1)
         return 0.5 * start * (1 + cos(pi * min(view.progress / end, 1.0)))
-
-    def _base_of(self, group: dict[str, Any]) -> float:
-        return float(group.get("max_lr", group.get("initial_lr", group["lr"]))) if self.lr is None else self.lr
-
-
-def _group_of(layer: Layer, optimizer: Optimizer) -> int:
-    """The number of the parameter group that holds most of a layer; of the first where none does."""
-    sizes = [0] * len(optimizer.param_groups)
-    own = {id(parameter) for parameter in layer.parameters()}
-    for number, group in enumerate(optimizer.param_groups):
-        sizes[number] = sum(parameter.numel() for parameter in group["params"] if id(parameter) in own)
-    return sizes.index(max(sizes))

@@ -15,6 +15,7 @@ OPTIONS = {
     "shorter": {"budget": 0.5},
     "static": {"layers": 2},
     "linear": {"start": 0.25},
+    "spfde": {"blocks": 3, "target": 0.9},
     "autofreeze": {"intervals": 6},
     "pipetransformer": {"epochs": 6},
     "greentrainer": {"rounds": 6},

@@ -59,8 +59,8 @@ def count_flops(
 ) -> LayerFlops:
     """Run `model` once on these inputs and count.
 
-    It is left as it was (see `undisturbed`). Where a front ends inside a block, a side branch that starts there is taken
-    to need its input's gradient, which it does not: under one percent in a ResNet. Raises what the model raises.
+    It is left as it was (see `undisturbed`). Where a front ends inside a block, a side branch that starts there is
+    taken to need its input's gradient, which it does not: under one percent in a ResNet. Raises what the model raises.
     """
     counter = _Counter(layers, model)
     # The fused attention of a CPU is not in the table of known operators; its plain form has the same products.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from collect.optimizer import make_optimizer
 from collect.train import Training
@@ -17,6 +17,7 @@ from predictor.errors import UsageError
 from predictor.freezing.cut import Call, trace_calls
 from predictor.freezing.freeze import freeze
 from predictor.freezing.layers import Layer
+from predictor.freezing.tensors import tensors_in
 
 _COMPUTED = object()
 """Stands for a call whose output is not given."""
@@ -112,8 +113,7 @@ def _given(forward: Callable[..., Any], ready: Sequence[Any]) -> Callable[..., A
 
 
 def _output(call: Call) -> Any:
-    tensors = [leaf for leaf in tree_leaves(call.output) if isinstance(leaf, Tensor)]
-    if tuple(tensor._version for tensor in tensors) == call.versions:
+    if tuple(tensor._version for tensor in tensors_in(call.output)) == call.versions:
         return call.output
     # The model writes into it. What it makes of it each time should not add up; to a clock values do not matter else.
     kept = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, call.output)

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from predictor.errors import UsageError
 from predictor.freezing.controller import FreezeController, FreezeEvent
 from predictor.freezing.cut import Cut, best_cut, replayed, trace_calls
 from predictor.freezing.store import FeatureStore
+from predictor.freezing.tensors import tensors_in
 
 _TOLERANCE = 1e-5
 
@@ -30,9 +31,9 @@ class FeatureCache:
     The model is left as it is. Inside `batch`, on a hit, modules before the cut return a stand-in of the right shape,
     and the module at the cut returns what was stored; so do others behind it, where a connection leads around them, as
     in a residual block of which only the first layers are frozen. A cut is taken only after a real forward pass gave
-    the same outputs as one with the cut; the one that skips most is used, and where none is right the cache is off and
-    `reason` says why: slower, never wrong. A front that grows is filled from the features at the old cut, not from the
-    inputs; a front that shrinks forgets.
+    the same outputs as one with the cut, also with another batch in between; the one that skips most is used, and where
+    none is right the cache is off and `reason` says why: slower, never wrong. A front that grows is filled from the
+    features at the old cut, not from the inputs; a front that shrinks forgets.
 
     A sample's inputs must be the same each time it comes. Where they are not, as under random augmentation, UsageError
     is raised, unless `check_inputs=False` says that the features of the first time shall stand for all.
@@ -154,6 +155,10 @@ class FeatureCache:
                     return False  # a stand-in was written to, which it does not allow
 
             cut = best_cut(calls, batch, right)
+            if cut is not None:
+                # What modules hand on in plain attributes is that of the batch before: let it be another one's.
+                self._model(*_reversed(args, batch), **_reversed(kwargs, batch))
+                cut = cut if right(cut) else None
         if cut is not None:
             self._add_level(cut)
             return
@@ -188,8 +193,8 @@ class FeatureCache:
     def _fingerprints(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """One number a sample that changes when its inputs do: prints_B, float32."""
         prints = None
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch:
+        for leaf in tensors_in((args, kwargs)):
+            if leaf.dim() and leaf.shape[0] == batch:
                 flat = leaf.detach().reshape(batch, -1).float()
                 part = self._projected(flat)
                 prints = part if prints is None else prints + part
@@ -243,7 +248,7 @@ class _Level:
             outputs[place] = output
             if len(outputs) == len(self.cut.given):
                 leaves = [outputs[place] for place in range(len(outputs))]
-                self._store(ids, [leaf for leaf in tree_leaves(leaves) if isinstance(leaf, Tensor)], prints_B, give_up)
+                self._store(ids, list(tensors_in(leaves)), prints_B, give_up)
 
         with ExitStack() as hooks:
             for place, call in enumerate(self.cut.given):
@@ -293,6 +298,15 @@ def _judging(model: nn.Module) -> Iterator[None]:
 
 def _gpus(model: nn.Module) -> list[int]:
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _reversed(inputs: Any, batch: int) -> Any:
+    """The inputs with their samples in the reverse order."""
+
+    def turned(leaf: Any) -> Any:
+        return leaf.flip(0) if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch else leaf
+
+    return tree_map(turned, inputs)
 
 
 def _same(first: Any, second: Any) -> bool:

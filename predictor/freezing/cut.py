@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
+
+from predictor.freezing.tensors import tensors_in
 
 
 @dataclass(eq=False)
@@ -52,7 +54,7 @@ class Cut:
 
     def leaves(self) -> list[Tensor]:
         """The tensors of all outputs that are given."""
-        return [tensor for call in self.given for tensor in _tensors(call.output)]
+        return [tensor for call in self.given for tensor in tensors_in(call.output)]
 
     def answers(self, leaves: Iterable[Tensor], batch: int) -> dict[nn.Module, dict[int, Any]]:
         """What each module answers to each of its calls that are left out, in a pass on `batch` samples."""
@@ -99,7 +101,7 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         nonlocal clock
         clock += 1
         call = stack.pop()
-        call.end, call.output, call.versions = clock, output, _versions(_tensors(output))
+        call.end, call.output, call.versions = clock, output, _versions(list(tensors_in(output)))
 
     handles = [module.register_forward_pre_hook(enter(name)) for name, module in model.named_modules()]
     handles += [module.register_forward_hook(leave) for module in model.modules()]
@@ -173,7 +175,7 @@ def _keepable(batch: int) -> Callable[[Call], bool]:
     """
 
     def check(call: Call) -> bool:
-        tensors = _tensors(call.output)
+        tensors = list(tensors_in(call.output))
         fit = all(tensor.dim() and tensor.shape[0] == batch for tensor in tensors)
         return bool(tensors) and fit and _versions(tensors) == call.versions
 
@@ -209,10 +211,6 @@ class _Answering:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         nth, self._calls = self._calls, self._calls + 1
         return self._known[nth] if nth in self._known else self._forward(*args, **kwargs)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:

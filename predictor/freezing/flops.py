@@ -1,16 +1,16 @@
 """What a model's layers cost: FLOPs of one forward pass, and from them those of a step with any layers frozen."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from predictor.freezing.layers import Layer
+from predictor.freezing.tensors import tensors_in
 from predictor.freezing.undisturbed import undisturbed
 
 
@@ -93,7 +93,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        tensors = [*_tensors_in(args), *_tensors_in(kwargs)]
+        tensors = [*tensors_in(args), *tensors_in(kwargs)]
         weights = [tensor for tensor in tensors if id(tensor) in self._owner or id(tensor) in self._made_of_weights]
         for tensor in weights:
             self._now = self._owner.get(id(tensor), self._now)
@@ -103,9 +103,5 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.weightless[self._now] += 0 if weights else flops
             self.entry[self._now] = self.entry[self._now] or flops * bool(weights)
         elif tensors and len(weights) == len(tensors):  # a transposed or cast weight is one still
-            self._made_of_weights.update({id(tensor): tensor for tensor in _tensors_in(result)})
+            self._made_of_weights.update({id(tensor): tensor for tensor in tensors_in(result)})
         return result
-
-
-def _tensors_in(value: object) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))

@@ -1,7 +1,7 @@
 """When each part of a model is first used: seen in one forward pass, or taken from the order of definition."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from predictor.freezing.parts import holds_weight
+from predictor.freezing.tensors import tensors_in
 from predictor.freezing.undisturbed import undisturbed
 
 
@@ -111,11 +112,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run an operator and note what it uses and what comes out."""
         result = func(*args, **(kwargs or {}))
         now = next(self._clock)
-        inputs = [*_tensors_in(args), *_tensors_in(kwargs)]
+        inputs = [*tensors_in(args), *tensors_in(kwargs)]
         for tensor in inputs:
             if id(tensor) in self._known:
                 self._parameters.setdefault(id(tensor), now)
-        self._follow({_number(tensor) for tensor in inputs}, list(_tensors_in(result)))
+        self._follow({_number(tensor) for tensor in inputs}, list(tensors_in(result)))
         return result
 
     def order(self, output: object) -> Order:
@@ -127,7 +128,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if used is not None:
                 self._first[part] = min(self._first.get(part, used), used)
                 self._last.setdefault(part, used)
-        numbers = (_number(tensor) for tensor in _tensors_in(output))
+        numbers = (_number(tensor) for tensor in tensors_in(dict(output) if isinstance(output, Mapping) else output))
         ends = frozenset[nn.Module]().union(*(self._outputs_in.get(number, ()) for number in numbers))
         return Order(self._first, self._last, self._parameters, ends.intersection(self._first) - self._fed)
 
@@ -169,14 +170,3 @@ def _number(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return -1
-
-
-def _tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors_in(part)
-    elif isinstance(value, Mapping):
-        yield from _tensors_in(list(value.values()))

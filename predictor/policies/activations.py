@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.jit import ScriptModule
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from predictor.errors import UsageError
 from predictor.freezing.layers import Layer
+from predictor.freezing.tensors import tensors_in
 from predictor.freezing.undisturbed import undisturbed
 from predictor.similarity import by_sample
 
@@ -32,12 +33,12 @@ class Batch:
     @property
     def samples(self) -> int:
         """The first dimension of the first tensor; 0 where there is none."""
-        return next((leaf.shape[0] for leaf in _tensors((self.args, self.kwargs)) if leaf.dim()), 0)
+        return next((leaf.shape[0] for leaf in tensors_in((self.args, self.kwargs)) if leaf.dim()), 0)
 
     @property
     def device(self) -> torch.device:
         """That of the first tensor."""
-        return next((leaf.device for leaf in _tensors((self.args, self.kwargs))), torch.device("cpu"))
+        return next((leaf.device for leaf in tensors_in((self.args, self.kwargs))), torch.device("cpu"))
 
     def kept(self) -> "Batch":
         """A copy that nobody else writes to."""
@@ -173,7 +174,3 @@ def refuse_sharded(model: nn.Module, policy: str) -> None:
 
 class _Enough(Exception):
     """Ends a pass once everything has been seen."""
-
-
-def _tensors(tree: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

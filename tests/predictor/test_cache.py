@@ -7,40 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from predictor import FreezeController, FreezePolicy, make_policy
 from predictor.errors import UsageError
-from predictor.freezing.cache import FeatureCache
-
-X = torch.linspace(-1, 1, 12 * 64).reshape(12, 1, 8, 8).sin()
-Y = torch.arange(12) % 3
-
-
-class Counted(nn.Linear):
-    """A linear layer that counts its calls."""
-
-    calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return super().forward(x)
-
-
-def chain():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Flatten(), Counted(64, 8), nn.ReLU(), Counted(8, 8), nn.ReLU(), Counted(8, 8), Counted(8, 3)
-    )
-
-
-def cached(model, layers=2, **options):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    controller = FreezeController(model, optimizer, make_policy("static", layers=layers), total_steps=9)
-    return FeatureCache(controller, **options)
-
-
-def run(model, cache, ids):
-    with cache.batch(ids):
-        return model(X[ids])
+from tests.predictor.counted import Counted, X, Y, cached, chain, run
 
 
 def gradients(model, output, ids):
@@ -175,66 +143,6 @@ def test_nothing_frozen_means_nothing_kept():
     assert (cache.reason, cache.bytes) == ("nothing is frozen yet", 0)
 
 
-class Stages(FreezePolicy):
-    def decide(self, view):
-        return frozenset(range({0: 1, 1: 2, 2: 2, 3: 1}[view.step]))
-
-
-def test_a_front_that_grows_is_filled_from_the_old_features_and_one_that_shrinks_forgets():
-    model = chain()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    controller = FreezeController(model, optimizer, Stages(), total_steps=3)
-    cache = FeatureCache(controller)
-    ids = torch.arange(12)
-    expected = model(X)
-    run(model, cache, ids)
-    assert cache.cut == "2"
-    controller.step()
-    inputs_run = model[1].calls
-    first = run(model, cache, ids)  # the first layer runs once more: in the pass that looks for the cut
-    assert (cache.cut, model[1].calls) == ("4", inputs_run + 1)
-    second_layer = model[3].calls
-    second = run(model, cache, ids)
-    assert model[3].calls == second_layer
-    assert torch.equal(first, expected)
-    assert torch.equal(second, expected)
-    assert len(cache._levels) == 1  # the old features have served
-    controller.step()
-    controller.step()
-    assert cache.bytes == 0
-    run(model, cache, ids)
-    assert cache.cut == "2"
-
-
-class Hasty(FreezePolicy):
-    """One layer more at each step."""
-
-    def decide(self, view):
-        return frozenset(range(1 + view.step))
-
-
-def test_a_front_that_grows_before_its_features_are_complete_is_filled_from_where_most_are():
-    model = chain()
-    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), Hasty(), total_steps=3)
-    cache = FeatureCache(controller)
-    first, second = torch.arange(6), torch.arange(6, 12)
-    expected = model(X)
-    for ids in (first, second):
-        run(model, cache, ids)
-    for cut in ("4", "5"):
-        controller.step()
-        misses, calls = cache.misses, model[1].calls
-        assert torch.equal(run(model, cache, first), expected[first])
-        assert (cache.cut, cache.misses) == (cut, misses)
-        assert model[1].calls == calls + 1  # in the pass that looks for the cut
-    # The second half is known at the first cut alone, and starts there.
-    calls = model[1].calls
-    assert torch.equal(run(model, cache, second), expected[second])
-    assert model[1].calls == calls
-    run(model, cache, second)
-    assert len(cache._levels) == 1  # the old features have served
-
-
 def test_random_augmentation_is_refused_unless_told_otherwise():
     model = chain()
     cache = cached(model)
@@ -326,22 +234,36 @@ def test_wrong_use_is_refused():
         cached(chain(), memory_gb=-1)
 
 
-class Growing(FreezePolicy):
-    """Freezes one layer, and one more at each step."""
+class Front(nn.Module):
+    """Leaves a part of what it makes in an attribute, which is how some models hand it past other layers."""
 
-    def decide(self, view):
-        return frozenset(range(view.step + 1))
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 8)
+        self.aside = None
+
+    def forward(self, x):
+        out = self.layer(x.flatten(1))
+        self.aside = out.tanh()
+        return out
 
 
-def test_a_pass_says_what_was_frozen_when_its_features_were_found():
-    model = chain()
-    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.1), Growing(), total_steps=9)
-    cache = FeatureCache(controller)
-    taken = []
-    for ids in (range(12), range(6), range(6), range(6)):
-        if len(taken) == 2:
-            controller.step()
-        run(model, cache, torch.tensor(ids))
-        taken.append(cache.taken)
-    # The third pass begins from the features of the first cut, and keeps those of the second.
-    assert taken == [None, {0}, {0}, {0, 1}]
+class Handing(nn.Module):
+    """A front, a layer that trains, and the head, which takes what the front has left aside."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.front, self.middle, self.head = Front(), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.middle(self.front(x)).relu() + self.front.aside)
+
+
+def test_what_is_handed_on_in_an_attribute_is_never_that_of_another_batch():
+    model = Handing()
+    cache = cached(model, layers=1)
+    first, second = torch.arange(6), torch.arange(6, 12)
+    expected = model(X)
+    for ids in (first, second, first, second):
+        assert torch.equal(run(model, cache, ids), expected[ids])

@@ -8,20 +8,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from predictor import FreezeController, FreezePolicy
+from predictor import FreezeController
+from tests.predictor.scripted import Script
 
 X = torch.linspace(-1, 1, 6 * 64).reshape(6, 1, 8, 8)
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
-
-
-class Script(FreezePolicy):
-    """Answers what the test wrote down for each step."""
-
-    def __init__(self, answers):
-        self.answers = answers
-
-    def decide(self, view):
-        return frozenset(self.answers.get(view.step, view.frozen))
 
 
 class Counting:

@@ -7,6 +7,7 @@ from torch import nn
 from predictor import FreezeController, make_policy
 from predictor.freezing.cache import FeatureCache
 from predictor.freezing.store import FeatureStore
+from tests.predictor.scripted import Script
 
 X = torch.linspace(-1, 1, 12 * 64).reshape(12, 64).sin()
 
@@ -93,16 +94,10 @@ def test_no_more_is_computed_or_kept_than_is_needed(make, layers, kept, computed
 
 
 def test_a_front_that_grows_inside_a_block_is_filled_from_the_old_features():
-    from tests.predictor.test_cache import Stages
-
-    class Grows(Stages):
-        def decide(self, view):
-            return frozenset(range(4 if view.step == 0 else 5))
-
     torch.manual_seed(0)
     model = nn.Sequential(Residual(), Residual(), nn.Linear(64, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    controller = FreezeController(model, optimizer, Grows(), total_steps=9, say=None)
+    controller = FreezeController(model, optimizer, Script({0: range(4), 1: range(5)}), total_steps=9, say=None)
     cache = FeatureCache(controller)
     expected = run(model, cache, torch.arange(12))
     controller.step()

@@ -17,22 +17,13 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from predictor import FreezeController, FreezePolicy
+from predictor import FreezeController
 from predictor.freezing.wrappers import follow
+from tests.predictor.scripted import Script
 
 STEPS = 8
 PHASES = {2: {0, 1}, 4: {0, 1, 2}, 6: {1}, 7: ()}
 SIZES = [8 * 8 + 8 + 16, 8 * 8 + 8, 8 * 8 + 8, 8 * 3 + 3]  # the numbers in each of the three layers and the head
-
-
-class Script(FreezePolicy):
-    """Answers what the test wrote down for each step."""
-
-    def __init__(self, answers):
-        self.answers = answers
-
-    def decide(self, view):
-        return frozenset(self.answers.get(view.step, view.frozen))
 
 
 def make_net(seed=0, norm=nn.LayerNorm):

@@ -14,25 +14,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from predictor import FreezePolicy, layers_of, make_policy
+from predictor import layers_of, make_policy
 from predictor.errors import UsageError
 from predictor.integrations.huggingface import FreezeCallback
+from tests.predictor.scripted import WatchingScript
 
 STEPS = 8  # 24 sentences, two epochs; batches of 3, gradients of two added up
-
-
-class Script(FreezePolicy):
-    """Answers what the test wrote down for each step, and notes whether gradients stood."""
-
-    def __init__(self, answers):
-        self.answers, self.observed = answers, []
-
-    def observe(self, view):
-        heads = [view.layers[place].own[0] for place in view.active]
-        self.observed.append((view.step, all(own.grad is not None for own in heads)))
-
-    def decide(self, view):
-        return frozenset(self.answers.get(view.step, view.frozen))
 
 
 class StopAt(TrainerCallback):
@@ -90,7 +77,7 @@ FRONT = frozenset(range(5))  # of the layers: embeddings, and what the first blo
 
 
 def test_policies_are_asked_once_an_optimizer_step_while_gradients_stand(tmp_path):
-    callback = FreezeCallback(Script({3: FRONT, 6: ()}))
+    callback = FreezeCallback(WatchingScript({3: FRONT, 6: ()}))
     trained(make_trainer(tmp_path, callback))
     assert callback.controller.policy.observed == [(step, True) for step in range(1, STEPS + 1)]
     assert [str(event).split(":")[0] for event in callback.controller.history] == ["step 3", "step 6"]
@@ -98,7 +85,7 @@ def test_policies_are_asked_once_an_optimizer_step_while_gradients_stand(tmp_pat
 
 def test_frozen_layers_stand_still_and_the_others_train(tmp_path):
     before = make_bert()
-    callback = FreezeCallback(Script({0: FRONT}))
+    callback = FreezeCallback(WatchingScript({0: FRONT}))
     trainer = make_trainer(tmp_path, callback)
     trained(trainer)
     frozen = {id(p) for place in FRONT for p in callback.controller.layers[place].parameters()}
@@ -114,10 +101,10 @@ def test_frozen_layers_stand_still_and_the_others_train(tmp_path):
 @pytest.mark.parametrize("stop", [3, 5])
 def test_resumed_equals_unbroken_bit_for_bit(stop, tmp_path):
     answers = {2: FRONT, 7: {0}}
-    unbroken = FreezeCallback(Script(answers))
+    unbroken = FreezeCallback(WatchingScript(answers))
     expected = trained(make_trainer(tmp_path / "unbroken", unbroken))
-    trained(make_trainer(tmp_path / "run", FreezeCallback(Script(answers)), stop=stop))
-    resumed = FreezeCallback(Script(answers))
+    trained(make_trainer(tmp_path / "run", FreezeCallback(WatchingScript(answers)), stop=stop))
+    resumed = FreezeCallback(WatchingScript(answers))
     trainer = make_trainer(tmp_path / "run", resumed, seed=1)
     assert equal(expected, trained(trainer, resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}")))
     assert resumed.controller.history == unbroken.controller.history
@@ -168,13 +155,13 @@ def test_a_checkpoint_from_before_the_callback_is_refused(tmp_path):
 
 
 def test_the_state_in_the_checkpoint_is_json(tmp_path):
-    trained(make_trainer(tmp_path, FreezeCallback(Script({1: {0}})), stop=2))
+    trained(make_trainer(tmp_path, FreezeCallback(WatchingScript({1: {0}})), stop=2))
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["FreezeCallback"]["attributes"]["_saved"]
 
 
 def test_one_callback_serves_one_training_after_another(tmp_path):
-    callback = FreezeCallback(Script({2: FRONT}))
+    callback = FreezeCallback(WatchingScript({2: FRONT}))
     first = trained(make_trainer(tmp_path, callback))
     trainer = make_trainer(tmp_path, callback)
     assert equal(first, trained(trainer))
@@ -195,10 +182,10 @@ def test_layers_can_be_named(tmp_path):
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # the name it had for years
 def test_checkpointing_works_and_the_reentrant_kind_is_refused(tmp_path):
     def make(**options):
-        callback = FreezeCallback(Script({0: FRONT}))
+        callback = FreezeCallback(WatchingScript({0: FRONT}))
         return make_trainer(tmp_path, callback, gradient_checkpointing=True, **options)
 
-    expected = trained(make_trainer(tmp_path, FreezeCallback(Script({0: FRONT}))))
+    expected = trained(make_trainer(tmp_path, FreezeCallback(WatchingScript({0: FRONT}))))
     assert equal(expected, trained(make()))
     with pytest.raises(UsageError, match="checkpoint with use_reentrant=False"):
         trained(make(gradient_checkpointing_kwargs={"use_reentrant": True}))
@@ -212,12 +199,16 @@ def test_a_share_of_the_steps_is_refused():
 def one_of_two(folder):
     """What one of two processes under DDP sees; the second's policy wants something else."""
     main = os.environ["RANK"] == "0"
-    callback = FreezeCallback(Script({0: {0}, 2: FRONT, 3: {0}} if main else {1: {1}}))
+    callback = FreezeCallback(WatchingScript({0: {0}, 2: FRONT, 3: {0}} if main else {1: {1}}))
     trainer = make_trainer(folder, callback, ddp_backend="gloo", ddp_find_unused_parameters=True)
     weights = trained(trainer)
     frozen = [list(event.frozen) for event in callback.controller.history]
     try:
-        trained(make_trainer(folder, FreezeCallback(Script({})), ddp_backend="gloo", ddp_find_unused_parameters=False))
+        trained(
+            make_trainer(
+                folder, FreezeCallback(WatchingScript({})), ddp_backend="gloo", ddp_find_unused_parameters=False
+            )
+        )
     except UsageError as error:
         torch.save({"weights": weights, "frozen": frozen, "error": str(error)}, folder / f"seen-{main}.pt")
 

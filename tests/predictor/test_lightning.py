@@ -11,9 +11,10 @@ pytest.importorskip("lightning")
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from predictor import FreezePolicy, layers_of, make_policy
+from predictor import layers_of, make_policy
 from predictor.errors import UsageError
 from predictor.integrations.lightning import FreezeCallback
+from tests.predictor.scripted import WatchingScript
 
 EPOCHS, STEPS = 3, 9  # 24 images in batches of 4, gradients of two batches added up
 pytestmark = [
@@ -21,20 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(The dirpath has changed|Checkpoint directory)"),
     pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.` is deprecated"),
 ]
-
-
-class Script(FreezePolicy):
-    """Answers what the test wrote down for each step, and notes whether gradients stood."""
-
-    def __init__(self, answers):
-        self.answers, self.observed = answers, []
-
-    def observe(self, view):
-        heads = [view.layers[place].own[0] for place in view.active]
-        self.observed.append((view.step, all(own.grad is not None for own in heads)))
-
-    def decide(self, view):
-        return frozenset(self.answers.get(view.step, view.frozen))
 
 
 class Module(pl.LightningModule):
@@ -88,7 +75,7 @@ def equal(first, second):
 
 
 def test_policies_are_asked_once_an_optimizer_step_while_gradients_stand(tmp_path, make_toy):
-    callback = FreezeCallback(Script({3: {0, 1}, 6: ()}))
+    callback = FreezeCallback(WatchingScript({3: {0, 1}, 6: ()}))
     fit(tmp_path, make_toy(), callback)
     assert callback.controller.total_steps == STEPS
     assert callback.controller.policy.observed == [(step, True) for step in range(1, STEPS + 1)]
@@ -98,7 +85,7 @@ def test_policies_are_asked_once_an_optimizer_step_while_gradients_stand(tmp_pat
 def test_frozen_layers_stand_still_through_validation_and_the_others_train(tmp_path, make_toy):
     net = make_toy()
     before = copy.deepcopy(net.state_dict())
-    fit(tmp_path, net, FreezeCallback(Script({0: {0, 1}})))
+    fit(tmp_path, net, FreezeCallback(WatchingScript({0: {0, 1}})))
     still = {name for name, tensor in net.state_dict().items() if torch.equal(tensor, before[name])}
     assert still == {name for name in before if name.startswith(("body.0", "body.1.", "body.3", "body.4"))}
 
@@ -106,9 +93,9 @@ def test_frozen_layers_stand_still_through_validation_and_the_others_train(tmp_p
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resumed_equals_unbroken_bit_for_bit(stop, tmp_path, make_toy):
     answers = {2: {0, 1}, 8: {1}}
-    unbroken = FreezeCallback(Script(answers))
+    unbroken = FreezeCallback(WatchingScript(answers))
     expected = fit(tmp_path / "unbroken", make_toy(), unbroken)
-    resumed = FreezeCallback(Script(answers))
+    resumed = FreezeCallback(WatchingScript(answers))
     path = tmp_path / "unbroken" / f"epoch={stop - 1}.ckpt"  # two layers are frozen there
     assert equal(expected, fit(tmp_path / "resumed", make_toy(seed=1), resumed, ckpt_path=path))
     assert resumed.controller.history == unbroken.controller.history
@@ -129,11 +116,11 @@ def test_a_policy_with_tensors_in_its_state_resumes_too(tmp_path, make_toy, make
 def test_a_checkpoint_from_before_the_callback_is_refused(tmp_path, make_toy):
     fit(tmp_path / "without", make_toy(), pl.Callback())
     with pytest.raises(UsageError, match="checkpoint at step 3 was written without this callback"):
-        fit(tmp_path, make_toy(), FreezeCallback(Script({})), ckpt_path=tmp_path / "without" / "epoch=0.ckpt")
+        fit(tmp_path, make_toy(), FreezeCallback(WatchingScript({})), ckpt_path=tmp_path / "without" / "epoch=0.ckpt")
 
 
 def test_one_callback_serves_one_training_after_another(tmp_path, make_toy):
-    callback = FreezeCallback(Script({2: {0, 1}}))
+    callback = FreezeCallback(WatchingScript({2: {0, 1}}))
     net = make_toy()
     first = fit(tmp_path / "first", net, callback)
     assert all(parameter.requires_grad for parameter in net.parameters())  # let go at the end
@@ -141,13 +128,15 @@ def test_one_callback_serves_one_training_after_another(tmp_path, make_toy):
 
 
 def test_without_accumulation_each_batch_is_a_step(tmp_path, make_toy):
-    callback = FreezeCallback(Script({}))
+    callback = FreezeCallback(WatchingScript({}))
     fit(tmp_path, make_toy(), callback, epochs=1, accumulate=1)
     assert callback.controller.total_steps == len(callback.controller.policy.observed) == 6
 
 
 def test_layers_can_be_named(tmp_path, make_toy):
-    callback = FreezeCallback(Script({1: {0}}), layers=lambda module: layers_of(module, patterns=["net.body.3*"]))
+    callback = FreezeCallback(
+        WatchingScript({1: {0}}), layers=lambda module: layers_of(module, patterns=["net.body.3*"])
+    )
     fit(tmp_path, make_toy(), callback)
     assert [layer.name for layer in callback.controller.layers] == ["net.body.3*"]
 

@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from predictor.similarity import by_sample, cka_to_last, gram, hsic1, preserving_loss, upper_triangle
+from tests.plain_cka import off_diagonal, plain_cka
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def off_diagonal(gram_BB: Tensor) -> Tensor:
-    return gram_BB - torch.diag(torch.diag(gram_BB))
 
 
 def plain_hsic(gram_BB: Tensor, other_BB: Tensor) -> float:
@@ -26,18 +23,6 @@ def plain_hsic(gram_BB: Tensor, other_BB: Tensor) -> float:
         for i, j, q, r in itertools.permutations(range(len(gram_BB)), 4)
     ]
     return float(sum(terms) / len(terms))
-
-
-def plain_cka(x_BF: Tensor, y_BF: Tensor) -> float:
-    """Unbiased CKA with the formula as METHODS writes it: full matrices, and no centring."""
-    n, one = len(x_BF), torch.ones(len(x_BF), dtype=torch.float64)
-
-    def hsic(k: Tensor, m: Tensor) -> Tensor:
-        product = (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2))
-        return (torch.trace(k @ m) + product - 2 / (n - 2) * (one @ k @ m @ one)) / (n * (n - 3))
-
-    k, m = off_diagonal(x_BF.double() @ x_BF.double().T), off_diagonal(y_BF.double() @ y_BF.double().T)
-    return float(hsic(k, m) / (hsic(k, k) * hsic(m, m)).sqrt())
 
 
 def cka(x_BF: Tensor, y_BF: Tensor) -> float:

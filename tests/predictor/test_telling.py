@@ -9,19 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from predictor import FeatureCache, FreezeController, FreezePolicy, make_policy
+from tests.predictor.scripted import Script
 
 X = torch.linspace(-1, 1, 6 * 64).reshape(6, 1, 8, 8)
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
-
-
-class Script(FreezePolicy):
-    """Answers what the test wrote down for each step."""
-
-    def __init__(self, answers):
-        self.answers = answers
-
-    def decide(self, view):
-        return frozenset(self.answers.get(view.step, view.frozen))
 
 
 def train(model, policy, steps=4, called=None, pause=0.0, **options):

@@ -13,22 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import predictor
-from predictor import FreezeController, FreezePolicy
+from predictor import FreezeController
 from predictor.errors import UsageError
 from predictor.freezing.wrappers import Agreement, follow, has_gradients, refuse_unfit
+from tests.predictor.scripted import Script
 
 X = torch.linspace(-1, 1, 4 * 8).reshape(4, 8)
 Y = torch.tensor([0, 1, 2, 0])
-
-
-class Script(FreezePolicy):
-    """Answers what the test wrote down for each step."""
-
-    def __init__(self, answers):
-        self.answers = answers
-
-    def decide(self, view):
-        return frozenset(self.answers.get(view.step, view.frozen))
 
 
 class Blocks(nn.Module):

@@ -1,0 +1,37 @@
+"""A small chain that counts the calls of its layers, and running it beside a feature cache."""
+
+import torch
+from torch import nn
+
+from predictor import FeatureCache, FreezeController, make_policy
+
+X = torch.linspace(-1, 1, 12 * 64).reshape(12, 1, 8, 8).sin()
+Y = torch.arange(12) % 3
+
+
+class Counted(nn.Linear):
+    """A linear layer that counts its calls."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def chain():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), Counted(64, 8), nn.ReLU(), Counted(8, 8), nn.ReLU(), Counted(8, 8), Counted(8, 3)
+    )
+
+
+def cached(model, layers=2, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = FreezeController(model, optimizer, make_policy("static", layers=layers), total_steps=9)
+    return FeatureCache(controller, **options)
+
+
+def run(model, cache, ids):
+    with cache.batch(ids):
+        return model(X[ids])

@@ -1,0 +1,28 @@
+"""Policies that answer what a test wrote down."""
+
+from collections.abc import Iterable, Mapping
+
+from predictor import FreezePolicy
+from predictor.policies.base import View
+
+
+class Script(FreezePolicy):
+    """Answers what stands in `answers` for a step, and otherwise what is frozen already."""
+
+    def __init__(self, answers: Mapping[int, Iterable[int]]) -> None:
+        self.answers = answers
+
+    def decide(self, view: View) -> frozenset[int]:
+        return frozenset(self.answers.get(view.step, view.frozen))
+
+
+class WatchingScript(Script):
+    """Notes too whether gradients stood after each step."""
+
+    def __init__(self, answers: Mapping[int, Iterable[int]]) -> None:
+        super().__init__(answers)
+        self.observed: list[tuple[int, bool]] = []
+
+    def observe(self, view: View) -> None:
+        heads = [view.layers[place].own[0] for place in view.active]
+        self.observed.append((view.step, all(own.grad is not None for own in heads)))

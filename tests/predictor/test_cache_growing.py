@@ -1,0 +1,71 @@
+"""The feature cache while the front grows and shrinks."""
+
+import torch
+
+from predictor import FeatureCache, FreezeController
+from tests.predictor.counted import X, chain, run
+from tests.predictor.scripted import Script
+
+GROWING = {step: range(step + 1) for step in range(3)}
+
+
+def test_a_front_that_grows_is_filled_from_the_old_features_and_one_that_shrinks_forgets():
+    model = chain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    controller = FreezeController(model, optimizer, Script({0: {0}, 1: {0, 1}, 3: {0}}), total_steps=3)
+    cache = FeatureCache(controller)
+    ids = torch.arange(12)
+    expected = model(X)
+    run(model, cache, ids)
+    assert cache.cut == "2"
+    controller.step()
+    inputs_run = model[1].calls
+    first = run(model, cache, ids)  # the first layer runs in the two whole passes that look for the cut
+    assert (cache.cut, model[1].calls) == ("4", inputs_run + 2)
+    second_layer = model[3].calls
+    second = run(model, cache, ids)
+    assert model[3].calls == second_layer
+    assert torch.equal(first, expected)
+    assert torch.equal(second, expected)
+    assert len(cache._levels) == 1  # the old features have served
+    controller.step()
+    controller.step()
+    assert cache.bytes == 0
+    run(model, cache, ids)
+    assert cache.cut == "2"
+
+
+def test_a_front_that_grows_before_its_features_are_complete_is_filled_from_where_most_are():
+    model = chain()
+    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), Script(GROWING), total_steps=3)
+    cache = FeatureCache(controller)
+    first, second = torch.arange(6), torch.arange(6, 12)
+    expected = model(X)
+    for ids in (first, second):
+        run(model, cache, ids)
+    for cut in ("4", "5"):
+        controller.step()
+        misses, calls = cache.misses, model[1].calls
+        assert torch.equal(run(model, cache, first), expected[first])
+        assert (cache.cut, cache.misses) == (cut, misses)
+        assert model[1].calls == calls + 2  # in the whole passes that look for the cut
+    # The second half is known at the first cut alone, and starts there.
+    calls = model[1].calls
+    assert torch.equal(run(model, cache, second), expected[second])
+    assert model[1].calls == calls
+    run(model, cache, second)
+    assert len(cache._levels) == 1  # the old features have served
+
+
+def test_a_pass_says_what_was_frozen_when_its_features_were_found():
+    model = chain()
+    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.1), Script(GROWING), total_steps=9)
+    cache = FeatureCache(controller)
+    taken = []
+    for ids in (range(12), range(6), range(6), range(6)):
+        if len(taken) == 2:
+            controller.step()
+        run(model, cache, torch.tensor(ids))
+        taken.append(cache.taken)
+    # The third pass begins from the features of the first cut, and keeps those of the second.
+    assert taken == [None, {0}, {0}, {0, 1}]

@@ -18,6 +18,7 @@ from evaluate.trial import build_workload
 from predictor.attention import fingerprint, load_predictor
 from predictor.errors import UsageError
 from predictor.policies import POLICIES, make_policy
+from predictor.policies.base import FreezePolicy
 from predictor.policies.smartfrz import SHIPPED
 
 TRAINED = Path("runs/predictor.safetensors")
@@ -112,11 +113,11 @@ def make_plan(suite: Suite, folder: SuiteFolder, settings: Settings) -> Plan:
     for entry in suite.policies:
         path = _predictor_of(entry, settings.predictor)
         judge = judges[entry.label] = _Judge(entry, None if path is None else fingerprint(path))
-        make_policy(entry.name, **judge.options(str(path)))
+        policy = make_policy(entry.name, **judge.options(str(path)))
         if path is not None and judge.mark is not None:
             predictors[judge.mark] = path
         for work in works.values():
-            _refuse_unfit(work, entry)
+            _refuse_unfit(work, entry, policy)
     where = {"device": device, "slots": settings.sharing, "scores": suite.scores}
     jobs = [_job(seed, works[work.label], judges[policy.label], folder, where) for seed, work, policy in suite.cells()]
     return Plan(suite, settings, tuple(jobs), predictors)
@@ -141,21 +142,21 @@ def _checked(entry: WorkloadEntry) -> Workload:
     return workload
 
 
-def _refuse_unfit(work: _Work, policy: PolicyEntry) -> None:
+def _refuse_unfit(work: _Work, entry: PolicyEntry, policy: FreezePolicy) -> None:
     """Raise UsageError where a workload cannot be trained the way that a policy's entry says."""
-    if policy.cache and work.workload.recipe.augment:
+    if entry.cache and work.workload.recipe.augment:
         raise UsageError(
-            f"policy {policy.label!r} keeps features (cache = true), and {work.entry.label} augments its samples, so "
+            f"policy {entry.label!r} keeps features (cache = true), and {work.entry.label} augments its samples, so "
             "that they are never the same: leave the cache out, or set augment = false in the recipe"
         )
-    if policy.lora is None:
+    if entry.lora is None:
         return
-    if policy.cache or policy.name not in ("none", "shorter"):
+    if entry.cache or policy.freezes:
         raise UsageError(
-            f"policy {policy.label!r} trains adapters (lora = {policy.lora}), and then there is no layer to freeze: "
+            f"policy {entry.label!r} trains adapters (lora = {entry.lora}), and then there is no layer to freeze: "
             'give it name = "none" or "shorter", and no cache'
         )
-    with_lora(work.workload, policy.lora)
+    with_lora(work.workload, entry.lora)
 
 
 def _predictor_of(entry: PolicyEntry, given: Path | None) -> Path | None:

@@ -24,6 +24,13 @@ def log_lr(lr: float, peak: float) -> float:
     return max(math.log(max(lr / max(peak, 1e-30), 1e-30)), _LOWEST_LOG_LR)
 
 
+def signals_from(progress_T: Tensor, depth_L: Tensor, log_lr_T: Tensor) -> Tensor:
+    """signals_TLS, in the order of SIGNALS, of snapshots and layers whose signals are known one by one."""
+    shape = (len(progress_T), len(depth_L))
+    columns = (progress_T[:, None].expand(shape), depth_L[None].expand(shape), log_lr_T[:, None].expand(shape))
+    return torch.stack(columns, dim=-1)
+
+
 def signals_of(step_T: Tensor, lr_T: Tensor, total_steps: int, layers: int) -> Tensor:
     """The cheap signals of every layer at every snapshot: signals_TLS, in the order of SIGNALS.
 
@@ -33,10 +40,7 @@ def signals_of(step_T: Tensor, lr_T: Tensor, total_steps: int, layers: int) -> T
     progress_T = step_T.double() / total_steps
     peak_T = torch.cummax(lr_T.double(), dim=0).values
     log_lr_T = (lr_T.double() / peak_T.clamp_min(1e-30)).clamp_min(1e-30).log().clamp_min(_LOWEST_LOG_LR)
-    depth_L = depth_of(layers)
-    shape = (len(step_T), layers)
-    columns = (progress_T[:, None].expand(shape), depth_L[None].expand(shape), log_lr_T[:, None].expand(shape))
-    return torch.stack([column.float() for column in columns], dim=-1)
+    return signals_from(progress_T.float(), depth_of(layers), log_lr_T.float())
 
 
 @dataclass(frozen=True)

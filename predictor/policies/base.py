@@ -48,6 +48,8 @@ class FreezePolicy(ABC):
 
     every: int = 1
     """Optimizer steps between decisions."""
+    freezes: bool = True
+    """Whether it may freeze anything."""
     wants_flops: bool = False
     """Whether its views should have FLOPs, which cost a forward pass to count."""
     budget: float = 1.0

@@ -9,6 +9,8 @@ class NonePolicy(FreezePolicy):
     Paper: none. Rule: the frozen set is empty. Signal: none. Differs: not at all. Cost: none.
     """
 
+    freezes = False
+
     def decide(self, view: View) -> frozenset[int]:
         """The empty set."""
         return frozenset()

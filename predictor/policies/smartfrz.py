@@ -14,7 +14,7 @@ from predictor.errors import UsageError
 from predictor.freezing.layers import Layer
 from predictor.policies.base import FreezePolicy, View
 from predictor.sampling import LayerSampler
-from predictor.windows import SIGNALS, depth_of, log_lr
+from predictor.windows import depth_of, log_lr, signals_from
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "smartfrz.safetensors"
 
@@ -92,9 +92,8 @@ class SmartFRZPolicy(FreezePolicy):
     def _judge(self, active: list[int]) -> Tensor:
         """The probability that each of these layers may be frozen now."""
         windows_BWK = torch.stack(list(self._snapshots), dim=1)[active]
-        signals_BWS = windows_BWK.new_empty(*windows_BWK.shape[:2], len(SIGNALS))
-        signals_BWS[..., ::2] = torch.tensor(list(self._signals))
-        signals_BWS[..., 1] = self._depth_L[active][:, None]
+        progress_W, log_lr_W = torch.tensor(list(self._signals)).T
+        signals_BWS = signals_from(progress_W, self._depth_L[active], log_lr_W).transpose(0, 1)
         probability_B: Tensor = self._model(windows_BWK, signals_BWS).sigmoid()
         return probability_B
 

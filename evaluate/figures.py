@@ -22,13 +22,17 @@ _PARTS = 120
 
 
 def loss_plot(results: Results, workload: str) -> Plot | None:
-    """The test loss, and thinly the training loss, of every policy's trainings over those of the baseline."""
+    """The test loss, and thinly the training loss, of every policy's trainings over those of the baseline.
+
+    None where nothing was tested more than once: there is no line to draw.
+    """
     ends = {
         policy: fmean(losses)
         for policy in results.policies
         if (losses := [t.loss for t in results.cell(workload, policy).values() if t.loss is not None])
     }
-    if not ends:
+    trials = [trial for policy in results.policies for trial in results.cell(workload, policy).values()]
+    if not ends or all(len(trial.curve) < 2 for trial in trials):
         return None
     low, high = min(ends, key=ends.__getitem__), max(ends, key=ends.__getitem__)
     title = f"Test loss ends lowest under {_named(low)} ({ends[low]:.3g})"

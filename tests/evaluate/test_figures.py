@@ -98,3 +98,11 @@ def test_figures_take_colours_and_fonts_from_the_page():
 def test_swatches_show_the_policys_own_colour():
     assert "var(--c0)" in swatch(0)
     assert "var(--c3)" in swatch(3)
+
+
+def test_a_loss_that_was_taken_once_is_no_line(write, trial):
+    once = [{"step": 10, "epoch": 1.0, "train_loss": 0.5, "test_loss": 0.4, "test_accuracy": 0.9, "train_seconds": 1.0}]
+    rows = [trial("a", policy, 0, curve=once) for policy in ("none", "linear")]
+    assert loss_plot(read_results(write(rows)), "a") is None
+    rows = [trial("a", policy, 0, curve=[{**once[0], "step": 5}, *once]) for policy in ("none", "linear")]
+    assert loss_plot(read_results(write(rows)), "a") is not None

@@ -1,5 +1,6 @@
 """Fixtures that several folders' tests share."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from predictor.attention import FreezePredictor, PredictorConfig, PredictorFile,
 from predictor.sampling import SampleSpec
 
 torch.set_num_threads(1)
+# A shell starts what it puts in the background deaf to Ctrl-C, and programs that tests interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class ToyNet(nn.Module):

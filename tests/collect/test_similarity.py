@@ -17,6 +17,7 @@ from predictor.freezing.layers import layers_of
 from predictor.sampling import SampleSpec
 from predictor.similarity import gram
 from tests.collect.tiny import TinyNet, tiny_source, tiny_workload
+from tests.plain_cka import plain_cka
 
 SPEC = SampleSpec(weights=8, snapshots=6)
 PROBE = ProbeSpec(samples=9, features=2048)
@@ -24,22 +25,6 @@ PROBE = ProbeSpec(samples=9, features=2048)
 
 def tiny_train(*hooks: Hook, workload: Workload | None = None, **options: Any) -> Training:
     return train(workload or tiny_workload(), seed=0, hooks=hooks, device="cpu", source=tiny_source(test=12), **options)
-
-
-def off_diagonal(gram_BB: Tensor) -> Tensor:
-    return gram_BB - torch.diag(torch.diag(gram_BB))
-
-
-def plain_cka(x_BF: Tensor, y_BF: Tensor) -> float:
-    """Unbiased CKA with the formula as METHODS writes it: full matrices, and no centring."""
-    n, one = len(x_BF), torch.ones(len(x_BF), dtype=torch.float64)
-
-    def hsic(k: Tensor, m: Tensor) -> Tensor:
-        product = (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2))
-        return (torch.trace(k @ m) + product - 2 / (n - 2) * (one @ k @ m @ one)) / (n * (n - 3))
-
-    k, m = off_diagonal(x_BF.double() @ x_BF.double().T), off_diagonal(y_BF.double() @ y_BF.double().T)
-    return float(hsic(k, m) / (hsic(k, k) * hsic(m, m)).sqrt())
 
 
 class Networks(Hook):

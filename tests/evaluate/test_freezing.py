@@ -3,26 +3,17 @@
 import pytest
 import torch
 
-from collect.train import Hook, train
+from collect.train import train
 from collect.workloads import load_workload
 from evaluate.freezing import CacheHook, FreezeHook
 from predictor.policies import make_policy
 from tests.evaluate import toys
 
 
-class StopAt(Hook):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step(self, training):
-        if training.step == self.step:
-            training.stop("for the test")
-
-
 def run(workload, policy, cached=True, stop_at=None, checkpoint=None, **options):
     freezing = FreezeHook(make_policy(policy, **options))
     caching = CacheHook(freezing)
-    hooks = (freezing, caching, StopAt(stop_at)) if cached else (freezing, StopAt(stop_at))
+    hooks = (freezing, caching, toys.StopAt(stop_at)) if cached else (freezing, toys.StopAt(stop_at))
     return train(workload, seed=3, device="cpu", hooks=hooks, checkpoint=checkpoint), caching
 
 

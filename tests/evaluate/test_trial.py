@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from collect.train import Hook, train
+from collect.train import train
 from evaluate.freezing import FreezeHook
 from evaluate.trial import build_workload, run_trial
 from predictor.errors import UsageError
@@ -151,19 +151,10 @@ def test_the_log_says_what_a_freeze_saves(tmp_path, capsys):
     assert "65% of a full step's FLOPs" in capsys.readouterr().out  # 11 of 17 products
 
 
-class StopAt(Hook):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step(self, training):
-        if training.step == self.step:
-            training.stop("for the test")
-
-
 def test_a_frozen_training_goes_on_from_its_checkpoint_bit_for_bit(tmp_path):
     def run(stop_at, name):
         freezing = FreezeHook(make_policy("linear", start=0.1))
-        hooks = (freezing, StopAt(stop_at))
+        hooks = (freezing, toys.StopAt(stop_at))
         training = train(toys.six_linear(), seed=2, device="cpu", hooks=hooks, checkpoint=tmp_path / name)
         return training, freezing.controller
 

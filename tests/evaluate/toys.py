@@ -1,8 +1,9 @@
-"""Workloads small enough to count by hand, which tests name as a user names their own: tests.evaluate.toys:NAME."""
+"""Workloads small enough to count by hand, named as a user names their own (tests.evaluate.toys:NAME), and a hook."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from collect.train import Hook, Training
 from collect.workloads import Recipe, Workload
 
 
@@ -73,3 +74,14 @@ def broken() -> Workload:
         raise RuntimeError("this model is broken")
 
     return Workload("tests.evaluate.toys:broken", "toy", model, "digits", Recipe(epochs=1, train_samples=100))
+
+
+class StopAt(Hook):
+    """Breaks a training off after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, training: Training) -> None:
+        if training.step == self.step:
+            training.stop("for the test")

@@ -179,7 +179,7 @@ def seen(tmp_path_factory):
     """What each process saw, by case."""
     folder = tmp_path_factory.mktemp("ddp")
     checkout = Path(__file__).parents[2]
-    command = [sys.executable, "-W", "ignore", __file__]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.predictor.test_ddp"]
     processes = [
         subprocess.Popen([*command, str(rank), str(folder)], cwd=checkout, stderr=subprocess.PIPE, text=True)
         for rank in range(2)

@@ -219,8 +219,11 @@ def test_two_processes_stay_in_step(tmp_path):
         port = str(free.getsockname()[1])
     here = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "PYTHONWARNINGS": "ignore"}
     environments = [{**os.environ, **here, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    command = [sys.executable, __file__, str(tmp_path)]
-    processes = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for env in environments]
+    command = [sys.executable, "-m", "tests.predictor.test_huggingface", str(tmp_path)]
+    checkout = Path(__file__).parents[2]
+    processes = [
+        subprocess.Popen(command, cwd=checkout, env=env, stderr=subprocess.PIPE, text=True) for env in environments
+    ]
     try:
         errors = [process.communicate(timeout=300)[1] for process in processes]
     finally:

@@ -18,6 +18,9 @@ from predictor.freezing.telling import Teller
 from predictor.freezing.wrappers import GradientWatch, follow, forget_compiled, refuse_unfit
 from predictor.policies.base import FreezePolicy, View
 
+_FAR = 1000
+"""Steps to look ahead for the next decision."""
+
 
 @dataclass(frozen=True)
 class FreezeEvent:
@@ -100,7 +103,7 @@ class FreezeController:
         self._teller = Teller(model, self.layers, say)
         self._reset_seen = False
         self._observing = type(policy).observe is not FreezePolicy.observe
-        self._quiet = False
+        self._wake = 0
         self._check_optimizers()
         follow(self, model)
         self.agree = agree or self.agree
@@ -126,7 +129,7 @@ class FreezeController:
         """Call after `optimizer.step()` and before `zero_grad()`. Returns what changed, if anything did."""
         self._step += 1
         # Most steps of most trainings end here, and have to: with a fast network, Python's time counts.
-        if self._quiet and not self._frozen and not self.policy.due(self._step, self.total_steps):
+        if self._step < self._wake:
             return None
         return self._timed(self._advance)
 
@@ -162,6 +165,7 @@ class FreezeController:
                 f"this state is of a training of {state['total_steps']} steps, and total_steps={self.total_steps}"
             )
         self._step = state["step"]
+        self._wake = 0
         self.history = [FreezeEvent(**_tuples(event)) for event in state["history"]]
         if self._frozen != frozenset(state["frozen"]):
             self._change(frozenset(state["frozen"]))
@@ -182,8 +186,20 @@ class FreezeController:
             self._watch.check(view.active)
         self.policy.observe(view)
         event = self._decide() if self.policy.due(self._step, self.total_steps) else None
-        self._quiet = not (self._observing or self._watch.watching or self._teller.busy)
+        self._wake = self._step + 1 if self._busy else self._next_due()
         return event
+
+    @property
+    def _busy(self) -> bool:
+        """Whether there is something to do at each step, besides deciding where that is due."""
+        return bool(self._observing or self._watch.watching or self._teller.busy or self._frozen)
+
+    def _next_due(self) -> int:
+        """The next step at which a decision is due, or one before that where it is far off."""
+        step, far = self._step + 1, self._step + _FAR
+        while step < far and not self.policy.due(step, self.total_steps):
+            step += 1
+        return step
 
     def _decide(self) -> FreezeEvent | None:
         wanted = frozenset(self.policy.decide(self.view))
@@ -209,7 +225,6 @@ class FreezeController:
         before = self._frozen
         self._apply(wanted)
         self._watch.start(self.view.active)
-        self._quiet = False
         if note:
             self.history.append(event)
             self._teller.changed(event, before)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from predictor.errors import FileFault, UsageError
 from predictor.files import written_whole
-from predictor.sampling import SampleSpec
+from predictor.sampling import SampleSpec, thinned
 from predictor.windows import SIGNALS
 
 _FORMAT = "smartfrz-predictor"
@@ -112,7 +112,7 @@ class FreezePredictor(nn.Module):
     def forward(self, windows_BWK: Tensor, signals_BWS: Tensor) -> Tensor:
         """logit_B: above zero means more likely freezable than not.
 
-        windows_BWK: the sampled weights, oldest snapshot first; weights beyond the configured K are left out.
+        windows_BWK: the sampled weights, oldest snapshot first; of more weights than the configured K, K are taken.
         signals_BWS: the signals at the same snapshots, in the order of predictor.windows.SIGNALS.
         """
         return self.judge(self.tokens(windows_BWK, signals_BWS))
@@ -124,7 +124,7 @@ class FreezePredictor(nn.Module):
                 f"windows of shape {tuple(windows_BWK.shape)}: this predictor needs {self.config.window} snapshots of "
                 f"at least {self.config.weights} weights"
             )
-        windows_BWK = windows_BWK[..., : self.config.weights].float()
+        windows_BWK = thinned(windows_BWK, self.config.weights).float()
         if self.config.inputs == "raw":
             return windows_BWK
         return torch.cat([motion_BTF(windows_BWK), signals_BWS[:, 1:].float()], dim=-1)

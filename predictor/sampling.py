@@ -34,6 +34,17 @@ class SampleSpec:
         return step if total_steps <= self.snapshots else step * self.snapshots // total_steps
 
 
+def thinned(values: Tensor, weights: int) -> Tensor:
+    """`weights` of the sampled weights in the last dimension, evenly spaced.
+
+    A layer's sampled weights stand matrix by matrix, so that the first ones would all be of its first matrix.
+    """
+    recorded = values.shape[-1]
+    if weights == recorded:
+        return values
+    return values[..., torch.arange(weights, device=values.device) * recorded // weights]
+
+
 class LayerSampler:
     """Reads K fixed positions of every layer.
 

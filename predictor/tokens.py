@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from predictor.attention import FreezePredictor, PredictorConfig
+from predictor.sampling import thinned
 from predictor.windows import RunWindows, WindowSet
 
 # Tokens of more windows than this say nothing more about their mean and deviation.
@@ -48,7 +49,7 @@ class Tokens:
 
 
 def motion_of(windows: WindowSet, weights: int) -> Tensor:
-    """The motion tokens of every window, from the first `weights` sampled weights: tokens_NTF."""
+    """The motion tokens of every window, from `weights` of the sampled weights: tokens_NTF."""
     maker = _maker(PredictorConfig(window=windows.window, weights=weights))
     long_enough = (run for run in windows.runs if len(run.labels_TL) >= windows.window)
     return torch.cat([maker.tokens(*_cut(run, windows.window, weights)) for run in long_enough])
@@ -75,6 +76,6 @@ def _maker(config: PredictorConfig) -> FreezePredictor:
 
 def _cut(run: RunWindows, window: int, weights: int) -> tuple[Tensor, Tensor]:
     """Every window of a run in the order of WindowSet.index: by snapshot, then by layer."""
-    both = (run.weights_TLK[..., :weights], run.signals_TLS)
+    both = (thinned(run.weights_TLK, weights), run.signals_TLS)
     windows_NWK, signals_NWS = (part.unfold(0, window, 1).flatten(0, 1).transpose(1, 2) for part in both)
     return windows_NWK, signals_NWS

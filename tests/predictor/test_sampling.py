@@ -6,7 +6,7 @@ from torch import nn
 
 from predictor.errors import UsageError
 from predictor.freezing.layers import Layer, layers_of
-from predictor.sampling import LayerSampler, SampleSpec
+from predictor.sampling import LayerSampler, SampleSpec, thinned
 
 
 def layer_of(*shapes):
@@ -86,3 +86,12 @@ def test_snapshots_are_evenly_spread_and_end_with_the_training(total, expected):
 def test_a_spec_that_samples_nothing_is_refused(wrong):
     with pytest.raises(UsageError, match="count from 1"):
         SampleSpec(**wrong)
+
+
+def test_fewer_weights_are_of_all_matrices_alike():
+    values = LayerSampler([layer_of((20, 30), (20, 10))], SampleSpec(weights=200)).sample_all()
+    share = float((values < 600).double().mean())
+    for weights in (40, 70):
+        assert thinned(values, weights).shape == (1, weights)
+        assert float((thinned(values, weights) < 600).double().mean()) == pytest.approx(share, abs=0.03)
+    assert thinned(values, 200) is values

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from predictor.errors import UsageError, unknown
+from predictor.errors import UsageError
+from predictor.named import named
 from predictor.policies.autofreeze import AutoFreezePolicy
 from predictor.policies.base import FreezePolicy
 from predictor.policies.egeria import EgeriaPolicy
@@ -44,14 +45,25 @@ POLICIES: dict[str, Callable[..., FreezePolicy]] = {
 }
 
 
-def make_policy(name: str, **options: Any) -> FreezePolicy:
-    """Build a policy by its name: `make_policy("static", share=0.3)`.
+def policy_class(name: str) -> Callable[..., FreezePolicy]:
+    """What makes the policy called `name`: a key of POLICIES, or the user's own class, as "package.module:Class".
 
-    Raises UsageError for a name or an option that does not exist, and for an option's value that cannot work.
+    Raises UsageError for a name that does not exist.
     """
-    if name not in POLICIES:
-        raise unknown("policy", name, POLICIES)
+    return POLICIES[name] if name in POLICIES else named("policy", name, POLICIES)
+
+
+def make_policy(name: str, **options: Any) -> FreezePolicy:
+    """Build a policy by its name: `make_policy("static", share=0.3)`, `make_policy("mine:Waiting")` for one's own.
+
+    Raises UsageError for a name or an option that does not exist, for an option's value that cannot work, and for a
+    class of the user's that is no FreezePolicy.
+    """
+    kind = policy_class(name)
     try:
-        return POLICIES[name](**options)
+        policy = kind(**options)
     except TypeError as error:
         raise UsageError(f"policy {name!r} cannot be made with {options}: {error}") from error
+    if not isinstance(policy, FreezePolicy):
+        raise UsageError(f"policy {name!r} makes {policy!r}: derive it from predictor.FreezePolicy")
+    return policy

@@ -34,15 +34,23 @@ class SmartFRZPolicy(FreezePolicy):
     """
 
     def __init__(
-        self, predictor: str | Path | None = None, threshold: float | None = None, prefix: bool = True
+        self,
+        predictor: str | Path | None = None,
+        threshold: float | None = None,
+        prefix: bool = True,
+        votes: int = 1,
     ) -> None:
         if predictor is None and not SHIPPED.exists():
             raise UsageError("smartfrz needs a predictor: give predictor=PATH, from `python -m predictor train`")
         file = load_predictor(SHIPPED if predictor is None else predictor)
         if threshold is not None and not 0 <= threshold <= 1:
             raise UsageError(f"threshold={threshold}: give a probability, from 0 to 1")
+        if votes < 1:
+            raise UsageError(f"votes={votes}: give a number of decisions, from 1")
         self.threshold = file.threshold if threshold is None else threshold
         self.prefix = prefix
+        self.votes = votes
+        self._votes: dict[int, int] = {}  # decisions in a row at which an active layer was judged ready
         self._model = file.model
         self._spec = file.spec
         self._snapshots: deque[Tensor] = deque(maxlen=file.model.config.window)
@@ -67,11 +75,12 @@ class SmartFRZPolicy(FreezePolicy):
         return view.frozen | self._choose(view, self._judge(list(view.active)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The window's snapshots and signals."""
+        """The window's snapshots and signals, and the votes so far."""
         return {
             "snapshots": [snapshot.cpu() for snapshot in self._snapshots],
             "signals": list(self._signals),
             "peak_lr": self._peak_lr,
+            "votes": dict(self._votes),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -80,6 +89,7 @@ class SmartFRZPolicy(FreezePolicy):
             window.clear()
             window.extend(rows)
         self._peak_lr = state["peak_lr"]
+        self._votes = dict(state["votes"])
 
     def _take(self, view: View) -> None:
         # Frozen layers are read too: a stack of one shape, and they cost one small gather each.
@@ -98,7 +108,9 @@ class SmartFRZPolicy(FreezePolicy):
         return probability_B
 
     def _choose(self, view: View, probability_B: Tensor) -> set[int]:
-        ready = {place for place, p in zip(view.active, probability_B.tolist(), strict=True) if p >= self.threshold}
+        judged = zip(view.active, probability_B.tolist(), strict=True)
+        self._votes = {place: self._votes.get(place, 0) + 1 for place, p in judged if p >= self.threshold}
+        ready = {place for place, votes in self._votes.items() if votes >= self.votes}
         if not self.prefix:
             return ready
         front = 0

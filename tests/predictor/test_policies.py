@@ -1,5 +1,8 @@
 """Each policy's rule on cases worked out by hand."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -151,12 +154,58 @@ def test_smartfrz_judges_the_windows_that_it_saw(make_predictor_file):
     assert seen["s"][:, 0, 1].tolist() == [0.5, 1.0]
 
 
+def test_smartfrz_waits_for_votes_in_a_row(make_predictor_file):
+    policy, _ = run_smartfrz(make_predictor_file(threshold=0.5), steps=1, votes=2)
+    view = View(layers_of(chain(3)), frozenset(), 1, 12)
+    assert policy._choose(view, torch.tensor([0.9, 0.9, 0.9])) == set()
+    resumed = make_policy("smartfrz", predictor=make_predictor_file(threshold=0.5), votes=2)
+    resumed.load_state_dict(policy.state_dict())
+    assert policy._choose(view, torch.tensor([0.9, 0.1, 0.9])) == {0}
+    assert policy._choose(view, torch.tensor([0.9, 0.9, 0.9])) == {0}  # the second layer begins again
+    assert resumed._choose(view, torch.tensor([0.9, 0.9, 0.1])) == {0, 1}
+
+
 def test_smartfrz_refuses_a_file_that_is_no_predictor_and_a_wrong_threshold(tmp_path, make_predictor_file):
     (tmp_path / "x.safetensors").write_bytes(b"not a predictor")
     with pytest.raises(FileFault, match=r"x\.safetensors"):
         make_policy("smartfrz", predictor=tmp_path / "x.safetensors")
     with pytest.raises(UsageError, match=r"threshold=1.2"):
         make_policy("smartfrz", predictor=make_predictor_file(), threshold=1.2)
+    with pytest.raises(UsageError, match="votes=0: give a number"):
+        make_policy("smartfrz", predictor=make_predictor_file(), votes=0)
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    (tmp_path / "own_policies.py").write_text(
+        "from predictor import FreezePolicy\n"
+        "class First(FreezePolicy):\n"
+        "    def __init__(self, count=1): self.count = count\n"
+        "    def decide(self, view): return frozenset(range(self.count))\n"
+        "class Other: pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield "own_policies"
+    sys.modules.pop("own_policies", None)
+
+
+def test_a_policy_of_the_users_own(own_module):
+    assert answers(make_policy(f"{own_module}:First", count=2), 4, 10, [0]) == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_policies:Frist", "policy 'own_policies:Frist': own_policies has no function or class Frist"),
+        ("own_policies:Other", r"policy 'own_policies:Other' makes .*: derive it from predictor\.FreezePolicy"),
+        ("no_such_module:First", "importing no_such_module fails"),
+        ("own_policies:", "there is no policy 'own_policies:'"),
+    ],
+)
+def test_a_policy_of_the_users_own_that_is_not_there(own_module, name, message):
+    with pytest.raises(UsageError, match=message):
+        make_policy(name)
 
 
 def test_every_policy_has_a_card():

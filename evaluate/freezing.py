@@ -3,15 +3,26 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
 from collect.train import Hook, Training
+from data.sources.base import Source
+from data.sources.memory import ImageSource
+from predictor.errors import UsageError, unknown
+from predictor.freezing.augmented import AugmentedCache, DirectCache
 from predictor.freezing.cache import FeatureCache
+from predictor.freezing.compression import Compression
 from predictor.freezing.controller import FreezeController
 from predictor.freezing.layers import Layer
 from predictor.policies.base import FreezePolicy
+
+CacheForm: TypeAlias = Literal["exact", "compressed", "views", "first", "direct"]
+"""How features are kept: a FeatureCache, without and with compression; an AugmentedCache with compression; and, to
+compare with, the features of a sample's first pass for good, or a DirectCache, which augments kept maps."""
+UNDER_AUGMENTATION: tuple[CacheForm, ...] = ("views", "first", "direct")
+"""The forms for samples that are augmented at random. The others refuse them."""
 
 
 class FreezeHook(Hook):
@@ -57,23 +68,30 @@ class FreezeHook(Hook):
 class CacheHook(Hook):
     """Skips the frozen front's forward pass on samples whose features are kept. To come after the FreezeHook.
 
-    When a training goes on from a checkpoint, its features are kept anew; the counts go on.
+    When a training goes on from a checkpoint, the counts go on. Features of the form "exact" are kept anew; those of
+    the others, which no later pass would give again, are in the checkpoint.
+
+    form: how features are kept. options: of the form's cache. Raises UsageError for a form that does not exist.
     """
 
     cache: FeatureCache
 
-    def __init__(self, freezing: FreezeHook) -> None:
+    def __init__(self, freezing: FreezeHook, form: CacheForm = "exact", **options: Any) -> None:
+        if form not in get_args(CacheForm):
+            raise unknown("form of the cache", form, get_args(CacheForm))
         self.hits: Counter[tuple[frozenset[int], frozenset[int]]] = Counter()
         """Batches on which the front was skipped, in steps that were taken: by the layers frozen then, and those frozen
         when the place was found from whose features the pass began (`FeatureCache.taken`)."""
         self.misses = 0
         """Batches in such steps that the model ran as a whole."""
         self._freezing = freezing
+        self._form: CacheForm = form
+        self._options = options
         self._under_way: list[tuple[frozenset[int], frozenset[int]] | None] = []
 
     def on_start(self, training: Training) -> None:
-        """Be there for each batch."""
-        self.cache = FeatureCache(self._freezing.controller)
+        """Be there for each batch. Raises UsageError where the form does not fit the training's samples."""
+        self.cache = _made(self._form, self._freezing.controller, training, self._options)
         training.around_forward = self._around
 
     def on_step(self, training: Training) -> None:
@@ -83,25 +101,32 @@ class CacheHook(Hook):
         self._under_way.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts."""
+        """The counts, and the features where they could not be kept anew."""
         hits = [[sorted(frozen), sorted(under), count] for (frozen, under), count in self.hits.items()]
-        return {"hits": hits, "misses": self.misses}
+        counts = {"hits": hits, "misses": self.misses}
+        return counts if self._form == "exact" else {**counts, "cache": self.cache.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the counts."""
+        """Go on from the counts, and from the features where there are any."""
         self.hits = Counter({(frozenset(frozen), frozenset(under)): n for frozen, under, n in state["hits"]})
         self.misses = state["misses"]
+        if "cache" in state:
+            self.cache.load_state_dict(state["cache"])
 
     @property
     def figures(self) -> dict[str, Any]:
         """What the trial's result says of the cache, at the end."""
-        return {
+        figures: dict[str, Any] = {
             "hits": self.hits.total(),
             "misses": self.misses,
             "bytes": self.cache.bytes,
             "cut": self.cache.cut,
             "reason": self.cache.reason,
         }
+        if self._form == "exact":
+            return figures
+        kept = {"precision": self.cache.precision, "exact_bytes": self.cache.exact_bytes}
+        return {**figures, "form": self._form, **kept}
 
     @contextmanager
     def _around(self, ids_B: Tensor) -> Iterator[None]:
@@ -109,3 +134,25 @@ class CacheHook(Hook):
             yield
         taken = self.cache.taken
         self._under_way.append(None if taken is None else (self._freezing.controller.frozen, taken))
+
+
+def _made(form: CacheForm, controller: FreezeController, training: Training, options: dict[str, Any]) -> FeatureCache:
+    if form == "exact":
+        return FeatureCache(controller, **options)
+    if form == "compressed":
+        return FeatureCache(controller, **{"compression": Compression(), **options})
+    if form == "first":
+        return FeatureCache(controller, **{"check_inputs": False, **options})
+    if form == "views":
+        return AugmentedCache(controller, **{"compression": Compression(), "seed": training.seed, **options})
+    return DirectCache(controller, **{**_moves(training.source), "seed": training.seed, **options})
+
+
+def _moves(source: Source) -> dict[str, Any]:
+    """What the source does to its images, for a DirectCache to do the same to maps."""
+    if not isinstance(source, ImageSource):
+        raise UsageError(
+            f"the cache's form 'direct' moves and mirrors maps as images in memory are, and {source.name} has none: "
+            "take 'views'"
+        )
+    return {"flip": source.look.flip, "shift": source.look.shift / source.shape[-1]}

@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from predictor.freezing.augmented import AugmentedCache as AugmentedCache
     from predictor.freezing.cache import FeatureCache as FeatureCache
+    from predictor.freezing.compression import Compression as Compression
     from predictor.freezing.controller import FreezeController as FreezeController
     from predictor.freezing.controller import FreezeEvent as FreezeEvent
     from predictor.freezing.layers import Layer as Layer
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from predictor.policies.base import View as View
 
 _HOME = {
+    "AugmentedCache": "predictor.freezing.augmented",
+    "Compression": "predictor.freezing.compression",
     "FeatureCache": "predictor.freezing.cache",
     "FreezeController": "predictor.freezing.controller",
     "FreezeEvent": "predictor.freezing.controller",

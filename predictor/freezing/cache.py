@@ -1,23 +1,25 @@
 """The frozen front's outputs, kept by sample, so that its forward pass is skipped too."""
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from predictor.errors import UsageError
+from predictor.freezing.ahead import ReadAhead
+from predictor.freezing.compression import CompressedStore, Compression
 from predictor.freezing.controller import FreezeController, FreezeEvent
-from predictor.freezing.cut import Cut, best_cut, replayed, trace_calls
-from predictor.freezing.store import FeatureStore
-from predictor.freezing.tensors import tensors_in
+from predictor.freezing.cut import Cut, replayed
+from predictor.freezing.fingerprints import Fingerprints
+from predictor.freezing.level import Level, cut_again
+from predictor.freezing.proving import gpus_of, proven_cut, seen_calls
+from predictor.freezing.store import FeatureStore, Precision
 
-_TOLERANCE = 1e-5
+_Batch = TypeVar("_Batch", bound=Sequence[Any])
 
 
 class FeatureCache:
@@ -36,10 +38,12 @@ class FeatureCache:
     features at the old cut, not from the inputs; a front that shrinks forgets.
 
     A sample's inputs must be the same each time it comes. Where they are not, as under random augmentation, UsageError
-    is raised, unless `check_inputs=False` says that the features of the first time shall stand for all.
+    is raised, unless `check_inputs=False` says that the features of the first time shall stand for all; an
+    `AugmentedCache` keeps several.
 
     memory_gb: features beyond this go to memory-mapped files. directory: where those are, by default the system's
-    temporary folder.
+    temporary folder. compression: rounds features to fewer bytes; by default they are kept as they are. Of rounded ones
+    a front that grows is filled too, but for its first batch, by which its new cut is proved.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class FeatureCache:
         memory_gb: float = 4.0,
         directory: Path | str | None = None,
         check_inputs: bool = True,
+        compression: Compression | None = None,
     ) -> None:
         if memory_gb < 0:
             raise UsageError(f"memory_gb={memory_gb}: give the gigabytes of memory to use, from 0")
@@ -66,9 +71,14 @@ class FeatureCache:
         self._memory_bytes = int(memory_gb * 1e9)
         self._directory = directory
         self._check_inputs = check_inputs
-        self._levels: list[_Level] = []  # the present cut, last; before it the one that it is filled from
+        self._compression = compression
+        self._exact = check_inputs and compression is None  # kept features are those that a pass would give again
+        self._levels: list[Level] = []  # the present cut, last; before it the one that it is filled from
+        self._pending: list[dict[str, Any]] = []  # states of levels whose cuts the next pass will show
         self._stale = True
-        self._projections: dict[torch.Size, Tensor] = {}
+        self._prints = Fingerprints()
+        self._ahead = ReadAhead()
+        self._following: Tensor | Iterable[int] | None = None
         controller.on_change(self._front_changed)
 
     @property
@@ -86,10 +96,20 @@ class FeatureCache:
         """Bytes of features kept, in memory and on the disk."""
         return sum(level.store.bytes for level in self._levels)
 
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes that features of the same samples would take as they were computed, each kept once."""
+        return sum(level.store.exact_bytes for level in self._levels)
+
+    @property
+    def precision(self) -> Precision | None:
+        """How the features at the present cut are kept; None where there is none."""
+        return self._levels[-1].store.precision if self._levels else None
+
     @contextmanager
     def batch(self, ids: Tensor | Iterable[int]) -> Iterator[None]:
         """Within it, call the model once, on the samples with these ids, in their order."""
-        numbers = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
+        numbers = _numbers(ids)
         with ExitStack() as stack:
 
             def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -99,13 +119,64 @@ class FeatureCache:
             handle = self._model.register_forward_pre_hook(before, with_kwargs=True)
             stack.callback(handle.remove)
             yield
+        following, self._following = self._following, None
+        if following is not None:
+            self.prefetch(following)
+
+    def ahead(self, loader: Iterable[_Batch]) -> Iterator[_Batch]:
+        """A loader's batches, of which the first part are the ids: while one is trained on, the next is prefetched."""
+        batches = iter(loader)
+        present = next(batches, None)
+        while present is not None:
+            following = next(batches, None)
+            self._following = None if following is None else following[0]
+            yield present
+            present = following
+
+    def prefetch(self, ids: Tensor | Iterable[int]) -> None:
+        """Read what is kept of these samples in the background, for the next `batch`; to be called after the last.
+
+        That takes it where it has the same ids in the same order. Changes no number, and reads nothing where a sample
+        is not known. Worth while where features lie in files or go to a GPU. What the reading raises, the next batch
+        raises.
+        """
+        numbers = _numbers(ids)
+        level = None if self._stale else self._known(numbers)
+        if level is None:
+            return
+        fetch, pinned = self._fetching(level, numbers), bool(gpus_of(self._model))
+
+        def read() -> list[Tensor]:
+            rows = fetch()
+            return [row.pin_memory() for row in rows] if pinned else rows
+
+        self._ahead.start((level, numbers), read)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, and all features that are kept: numbers, strings, tensors, lists and dicts of them."""
+        levels = self._pending or [level.state_dict() for level in self._levels]
+        counts = {"hits": self.hits, "misses": self.misses}
+        return {**counts, "reason": self.reason, "stale": self._stale, "levels": levels}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`'s result; to be called after the controller's."""
+        self.clear()
+        self.hits, self.misses = state["hits"], state["misses"]
+        self.reason, self._stale, self._pending = state["reason"], state["stale"], list(state["levels"])
 
     def clear(self) -> None:
         """Forget all features."""
-        self._levels = []
+        self._ahead.drop()
+        self._levels, self._pending = [], []
         self._stale = True
 
+    def close(self) -> None:
+        """Forget all features, and end the thread that reads ahead, which would go with the cache too."""
+        self.clear()
+        self._ahead.close()
+
     def _front_changed(self, event: FreezeEvent) -> None:
+        self._ahead.drop()
         if event.thawed:
             self.clear()
         self._stale = True
@@ -113,19 +184,26 @@ class FeatureCache:
     def _enter(self, stack: ExitStack, ids: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Arrange for the pass that is about to begin."""
         self.taken = None
+        key, rows = self._ahead.take()  # at once: no reading goes on while features are stored
         if 0 not in self._controller.frozen:
             self.misses += 1
             return
-        prints = self._fingerprints(len(ids), args, kwargs)
+        prints = self._prints(len(ids), args, kwargs)
+        if self._pending:
+            self._take_up(len(ids), args, kwargs)
         if self._stale:
             self._stale = False
             self._find_cut(len(ids), args, kwargs)
         if not self._levels:
             self.misses += 1
             return
-        known = next((level for level in reversed(self._levels) if level.store.holds(ids)), None)
+        known = self._known(ids)
         if known is not None:
-            *leaves, prints_then = known.store.get(ids, prints.device)
+            if key == (known, ids):
+                rows = [row.to(prints.device, non_blocking=row.is_pinned()) for row in rows]
+            else:
+                rows = self._fetching(known, ids)()
+            *leaves, prints_then = self._unpacked(known, rows, prints.device)
             self._compare(ids, prints, prints_then)
             stack.enter_context(replayed(known.cut, leaves, len(ids)))
             self.taken = known.frozen
@@ -139,26 +217,33 @@ class FeatureCache:
         self.hits += known is not None
         stack.enter_context(newest.kept(ids, prints, self._give_up))
 
+    def _known(self, ids: list[int]) -> Level | None:
+        """The furthest level that holds all of these samples."""
+        if not self._exact and self._levels and not self._levels[-1].proved:
+            return None  # what is kept is not quite what this pass gives, so it proves nothing of a new cut
+        return next((level for level in reversed(self._levels) if level.store.holds(ids)), None)
+
+    def _fetching(self, level: Level, ids: list[int]) -> Callable[[], list[Tensor]]:
+        """What reads these samples' rows, in any thread; all that is to be chosen is chosen here."""
+        return partial(level.store.fetch, ids)
+
+    def _unpacked(self, level: Level, rows: list[Tensor], device: torch.device) -> list[Tensor]:
+        """What goes into the model, and the fingerprints."""
+        return level.store.unpacked(rows, device)
+
+    def _new_store(self, like: list[Tensor], memory_bytes: int, frozen: frozenset[int]) -> FeatureStore:
+        if self._compression is None:
+            return FeatureStore(like, memory_bytes, self._directory)
+        return CompressedStore(like, memory_bytes, self._directory, precision=self._precision(frozen))
+
+    def _precision(self, frozen: frozenset[int]) -> Precision:
+        layers = len(self._controller.layers)
+        front = next((place for place in range(layers) if place not in frozen), layers)
+        return "full" if self._compression is None else self._compression.precision(front / layers)
+
     def _find_cut(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the cut that skips most among those that change nothing."""
-        tried = 0
-        with _judging(self._model):
-            calls, result = trace_calls(self._model, args, kwargs)
-
-            def right(cut: Cut) -> bool:
-                nonlocal tried
-                tried += 1
-                try:
-                    with replayed(cut, cut.leaves(), batch):
-                        return _same(result, self._model(*args, **kwargs))
-                except RuntimeError:
-                    return False  # a stand-in was written to, which it does not allow
-
-            cut = best_cut(calls, batch, right)
-            if cut is not None:
-                # What modules hand on in plain attributes is that of the batch before: let it be another one's.
-                self._model(*_reversed(args, batch), **_reversed(kwargs, batch))
-                cut = cut if right(cut) else None
+        cut, tried = proven_cut(self._model, args, kwargs, batch)
         if cut is not None:
             self._add_level(cut)
             return
@@ -174,49 +259,34 @@ class FeatureCache:
     def _add_level(self, cut: Cut) -> None:
         if self._levels and self._levels[-1].cut.names == cut.names:
             return  # the front grew, but not beyond the next place to cut
-        leaves = cut.leaves()
-        prints_B = torch.empty(len(leaves[0]))
-        store = FeatureStore([*leaves, prints_B], self._memory_bytes - self.bytes, self._directory)
+        level = self._level_at(cut, self._controller.frozen)
         # A front may grow before the features at the last cut are complete: it is filled from where most are known.
         fullest = max(reversed(self._levels), key=lambda level: len(level.store), default=None)
-        level = _Level(cut, store, leaves, self._controller.frozen)
         self._levels = [level] if fullest is None else [fullest, level]
         # The outputs seen while looking for the cut have served; only their shapes are needed from here on.
         cut.forget_values()
         self.reason = ""
 
+    def _level_at(self, cut: Cut, frozen: frozenset[int]) -> Level:
+        leaves = cut.leaves()
+        like = [*leaves, torch.empty(len(leaves[0]))]
+        return Level(cut, self._new_store(like, self._memory_bytes - self.bytes, frozen), leaves, frozen)
+
+    def _take_up(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make the levels of a loaded state, whose cuts are among the calls of a pass."""
+        calls = seen_calls(self._model, args, kwargs)
+        pending, self._pending = self._pending, []
+        for state in pending:
+            level = self._level_at(cut_again(calls, state, batch), frozenset(state["frozen"]))
+            level.load_state_dict(state)
+            self._levels.append(level)
+        for level in self._levels:
+            level.cut.forget_values()
+
     def _give_up(self, reason: str) -> None:
         self.clear()
         self._stale = False
         self.reason = reason
-
-    def _fingerprints(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """One number a sample that changes when its inputs do: prints_B, float32."""
-        prints = None
-        for leaf in tensors_in((args, kwargs)):
-            if leaf.dim() and leaf.shape[0] == batch:
-                flat = leaf.detach().reshape(batch, -1).float()
-                part = self._projected(flat)
-                prints = part if prints is None else prints + part
-        if prints is None:
-            raise UsageError(
-                f"the model got no tensor with {batch} rows, one for each id: call it inside `cache.batch(ids)` on the "
-                "samples that the ids name"
-            )
-        return prints
-
-    def _projected(self, flat_BK: Tensor) -> Tensor:
-        projection_K = self._projection(flat_BK.shape[1:], flat_BK.device)
-        if not torch.is_autocast_enabled(flat_BK.device.type):
-            return flat_BK @ projection_K
-        with torch.autocast(flat_BK.device.type, enabled=False):
-            return flat_BK @ projection_K
-
-    def _projection(self, shape: torch.Size, device: torch.device) -> Tensor:
-        if shape not in self._projections:
-            generator = torch.Generator().manual_seed(0)
-            self._projections[shape] = torch.randn(shape, generator=generator).to(device)
-        return self._projections[shape].to(device)
 
     def _compare(self, ids: list[int], prints_B: Tensor, then_B: Tensor) -> None:
         if not self._check_inputs or torch.equal(prints_B, then_B):
@@ -225,94 +295,10 @@ class FeatureCache:
         if bool(apart_B.any()):
             raise UsageError(
                 f"sample {ids[int(apart_B.nonzero()[0])]} is not what it was when its features were kept, as under "
-                "random augmentation: train without the cache, switch the augmentation off, or say "
-                "FeatureCache(..., check_inputs=False) to keep the features of the first time"
+                "random augmentation: train without the cache, switch the augmentation off, take an AugmentedCache, or "
+                "say FeatureCache(..., check_inputs=False) to keep the features of the first time"
             )
 
 
-class _Level:
-    """A cut and the features there."""
-
-    def __init__(self, cut: Cut, store: FeatureStore, expected: list[Tensor], frozen: frozenset[int]) -> None:
-        self.cut = cut
-        self.store = store
-        self.frozen = frozen
-        self._expected = expected  # what the first batch gave in evaluation mode, until it was compared
-
-    @contextmanager
-    def kept(self, ids: list[int], prints_B: Tensor, give_up: Any) -> Iterator[None]:
-        """Within it, the next pass's outputs at the cut are stored."""
-        outputs: dict[int, Any] = {}
-
-        def keep(place: int, output: Any) -> None:
-            outputs[place] = output
-            if len(outputs) == len(self.cut.given):
-                leaves = [outputs[place] for place in range(len(outputs))]
-                self._store(ids, list(tensors_in(leaves)), prints_B, give_up)
-
-        with ExitStack() as hooks:
-            for place, call in enumerate(self.cut.given):
-                hooks.callback(call.module.register_forward_hook(_at_call(call.nth, partial(keep, place))).remove)
-            yield
-
-    def _store(self, ids: list[int], leaves: list[Tensor], prints_B: Tensor, give_up: Any) -> None:
-        if not self.store.fits([*leaves, prints_B]):
-            return  # another length or precision than the first batch's: this one is not kept
-        if self._expected and not _same(self._expected, leaves):
-            give_up(
-                "the frozen front gives other features in training than in evaluation: something in it is still in "
-                "training mode, such as dropout or BatchNorm outside the frozen layers"
-            )
-            return
-        self._expected = []
-        try:
-            self.store.put(ids, [*leaves, prints_B])
-        except OSError as error:
-            give_up(f"features could not be kept: {error.strerror}")
-
-
-def _at_call(nth: int, act: Callable[[Any], None]) -> Callable[[nn.Module, Any, Any], None]:
-    """A forward hook that passes on the output of the module's call number `nth`."""
-    calls = itertools.count()
-
-    def hook(_: nn.Module, __: Any, output: Any) -> None:
-        if next(calls) == nth:
-            act(output)
-
-    return hook
-
-
-@contextmanager
-def _judging(model: nn.Module) -> Iterator[None]:
-    """Passes made to find a cut: without gradients, in evaluation mode, and with no trace left."""
-    training = [module for module in model.modules() if module.training]
-    with torch.no_grad(), torch.random.fork_rng(devices=_gpus(model)):
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
-
-
-def _gpus(model: nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-
-
-def _reversed(inputs: Any, batch: int) -> Any:
-    """The inputs with their samples in the reverse order."""
-
-    def turned(leaf: Any) -> Any:
-        return leaf.flip(0) if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch else leaf
-
-    return tree_map(turned, inputs)
-
-
-def _same(first: Any, second: Any) -> bool:
-    """Whether two outputs hold the same numbers; not, where they hold none that could be compared."""
-    leaves = zip(tree_leaves(first), tree_leaves(second), strict=True)
-    pairs = [(a, b) for a, b in leaves if isinstance(a, Tensor) and a.is_floating_point() and a.numel()]
-    return bool(pairs) and all(
-        torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE * float(a.abs().max())) for a, b in pairs
-    )
+def _numbers(ids: Tensor | Iterable[int]) -> list[int]:
+    return ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]

@@ -5,10 +5,13 @@ import tempfile
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+Precision: TypeAlias = Literal["full", "half", "int8"]
+"""How numbers are kept: as they were computed, as float16, or as whole numbers of one byte and a scale."""
 _BLOCK_BYTES = 64 << 20
 
 
@@ -22,6 +25,9 @@ class FeatureStore:
 
     Raises OSError when the disk is full; what was stored stays readable.
     """
+
+    precision: Precision = "full"
+    """How numbers are kept."""
 
     def __init__(
         self,
@@ -50,6 +56,11 @@ class FeatureStore:
         """Bytes of the rows held."""
         return len(self._places) * self._row_bytes
 
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes that the same samples' rows would take as they were computed."""
+        return self.bytes
+
     def fits(self, leaves: Sequence[Tensor]) -> bool:
         """Whether these tensors have rows of the kind that is kept here."""
         return [(leaf.shape[1:], leaf.dtype) for leaf in leaves] == self._kinds
@@ -73,17 +84,34 @@ class FeatureStore:
 
     def get(self, ids: Sequence[int], device: torch.device) -> list[Tensor]:
         """The rows of these samples, in their order, on `device`."""
+        return self.unpacked(self.fetch(ids), device)
+
+    def fetch(self, ids: Sequence[int]) -> list[Tensor]:
+        """The rows of these samples as they lie here, read and nothing more, for `unpacked`."""
         rows = [self._places[i] for i in ids]
         if len(self._blocks) == 1:
             rows_B = torch.tensor(rows)
-            out = [kept.index_select(0, rows_B) for kept in self._blocks[0]]
-        else:
-            places = [divmod(row, self._rows) for row in rows]
-            out = [
-                torch.stack([self._blocks[block][leaf][place] for block, place in places])
-                for leaf in range(len(self._shapes))
-            ]
-        return [leaf.to(device).permute(_inverse(order)) for leaf, order in zip(out, self._orders, strict=True)]
+            return [kept.index_select(0, rows_B) for kept in self._blocks[0]]
+        places = [divmod(row, self._rows) for row in rows]
+        return [
+            torch.stack([self._blocks[block][leaf][place] for block, place in places])
+            for leaf in range(len(self._shapes))
+        ]
+
+    def unpacked(self, rows: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """What `fetch` gave, as it goes into the model, on `device`."""
+        return [leaf.to(device).permute(_inverse(order)) for leaf, order in zip(rows, self._orders, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All rows held, with their ids."""
+        ids = list(self._places)
+        rows = FeatureStore.unpacked(self, FeatureStore.fetch(self, ids), torch.device("cpu")) if ids else []
+        return {"ids": torch.tensor(ids, dtype=torch.int64), "rows": rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep the rows of a store of the same kind. Raises OSError when the disk is full."""
+        if len(state["ids"]):
+            FeatureStore.put(self, state["ids"].tolist(), state["rows"])
 
     def _spread(self, rows_B: Tensor) -> list[tuple[int, Tensor, Tensor]]:
         """For each block concerned: its number, which of the batch lie in it, and where there."""

@@ -1,0 +1,45 @@
+"""Reading the next batch's features in a thread of its own, while the present step runs."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor
+
+
+class ReadAhead:
+    """One reading under way at a time. Its thread starts with the first, and ends with `close` or with this object."""
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._under_way: tuple[Any, Future[list[Tensor]]] | None = None
+
+    def start(self, key: Any, read: Callable[[], list[Tensor]]) -> None:
+        """Begin to read; `take` hands it out. What was read before and not taken is let go."""
+        self.drop()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="frozen-features")
+        self._under_way = key, self._thread.submit(read)
+
+    def take(self) -> tuple[Any, list[Tensor]]:
+        """The key of what was read, and what was, waited for; None and nothing where nothing was.
+
+        Raises what the reading raised.
+        """
+        if self._under_way is None:
+            return None, []
+        (key, reading), self._under_way = self._under_way, None
+        return key, reading.result()
+
+    def drop(self) -> None:
+        """Wait for what is being read, and let it go, whatever became of it."""
+        if self._under_way is not None:
+            self._under_way[1].exception()
+            self._under_way = None
+
+    def close(self) -> None:
+        """End the thread."""
+        self.drop()
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None

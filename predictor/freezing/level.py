@@ -1,0 +1,107 @@
+"""One place where a model's front is cut off, and the features kept there."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from predictor.errors import UsageError
+from predictor.freezing.cut import Call, Cut
+from predictor.freezing.store import FeatureStore
+from predictor.freezing.tensors import tensors_in
+
+_TOLERANCE = 1e-5
+
+
+class Level:
+    """A cut and the features there."""
+
+    def __init__(self, cut: Cut, store: FeatureStore, expected: list[Tensor], frozen: frozenset[int]) -> None:
+        self.cut = cut
+        self.store = store
+        self.frozen = frozen
+        self._expected = expected  # what the first batch gave in evaluation mode, until it was compared
+
+    @property
+    def proved(self) -> bool:
+        """Whether a pass in training has given the features that one in evaluation mode gave."""
+        return not self._expected
+
+    @contextmanager
+    def kept(self, ids: list[int], prints_B: Tensor, give_up: Any) -> Iterator[None]:
+        """Within it, the next pass's outputs at the cut are stored."""
+        outputs: dict[int, Any] = {}
+
+        def keep(place: int, output: Any) -> None:
+            outputs[place] = output
+            if len(outputs) == len(self.cut.given):
+                leaves = [outputs[place] for place in range(len(outputs))]
+                self._store(ids, list(tensors_in(leaves)), prints_B, give_up)
+
+        with ExitStack() as hooks:
+            for place, call in enumerate(self.cut.given):
+                hooks.callback(call.module.register_forward_hook(_at_call(call.nth, partial(keep, place))).remove)
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the cut is, and all that is kept there."""
+        given, skipped = ([[call.name, call.nth] for call in calls] for calls in (self.cut.given, self.cut.skipped))
+        return {"given": given, "skipped": skipped, "frozen": sorted(self.frozen), "store": self.store.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the features of a level at the same cut."""
+        self.store.load_state_dict(state["store"])
+        self._expected = []
+
+    def _store(self, ids: list[int], leaves: list[Tensor], prints_B: Tensor, give_up: Any) -> None:
+        if not self.store.fits([*leaves, prints_B]):
+            return  # another length or precision than the first batch's: this one is not kept
+        if self._expected and not same(self._expected, leaves):
+            give_up(
+                "the frozen front gives other features in training than in evaluation: something in it is still in "
+                "training mode, such as dropout or BatchNorm outside the frozen layers"
+            )
+            return
+        self._expected = []
+        try:
+            self.store.put(ids, [*leaves, prints_B])
+        except OSError as error:
+            give_up(f"features could not be kept: {error.strerror}")
+
+
+def cut_again(calls: Sequence[Call], state: dict[str, Any], batch: int) -> Cut:
+    """The cut of a level's state, among the calls of a pass on `batch` samples.
+
+    Raises UsageError where the pass has no such calls, as that of another model.
+    """
+    known = {(call.name, call.nth): call for call in calls}
+    given, skipped = ([(name, nth) for name, nth in state[part]] for part in ("given", "skipped"))
+    odd = next((name for name, nth in (*given, *skipped) if (name, nth) not in known), None)
+    if odd is not None:
+        raise UsageError(f"this state is of a model that calls its module {odd!r}, which this one does not")
+    return Cut(tuple(known[place] for place in given), tuple(known[place] for place in skipped), batch)
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two outputs hold the same numbers; not, where they hold none that could be compared."""
+    leaves = zip(tree_leaves(first), tree_leaves(second), strict=True)
+    pairs = [(a, b) for a, b in leaves if isinstance(a, Tensor) and a.is_floating_point() and a.numel()]
+    return bool(pairs) and all(
+        torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE * float(a.abs().max())) for a, b in pairs
+    )
+
+
+def _at_call(nth: int, act: Callable[[Any], None]) -> Callable[[nn.Module, Any, Any], None]:
+    """A forward hook that passes on the output of the module's call number `nth`."""
+    calls = itertools.count()
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        if next(calls) == nth:
+            act(output)
+
+    return hook

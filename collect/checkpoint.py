@@ -102,15 +102,16 @@ def _identity(training: Training, hooks: Sequence[Stateful]) -> str:
         "total_steps": training.total_steps,
         "hooks": [type(hook).__name__ for hook in hooks],
         "parameters": parameter_shapes(training.model),
+        **({} if training.among is None else {"samples_an_epoch": len(training.among)}),
     }
     return json.dumps(facts)
 
 
 def _compare(path: Path, stored: str, ours: str) -> None:
     theirs, mine = json.loads(stored), json.loads(ours)
-    odd = next((name for name in mine if theirs.get(name) != mine[name]), None)
+    odd = next((name for name in {**mine, **theirs} if theirs.get(name) != mine.get(name)), None)
     if odd is not None:
-        values = "" if odd == "parameters" else f" ({theirs.get(odd)!r} there, {mine[odd]!r} here)"
+        values = "" if odd == "parameters" else f" ({theirs.get(odd)!r} there, {mine.get(odd)!r} here)"
         raise FileFault(f"{path}: is the checkpoint of another training, whose {odd} differs{values}: {_CURE}")
 
 

@@ -30,9 +30,10 @@ class Hook:
             the schedule goes on; a checkpoint, where one is due
         on_end
 
-    A hook may read everything and freeze parameters (`requires_grad_(False)` and `grad = None`), at the start or at
-    any step. Its time in on_start and on_step counts as the training's, but for what it does inside
-    `training.untimed()`; on_epoch and on_end are not timed. It must leave the global random generators alone.
+    A hook may read everything, freeze parameters (`requires_grad_(False)` and `grad = None`) and hold weights at zero,
+    at the start or at any step, and choose the samples of the next epoch (`training.among`). Its time in on_start and
+    on_step counts as the training's, but for what it does inside `training.untimed()`; on_epoch and on_end are not
+    timed. It must leave the global random generators alone.
     """
 
     def on_start(self, training: Training) -> None:
@@ -69,6 +70,7 @@ def train(
     progress: Callable[[int, int], None] | None = None,
     source: Source | None = None,
     scores: Scores = "epoch",
+    left_out: float = 0.0,
 ) -> Training:
     """Train a workload to its end and return what became of it.
 
@@ -83,6 +85,8 @@ def train(
     progress: called after each step with the steps done and the steps of the whole training.
     source: the workload's source, where it is loaded already.
     scores: when to test: after each "epoch", or at the "end" alone.
+    left_out: the share of the training samples that an epoch leaves out, so that the training has fewer steps; which
+        they are is drawn by the seed, once, unless a hook such as `collect.sieving.Sieve` puts others in their place.
 
     A loss that is no longer finite ends the training with the status "diverged". On a CPU that is seen before the step
     is taken; on a GPU up to 20 steps later, for looking means waiting.
@@ -92,7 +96,8 @@ def train(
     torch.set_flush_denormal(True)
     if source is None:
         source = load_source(workload.source, train_samples=workload.recipe.train_samples)
-    training = Training(workload, source, seed=seed, device=pick_device(device), budget=budget, scores=scores)
+    where = pick_device(device)
+    training = Training(workload, source, seed=seed, device=where, budget=budget, scores=scores, left_out=left_out)
     saver = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_seconds)
     _start(training, hooks, saver)
     while training.running:

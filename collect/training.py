@@ -14,7 +14,7 @@ from collect.device import Clock, Precision
 from collect.optimizer import make_optimizer, make_scheduler
 from collect.randomness import random_state, seed_everything, set_random_state
 from collect.workloads.recipe import Recipe, Workload
-from data.sources.base import Batch, Source
+from data.sources.base import Batch, Source, generator_for
 from predictor.errors import UsageError
 from predictor.freezing.layers import Layer, layers_of
 
@@ -25,13 +25,14 @@ _TEST_BATCH = 256
 
 
 class Training:
-    """A training under way. Hooks may read all of it, freeze parameters, set `around_forward`, and call `stop` and
-    `untimed`.
+    """A training under way. Hooks may read all of it, freeze parameters, hold weights at zero, set `around_forward`,
+    `on_answers` and `among`, and call `stop` and `untimed`.
 
     Building it seeds all global random generators and makes the model; nothing is trained yet.
 
     budget: the share of the recipe's steps to take; the schedule is rescaled to them.
     scores: when to test: after each "epoch", or at the "end" alone, where a test takes as long as the training.
+    left_out: the share of the training samples that an epoch leaves out, from 0 to below 1: it is that much shorter.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Training:
         device: torch.device,
         budget: float = 1.0,
         scores: Scores = "epoch",
+        left_out: float = 0.0,
     ) -> None:
         recipe = workload.recipe
         self._scores = scores
@@ -50,8 +52,11 @@ class Training:
         self.source = source
         self.seed = seed
         self.device = device
-        self.steps_per_epoch = _steps_per_epoch(source, recipe)
+        self.steps_per_epoch = steps_per_epoch(source, recipe, left_out)
         self.total_steps = _total_steps(recipe, self.steps_per_epoch, budget)
+        self.among = _some_of(source, left_out, seed)
+        """Ids of the samples that epochs go through, ascending; None for all. A hook may put others in their place, as
+        many, in the last step of an epoch."""
         seed_everything(seed)
         # Built on the CPU, so that every device starts from the same weights.
         self.model = workload.model(source).to(device).to(memory_format=self._memory_format(source.shape))
@@ -69,6 +74,9 @@ class Training:
         self.around_forward: Callable[[Tensor], contextlib.AbstractContextManager[Any]] = _nothing
         """For a hook to set at the start: what is around the model's call on each training batch, whose ids_B it is
         given. Not around tests and what hooks call."""
+        self.on_answers: Callable[[Tensor, Tensor], None] | None = None
+        """For a hook to set at the start: told of each training batch, after its forward pass, its ids_B, on the CPU,
+        and right_B, bool, on the device: which samples got their own label. None, and nobody looks."""
         self.status: Literal["running", "finished", "diverged", "stopped"] = "running"
         """Whether it goes on; it finished all its steps; its loss is no longer finite; a hook stopped it."""
         self.stop_reason = ""
@@ -142,6 +150,7 @@ class Training:
             start=start,
             device=self.device,
             drop_last=True,
+            among=self.among,
         )
 
     def take_step(self, batches: Iterator[Batch]) -> bool:
@@ -155,6 +164,8 @@ class Training:
             with self.precision.forward():
                 with self.around_forward(ids_B):
                     logits_BC = self._logits(inputs)
+                if self.on_answers is not None:
+                    self.on_answers(ids_B, logits_BC.detach().argmax(dim=1) == labels_B)
                 part = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.recipe.label_smoothing)
             self.precision.backward(part / self.recipe.accumulate)
             loss += part.detach() / self.recipe.accumulate
@@ -245,14 +256,35 @@ def _nothing(ids_B: Tensor) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def _steps_per_epoch(source: Source, recipe: Recipe) -> int:
-    size, samples = source.size("train"), recipe.batch_size * recipe.accumulate
+def steps_per_epoch(source: Source, recipe: Recipe, left_out: float = 0.0) -> int:
+    """Optimizer steps of an epoch that leaves out a share of the training samples.
+
+    Raises UsageError for a share that is none, and where what is left is not enough for one step.
+    """
+    size, samples = _kept(source, left_out), recipe.batch_size * recipe.accumulate
     if samples > size:
+        rest, cure = (f" beside the share left out, {left_out}", ", or leave out less") if left_out else ("", "")
         raise UsageError(
             f"batch_size={recipe.batch_size}, accumulate={recipe.accumulate}: a step wants {samples} samples and "
-            f"{source.name} has {size}: lower them"
+            f"{source.name} has {size}{rest}: lower them{cure}"
         )
     return size // samples
+
+
+def _kept(source: Source, left_out: float) -> int:
+    if not 0 <= left_out < 1:
+        raise UsageError(f"left_out={left_out}: give a share of the training samples, from 0 to below 1")
+    size = source.size("train")
+    return size - round(left_out * size)
+
+
+def _some_of(source: Source, left_out: float, seed: int) -> Tensor | None:
+    """Ascending ids of the samples that a training begins with, drawn by its seed; None where none are left out."""
+    size, kept = source.size("train"), _kept(source, left_out)
+    if kept == size:
+        return None
+    order_N = torch.randperm(size, generator=generator_for("left out", seed))
+    return order_N[:kept].sort().values
 
 
 def _total_steps(recipe: Recipe, steps_per_epoch: int, budget: float) -> int:

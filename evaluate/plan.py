@@ -10,14 +10,16 @@ from typing import Any
 
 from collect.device import pick_device
 from collect.engines import Job, default_slots, visible_gpus
+from collect.training import steps_per_epoch
 from collect.workloads import Workload
 from data.sources import load_source
+from evaluate.freezing import UNDER_AUGMENTATION
 from evaluate.lora import with_lora
 from evaluate.suite import PolicyEntry, Suite, WorkloadEntry
 from evaluate.trial import build_workload
 from predictor.attention import fingerprint, load_predictor
 from predictor.errors import UsageError
-from predictor.policies import POLICIES, make_policy
+from predictor.policies import make_policy, policy_class
 from predictor.policies.base import FreezePolicy
 from predictor.policies.smartfrz import SHIPPED
 
@@ -144,11 +146,13 @@ def _checked(entry: WorkloadEntry) -> Workload:
 
 def _refuse_unfit(work: _Work, entry: PolicyEntry, policy: FreezePolicy) -> None:
     """Raise UsageError where a workload cannot be trained the way that a policy's entry says."""
-    if entry.cache and work.workload.recipe.augment:
+    if entry.cache and work.workload.recipe.augment and entry.cache not in UNDER_AUGMENTATION:
         raise UsageError(
-            f"policy {entry.label!r} keeps features (cache = true), and {work.entry.label} augments its samples, so "
-            "that they are never the same: leave the cache out, or set augment = false in the recipe"
+            f"policy {entry.label!r} keeps features (cache = {json.dumps(entry.cache)}), and {work.entry.label} "
+            f"augments its samples, so that they are never the same: take one of {', '.join(UNDER_AUGMENTATION)}, "
+            "leave the cache out, or set augment = false in the recipe"
         )
+    _refuse_sieve(work, entry)
     if entry.lora is None:
         return
     if entry.cache or policy.freezes:
@@ -156,13 +160,34 @@ def _refuse_unfit(work: _Work, entry: PolicyEntry, policy: FreezePolicy) -> None
             f"policy {entry.label!r} trains adapters (lora = {entry.lora}), and then there is no layer to freeze: "
             'give it name = "none" or "shorter", and no cache'
         )
+    if entry.sparse:
+        raise UsageError(
+            f"policy {entry.label!r} trains adapters (lora = {entry.lora}) beside weights that stand still, and masks "
+            f"would take most of those (sparse = {entry.sparse}): leave one of the two out"
+        )
     with_lora(work.workload, entry.lora)
+
+
+def _refuse_sieve(work: _Work, entry: PolicyEntry) -> None:
+    if not entry.sieve:
+        return
+    recipe = work.workload.recipe
+    source = load_source(work.workload.source, train_samples=recipe.train_samples)
+    samples = source.size("train")
+    if round(entry.sieve * samples) == 0:
+        raise UsageError(
+            f"policy {entry.label!r} leaves out no sample of {work.entry.label} (sieve = {entry.sieve}), which has "
+            f"{samples}: give a greater share, or leave it out"
+        )
+    try:
+        steps_per_epoch(source, recipe, entry.sieve)
+    except UsageError as error:
+        raise UsageError(f"policy {entry.label!r} (sieve = {entry.sieve}) on {work.entry.label}: {error}") from error
 
 
 def _predictor_of(entry: PolicyEntry, given: Path | None) -> Path | None:
     """The predictor file of a policy, read and found good; None for a policy that takes none."""
-    factory = POLICIES.get(entry.name)
-    if factory is None or "predictor" not in inspect.signature(factory).parameters:
+    if "predictor" not in inspect.signature(policy_class(entry.name)).parameters:
         return None
     named = entry.options.get("predictor")
     path = find_predictor(given) if named is None else Path(named)
@@ -202,6 +227,8 @@ def _job(seed: int, work: _Work, judge: _Judge, folder: SuiteFolder, where: dict
         "policy": {"name": policy.name, "options": judge.options(str(folder.predictor(judge.mark or "")))},
         "cache": policy.cache,
         "lora": policy.lora,
+        "sieve": policy.sieve,
+        "sparse": policy.sparse,
         "scores": where["scores"],
         "seed": seed,
         "device": where["device"],

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from collect.grid import suite_path
 from collect.training import Scores
+from evaluate.freezing import CacheForm
 from predictor.errors import FileFault, UsageError, unknown
 
 SUITES = Path(__file__).parent / "suites"
@@ -38,17 +39,24 @@ class PolicyEntry:
     """What tables and plots call it; the name by default."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The policy's options."""
-    cache: bool = False
-    """Whether a FeatureCache keeps what the frozen front makes of each sample, so that its forward pass is skipped."""
+    cache: bool | CacheForm = False
+    """Whether what the frozen front makes of each sample is kept, so that its forward pass is skipped; and, where it is
+    not kept as it is, in which form (`evaluate.freezing.CacheHook`)."""
     lora: int | None = None
     """The rank of the LoRA adapters that are trained in place of the layers; None trains the layers."""
     lr_factor: float = 1.0
     """What the workload's learning rate is multiplied with: fewer weights want larger steps."""
+    sieve: float = 0.0
+    """The share of the training samples that each epoch leaves out, while the easiest and those left out change places
+    (`collect.sieving.Sieve`): epochs are that much shorter, and there are as many."""
+    sparse: float = 0.0
+    """The share of each layer's weights that masks hold at zero, while they are pruned and grown
+    (`collect.sparsity.SparseMasks`)."""
 
     @property
     def changes(self) -> dict[str, Any]:
         """What it changes of a training besides freezing; only what is set, so that ids of other trials stay."""
-        names = ("cache", "lora", "lr_factor")
+        names = ("cache", "lora", "lr_factor", "sieve", "sparse")
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(type(self), name)}
 
 
@@ -117,12 +125,22 @@ def _workload(entry: str | dict[str, Any], shared: dict[str, Any]) -> WorkloadEn
 
 def _policy(entry: str | dict[str, Any]) -> PolicyEntry:
     table = {"name": entry} if isinstance(entry, str) else entry
-    _only(table, ("name", "label", "options", "cache", "lora", "lr_factor"), "policies: ")
+    _only(table, ("name", "label", "options", "cache", "lora", "lr_factor", "sieve", "sparse"), "policies: ")
     name, lora, lr_factor = _typed(table, "name", str), _typed(table, "lora", int, None), _factor(table)
     if lora is not None and lora < 1:
         raise UsageError(f"lora = {lora}: give the adapters' rank, a whole number from 1")
     label, options = _typed(table, "label", str, name), _typed(table, "options", dict, {})
-    return PolicyEntry(name, label, options, _typed(table, "cache", bool, False), lora, lr_factor)
+    sieve, sparse = _share(table, "sieve", "training samples to leave out"), _share(table, "sparse", "weights to mask")
+    return PolicyEntry(name, label, options, _cache(table), lora, lr_factor, sieve, sparse)
+
+
+def _cache(table: dict[str, Any]) -> bool | CacheForm:
+    cache = table.get("cache", False)
+    forms = [form for form in get_args(CacheForm) if form != "exact"]  # which is `true`, so that ids are one
+    if not isinstance(cache, bool) and cache not in forms:
+        raise UsageError(f"cache = {cache!r}: give true or false, or one of {', '.join(forms)}")
+    form: bool | CacheForm = cache
+    return form
 
 
 def _factor(table: dict[str, Any]) -> float:
@@ -130,6 +148,13 @@ def _factor(table: dict[str, Any]) -> float:
     if not 0 < factor < math.inf:
         raise UsageError(f"lr_factor = {factor}: give a number above 0 that the learning rate is multiplied with")
     return factor
+
+
+def _share(table: dict[str, Any], key: str, what: str) -> float:
+    share: float = _typed(table, key, float, 0.0)
+    if not 0 <= share < 1:
+        raise UsageError(f"{key} = {share}: give the share of the {what}, from 0 to below 1")
+    return share
 
 
 def _entries(content: dict[str, Any], key: str) -> list[str | dict[str, Any]]:

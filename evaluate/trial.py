@@ -5,19 +5,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from collect.device import pick_device
 from collect.provenance import hardware, versions
+from collect.sieving import Sieve
+from collect.sparsity import SparseMasks
 from collect.train import Training, train
 from collect.workloads import Workload, load_workload
 from data.sources import load_source
 from evaluate.cost import StepFlops, steps_by_pattern
-from evaluate.freezing import CacheHook, FreezeHook
+from evaluate.freezing import CacheForm, CacheHook, FreezeHook
 from evaluate.lora import with_lora
 from evaluate.stopwatch import PeakMemory, Stopwatch, warm_up
 from predictor.errors import UsageError
 from predictor.freezing.controller import FreezeController
+from predictor.freezing.flops import count_flops
 from predictor.policies import make_policy
 
 
@@ -34,9 +37,10 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
     """Do one trial and return its line of results.jsonl.
 
     payload: `row`, the facts that are known beforehand and head the result; and what it takes to train: `workload`
-        (arguments of `build_workload`), `policy` (name and options of `make_policy`), `cache` (whether the frozen
-        front's features are kept), `lora` (rank of the adapters to train, or None), `scores` (when to test), `seed`
-        and `device`.
+        (arguments of `build_workload`), `policy` (name and options of `make_policy`), `cache` (whether, or in which
+        form, the frozen front's features are kept), `lora` (rank of the adapters to train, or None), `sieve` (the share
+        of the samples that each epoch leaves out), `sparse` (the share of the weights that masks hold at zero),
+        `scores` (when to test), `seed` and `device`.
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
     workload, rank = build_workload(**payload["workload"]), payload["lora"]
@@ -47,17 +51,21 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
     device = pick_device(payload["device"])
     warm_up(workload, source, device)
     freezing = FreezeHook(policy, layers=None if rank is None else ())
-    caching = CacheHook(freezing) if payload["cache"] else None
+    cache: CacheForm | Literal[False] = "exact" if payload["cache"] is True else payload["cache"]
+    caching = CacheHook(freezing, cache) if cache else None
+    sieve = Sieve() if payload["sieve"] else None
+    masks = SparseMasks(payload["sparse"]) if payload["sparse"] else None
     stopwatch, memory = Stopwatch(), PeakMemory(device)
     training = train(
         workload,
         seed=payload["seed"],
-        hooks=(freezing, stopwatch) if caching is None else (freezing, caching, stopwatch),
+        hooks=[hook for hook in (masks, freezing, caching, sieve, stopwatch) if hook is not None],
         device=payload["device"],
         budget=policy.budget,
         progress=lambda step, total: progress(step / total),
         source=source,
         scores=payload["scores"],
+        left_out=payload["sieve"],
     )
     measured = {
         "peak_memory_bytes": memory.bytes,
@@ -65,6 +73,8 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
         "step_cost": stopwatch.bins,
         **_outcome(training),
         **_freezing(freezing.controller, caching, training),
+        "sieve": None if sieve is None else sieve.figures,
+        "sparse": None if masks is None else _sparse(masks, freezing.controller, training),
     }
     facts = {"versions": versions(), "hardware": hardware(), "started": started}
     result: dict[str, Any] = finite({**payload["row"], **measured, **facts})
@@ -124,3 +134,15 @@ def _skipped(caching: CacheHook | None, step_flops: StepFlops) -> int:
     hits = {} if caching is None else caching.hits
     each = [(step_flops(frozen) - step_flops(frozen, under), batches) for (frozen, under), batches in hits.items()]
     return sum(spared * batches for spared, batches in each) // step_flops.batches
+
+
+def _sparse(masks: SparseMasks, controller: FreezeController, training: Training) -> dict[str, Any]:
+    """How sparse the network is; and the share of the training's FLOPs that would be left if none were spent on zeros.
+
+    A theoretical share: dense kernels spend them, and so they are in the FLOPs of the trial's result. What a feature
+    cache skips is left out of account.
+    """
+    dense = count_flops(training.model, controller.layers, (training.source.probe(2, training.device),), {})
+    steps = steps_by_pattern(controller.history, training.step)
+    spent, left = (sum(cost.step(frozen) * n for frozen, n in steps.items()) for cost in (dense, masks.thinned(dense)))
+    return {**masks.figures, "theoretical_flops_share": left / spent if spent else None}

@@ -77,24 +77,32 @@ class Source(ABC):
         start: int = 0,
         device: Device = "cpu",
         drop_last: bool = False,
+        among: Tensor | None = None,
     ) -> Iterator[Batch]:
         """The batches of one epoch: (ids_B, x_BCHW float32 or tokens_BT int64, labels_B int64).
 
-        The order depends on (seed, epoch) alone, augmentation on (seed, epoch, batch or sample) alone; torch's global
-        random numbers are neither used nor moved. Inputs and labels lie on `device`; ids stay on the CPU, where looking
-        them up stalls no GPU.
+        The order depends on (seed, epoch) and `among` alone, augmentation on (seed, epoch, batch or sample) alone;
+        torch's global random numbers are neither used nor moved. Inputs and labels lie on `device`; ids stay on the
+        CPU, where looking them up stalls no GPU.
 
         start: batches to leave out at the beginning; those that follow are what they would have been.
         drop_last: leave out a last batch that is not full.
+        among: the ids of the samples to go through, int64 on the CPU, each once; by default all of the split.
 
-        Raises UsageError for a batch size that gives no batch and for augmentation where there is none.
+        Raises UsageError for a batch size that gives no batch, for augmentation where there is none, and for an id that
+        no sample has.
         """
-        size = self.size(split)
+        whole = self.size(split)
+        if among is not None and len(among) and not 0 <= int(among.min()) <= int(among.max()) < whole:
+            raise UsageError(f"among: the ids of {split} samples are 0 to {whole - 1}, and others were given")
+        size = whole if among is None else len(among)
         if batch_size < 1 or (drop_last and batch_size > size):
             raise UsageError(f"batch_size={batch_size} with {size} {split} samples gives no batch: choose 1 to {size}")
         if augment and not self.augmentable:
             raise UsageError(f"augment=True: {self.name} has no augmentation; train it with augment=False")
         order_N = torch.randperm(size, generator=generator_for(seed, epoch)) if shuffle else torch.arange(size)
+        if among is not None:
+            order_N = among[order_N]
         if drop_last:
             order_N = order_N[: size - size % batch_size]
         ids = torch.split(order_N, batch_size)[start:]
@@ -111,9 +119,9 @@ class Source(ABC):
         return next(iter(self._load("test", Plan((ids_B,)), torch.device(device))))[1]
 
 
-def generator_for(*numbers: int) -> torch.Generator:
-    """A generator of its own for these numbers: near numbers give unrelated streams; the global one stands still."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()
+def generator_for(*keys: int | str) -> torch.Generator:
+    """A generator of its own for these numbers and words, unrelated to near ones'; the global one stands still."""
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest))  # torch's CPU generator keeps 32 bits of a seed
 
 

@@ -11,6 +11,8 @@ from collect.train import Training
 from predictor.errors import UsageError
 from tests.collect.tiny import AtStep, PlainNet, TinyNet, Trace, same, tiny_source, tiny_train, tiny_workload, weights
 
+CPU = torch.device("cpu")
+
 
 def test_loss_is_of_the_step_just_taken() -> None:
     """With one batch an epoch, and nothing random, the first step's loss is that of the initial weights."""
@@ -127,6 +129,43 @@ def test_label_smoothing_is_in_the_training_loss_alone() -> None:
 def test_a_step_that_wants_more_samples_than_there_are() -> None:
     with pytest.raises(UsageError, match=r"batch_size=8, accumulate=4: a step wants 32 samples and tiny has 24: lower"):
         tiny_train(batch_size=8, accumulate=4)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "kept", "steps"), [(0.0, 24, 6), (0.01, 24, 6), (0.1, 22, 5), (0.5, 12, 3), (0.83, 4, 1)]
+)
+def test_an_epoch_that_leaves_samples_out_is_that_much_shorter(left_out: float, kept: int, steps: int) -> None:
+    begun = [Training(tiny_workload(), tiny_source(), seed=s, device=CPU, left_out=left_out) for s in (0, 0, 1)]
+    assert [(training.steps_per_epoch, training.total_steps) for training in begun] == [(steps, 3 * steps)] * 3
+    among = [None if training.among is None else training.among.tolist() for training in begun]
+    assert among[0] == among[1]
+    if kept == 24:
+        assert among == [None] * 3
+    else:
+        assert among[0] != among[2]
+        assert among[0] == sorted(set(among[0] or ()))
+        assert len(among[0] or ()) == kept
+
+
+def test_the_more_are_left_out_the_fewer_of_the_same_stay() -> None:
+    def among(left_out: float) -> set[int]:
+        training = Training(tiny_workload(), tiny_source(), seed=0, device=CPU, left_out=left_out)
+        assert training.among is not None
+        return set(training.among.tolist())
+
+    assert among(0.8) < among(0.5) < among(0.2)
+
+
+@pytest.mark.parametrize("left_out", [-0.1, 1.0, math.nan])
+def test_a_share_to_leave_out_that_is_none(left_out: float) -> None:
+    with pytest.raises(UsageError, match=f"left_out={left_out}: give a share of the training samples"):
+        Training(tiny_workload(), tiny_source(), seed=0, device=CPU, left_out=left_out)
+
+
+def test_too_many_samples_left_out_for_a_step() -> None:
+    message = r"wants 4 samples and tiny has 2 beside the share left out, 0\.9: lower them, or leave out less"
+    with pytest.raises(UsageError, match=message):
+        Training(tiny_workload(), tiny_source(), seed=0, device=CPU, left_out=0.9)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

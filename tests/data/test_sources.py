@@ -141,12 +141,35 @@ def test_drop_last_leaves_out_a_batch_that_is_not_full(source: Source) -> None:
     assert sum(len(ids_B) for ids_B, _, _ in source.batches("train", 7, shuffle=True)) == size
 
 
+def test_an_epoch_among_some_samples(source: Source) -> None:
+    among = torch.tensor([3, 14, 15, 8, 1])
+    batches = list(source.batches("train", 2, shuffle=True, seed=1, among=among))
+    ids = [ids_B.tolist() for ids_B, _, _ in batches]
+    assert [len(part) for part in ids] == [2, 2, 1]
+    assert sorted(i for part in ids for i in part) == [1, 3, 8, 14, 15]
+    assert ids != [[3, 14], [15, 8], [1]]
+    labels = source.labels("train")
+    assert all(torch.equal(labels_B, labels[ids_B]) for ids_B, _, labels_B in batches)
+    inputs = torch.cat([x for _, x, _ in source.batches("train", 50, shuffle=False)])
+    assert all(torch.equal(x, inputs[ids_B]) for ids_B, x, _ in batches)
+    assert same(list(source.batches("train", 2, shuffle=True, seed=1, among=among, start=1)), batches[1:])
+    full = list(source.batches("train", 2, shuffle=True, seed=1, among=among, drop_last=True))
+    assert same(full, batches[:2])
+    in_order = source.batches("train", 5, shuffle=False, among=among)
+    assert torch.equal(next(in_order)[0], among)
+
+
 def test_wrong_calls_are_refused_at_once(source: Source) -> None:
     size = source.size("train")
     with pytest.raises(UsageError, match=r"batch_size=0.*choose 1 to"):
         source.batches("train", 0, shuffle=True)
     with pytest.raises(UsageError, match=f"batch_size={size + 1} with {size} train samples"):
         source.batches("train", size + 1, shuffle=True, drop_last=True)
+    for odd in (-1, size):
+        with pytest.raises(UsageError, match=f"among: the ids of train samples are 0 to {size - 1}"):
+            source.batches("train", 1, shuffle=True, among=torch.tensor([0, odd]))
+    with pytest.raises(UsageError, match="batch_size=3 with 2 train samples"):
+        source.batches("train", 3, shuffle=True, drop_last=True, among=torch.tensor([0, 1]))
     with pytest.raises(UsageError, match=r"split='valid'.*train or test"):
         source.size("valid")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="samples=0"):
@@ -176,6 +199,8 @@ def test_balanced_takes_turns_until_a_class_is_used_up() -> None:
 def test_generators_of_near_numbers_are_unrelated() -> None:
     numbers = [(seed, epoch) for seed in range(20) for epoch in range(20)]
     assert len({torch.rand(1, generator=generator_for(*pair)).item() for pair in numbers}) == len(numbers)
+    words = [("a", 1), ("b", 1), ("a", 2), (1,)]
+    assert len({torch.rand(1, generator=generator_for(*keys)).item() for keys in words}) == len(words)
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

@@ -1,6 +1,8 @@
 """From a suite to trials: ids made of configurations, and everything wrong found before any training."""
 
 import dataclasses
+import hashlib
+import json
 
 import pytest
 
@@ -92,14 +94,20 @@ def test_options_make_another_trial(tmp_path):
 
 
 def test_what_an_entry_leaves_out_is_in_no_id(tmp_path):
-    """Results from before there were caches, adapters and factors keep their ids."""
+    """Results from before there were caches, adapters, factors, sieves and masks keep their ids."""
     config = plan(tmp_path, with_policy("linear")).jobs[1].payload["row"]["config"]
     assert config["policy"] == {"name": "linear", "label": "linear", "options": {}}
     assert type(config["recipe"]["epochs"]) is float  # though the suite says 2: one training, one id
     assert set(config) == {"workload", "label", "source", "recipe", "policy", "seed", "device"}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    assert ids(tmp_path, with_policy("linear"))[1] == digest[:16]
+    assert ids(tmp_path, with_entry("linear", "linear", sieve=0.0, sparse=0.0))[1] == digest[:16]
 
 
-@pytest.mark.parametrize("settings", [{"cache": True}, {"lr_factor": 10.0}, {"lora": 4}])
+CHANGES = [{"cache": True}, {"lr_factor": 10.0}, {"lora": 4}, {"sieve": 0.2}, {"sparse": 0.9}]
+
+
+@pytest.mark.parametrize("settings", CHANGES)
 def test_what_an_entry_says_makes_another_trial(tmp_path, settings):
     plain, changed = (ids(tmp_path, with_entry("shorter", "x", **part))[1] for part in ({}, settings))
     assert plain != changed
@@ -116,9 +124,24 @@ def test_a_factor_multiplies_the_workloads_own_learning_rate(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "settings", "message"),
     [
-        ({"augment": True}, {"cache": True}, "'x' keeps features .* work augments its samples.*augment = false"),
+        (
+            {"augment": True},
+            {"cache": True},
+            "'x' keeps features .* work augments its samples.*take one of views, first",
+        ),
+        ({"augment": True}, {"cache": "compressed"}, r"cache = \"compressed\"\), and work augments .*augment = false"),
         ({}, {"lora": 4}, "'x' trains adapters .* no layer to freeze"),
         ({}, {"lora": 4, "cache": True}, "'x' trains adapters"),
+        (
+            {"train_samples": 100},
+            {"sieve": 1e-3},
+            r"'x' leaves out no sample of work \(sieve = 0\.001\), which has 100",
+        ),
+        (
+            {"train_samples": 100, "batch_size": 90},
+            {"sieve": 0.2},
+            r"'x' \(sieve = 0\.2\) on work: batch_size=90.* fashion has 80 beside .* leave out less",
+        ),
     ],
 )
 def test_what_does_not_go_together(tmp_path, recipe, settings, message):
@@ -127,6 +150,11 @@ def test_what_does_not_go_together(tmp_path, recipe, settings, message):
     )
     with pytest.raises(UsageError, match=message):
         plan(tmp_path, suite)
+
+
+def test_masks_beside_adapters(tmp_path):
+    with pytest.raises(UsageError, match=r"'x' trains adapters \(lora = 4\).*masks.*\(sparse = 0\.9\): leave one"):
+        plan(tmp_path, with_entry("none", "x", lora=4, sparse=0.9))
 
 
 @pytest.mark.parametrize(
@@ -196,3 +224,14 @@ def test_the_default_suite_is_fit_to_run(tmp_path, make_predictor_file):
     made = plan(tmp_path, read_suite("quick"), predictor=make_predictor_file())
     assert {job.payload["row"]["family"] for job in made.jobs} == {"resnet", "mobilenet"}
     assert {job.payload["row"]["source"] for job in made.jobs} == {"fashion"}
+
+
+def test_the_suite_of_spfde_puts_its_three_parts_together(tmp_path):
+    made = plan(tmp_path, read_suite("spfde"))
+    parts = {
+        job.payload["row"]["policy"]: (job.payload["policy"]["name"], job.payload["sparse"], job.payload["sieve"])
+        for job in made.jobs
+    }
+    assert parts["none"] == ("none", 0.0, 0.0)
+    assert parts["sparse, spfde, sieve"] == ("spfde", 0.9, 0.2)
+    assert len(made.jobs) == 8 * 2 * 3 == len({job.id for job in made.jobs})

@@ -52,16 +52,18 @@ def test_tables(tmp_path):
         cache = true
         lora = 8
         lr_factor = 10
+        sieve = 0.2
+        sparse = 0.9
         """,
     )
     assert suite.scores == "end"
     assert suite.workloads == (WorkloadEntry("mlp-digits", "small", "fashion", {"epochs": 3, "lr": 0.2}),)
     assert suite.policies == (
         PolicyEntry("none", "plain"),
-        PolicyEntry("shorter", "shorter", {"budget": 0.5}, True, 8, 10.0),
+        PolicyEntry("shorter", "shorter", {"budget": 0.5}, True, 8, 10.0, 0.2, 0.9),
     )
     assert suite.policies[0].changes == {}
-    assert suite.policies[1].changes == {"cache": True, "lora": 8, "lr_factor": 10.0}
+    assert suite.policies[1].changes == {"cache": True, "lora": 8, "lr_factor": 10.0, "sieve": 0.2, "sparse": 0.9}
 
 
 def test_policies_of_a_seed_and_workload_follow_each_other(tmp_path):
@@ -101,6 +103,29 @@ def test_policies_of_a_seed_and_workload_follow_each_other(tmp_path):
         ('["none", "linear"]', '["none", { name = "linear", lora = 0 }]', "lora = 0: give the adapters' rank"),
         ('["none", "linear"]', '["none", { name = "linear", lora = true }]', "lora = True: give a whole number"),
         ('["none", "linear"]', '["none", { name = "linear", lr_factor = 0 }]', "lr_factor = 0.0: give a number above"),
+        (
+            '["none", "linear"]',
+            '["none", { name = "linear", sieve = 1 }]',
+            "sieve = 1.0: give the share of",
+        ),
+        (
+            '["none", "linear"]',
+            '["none", { name = "linear", cache = "exact" }]',
+            "cache = 'exact': give true or false, or",
+        ),
+        ('["none", "linear"]', '["none", { name = "linear", cache = 1 }]', "cache = 1: give true or false, or one of"),
+        ('["none", "linear"]', '["none", { name = "linear", sieve = "0.2" }]', "sieve = '0.2': give a number"),
+        (
+            '["none", "linear"]',
+            '["none", { name = "linear", sparse = -0.1 }]',
+            "sparse = -0.1: give the share of",
+        ),
+        (
+            '["none", "linear"]',
+            '["none", { name = "linear", sparse = nan }]',
+            "sparse = nan: give the share of",
+        ),
+        ('["none", "linear"]', '["none", { name = "linear", sparsity = 0.9 }]', "did you mean 'sparse'"),
         ('["none", "linear"]', "[", "suite.toml"),
     ],
 )

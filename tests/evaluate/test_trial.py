@@ -17,13 +17,17 @@ from tests.evaluate import toys
 SIX = "tests.evaluate.toys:six_linear"
 
 
-def trial(tmp_path, policy="none", seed=0, recipe=None, workload=SIX, cache=False, lora=None, when="epoch", **options):
+ENTRY = {"cache": False, "lora": None, "sieve": 0.0, "sparse": 0.0}
+"""What an entry may say besides its policy."""
+
+
+def trial(tmp_path, policy="none", seed=0, recipe=None, workload=SIX, when="epoch", **options):
+    entry = {name: options.pop(name, default) for name, default in ENTRY.items()}
     payload = {
         "row": {"trial_id": "t", "policy": policy},
         "workload": {"name": workload, "source": None, "recipe": recipe or {}},
         "policy": {"name": policy, "options": options},
-        "cache": cache,
-        "lora": lora,
+        **entry,
         "scores": when,
         "seed": seed,
         "device": "cpu",
@@ -132,6 +136,39 @@ def test_adapters_in_place_of_layers(tmp_path):
     assert (result["layers"], result["freezes"], result["cache"]) == ([], [], None)
     assert result["curve"][-1]["train_loss"] < result["curve"][0]["train_loss"]
     assert result["flops"] == 20 * 10 * 2 * 64 * (12 * 64 + 29 * 4)  # counted in test_cost.py
+
+
+def test_a_sieved_trial_takes_fewer_steps(tmp_path):
+    plain, sieved = (trial(tmp_path, sieve=share) for share in (0.0, 0.2))
+    assert (plain["sieve"], plain["sparse"]) == (None, None)
+    assert sieved["sieve"] == {"left_out": 20, "exchanges": 1}
+    assert (sieved["steps"], sieved["planned_steps"], sieved["status"]) == (16, 16, "finished")
+    assert sieved["flops"] == 0.8 * plain["flops"]
+
+
+# Of 17 products in a full step of six layers, the last of which is dense, at a density of 1/4: forward 5 * 1/4 + 1,
+# for weights as many, for inputs 4 * 1/4 + 1. Of 13 with two layers frozen: 2.25, 3 * 1/4 + 1 and 2 * 1/4 + 1.
+@pytest.mark.parametrize(("layers", "products", "left"), [(0, 17, 6.5), (2, 13, 5.5)])
+def test_a_sparse_trial_counts_what_was_executed_and_says_what_could_be_left(tmp_path, layers, products, left):
+    result = trial(tmp_path, "static", layers=layers, sparse=0.75)
+    assert result["flops"] == 20 * products * 10 * 2 * 64 * 64
+    share = pytest.approx(left / products)
+    assert result["sparse"] == {"sparsity": 5 * 0.75 / 6, "changes": 1, "theoretical_flops_share": share}
+
+
+def test_a_sparse_training_that_is_lost_is_recorded_as_such(tmp_path):
+    result = trial(tmp_path, recipe={"lr": 1e30}, sparse=0.75)
+    assert (result["status"], result["sparse"]["sparsity"]) == ("diverged", 0.625)
+
+
+def test_freezing_sieve_masks_and_cache_together(tmp_path):
+    result = trial(tmp_path, "spfde", target=0.8, recipe={"epochs": 5}, sieve=0.2, sparse=0.75, cache=True)
+    assert result["status"] == "finished"
+    assert result["steps"] == result["cache"]["hits"] + result["cache"]["misses"] == 40
+    assert result["freezes"]
+    assert result["flops"] <= 0.8 * 0.8 * trial(tmp_path, recipe={"epochs": 5})["flops"]
+    assert result["sieve"] == {"left_out": 20, "exchanges": 4}
+    assert 0 < result["sparse"]["theoretical_flops_share"] < 0.5
 
 
 class LastAlone(FreezePolicy):

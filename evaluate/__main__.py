@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from predictor import cli
+from predictor.errors import UsageError
 from predictor.tracking import add_wandb_flag, start_tracker
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_suite(commands.add_parser("run-suite", help="train workloads afresh under every policy, then report"))
     report = commands.add_parser("report", help="the table and the page of a suite that was run")
     report.add_argument("folder", nargs="?", type=Path, default=_RUNS / "quick", help="default: %(default)s")
+    text = "folder of what `oracle` found, to compare with (default: `oracle` beside the suite's folder)"
+    report.add_argument("--oracles", type=Path, help=text)
     _add_oracle(commands.add_parser("oracle", help="search the best freezing in hindsight of one workload"))
     bench = commands.add_parser("bench", help="what recording, deciding and frozen layers cost, against the limits")
     bench.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="default: %(default)s")
@@ -111,7 +114,9 @@ def _introduce(plan: "Plan", left: int, root: Path) -> None:
 
 
 def _report(flags: argparse.Namespace) -> None:
-    _show(flags.folder)
+    if flags.oracles is not None and not flags.oracles.is_dir():
+        raise UsageError(f"--oracles {flags.oracles}: there is no such folder: give one that `oracle` wrote into")
+    _show(flags.folder, flags.oracles)
 
 
 def _oracle(flags: argparse.Namespace) -> None:
@@ -127,13 +132,13 @@ def _oracle(flags: argparse.Namespace) -> None:
     print(f"\nThe best of {oracle.tried} on the test set: an upper limit, part of it luck.\n{path.resolve()}")
 
 
-def _show(folder: Path) -> None:
+def _show(folder: Path, oracles: Path | None = None) -> None:
     from evaluate.report import make_report
     from evaluate.table import print_table
 
     print()
-    print_table(folder)
-    print(f"\nreport: {make_report(folder).resolve()}")
+    print_table(folder, oracles)
+    print(f"\nreport: {make_report(folder, oracles).resolve()}")
 
 
 def _bench(flags: argparse.Namespace) -> int:

@@ -8,17 +8,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
-from matplotlib.ticker import MaxNLocator
 
+from evaluate.families import MANY, families, places
+from evaluate.panels import arrange, columns_for, height_for, letters_for, panel_grid
 from evaluate.results import Results, Trial
 from evaluate.svg import BAND, INK, Plot, colour, drawn
 from evaluate.table import shortened
 
-_PANEL_HEIGHT = 1.45
-# Inches around the panels and between them. A layout found by drawing twice would double the time that a report takes.
-_LEFT, _RIGHT, _TOP, _BOTTOM, _BETWEEN, _ABOVE = 0.68, 0.14, 0.24, 0.5, 0.14, 0.3
 # The time axis is cut into this many parts: a policy that changes its mind at every step must not fill the page.
 _PARTS = 120
+# How strongly the first and the last setting of a family are drawn.
+_STRONG, _PALE = 0.9, 0.4
+_SETTINGS = "Several settings of a policy: the paler, the later in the suite."
 
 
 def loss_plot(results: Results, workload: str) -> Plot | None:
@@ -42,10 +43,10 @@ def loss_plot(results: Results, workload: str) -> Plot | None:
     }
     finite = [y for group in lines.values() for solid, _, bad in group if not bad for _, y in solid]
 
-    def draw(axes: Axes, policy: str, place: int) -> None:
+    def draw(axes: Axes, policy: str, place: int, strength: float) -> None:
         for solid, thin, bad in lines[policy]:
-            _line(axes, thin, place, linewidth=0.8, linestyle=(0, (1, 1.5)))
-            _line(axes, solid, place, bad=bad)
+            _line(axes, thin, place, alpha=strength, linewidth=0.8, linestyle=(0, (1, 1.5)))
+            _line(axes, solid, place, alpha=strength, bad=bad)
 
     def trim(axes: Axes) -> None:
         if finite:  # a loss on its way to infinity would flatten all others
@@ -72,23 +73,36 @@ def step_cost_plot(results: Results, workload: str) -> Plot | None:
     else:
         title = f"Towards the end no policy's step is cheaper than one under {_named(baseline)}"
 
-    def draw(axes: Axes, policy: str, place: int) -> None:
+    def draw(axes: Axes, policy: str, place: int, strength: float) -> None:
         for line in lines[policy]:
-            _line(axes, line, place)
+            _line(axes, line, place, alpha=strength)
 
     kind = "CPU milliseconds" if axis == "cpu_seconds" else "milliseconds"
     return _multiples(results, workload, title, f"{kind} a step", "Grey: the baseline.", draw, lambda a: a.set_ylim(0))
 
 
 def timeline_plots(results: Results, workload: str) -> tuple[list[Plot], list[str]]:
-    """A plot for each policy that froze anything, a panel a seed; and the names of those that froze nothing."""
-    plots, idle = [], []
-    for policy in results.policies:
-        trials = [trial for trial in results.cell(workload, policy).values() if trial.layers]
+    """A plot for each policy that froze anything, a panel a seed; and the names of those that froze nothing.
+
+    Of more than MANY policies a plot shows a family, with a panel for each setting, in which is its first seed.
+    """
+    by_family = len(results.policies) > MANY
+    groups: list[tuple[str, Sequence[str]]] = [(policy, (policy,)) for policy in results.policies]
+    if by_family:
+        groups = [(family.name, family.members) for family in families(results)]
+    known, plots, idle = places(results), [], []
+    for name, policies in groups:
+        cells = {policy: [t for t in results.cell(workload, policy).values() if t.layers] for policy in policies}
+        cells = {policy: trials for policy, trials in cells.items() if trials}
+        trials = [trial for cell in cells.values() for trial in cell]
         if any(event.frozen for trial in trials for event in trial.freezes):
-            plots.append(_timeline(results, workload, policy, trials))
+            title = f"{_named(name)} kept {_shares(cells.values())} % of layers x steps frozen"
+            panels = [(f"seed {trial.seed}", trial) for trial in trials]
+            if by_family:
+                panels = [(policy, cell[0]) for policy, cell in cells.items()]
+            plots.append(_timeline(f"{workload}: {title}", title, panels, known[policies[0]]))
         elif trials:
-            idle.append(policy)
+            idle.append(name)
     return plots, idle
 
 
@@ -104,6 +118,12 @@ def frozen_share(trial: Trial) -> float:
     """The share of layers x steps that was frozen."""
     total = len(trial.layers) * trial.steps
     return sum(end - start for spans in frozen_spans(trial) for start, end in spans) / total if total else 0.0
+
+
+def _shares(cells: Iterable[Sequence[Trial]]) -> str:
+    """What the settings kept frozen on average, the least and the most of it, in percent."""
+    shares = [fmean(frozen_share(trial) for trial in trials) * 100 for trials in cells]
+    return " to ".join(dict.fromkeys(f"{share:.0f}" for share in (min(shares), max(shares))))
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -124,24 +144,22 @@ def _stretches(trial: Trial) -> Iterator[tuple[int, frozenset[int], int]]:
         yield event.step, event.frozen, min(end, trial.steps)
 
 
-def _timeline(results: Results, workload: str, policy: str, trials: Sequence[Trial]) -> Plot:
-    place = results.policies.index(policy)
-    shares = [frozen_share(trial) for trial in trials]
-    title = f"{_named(policy)} kept {fmean(shares) * 100:.0f} % of layers x steps frozen"
-    length = _longest(trials)
-    columns = min(3, len(trials))
-    lines = -(-len(trials) // columns)
+def _timeline(spoken: str, title: str, panels: Sequence[tuple[str, Trial]], place: int) -> Plot:
+    """A panel for each of the trainings, under the name that it comes with."""
+    length = _longest([trial for _, trial in panels])
+    columns = min(3, len(panels))
 
     def draw(figure: Figure) -> None:
-        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-        for axes, trial in zip(grid.flat, trials, strict=False):
+        grid = panel_grid(figure, len(panels), columns)
+        for axes, (name, trial) in zip(grid.flat, panels, strict=False):
             lost = "" if trial.status == "finished" else f", {trial.status}"
-            axes.set_title(f"seed {trial.seed}{lost}", fontsize="small" if lost else None)
+            text = f"{shortened(name, letters_for(columns))}{lost}"
+            axes.set_title(text, fontsize="small" if lost else None)
             _bars(axes, trial, place, length)
-        _finish(figure, grid, len(trials), "layer, front first", length, whole_y=True)
-        grid[0][0].set_ylim(0, len(trials[0].layers))
+        _finish(figure, grid, len(panels), "layer, front first", length, whole_y=True)
+        grid[0][0].set_ylim(0, len(panels[0][1].layers))
 
-    return Plot(title, drawn(_BOTTOM + _PANEL_HEIGHT * lines, draw, f"{workload}: {title}"))
+    return Plot(title, drawn(height_for(len(panels), columns), draw, spoken))
 
 
 def _bars(axes: Axes, trial: Trial, place: int, length: int) -> None:
@@ -167,53 +185,46 @@ def _multiples(
     title: str,
     y_label: str,
     note: str,
-    draw_policy: Callable[[Axes, str, int], None],
+    draw_policy: Callable[[Axes, str, int, float], None],
     finish: Callable[[Axes], object],
 ) -> Plot:
-    """A panel a policy, the baseline in grey in each of them, all with the same axes."""
-    baseline = results.suite.baseline
-    others = [policy for policy in results.policies if policy != baseline and results.cell(workload, policy)]
-    panels = others or [baseline]
+    """A panel a family with all its settings, the baseline in grey in each of them, all with the same axes.
+
+    draw_policy: takes the axes, the policy, its place among the colours, and how strongly it should be drawn.
+    """
+    baseline, known = results.suite.baseline, places(results)
+    settings = {
+        family.name: [policy for policy in family.members if results.cell(workload, policy)]
+        for family in families(results)
+    }
+    panels = {name: policies for name, policies in settings.items() if policies} or {baseline: []}
     trials = [trial for policy in results.policies for trial in results.cell(workload, policy).values()]
-    columns = 1 if len(panels) == 1 else 2 if len(panels) <= 4 else 3
-    lines = -(-len(panels) // columns)
+    columns = columns_for(len(panels))
 
     def draw(figure: Figure) -> None:
-        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-        for axes, policy in zip(grid.flat, panels, strict=False):
-            axes.set_title(shortened(policy, 44 // columns))
-            for name in dict.fromkeys([baseline, policy]):
-                draw_policy(axes, name, results.policies.index(name))
+        grid = panel_grid(figure, len(panels), columns)
+        for axes, (name, policies) in zip(grid.flat, panels.items(), strict=False):
+            axes.set_title(shortened(name, letters_for(columns)))
+            draw_policy(axes, baseline, 0, _STRONG)
+            for number, policy in enumerate(policies):
+                faded = (_STRONG - _PALE) * number / max(1, len(policies) - 1)
+                draw_policy(axes, policy, known[policy], _STRONG - faded)
         finish(grid[0][0])
         _finish(figure, grid, len(panels), y_label, _longest(trials))
 
-    height = max(2.4, _BOTTOM + _PANEL_HEIGHT * lines)
-    return Plot(title, drawn(height, draw, f"{workload}: {title}"), note)
+    several = any(len(policies) > 1 for policies in panels.values())
+    svg = drawn(max(2.4, height_for(len(panels), columns)), draw, f"{workload}: {title}")
+    return Plot(title, svg, f"{note} {_SETTINGS}" if several else note)
 
 
 def _finish(figure: Figure, grid: Any, used: int, y_label: str, steps: int, *, whole_y: bool = False) -> None:
-    """Common labels and time axis, no empty axes, and step numbers under the lowest panel of each column."""
-    lines, columns = grid.shape
-    width, height = figure.get_size_inches()
-    inner_width, inner_height = width - _LEFT - _RIGHT, height - _TOP - _BOTTOM
-    figure.subplots_adjust(
-        left=_LEFT / width,
-        right=1 - _RIGHT / width,
-        top=1 - _TOP / height,
-        bottom=_BOTTOM / height,
-        wspace=_BETWEEN * columns / (inner_width - _BETWEEN * (columns - 1)),
-        hspace=_ABOVE * lines / (inner_height - _ABOVE * (lines - 1)),
-    )
-    figure.supxlabel("optimizer step", x=(_LEFT + inner_width / 2) / width, y=0.04 / height, fontsize="medium")
-    figure.supylabel(y_label, x=0.012, y=(_BOTTOM + inner_height / 2) / height, fontsize="medium")
-    for number, axes in enumerate(grid.flat):
-        axes.set_visible(number < used)
-        axes.set_xlim(0, steps)
+    """A common time axis, and what all panels share."""
+    grid[0][0].set_xlim(0, steps)
+    for axes in grid.flat:
         ends = axes.set_xticks([0, steps / 2, steps], ["0", "", f"{steps:,}"])
         ends[0].label1.set_horizontalalignment("left")
         ends[-1].label1.set_horizontalalignment("right")
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=whole_y))
-        axes.tick_params(labelbottom=number in range(used - columns, used))
+    arrange(figure, grid, used, "optimizer step", y_label, whole_y=whole_y)
 
 
 def _longest(trials: Sequence[Trial]) -> int:
@@ -241,7 +252,7 @@ def _line(axes: Axes, points: Sequence[tuple[int, float]], place: int, *, bad: b
     if not points:
         return
     x, y = zip(*points, strict=True)
-    axes.plot(x, y, color=colour(place), alpha=0.85, **style)
+    axes.plot(x, y, color=colour(place), **style)
     if bad:
         axes.plot(x[-1:], y[-1:], marker="x", color=INK, markersize=7, markeredgewidth=1.6)
 

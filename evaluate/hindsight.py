@@ -1,12 +1,18 @@
-"""What a search found to be the best freezing of a workload, as a file: its schedules, their front, and reading it."""
+"""What a search found to be the best freezing of a workload, as a file, and how much of its saving a policy reaches."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluate.pareto import unbeaten
+from evaluate.results import Results
+from evaluate.statistics import Row
 from predictor.errors import FileFault
+
+# A schedule that loses just what a policy loses, or just the margin, is within it.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -39,14 +45,92 @@ class Oracle:
     """Different schedules that it is the best of."""
     front: tuple[Schedule, ...]
 
+    def saving(self, difference: float) -> float:
+        """The largest share of the FLOPs that a schedule saves that loses no more accuracy; 0 where none does."""
+        good = [each.flops_share for each in self.front if each.difference >= difference - _ROUNDING]
+        return max(0.0, 1 - min(good, default=1.0))
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Shares of full training's FLOPs that are saved."""
+
+    own: float
+    """By a policy; below 0 where it costs more."""
+    oracle: float
+    """By the oracle at the same accuracy."""
+
 
 def pareto(schedules: list[Schedule]) -> list[Schedule]:
     """Those that no other matches in FLOPs and accuracy and beats in one of them, cheapest first."""
-    front: list[Schedule] = []
-    for each in sorted(schedules, key=lambda each: (each.flops_share, -each.difference)):
-        if not front or each.difference > front[-1].difference:
-            front.append(each)
-    return front
+    return unbeaten(schedules, lambda each: each.flops_share, lambda each: each.difference)
+
+
+def saving(row: Row, oracle: Oracle, margin: float) -> Saving | None:
+    """What a policy saves on the oracle's workload, beside the oracle; None where it was not compared.
+
+    A policy that loses no more than the margin is held against the cheapest schedule that loses no more than the
+    margin; one that loses more, against the cheapest schedule that loses no more than it does.
+    """
+    if row.difference is None or row.flops_share is None:
+        return None
+    return Saving(1 - row.flops_share, oracle.saving(min(row.difference.mean, -margin)))
+
+
+def share_of_saving(savings: Sequence[Saving]) -> float | None:
+    """The policy's saving over the oracle's, of one workload or of several that weigh the same.
+
+    Sums over sums: on a workload where hardly anything can be saved a ratio of its own would outweigh all others. None
+    where the oracle saves nothing. More than 1 is possible: the search tries few schedules, of whole fronts alone.
+    """
+    best = sum(each.oracle for each in savings)
+    return sum(each.own for each in savings) / best if best > 0 else None
+
+
+def shares_of_saving(
+    rows: Sequence[Row], oracles: Mapping[str, Oracle], margin: float
+) -> dict[tuple[str | None, str], float]:
+    """`share_of_saving` by workload and policy; under the workload None, over all workloads with an oracle.
+
+    A policy that was not compared on one of these has no share over all.
+    """
+    savings: dict[str, dict[str, Saving | None]] = {}
+    for row in rows:
+        if row.workload is not None and row.workload in oracles:
+            savings.setdefault(row.policy, {})[row.workload] = saving(row, oracles[row.workload], margin)
+    shares: dict[tuple[str | None, str], float | None] = {}
+    for policy, by_workload in savings.items():
+        known = {name: [found] for name, found in by_workload.items() if found is not None}
+        shares |= {(name, policy): share_of_saving(found) for name, found in known.items()}
+        if len(known) == len(oracles):
+            shares[None, policy] = share_of_saving([found for group in known.values() for found in group])
+    return {place: share for place, share in shares.items() if share is not None}
+
+
+def oracles_beside(folder: Path) -> Path:
+    """Where a suite's report looks for oracles: in `oracle` beside the suite's own folder, where they are written."""
+    return folder.resolve().parent / "oracle"
+
+
+def find_oracles(folder: Path, results: Results) -> tuple[dict[str, Oracle], list[str]]:
+    """The oracles of the results' workloads in `folder`, by workload, and why others of them there are not used."""
+    # The folder's names are compared with the workloads', which come from a file and may be no file names.
+    paths = {path.stem: path for path in sorted(folder.glob("*.json"))}
+    found, refused = {}, []
+    for name in results.workloads:
+        if name not in paths:
+            continue
+        try:
+            oracle = read_oracle(paths[name])
+        except FileFault as fault:
+            refused.append(str(fault))
+            continue
+        trained = [trial.config for trial in results.cell(name, results.suite.baseline).values()]
+        if all(config.get("recipe") == oracle.recipe and config.get("source") == oracle.source for config in trained):
+            found[name] = oracle
+        else:
+            refused.append(f"{paths[name]}: the oracle of another recipe or source: search again with --suite")
+    return found, refused
 
 
 def read_oracle(path: Path) -> Oracle:

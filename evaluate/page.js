@@ -16,9 +16,12 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const up = heading.getAttribute("aria-sort") !== "ascending";
       headings.forEach((other) => other.removeAttribute("aria-sort"));
       heading.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const body = table.tBodies[0];
-      const rows = [...body.rows].sort((a, b) => (up ? 1 : -1) * compare(key(a, column), key(b, column)));
+      // What is sorted is no longer in the groups of policies that the bodies are.
+      const [body, ...others] = table.tBodies;
+      const rows = [body, ...others].flatMap((group) => [...group.rows]);
+      rows.sort((a, b) => (up ? 1 : -1) * compare(key(a, column), key(b, column)));
       body.append(...rows);
+      others.forEach((group) => group.remove());
     });
   });
 }

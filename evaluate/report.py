@@ -12,6 +12,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from tqdm import tqdm
 
 from evaluate import figures, table, tradeoff
+from evaluate.area import LOSS, area_headline, areas
+from evaluate.cards import cards
+from evaluate.curves import curve_plots
+from evaluate.families import MANY, families, places, policy_names, rival
+from evaluate.hindsight import Oracle, find_oracles, oracles_beside, shares_of_saving
 from evaluate.results import COST_AXES, Results, Trial, read_results
 from evaluate.statistics import AS_ACCURATE, BASELINE, CANNOT_TELL, LESS_ACCURATE, Row, compare, headline, overall
 from evaluate.svg import Plot, swatch
@@ -21,21 +26,28 @@ _HERE = Path(__file__).parent
 _SYMBOLS = {AS_ACCURATE: "✓", LESS_ACCURATE: "▼", CANNOT_TELL: "?", BASELINE: ""}
 
 
-def make_report(folder: Path) -> Path:
+def make_report(folder: Path, oracles: Path | None = None) -> Path:
     """Read `folder`/suite.json and results.jsonl and write `folder`/report.html, whole or not at all.
+
+    oracles: the folder of the files that `python -m evaluate oracle` wrote; by default `oracle` beside `folder`. They
+        need not be there, and one that does not fit is named in the page.
 
     Raises FileFault where the results cannot be read or the page cannot be written.
     """
-    page = render(read_results(folder))
+    results = read_results(folder)
+    page = render(results, *find_oracles(oracles or oracles_beside(folder), results))
     path = folder / "report.html"
     with written_whole(path) as part:
         part.write_text(page, encoding="utf-8", errors="replace")
     return path
 
 
-def render(results: Results) -> str:
-    """The page as text: every string of the results is escaped, and the page forbids any other script and address."""
-    rows = compare(results)
+def render(results: Results, oracles: Mapping[str, Oracle] | None = None, refused: Sequence[str] = ()) -> str:
+    """The page as text: every string of the results is escaped, and the page forbids any other script and address.
+
+    oracles: by workload. refused: why others were not used.
+    """
+    rows, found = compare(results), areas(results)
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -47,17 +59,30 @@ def render(results: Results) -> str:
         suite=results.suite,
         headline=headline(results, rows),
         cost_axis=COST_AXES[results.suite.cost],
-        rows=rows,
-        overall=overall(rows),
+        groups=_grouped(results, rows),
+        overall=_grouped(results, overall(rows)),
+        policies=results.policies,
+        crowded=len(results.policies) > MANY,
+        areas=found,
+        area_headline=area_headline(found),
+        area_loss=LOSS,
+        rival=rival(families(results)),
+        curves=curve_plots(results, rows, found),
+        oracles=oracles or {},
+        oracle_shares=shares_of_saving(rows, oracles or {}, results.suite.margin),
+        cards=cards(policy_names(results)),
         main_plot=tradeoff.overall_plot(results, rows),
         workloads=_workloads(results, rows),
-        swatches={policy: swatch(place) for place, policy in enumerate(results.policies)},
+        swatches={policy: swatch(place) for policy, place in places(results).items()},
+        legend=_legend(results),
         symbols=_SYMBOLS,
         trials=results.trials,
         counts={status: _of_status(results, status) for status in ("finished", "diverged", "failed")},
         missing=results.missing(),
+        missing_seeds=_missing_seeds(results),
         caches=_caches(results),
         faults=results.faults,
+        refused=refused,
         configurations=[
             (name, distinct(_recipe(t) for t in results.trials if t.workload == name)) for name in results.workloads
         ],
@@ -89,6 +114,29 @@ def _recipe(trial: Trial) -> Mapping[str, Any]:
     """A trial's configuration without what the tables say of each trial anyway."""
     said = ("workload", "seed", "policy", "policy_name", "policy_options")
     return {key: value for key, value in trial.config.items() if key not in said}
+
+
+def _grouped(results: Results, rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows, workload by workload and in each family by family, the baseline first."""
+    order = [(results.suite.baseline,), *(family.members for family in families(results))]
+    workloads = dict.fromkeys(row.workload for row in rows)
+    cells = [(name, own) for name in workloads for own in order]
+    groups = ([row for row in rows if row.workload == name and row.policy in own] for name, own in cells)
+    return [group for group in groups if group]
+
+
+def _legend(results: Results) -> list[tuple[str, str]]:
+    """The baseline and each family, with the swatch that stands for it."""
+    names = [results.suite.baseline, *(family.name for family in families(results))]
+    return [(name, swatch(place)) for place, name in enumerate(names)]
+
+
+def _missing_seeds(results: Results) -> list[tuple[str, str, str]]:
+    """Workload, policy and the seeds of the trials that were not run."""
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for workload, policy, seed in results.missing():
+        seeds.setdefault((workload, policy), []).append(str(seed))
+    return [(workload, policy, ", ".join(found)) for (workload, policy), found in seeds.items()]
 
 
 def _caches(results: Results) -> list[tuple[str, float]]:

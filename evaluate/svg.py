@@ -36,6 +36,7 @@ _STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
+    "axes.titley": 1.0,  # else its place is looked for, which takes a fifth of the time that many panels take
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.facecolor": "none",

@@ -2,43 +2,55 @@
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from evaluate.area import LOSS, FamilyArea, areas
+from evaluate.families import rival
+from evaluate.hindsight import Oracle, find_oracles, oracles_beside, shares_of_saving
 from evaluate.results import COST_AXES, Results, read_results
 from evaluate.statistics import Estimate, Row, compare, headline
 
 _LABEL_WIDTH = 20
 _GAP = "  "
+_Blocks = list[tuple[str, list[tuple[str, ...]]]]
 
 
-def print_table(folder: Path) -> None:
-    """Print the results in `folder` as a table, with what was left out of it."""
-    text = table(read_results(folder), shutil.get_terminal_size((120, 24)).columns)
+def print_table(folder: Path, oracles: Path | None = None) -> None:
+    """Print the results in `folder` as a table, with what was left out of it.
+
+    oracles: the folder of the files that `python -m evaluate oracle` wrote; by default `oracle` beside `folder`.
+    """
+    results = read_results(folder)
+    found, _ = find_oracles(oracles or oracles_beside(folder), results)
+    text = table(results, shutil.get_terminal_size((120, 24)).columns, found)
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, errors="replace").decode(encoding))
 
 
-def table(results: Results, width: int) -> str:
-    """The rows of each workload under its name, the legend, and what was left out, in lines of at most `width`."""
+def table(results: Results, width: int, oracles: Mapping[str, Oracle] | None = None) -> str:
+    """The rows of each workload under its name, the families' areas, the legend, and what was left out.
+
+    Lines of rows are of at most `width`. oracles: by workload; their column is left out where there are none.
+    """
     rows = compare(results)
+    shares = shares_of_saving(rows, oracles or {}, results.suite.margin)
     speedup = "CPU speedup" if results.suite.cost == "cpu_seconds" else "speedup"
     header = ("policy", "accuracy %", "difference", "verdict", speedup, "FLOPs", "own time", "seeds", "div")
-    blocks: list[tuple[str, list[tuple[str, ...]]]] = []
+    blocks: _Blocks = []
     for row in rows:
         title = shortened(row.workload, width) if row.workload is not None else "all workloads"
         if not blocks or blocks[-1][0] != title:
             blocks.append((title, []))
-        blocks[-1][1].append(_cells(row))
+        share = (percent(shares.get((row.workload, row.policy))),) if shares else ()
+        blocks[-1][1].append((*_cells(row), *share))
     lines = [shortened(results.suite.name, width), ""]
-    for part in _columns_that_fit(header, [cells for _, block in blocks for cells in block], width):
-        widths = [max(len(header[i]), *(len(cells[i]) for _, block in blocks for cells in block)) for i in part]
-        lines.append(_line([header[i] for i in part], widths))
-        for title, block in blocks:
-            lines.append(title)
-            lines += [_line([cells[i] for i in part], widths) for cells in block]
-        lines.append("")
-    return "\n".join([*lines, *notes(results), "", plain(headline(results, rows))])
+    lines += _columns((*header, "of oracle") if shares else header, blocks, width)
+    found = areas(results)
+    lines += _area_lines(found, width) if found else []
+    more = [_area_note(results)] if found else []
+    more += [oracle_note(oracle) for oracle in (oracles or {}).values()]
+    return "\n".join([*lines, *notes(results), *map(plain, more), "", plain(headline(results, rows))])
 
 
 def notes(results: Results) -> list[str]:
@@ -60,6 +72,14 @@ def notes(results: Results) -> list[str]:
     return lines + [f"left out: {plain(fault)}" for fault in results.faults]
 
 
+def oracle_note(oracle: Oracle) -> str:
+    """What an oracle is, for those who read of a share of its saving."""
+    return (
+        f"Oracle of {oracle.workload}: the best of {oracle.tried} freezing schedules, found on the test set: an upper "
+        "limit of what freezing could save, part of it luck"
+    )
+
+
 def points(difference: Estimate) -> str:
     """An accuracy difference in percentage points, with its interval."""
     return f"{difference.mean * 100:+.2f}" + _interval(difference, 100, 2, "+")
@@ -68,6 +88,16 @@ def points(difference: Estimate) -> str:
 def times(ratio: Estimate) -> str:
     """A ratio with its interval."""
     return f"{ratio.mean:.2f}x" + _interval(ratio, 1, 2, "")
+
+
+def area(value: Estimate) -> str:
+    """An area under a front with its interval."""
+    return f"{value.mean:.3f}" + _interval(value, 1, 3, "")
+
+
+def area_difference(value: Estimate) -> str:
+    """An area less another with its interval."""
+    return f"{value.mean:+.3f}" + _interval(value, 1, 3, "+")
 
 
 def accuracy(row: Row) -> str:
@@ -115,6 +145,38 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.finished}/{row.planned}",
         str(row.diverged) if not row.failed else f"{row.diverged}+{row.failed}!",
     )
+
+
+def _area_lines(found: Sequence[FamilyArea], width: int) -> list[str]:
+    """A line for each family, the largest area first."""
+    other = rival([row.family for row in found])
+    header = ("family", "settings", "area", *([f"to {shortened(other.name, _LABEL_WIDTH)}"] if other else []))
+    cells: list[tuple[str, ...]] = []
+    for row in found:
+        to_rival = [area_difference(row.to_rival) if row.to_rival else "-"] if other else []
+        name = "  " + shortened(row.family.name, _LABEL_WIDTH)
+        cells.append((name, str(len(row.family.members)), area(row.area), *to_rival))
+    return _columns(header, [("area under the front", cells)], width)
+
+
+def _area_note(results: Results) -> str:
+    return (
+        f"area: the mean, over all costs up to that of {results.suite.baseline}, of the accuracy that a policy's "
+        f"settings keep at that cost: 1 for all of it, 0 for {LOSS * 100:g} points less"
+    )
+
+
+def _columns(header: Sequence[str], blocks: _Blocks, width: int) -> list[str]:
+    """Titled blocks of cells under one header; what is too wide comes as several tables below each other."""
+    lines = []
+    for part in _columns_that_fit(header, [cells for _, block in blocks for cells in block], width):
+        widths = [max(len(header[i]), *(len(cells[i]) for _, block in blocks for cells in block)) for i in part]
+        lines.append(_line([header[i] for i in part], widths))
+        for title, block in blocks:
+            lines.append(title)
+            lines += [_line([cells[i] for i in part], widths) for cells in block]
+        lines.append("")
+    return lines
 
 
 def _columns_that_fit(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:

@@ -1,15 +1,18 @@
-"""Accuracy against training cost: a point with intervals for each policy, and the Pareto front."""
+"""Accuracy against training cost in one plane: a point with intervals for each policy, and the Pareto front."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
+from evaluate.families import MANY, places
+from evaluate.pareto import unbeaten
 from evaluate.results import COST_AXES, Results
 from evaluate.statistics import Row, overall
 from evaluate.svg import BAND, INK, Plot, colour, drawn, marker
@@ -43,6 +46,7 @@ class Point:
     """A policy in the plane of cost and accuracy."""
 
     place: int
+    """Among the colours: 0 for the baseline, then one for all settings of a family."""
     label: str
     cost: Span
     accuracy: Span
@@ -50,14 +54,25 @@ class Point:
 
 def overall_plot(results: Results, rows: Sequence[Row]) -> Plot:
     """All workloads together, relative to the baseline."""
-    points = _points(results, overall(rows), cost_unit=100.0, accuracy_zero=0.0)
+    points = relative_points(results, rows)
     title = _unbeaten(points)
-    axes = (f"training cost, % of {shortened(results.suite.baseline, 20)}", "accuracy difference, points")
+    axes = (cost_label(results), "accuracy difference, points")
     note = (
         f"Cost in {COST_AXES[results.suite.cost]}. Whiskers: 95 % intervals over paired seeds. Dashed: the Pareto "
         f"front of the means. Shaded: more than {results.suite.margin * 100:g} points lost."
     )
-    return Plot(title, _draw(points, axes, -results.suite.margin * 100, f"All workloads: {title}"), note)
+    svg = _draw(points, axes, -results.suite.margin * 100, f"All workloads: {title}")
+    return Plot(title, svg, f"{note} {_looks(points)}".strip())
+
+
+def relative_points(results: Results, rows: Sequence[Row]) -> list[Point]:
+    """Every policy over all workloads: cost in percent of the baseline's, accuracy in points above the baseline's."""
+    return _points(results, overall(rows), cost_unit=100.0, accuracy_zero=0.0)
+
+
+def cost_label(results: Results) -> str:
+    """What such a cost is called at an axis."""
+    return f"training cost, % of {shortened(results.suite.baseline, 20)}"
 
 
 def workload_plot(results: Results, rows: Sequence[Row], workload: str) -> Plot | None:
@@ -72,16 +87,23 @@ def workload_plot(results: Results, rows: Sequence[Row], workload: str) -> Plot 
     points = _points(results, [row for row in rows if row.workload == workload], fmean(costs), zero)
     title = _unbeaten(points)
     labels = (f"training cost, {COST_AXES[results.suite.cost]}", "test accuracy, %")
-    return Plot(title, _draw(points, labels, zero - results.suite.margin * 100, f"{workload}: {title}"))
+    svg = _draw(points, labels, zero - results.suite.margin * 100, f"{workload}: {title}")
+    return Plot(title, svg, _looks(points))
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
     """Those points that no other matches in cost and accuracy and beats in one of them, cheapest first."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.cost.value, -point.accuracy.value)):
-        if not front or point.accuracy.value > front[-1].accuracy.value:
-            front.append(point)
-    return front
+    return unbeaten(points, lambda point: point.cost.value, lambda point: point.accuracy.value)
+
+
+def _looks(points: Sequence[Point]) -> str:
+    """What the points' looks mean; empty where each has its own and its name."""
+    parts = []
+    if len({point.place for point in points}) < len(points):
+        parts.append("Points that look alike are settings of one policy.")
+    if len(points) > MANY:
+        parts.append("Named, and with whiskers: those on the front.")
+    return " ".join(parts)
 
 
 def _unbeaten(points: Sequence[Point]) -> str:
@@ -94,9 +116,8 @@ def _unbeaten(points: Sequence[Point]) -> str:
 
 def _points(results: Results, rows: Sequence[Row], cost_unit: float, accuracy_zero: float) -> list[Point]:
     """The baseline at (cost_unit, accuracy_zero), and every policy that has a pair, in relation to it."""
-    points = []
+    known, points = places(results), []
     for row in rows:
-        place = results.policies.index(row.policy)
         if row.policy == results.suite.baseline and row.accuracy is not None:
             cost, accuracy = Span(*[cost_unit] * 3), Span(*[accuracy_zero] * 3)
         elif row.difference and row.speedup:
@@ -108,7 +129,7 @@ def _points(results: Results, rows: Sequence[Row], cost_unit: float, accuracy_ze
             accuracy = Span(*(accuracy_zero + 100 * value for value in span))
         else:
             continue
-        points.append(Point(place, row.policy, cost, accuracy))
+        points.append(Point(known[row.policy], row.policy, cost, accuracy))
     return points
 
 
@@ -121,10 +142,14 @@ def _draw(points: Sequence[Point], labels: tuple[str, str], floor: float, title:
             axes.set_xlim(_limits([point.cost for point in points], 0.0))
             axes.set_ylim(_limits([point.accuracy for point in points], -math.inf))
             axes.axhspan(min(floor, axes.get_ylim()[0]) - 1.0, floor, color=BAND, linewidth=0)
-        _front(axes, pareto(points))
+        front = pareto(points)
+        told = front if len(points) > MANY else points
+        _front(axes, front)
         for point in points:
-            _point(axes, point)
-        _label(figure, axes, points)
+            _point(axes, point, whole=point in told)
+        if told is points:
+            _join(axes, points)
+        _label(figure, axes, points, told)
 
     return drawn(_HEIGHT, draw, title)
 
@@ -138,7 +163,8 @@ def _limits(spans: Sequence[Span], least: float) -> tuple[float, float]:
     spread = max(values) - min(values) or abs(values[0]) * 0.05 or 1.0
     low = max(min(span.low for span in spans), min(values) - spread)
     high = min(max(span.high for span in spans), max(values) + spread)
-    return max(low - 0.08 * (high - low), least), high + 0.08 * (high - low)
+    room = 0.08 * (high - low) or spread
+    return max(low - room, least), high + room
 
 
 def _front(axes: Axes, front: Sequence[Point]) -> None:
@@ -163,26 +189,39 @@ def _steps(axes: Axes, front: Sequence[Point]) -> list[Bbox]:
     return boxes
 
 
-def _point(axes: Axes, point: Point) -> None:
+def _join(axes: Axes, points: Sequence[Point]) -> None:
+    """A thin line through the settings of each family, cheapest first."""
+    for place in {point.place for point in points}:
+        own = sorted((p.cost.value, p.accuracy.value) for p in points if p.place == place)
+        if len(own) > 1:
+            axes.plot(*zip(*own, strict=True), color=colour(place), linewidth=0.9, alpha=0.6)
+
+
+def _point(axes: Axes, point: Point, *, whole: bool) -> None:
+    """A marker; the whole point has its whiskers too, and stands before those that have none."""
     cost, accuracy = point.cost, point.accuracy
+    look: dict[str, Any] = {"color": colour(point.place), "marker": marker(point.place)}
+    if not whole:
+        axes.plot(cost.value, accuracy.value, markersize=5, alpha=0.6, zorder=2, **look)
+        return
     axes.errorbar(
         cost.value,
         accuracy.value,
         xerr=[[cost.value - cost.low], [cost.high - cost.value]],
         yerr=[[accuracy.value - accuracy.low], [accuracy.high - accuracy.value]],
-        color=colour(point.place),
-        marker=marker(point.place),
         markersize=7,
         elinewidth=1.3,
         zorder=3,
+        **look,
     )
 
 
-def _label(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
-    """Name each point where there is room beside it; the legend names them all."""
+def _label(figure: Figure, axes: Axes, points: Sequence[Point], told: Sequence[Point]) -> None:
+    """Name each of the points to be told where there is room beside it; the tables name them all."""
     figure.draw_without_rendering()
-    taken = [box for point in points for box in _boxes(axes, point)] + _steps(axes, pareto(points))
-    for point in points:
+    taken = [box for point in told for box in _boxes(axes, point)] + _steps(axes, pareto(points))
+    taken += [_boxes(axes, point)[0] for point in points if point not in told]
+    for point in told:
         for x, y, horizontal, vertical in _SIDES:
             text = axes.annotate(
                 shortened(point.label, 22),

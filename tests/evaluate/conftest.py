@@ -79,12 +79,24 @@ def made_up_trial(workload: str, policy: str, seed: int, **changes: Any) -> dict
         "patterns": [],
         "step_cost": step_cost,
         "slots": 2,
-        "config": {"recipe": {"epochs": 10, "lr": 0.1, "batch_size": 64}, "workload": workload, "seed": seed},
+        "config": {
+            "recipe": {"epochs": 10, "lr": 0.1, "batch_size": 64},
+            "source": workload.split("-")[0],
+            "policy": entry(policy),
+            "workload": workload,
+            "seed": seed,
+        },
         "versions": {"smartfrz": "0.1.0", "torch": "2.14.1", "python": "3.11.2"},
         "hardware": {"cpu": "Some CPU @ 2.5 GHz", "cores": 2, "gpu": None},
         "started": "2026-01-05T10:00:00+00:00",
     }
     return row | changes
+
+
+def entry(label: str, **changes: Any) -> dict[str, Any]:
+    """What a trial's configuration says of its policy, as far as the label tells it."""
+    name, _, cached = label.partition(", ")
+    return {"name": name.split(" ")[0], "label": label, "options": {}, **({"cache": True} if cached else {}), **changes}
 
 
 def diverged(row: dict[str, Any]) -> dict[str, Any]:
@@ -176,6 +188,18 @@ def trial() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
+def oracle() -> Callable[..., Path]:
+    """`write_oracle`."""
+    return write_oracle
+
+
+@pytest.fixture
+def told() -> Callable[..., dict[str, Any]]:
+    """`entry`."""
+    return entry
+
+
+@pytest.fixture
 def lost() -> Callable[[dict[str, Any]], dict[str, Any]]:
     """`diverged`."""
     return diverged
@@ -192,6 +216,46 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from evaluate.report import make_report
 
     return make_report(write_suite(tmp_path_factory.mktemp("whole"), whole_suite()))
+
+
+MANY_FAMILIES = (
+    *("shorter", "static", "random", "linear", "gradual", "freezeout", "spfde", "autofreeze", "pipetransformer"),
+    *("greentrainer", "slimfit", "lisa", "egeria", "simfreeze", "smartfrz"),
+    *("static, cached", "linear, cached", "egeria, cached", "simfreeze, cached", "smartfrz, cached"),
+)
+"""Twenty: with two settings each, the first four with three, and the baseline, 45 policies."""
+
+
+def many_rows() -> list[dict[str, Any]]:
+    """A workload and two seeds under 45 policies."""
+    labels = ["none"]
+    for place, family in enumerate(MANY_FAMILIES):
+        name, comma, cached = family.partition(", ")
+        labels += [f"{name} {setting}{comma}{cached}" for setting in (0.3, 0.5, 0.7)[: 3 if place < 4 else 2]]
+    return [made_up_trial("digits-mlp", label, seed) for seed in range(2) for label in labels]
+
+
+@pytest.fixture(scope="session")
+def many_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of 45 policies, with an oracle of its workload."""
+    from evaluate.report import make_report
+
+    folder = tmp_path_factory.mktemp("many")
+    write_oracle(folder / "oracle", "digits-mlp")
+    return make_report(write_suite(folder / "suite", many_rows()))
+
+
+def write_oracle(folder: Path, workload: str, **changes: Any) -> Path:
+    """An oracle's file for a made-up workload: 40 % of the FLOPs for 1 point, 70 % for none."""
+    cheap = {"flops_share": 0.4, "difference": -0.01, "accuracy": 0.9, "fronts": [[0.2, 0.5]]}
+    safe = {"flops_share": 0.7, "difference": 0.0, "accuracy": 0.91, "fronts": [[0.5, 0.5]]}
+    row = made_up_trial(workload, "none", 0)
+    facts = {"workload": workload, "recipe": row["config"]["recipe"], "source": row["config"]["source"]}
+    content = facts | {"seeds": [0, 1, 2], "tried": 60, "front": [cheap, safe]} | changes
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{workload}.json"
+    path.write_text(json.dumps(content))
+    return path
 
 
 @pytest.fixture(scope="session")

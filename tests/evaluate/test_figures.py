@@ -4,11 +4,12 @@ import re
 
 import pytest
 
+from evaluate.families import families
 from evaluate.figures import frozen_share, frozen_spans, loss_plot, step_cost_plot, timeline_plots
 from evaluate.results import read_results
 from evaluate.statistics import compare
 from evaluate.svg import colour, drawn, marker, swatch
-from evaluate.tradeoff import Point, Span, overall_plot, pareto, workload_plot
+from evaluate.tradeoff import Point, Span, overall_plot, pareto, relative_points, workload_plot
 
 
 def frozen(write, trial, events, steps=100, layers=3):
@@ -106,3 +107,24 @@ def test_a_loss_that_was_taken_once_is_no_line(write, trial):
     assert loss_plot(read_results(write(rows)), "a") is None
     rows = [trial("a", policy, 0, curve=[{**once[0], "step": 5}, *once]) for policy in ("none", "linear")]
     assert loss_plot(read_results(write(rows)), "a") is not None
+
+
+def test_settings_of_a_policy_share_a_panel_and_their_looks(write, trial):
+    labels = ("none", "static 0.3", "static 0.6", "linear")
+    results = read_results(write([trial("digits-mlp", label, seed) for label in labels for seed in (0, 1)]))
+    plot = step_cost_plot(results, "digits-mlp")
+    titles = [text for text in re.findall(r"<text[^>]*>([^<]*)</text>", plot.svg) if text in (*labels, "static")]
+    assert titles == ["static", "linear"]
+    assert plot.note == "Grey: the baseline. Several settings of a policy: the paler, the later in the suite."
+    assert [point.place for point in relative_points(results, compare(results))] == [0, 1, 1, 2]
+    assert "Points that look alike are settings of one policy." in overall_plot(results, compare(results)).note
+
+
+def test_of_many_policies_a_timeline_shows_a_family(many_page):
+    results = read_results(many_page.parent)
+    plots, idle = timeline_plots(results, "digits-mlp")
+    names = [family.name for family in families(results)]
+    assert {*(plot.title.split(" kept ")[0] for plot in plots), *idle} == set(names)
+    static = next(plot for plot in plots if plot.title.startswith("static kept "))
+    assert re.fullmatch(r"static kept \d+( to \d+)? % of layers x steps frozen", static.title)
+    assert [f"static {setting}" in static.svg for setting in (0.3, 0.5, 0.7)] == [True] * 3

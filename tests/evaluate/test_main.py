@@ -81,4 +81,6 @@ def test_what_cannot_work_is_told_before_any_training(suite, tmp_path, monkeypat
         main(["run-suite", "--suite", "quick", "--predictor", "gone.safetensors"])
     with pytest.raises(FileFault, match=r"suite\.json"):
         main(["report", str(tmp_path)])
+    with pytest.raises(UsageError, match="--oracles gone: there is no such folder"):
+        main(["report", str(tmp_path), "--oracles", "gone"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mixed.toml"]

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from evaluate.area import areas
 from evaluate.report import distinct, make_report
 from evaluate.results import read_results
 from evaluate.statistics import compare
+from evaluate.tradeoff import pareto, relative_points
 from predictor.errors import FileFault
 
 
@@ -82,10 +84,10 @@ def test_the_headline_and_what_is_left_out_stand_above_the_first_table(text):
 
 def test_every_figure_is_there(text):
     tags = Elements(text).tags
-    # one over all; for each workload accuracy, loss and step cost, and timelines of the three policies that freeze
-    assert sum(tag == "figure" for tag, _ in tags) == 1 + 3 * (3 + 3)
+    # one over all, one of curves; for each workload accuracy, loss and step cost, and timelines of three that freeze
+    assert sum(tag == "figure" for tag, _ in tags) == 2 + 3 * (3 + 3)
     named = [attributes["aria-label"] for tag, attributes in tags if tag == "svg" and attributes.get("role") == "img"]
-    assert len(named) == len(set(named)) == 19
+    assert len(named) == len(set(named)) == 20
 
 
 def test_the_set_up_is_shown(text):
@@ -192,3 +194,78 @@ def test_a_cache_is_told_of_where_there_was_one(write, trial, text):
     page = make_report(write(rows)).read_text(encoding="utf-8")
     assert "the frozen front was skipped: static, cached, 65 % of the batches. FLOPs" in page
     assert "the frozen front was skipped" not in text
+
+
+@pytest.fixture(scope="module")
+def many(many_page):
+    return many_page.read_text(encoding="utf-8")
+
+
+def test_forty_five_policies_are_drawn_by_family(many):
+    tags = Elements(many).tags
+    # one over all, two of curves; accuracy, loss, step cost, and timelines of all families that freeze
+    timelines = len(re.findall("% of layers x steps frozen</figcaption>", many))
+    assert sum(tag == "figure" for tag, _ in tags) == 3 + 3 + timelines
+    assert 18 <= timelines <= 20
+    assert "45 policies of 21 kinds" in many
+    assert sum(tag == "tbody" for tag, _ in tags) == 21 + 1 + 21 + 1  # verdicts, areas, full table, trials
+    assert len(many) < 2e6
+
+
+def test_only_the_unbeaten_of_many_are_named_in_the_overall_plot(many_page, many):
+    results = read_results(many_page.parent)
+    plot = re.findall(r"<figure>.*?</figure>", many, flags=re.DOTALL)[0]
+    front = pareto(relative_points(results, compare(results)))
+    named = [text for text in re.findall(r"<text[^>]*>([^<]*)</text>", plot) if text in results.policies]
+    assert named
+    assert set(named) <= {point.label for point in front}
+    assert "Named, and with whiskers: those on the front." in plot
+
+
+def test_areas_stand_in_a_table_the_largest_first(many_page, many):
+    (table,) = re.findall(r'<table class="areas sortable">.*?</table>', many, flags=re.DOTALL)
+    cells = Elements(table).cells
+    assert cells[:4] == ["Policy", "Settings", "Area", "Less that of shorter"]
+    found = areas(read_results(many_page.parent))
+    assert cells[4::4] == [row.family.name for row in found]
+    assert cells[5::4] == [str(len(row.family.members)) for row in found]
+    first = found[0].area
+    assert cells[6] == f"{first.mean:.3f} [{first.low:.3f}, {first.high:.3f}]".replace("-", "\N{MINUS SIGN}")
+    assert cells[4 + 4 * cells[4::4].index("shorter") + 3] == "\N{EN DASH}"
+
+
+def test_the_oracles_saving_has_a_column_where_there_is_an_oracle(many, text):
+    assert "Of the oracle's saving" not in text
+    assert "oracle" not in text[text.index("<body") :].lower()
+    assert many.count(">Of the oracle's saving<") == 1
+    assert "the best of 60 freezing schedules, found on the test set: an upper limit" in many
+    rows = re.findall(r"<tr>(?:(?!</tr>).)*</tr>", many[many.index('id="table"') :], flags=re.DOTALL)
+    shares = {cells[1]: cells[7] for row in rows if len(cells := Elements(row).cells) == 12 and cells[0] != "Workload"}
+    assert len(shares) == 45
+    assert shares["none"] == "-"
+    assert all(share.endswith(" %") for label, share in shares.items() if label != "none")
+
+
+def test_an_oracle_that_does_not_fit_is_named_and_not_used(write, trial, oracle):
+    folder = write([trial("digits-mlp", label, 0) for label in ("none", "linear")])
+    oracle(folder.parent / "elsewhere", "digits-mlp", source="<b>other</b>")
+    page = make_report(folder, folder.parent / "elsewhere").read_text(encoding="utf-8")
+    assert "oracle not used</b>: " in page
+    assert "Of the oracle" not in page
+    assert "none: every planned trial finished" not in page
+
+
+def test_each_policys_card_is_closed_until_it_is_asked_for(many):
+    section = many[many.index('<section id="policies">') : many.index('<section id="left-out">')]
+    assert section.count("<details>") == 16
+    assert "<details open>" not in section
+    assert "<b>shorter</b> Trains every layer for fewer steps" in section
+    assert "<b>Rule.</b> steps = round(budget * planned steps)." in section
+
+
+def test_what_was_not_run_is_told_by_policy(write, trial):
+    folder = write([trial("a", "none", 0)], policies=["none", "late"], seeds=[0, 1, 2])
+    page = make_report(folder).read_text(encoding="utf-8")
+    assert "not run</b>: 5 trials" in page
+    assert "<li>a, none, seed 1, 2</li>" in page
+    assert "<li>a, late, seed 0, 1, 2</li>" in page

@@ -153,7 +153,7 @@ def test_a_reader_sees_the_whole_page(browser: Browser, page: Path, scheme: str,
     rows = [row for row in compare(read_results(page.parent)) if row.workload is None]
     assert browser.run(VERDICTS) == [[row.policy, row.verdict] for row in rows]
     drawn = browser.run("[...document.querySelectorAll('figure svg')].map((svg) => svg.getBoundingClientRect().height)")
-    assert len(drawn) == 19
+    assert len(drawn) == 20
     assert min(drawn) > 80
     assert browser.run(CUT_OFF) == []
 
@@ -211,3 +211,34 @@ def test_a_click_on_a_heading_sorts_the_table(browser: Browser, page: Path) -> N
     assert values == sorted(values, reverse=True)
     assert browser.run(heading.format(3) + ".getAttribute('aria-sort')") is None
     assert sorted(browser.run(COLUMN.format(3))) == sorted(before)
+
+
+@pytest.mark.parametrize(("scheme", "width"), SIZES)
+def test_forty_five_policies_fit(browser: Browser, many_page: Path, scheme: str, width: int) -> None:
+    browser.open(many_page, width=width, scheme=scheme)
+    assert browser.faults() == []
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    assert browser.run(CUT_OFF) == []
+    assert browser.run("document.querySelectorAll('.verdicts tbody tr').length") == 45
+    assert browser.run("document.documentElement.scrollHeight") < (18_000 if width < 600 else 12_000)
+
+
+def test_headings_stay_in_sight_while_a_long_table_scrolls(browser: Browser, many_page: Path) -> None:
+    browser.open(many_page)
+    for box in (".box", "#table .scroll"):
+        browser.run(f"document.querySelector('{box}').scrollTop = 900")
+        top = f"document.querySelector('{box} thead th').getBoundingClientRect().top"
+        assert 0 <= browser.run(f"{top} - document.querySelector('{box}').getBoundingClientRect().top") <= 2
+        assert browser.run(f"document.querySelector('{box} tbody tr').getBoundingClientRect().bottom - {top}") < 0
+
+
+def test_sorting_takes_groups_apart_and_loses_no_row(browser: Browser, many_page: Path) -> None:
+    browser.open(many_page)
+    column = "[...document.querySelectorAll('.verdicts tbody tr')].map((row) => row.cells[3].innerText)"
+    before = browser.run(column)
+    browser.run("document.querySelectorAll('.verdicts thead button')[3].click()")
+    after = browser.run(column)
+    assert sorted(after) == sorted(before)
+    values = [number(text) for text in after]
+    assert values == sorted(values)
+    assert browser.run("document.querySelectorAll('.verdicts tbody').length") == 1

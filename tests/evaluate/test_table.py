@@ -2,6 +2,8 @@
 
 import pytest
 
+from evaluate.area import areas
+from evaluate.hindsight import read_oracle
 from evaluate.results import read_results
 from evaluate.table import plain, print_table, shortened, table
 
@@ -86,3 +88,31 @@ def test_a_terminal_of_another_encoding_is_printed_to(folder, monkeypatch, tmp_p
         monkeypatch.setattr("sys.stdout", out)
         print_table(folder)
     assert "smartfrz" in (tmp_path / "out").read_text()
+
+
+def test_areas_of_families_are_listed_the_largest_first(folder):
+    text = table(read_results(folder), 200)
+    lines = text[text.index("family ") :].splitlines()
+    assert lines[0].split() == ["family", "settings", "area", "to", "shorter", "0.7"]
+    assert lines[1] == "area under the front"
+    found = areas(read_results(folder))
+    assert [line.strip().split("  ")[0] for line in lines[2:6]] == [row.family.name for row in found]
+    assert f"{found[0].area.mean:.3f} [" in lines[2]
+    assert line_of(text, "shorter 0.7", "area under the front").split()[-1] == "-"
+    assert "1 for all of it, 0 for 5 points less" in text
+
+
+def test_without_another_policy_there_is_no_area(write, trial):
+    assert "area" not in table(read_results(write([trial("a", "none", 0)])), 200)
+
+
+def test_the_share_of_an_oracles_saving_has_a_column_where_there_is_an_oracle(write, trial, oracle, tmp_path):
+    rows = [trial("a", "none", 0, flops=1000), trial("a", "fast", 0, flops=850), trial("b", "none", 0)]
+    rows[1]["accuracy"] = rows[0]["accuracy"]
+    results = read_results(write(rows))
+    found = {"a": read_oracle(oracle(tmp_path, "a"))}
+    text = table(results, 200, found)
+    assert line_of(text, "fast", "a").split()[-2:] == ["50", "%"]
+    assert line_of(text, "none", "a").split()[-1] == "-"
+    assert "Oracle of a: the best of 60 freezing schedules, found on the test set: an upper limit" in text
+    assert "racle" not in table(results, 200)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from predictor.attention import PredictorConfig
     from predictor.fit import FitConfig, FitResult
     from predictor.sampling import SampleSpec
+    from predictor.splits import HeldOut
     from predictor.windows import WindowSet
 
 _DATA = Path("runs/trajectories.h5")
@@ -25,6 +26,7 @@ _LABEL_FLAGS = ("label_threshold", "label_dip", "learn_threshold")
 # What a trial of `tune` does not choose itself.
 _FIXED = ("epochs", "patience", "epoch_windows", "validation", "test", "split_seed", "seed", "device")
 _LEARN_THRESHOLDS = (0.95, 0.97, 0.99)
+_NOTHING = "none"
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -71,6 +73,9 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-threshold", type=float, default=0.98, help=text)
     text = "how far it may fall below that again (default: %(default)s)"
     parser.add_argument("--label-dip", type=float, default=0.0, help=text)
+    text = "families and sources that are not learnt from but judged on: a TOML file, or `none` for a predictor to be "
+    text += "used and not judged (default: data/held_out.toml)"
+    parser.add_argument("--held-out", metavar="PATH", help=text)
     add_wandb_flag(parser)
 
 
@@ -101,19 +106,28 @@ def _flag(name: str, value: Any) -> str:
 def _train(flags: argparse.Namespace) -> None:
     from predictor.attention import PredictorConfig
     from predictor.fit import FitConfig, fit
+    from predictor.heldout import known, panel_of, unseen
 
     if flags.out.suffix != _OUT.suffix:
         raise UsageError(f"--out {flags.out}: name a file that ends in {_OUT.suffix}")
     config, settings = cli.from_flags(PredictorConfig, flags), cli.from_flags(FitConfig, flags)
     _use_one_thread()
-    windows, spec = _read(flags, config.window)
+    held_out = _held_out(flags)
+    if flags.settings:
+        _check_settings(flags.settings, held_out)
+    windows, spec = _read(flags, config.window, held_out)
     if config.weights > spec.weights:
         print(f"weights: {config.weights} asked for, {spec.weights} recorded: taking those")
         config = replace(config, weights=spec.weights)
-    learn_from = None if flags.learn_threshold is None else _relabelled(flags, windows, flags.learn_threshold)
+    learn_from = None
+    if flags.learn_threshold is not None:
+        learn_from = _relabelled(flags, windows, flags.learn_threshold, held_out)
     with start_tracker("train", flags.wandb, flags.out.with_suffix(""), _told(flags)) as tracker:
         result = fit(windows, spec, config, settings, learn_from=learn_from, tracker=tracker)
-        card = _card(flags, windows, result, settings)
+        card = _card(flags, windows, result, settings, held_out)
+        panel = panel_of(windows, result, settings, learn_from)
+        card["test"] = known(panel, windows.subset(result.split.test))
+        card["unseen"] = unseen(panel, _held_out_windows(flags, config.window, held_out))
         _finish(flags, windows, learn_from, result, config, settings, card)
         figures = {f"test_{name}": value for name, value in card["test"]["overall"]["attention"].items()}
         tracker.log(figures, len(result.fitted.history))
@@ -128,17 +142,16 @@ def _finish(
     settings: "FitConfig",
     card: dict[str, Any],
 ) -> None:
-    """Judge, draw, write and print. The file is written before the long part, so that breaking it off loses nothing."""
+    """Write, draw and print. The file is written before the long part, so that breaking it off loses nothing."""
     from tqdm import tqdm
 
     from predictor import plots
     from predictor.attention import save_predictor
     from predictor.card import figures_text
     from predictor.files import write_json
-    from predictor.heldout import held_out, transfer
+    from predictor.heldout import transfer
 
     folder = flags.out.with_suffix("")
-    card["test"] = held_out(windows, result, settings, learn_from)
     save_predictor(flags.out, result.file(card))
     plots.learning_curve(result.fitted.history, result.fitted.best_epoch, folder / "learning_curve.png")
     plots.calibration_curve(card["test"]["calibration"], folder / "calibration.png")
@@ -164,12 +177,13 @@ def _finish(
 
 
 def _card(
-    flags: argparse.Namespace, windows: "WindowSet", result: "FitResult", settings: "FitConfig"
+    flags: argparse.Namespace, windows: "WindowSet", result: "FitResult", settings: "FitConfig", held_out: "HeldOut"
 ) -> dict[str, Any]:
     from predictor.card import provenance, training_data
 
     return {
         "labels": {name: getattr(flags, name) for name in _LABEL_FLAGS},
+        "held_out": asdict(held_out),
         "data": training_data(windows, asdict(result.split), [path.name for path in flags.data]),
         "training": {
             **asdict(settings),
@@ -189,9 +203,10 @@ def _tune(flags: argparse.Namespace) -> None:
 
     config, settings = cli.from_flags(TuneConfig, flags), cli.from_flags(FitConfig, flags)
     _use_one_thread()
-    windows, _ = _read(flags, window=3)
+    held_out = _held_out(flags)
+    windows, _ = _read(flags, 3, held_out)
     others = [threshold for threshold in _LEARN_THRESHOLDS if threshold != flags.label_threshold]
-    labelled = {flags.label_threshold: windows, **{t: _relabelled(flags, windows, t) for t in others}}
+    labelled = {flags.label_threshold: windows, **{t: _relabelled(flags, windows, t, held_out) for t in others}}
     labels = {"label_threshold": flags.label_threshold, "label_dip": flags.label_dip}
     task = Task(labelled, labels, config, settings)
     with start_tracker("tune", flags.wandb, flags.out, _told(flags)) as tracker:
@@ -215,27 +230,61 @@ def _show(flags: argparse.Namespace) -> None:
     print(f"{flags.file} (sha256 {fingerprint(flags.file)}...)\n{show(file)}")
 
 
-def _read(flags: argparse.Namespace, window: int) -> "tuple[WindowSet, SampleSpec]":
+def _read(flags: argparse.Namespace, window: int, held_out: "HeldOut") -> "tuple[WindowSet, SampleSpec]":
     from data.trajectories.labels import LabelRule
     from data.trajectories.windows import spec_of, trajectories_in, windows_from
+    from predictor.card import held_out_text
 
     rule = LabelRule(flags.label_threshold, flags.label_dip)
-    windows = windows_from(flags.data, window, rule)
+    windows = windows_from(flags.data, window, rule, held_out)
     spec = spec_of(next(trajectories_in(flags.data)))
     families = sorted({run.family for run in windows.runs})
     print(
         f"{', '.join(map(str, flags.data))}: {len(windows.runs)} finished runs of {len(families)} families "
-        f"({', '.join(families)}), {len(windows):,} windows, {windows.labels_N.double().mean():.1%} of them freezable"
+        f"({', '.join(families)}), {len(windows):,} windows, {windows.labels_N.double().mean():.1%} of them freezable\n"
+        f"not learnt from: {held_out_text(asdict(held_out))}"
     )
     return windows, spec
 
 
-def _relabelled(flags: argparse.Namespace, windows: "WindowSet", threshold: float) -> "WindowSet":
+def _held_out_windows(flags: argparse.Namespace, window: int, held_out: "HeldOut") -> "WindowSet":
+    """What a trained predictor is judged on, at last. Nothing else may ask for it."""
+    from data.trajectories.labels import LabelRule
+    from data.trajectories.windows import part_of
+
+    return part_of("held-out", flags.data, window, LabelRule(flags.label_threshold, flags.label_dip), held_out)
+
+
+def _held_out(flags: argparse.Namespace) -> "HeldOut":
+    from data.trajectories.windows import SHIPPED_SPLIT
+    from predictor.splits import HeldOut, read_held_out
+
+    if flags.held_out == _NOTHING:
+        return HeldOut()
+    return read_held_out(Path(flags.held_out or SHIPPED_SPLIT))
+
+
+def _check_settings(path: Path, held_out: "HeldOut") -> None:
+    """Raise UsageError where the settings of a file were chosen on what is held out: that would be known already."""
+    if not held_out.families and not held_out.sources:
+        return
+    chosen_on = json.loads(path.read_text(encoding="utf-8")).get("chosen_on")
+    cure = f"tune again with the same --held-out, or train with --held-out {_NOTHING}"
+    try:
+        seen = held_out.among(chosen_on["families"], chosen_on["sources"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path}: does not say what its settings were chosen on, as `tune` does: {cure}") from error
+    if seen:
+        raise UsageError(f"{path}: settings that were chosen on {', '.join(seen)}, which are held out: {cure}")
+
+
+def _relabelled(flags: argparse.Namespace, windows: "WindowSet", threshold: float, held_out: "HeldOut") -> "WindowSet":
     """The same windows with labels of another threshold; the weights are shared."""
     from data.trajectories.labels import LabelRule
     from data.trajectories.windows import windows_from
 
-    others = windows_from(flags.data, windows.window, LabelRule(threshold, flags.label_dip)).runs
+    rule = LabelRule(threshold, flags.label_dip)
+    others = windows_from(flags.data, windows.window, rule, held_out).runs
     pairs = zip(windows.runs, others, strict=True)
     return replace(windows, runs=tuple(replace(run, labels_TL=other.labels_TL) for run, other in pairs))
 

@@ -1,4 +1,4 @@
-"""What a learned predictor has to beat: the majority class, a clock, and logistic regression on hand-made features."""
+"""What a learned predictor has to beat: the majority class, what is known without the weights, hand-made features."""
 
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from predictor.tokens import motion_of
 from predictor.windows import SIGNALS, WindowSet
 
 _COLUMN = {name: place for place, name in enumerate((*MOTION, *SIGNALS))}
+Features = NDArray[np.floating[Any]]
 
 
 class Judge(Protocol):
@@ -32,15 +33,19 @@ class Majority:
         return np.full(len(windows), self._share)
 
 
-class Clock:
-    """Logistic regression on progress and depth alone: it knows when it is, and nothing about the weights."""
+class FromSignals:
+    """Logistic regression on some of the newest snapshot's signals, named as in SIGNALS, and on nothing of the weights.
 
-    def __init__(self, windows: WindowSet) -> None:
-        self._model = _logistic(_clock_features(windows), windows)
+    With progress and depth it is a clock.
+    """
+
+    def __init__(self, windows: WindowSet, *names: str) -> None:
+        self._names = names
+        self._model = _logistic(signals_NF(windows, *names), windows)
 
     def probability_N(self, windows: WindowSet) -> Floats:
         """Its probabilities."""
-        return _probability(self._model, _clock_features(windows))
+        return _probability(self._model, signals_NF(windows, *self._names))
 
 
 class HandMade:
@@ -59,11 +64,39 @@ class HandMade:
         return _probability(self._model, _hand_made_features(windows, self._weights))
 
 
-def _clock_features(windows: WindowSet) -> NDArray[np.floating[Any]]:
-    return np.stack([windows.progress_N.numpy(), windows.depth_N.numpy()], axis=1)
+class Trees:
+    """Gradient-boosted trees on the features of HandMade: scikit-learn's, by default settings, without early stopping.
+
+    On one thread: several would add the same numbers in another order, and so give other trees.
+    """
+
+    def __init__(self, windows: WindowSet, weights: int) -> None:
+        from sklearn.ensemble import HistGradientBoostingClassifier
+
+        self._weights = weights
+        model = HistGradientBoostingClassifier(early_stopping=False, random_state=0)
+        with _one_thread():
+            self._model = model.fit(_hand_made_features(windows, weights), windows.labels_N.numpy())
+
+    def probability_N(self, windows: WindowSet) -> Floats:
+        """Its probabilities."""
+        with _one_thread():
+            return _probability(self._model, _hand_made_features(windows, self._weights))
 
 
-def _hand_made_features(windows: WindowSet, weights: int) -> NDArray[np.floating[Any]]:
+def signals_NF(windows: WindowSet, *names: str) -> Features:
+    """The newest snapshot's signals of these names, one column each, in the order of the set's index."""
+    columns = [SIGNALS.index(name) for name in names]
+    # The index goes through a run's windows by snapshot, then by layer, and passes over runs that have none.
+    parts = [
+        run.signals_TLS[windows.window - 1 :, :, columns].flatten(0, 1).numpy()
+        for run in windows.runs
+        if len(run.labels_TL) >= windows.window
+    ]
+    return np.concatenate(parts)
+
+
+def _hand_made_features(windows: WindowSet, weights: int) -> Features:
     tokens_NTF = motion_of(windows, weights).numpy()
     newest_NF = tokens_NTF[:, -1]
     oldest_step_N = tokens_NTF[:, 0, _COLUMN["log_step"]]
@@ -72,8 +105,8 @@ def _hand_made_features(windows: WindowSet, weights: int) -> NDArray[np.floating
     return np.column_stack([oldest_step_N, mean_cosine_N, newest_NF[:, [_COLUMN[name] for name in kept]]])
 
 
-def _logistic(features_NF: NDArray[np.floating[Any]], windows: WindowSet) -> Any:
-    """A fitted pipeline. scikit-learn raises ValueError where the labels are all the same: see fit.check_labels."""
+def _logistic(features_NF: Features, windows: WindowSet) -> Any:
+    """A fitted pipeline. scikit-learn raises ValueError where the labels are all the same: see fit.check_windows."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -82,6 +115,14 @@ def _logistic(features_NF: NDArray[np.floating[Any]], windows: WindowSet) -> Any
     return model.fit(features_NF, windows.labels_N.numpy())
 
 
-def _probability(model: Any, features_NF: NDArray[np.floating[Any]]) -> Floats:
+def _one_thread() -> Any:
+    """A context in which OpenMP, which the trees are grown with, has one thread."""
+    # scikit-learn brings it along.
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    return threadpool_limits(1, user_api="openmp")
+
+
+def _probability(model: Any, features_NF: Features) -> Floats:
     probability_N: Floats = model.predict_proba(features_NF)[:, 1].astype(np.float64)
     return probability_N

@@ -1,6 +1,5 @@
 """A predictor's card: what it was trained on and how well it does, as JSON in its file and as text in the terminal."""
 
-import math
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -11,14 +10,20 @@ from typing import Any
 import predictor
 from predictor.attention import PredictorFile
 from predictor.heldout import JUDGES
+from predictor.tables import at, figure, percent, table, text
 from predictor.windows import WindowSet
 
 _MOST_ROWS = 100
+_MOST_GROUPS = 40
 _LEGEND = """\
 AUROC, AP: chance to rank a freezable window above one that is not, and average precision; .5 and the class's share
 by guessing. AP not yet: of finding the windows that may not be frozen yet, the harder class.
 found: share of freezable windows frozen at the threshold. wrongly frozen: share of not-yet-freezable ones frozen.
 false freezes: share of all its freezes that are wrong. n/a: the windows hold one class only, or nothing is frozen."""
+_AT_HALF = """\
+The validation runs of the families it knows chose each judge's threshold. At half: false freezes where half of these
+very freezable windows are frozen, which tells about the ranking alone."""
+_NOT_JUDGED = "nothing. This predictor is to be used and not to be judged: no family and no source was kept from it"
 _COLUMNS = (
     ("accuracy", "accuracy"),
     ("AUROC", "auroc"),
@@ -31,7 +36,15 @@ _COLUMNS = (
     ("false\nfreezes", "false_freezes"),
 )
 _COMPARED = (("AUROC", "auroc"), ("AP not yet", "precision_not_yet"), ("false freezes", "false_freezes"))
-_RIVALS = JUDGES[1:]
+_RIVALS = ("clock", "hand-made", "attention")
+_UNSEEN = (
+    ("AUROC", "auroc"),
+    ("AP not yet", "precision_not_yet"),
+    ("calibration error", "calibration_error"),
+    ("found", "found"),
+    ("false freezes", "false_freezes"),
+    ("false freezes at half", "false_freezes_at_half"),
+)
 
 
 def training_data(windows: WindowSet, parts: dict[str, Sequence[int]], files: Sequence[str]) -> dict[str, Any]:
@@ -74,66 +87,76 @@ def show(file: PredictorFile) -> str:
         ("threshold", f"freezes from probability {file.threshold:.4f}{_why(file.card)}"),
         *_told(file.card),
     ]
-    lines = [f"{name:<11} {text}" for name, text in rows]
+    lines = [f"{name:<11} {told}" for name, told in rows]
     return "\n".join(["freeze predictor", *lines, "", figures_text(file.card)])
 
 
 def figures_text(card: Any) -> str:
-    """The tables of a card: held-out figures by judge, by family, and for families never seen."""
-    parts = [_overall(card), _by_family(card), _transfer(card), _LEGEND]
+    """The tables of a card: test figures by judge, by family, without each family, and on what was held out."""
+    parts = [_overall(card), _by_family(card), _transfer(card), _unseen(card), _LEGEND]
     return "\n\n".join(part for part in parts if part)
 
 
+def held_out_text(held_out: Any) -> str:
+    """The families and sources that a card says were held out, in words."""
+    names = {kind: _listed(at(held_out, kind)) for kind in ("families", "sources")}
+    if not any(names.values()):
+        return _NOT_JUDGED
+    return "; ".join(f"{kind} {', '.join(listed)}" for kind, listed in names.items() if listed)
+
+
 def _told(card: Any) -> list[tuple[str, str]]:
-    data, made = _at(card, "data"), _at(card, "provenance")
-    families = ", ".join(f"{_text(name)} {_text(_at(row, 'train'))}" for name, row in _rows(_at(data, "families")))
-    epochs = f"epoch {_text(_at(card, 'training', 'best_epoch'))} of {_text(_at(card, 'training', 'epochs'))} kept"
-    versions = ", ".join(f"{name} {_text(_at(made, name))}" for name in ("smartfrz", "torch", "python"))
-    runs = f"{_text(_at(data, 'runs'))} runs, {_text(_at(data, 'windows'))} windows"
-    sources = ", ".join(_text(name) for name, _ in _rows(_at(data, "sources")))
+    data, made = at(card, "data"), at(card, "provenance")
+    families = ", ".join(f"{text(name)} {text(at(row, 'train'))}" for name, row in _rows(at(data, "families")))
+    epochs = f"epoch {text(at(card, 'training', 'best_epoch'))} of {text(at(card, 'training', 'epochs'))} kept"
+    versions = ", ".join(f"{name} {text(at(made, name))}" for name in ("smartfrz", "torch", "python"))
+    runs = f"{text(at(data, 'runs'))} runs, {text(at(data, 'windows'))} windows"
+    sources = ", ".join(text(name) for name, _ in _rows(at(data, "sources")))
+    held_out = at(card, "held_out")
     return [
-        ("labels", _rule(_at(card, "labels"))),
-        ("data", f"{runs}, {_percent(_at(data, 'freezable'))} freezable; networks trained on {sources or 'n/a'}"),
+        ("labels", _rule(at(card, "labels"))),
+        ("data", f"{runs}, {percent(at(data, 'freezable'))} freezable; networks trained on {sources or 'n/a'}"),
         ("trained on", f"runs by family: {families or 'n/a'}; {epochs}"),
-        ("made", f"{_text(_at(made, 'made'))} with {versions}"),
+        # Cards from before there was such a split say nothing of it.
+        *([("held out", held_out_text(held_out))] if isinstance(held_out, dict) else []),
+        ("made", f"{text(at(made, 'made'))} with {versions}"),
     ]
 
 
 def _rule(labels: Any) -> str:
-    threshold, dip, learn = (_at(labels, name) for name in ("label_threshold", "label_dip", "learn_threshold"))
-    text = f"may be frozen once its CKA to the final network stays at least {_text(threshold)}"
-    text += f", dips of {_text(dip)} allowed" if dip else ""
-    return text + (f"; learnt from labels of {_text(learn)}" if learn else "")
+    threshold, dip, learn = (at(labels, name) for name in ("label_threshold", "label_dip", "learn_threshold"))
+    told = f"may be frozen once its CKA to the final network stays at least {text(threshold)}"
+    told += f", dips of {text(dip)} allowed" if dip else ""
+    return told + (f"; learnt from labels of {text(learn)}" if learn else "")
 
 
 def _why(card: Any) -> str:
-    allowed = _at(card, "training", "false_freeze")
-    return "" if allowed is None else f", the lowest with at most {_percent(allowed)} false freezes on validation runs"
+    allowed = at(card, "training", "false_freeze")
+    return "" if allowed is None else f", the lowest with at most {percent(allowed)} false freezes on validation runs"
 
 
 def _overall(card: Any) -> str:
-    overall = _at(card, "test", "overall")
+    overall = at(card, "test", "overall")
     if not isinstance(overall, dict):
         return "No held-out figures in this file."
-    figures = _at(overall, "attention")
+    figures = at(overall, "attention")
     head = (
-        f"Held-out runs, of families it knows: {_text(_at(figures, 'windows'))} windows, "
-        f"{_percent(_at(figures, 'freezable'))} freezable"
+        f"Held-out runs, of families it knows: {text(at(figures, 'windows'))} windows, "
+        f"{percent(at(figures, 'freezable'))} freezable"
     )
-    rows = [[name, *(_figure(_at(overall, name, key)) for _, key in _COLUMNS)] for name in JUDGES]
-    return head + "\n" + table(["", *(title for title, _ in _COLUMNS)], rows)
+    return f"{head}\n{_by_judge(overall, _COLUMNS)}"
 
 
 def _by_family(card: Any) -> str:
-    families = _rows(_at(card, "test", "families"))
+    families = _rows(at(card, "test", "families"))
     if not families:
         return ""
     rows = [
         [
-            _text(family),
-            _text(_at(row, "attention", "windows")),
-            _percent(_at(row, "attention", "freezable")),
-            *(_figure(_at(row, "attention", key)) for _, key in _COLUMNS),
+            text(family),
+            text(at(row, "attention", "windows")),
+            percent(at(row, "attention", "freezable")),
+            *(figure(at(row, "attention", key)) for _, key in _COLUMNS),
         ]
         for family, row in families
     ]
@@ -142,11 +165,11 @@ def _by_family(card: Any) -> str:
 
 
 def _transfer(card: Any) -> str:
-    families = _rows(_at(card, "transfer", "families"))
-    left_out = [f"  {_text(name)}: {_text(why)}" for name, why in _rows(_at(card, "transfer", "left_out"))]
+    families = _rows(at(card, "transfer", "families"))
+    left_out = [f"  {text(name)}: {text(why)}" for name, why in _rows(at(card, "transfer", "left_out"))]
     if not families and not left_out:
         return ""
-    rows = [[_text(name), *_compared(row)] for name, row in [*families, ("mean", _at(card, "transfer", "mean"))]]
+    rows = [[text(name), *_compared(row)] for name, row in [*families, ("mean", at(card, "transfer", "mean"))]]
     # The figure's name stands over the first of its columns.
     heads = [title if place == 0 else "" for title, _ in _COMPARED for place in range(len(_RIVALS))]
     titles = ["left out", *(f"{head}\n{rival}" for head, rival in zip(heads, _RIVALS * len(_COMPARED), strict=True))]
@@ -155,50 +178,70 @@ def _transfer(card: Any) -> str:
     return "\n".join(lines + (["not tested:", *left_out] if left_out else []))
 
 
+def _unseen(card: Any) -> str:
+    """What is told of the families and sources that were held out; nothing where the card knows of none."""
+    held_out, found = at(card, "held_out"), at(card, "unseen")
+    if not isinstance(held_out, dict):
+        return ""
+    told = held_out_text(held_out)
+    if told == _NOT_JUDGED:
+        return f"Held out: {told}."
+    overall, groups = at(found, "overall"), at(found, "groups")
+    if not isinstance(overall, dict) or not isinstance(groups, list):
+        return f"Held out: {told}.\nNo run of them was there: gather some, and train again, to see how it does on them."
+    figures = at(overall, "attention")
+    head = (
+        "Held out from all training and tuning, by family or by source: "
+        f"{text(at(found, 'runs'))} runs in {len(groups)} groups, {text(at(figures, 'windows'))} windows, "
+        f"{percent(at(figures, 'freezable'))} freezable"
+    )
+    columns = [(title.replace(" ", "\n", 1), key) for title, key in _UNSEEN]
+    tables = [_by_group(title, key, overall, groups, at(found, "mean")) for title, key in _UNSEEN]
+    return "\n\n".join([f"{head}\n{_by_judge(overall, columns)}\n{_AT_HALF}", _group_counts(groups), *tables])
+
+
+def _group_counts(groups: Sequence[Any]) -> str:
+    rows = [
+        [
+            _group_name(group),
+            text(at(group, "runs")),
+            text(at(group, "judges", "attention", "windows")),
+            percent(at(group, "judges", "attention", "freezable")),
+        ]
+        for group in groups[:_MOST_GROUPS]
+    ]
+    return table(["held out", "runs", "windows", "freezable"], rows)
+
+
+def _by_group(title: str, key: str, overall: dict[str, Any], groups: Sequence[Any], mean: Any) -> str:
+    """One figure of every judge, by family and source."""
+    judges = _judges_in(overall)
+    named = [(_group_name(group), at(group, "judges")) for group in groups[:_MOST_GROUPS]]
+    rows = [[name, *(figure(at(row, judge, key)) for judge in judges)] for name, row in [*named, ("mean", mean)]]
+    return table([title, *(judge.replace(" ", "\n") for judge in judges)], rows)
+
+
+def _by_judge(overall: dict[str, Any], columns: Sequence[tuple[str, str]]) -> str:
+    rows = [[name, *(figure(at(overall, name, key)) for _, key in columns)] for name in _judges_in(overall)]
+    return table(["", *(title for title, _ in columns)], rows)
+
+
+def _judges_in(overall: dict[str, Any]) -> list[str]:
+    """The judges that a card has figures of: older ones have fewer."""
+    return [name for name in JUDGES if name in overall]
+
+
+def _group_name(group: Any) -> str:
+    return f"{text(at(group, 'family'))[:20]} on {text(at(group, 'source'))[:20]}"
+
+
 def _compared(row: Any) -> list[str]:
-    return [_figure(_at(row, rival, key)) for _, key in _COMPARED for rival in _RIVALS]
+    return [figure(at(row, rival, key)) for _, key in _COMPARED for rival in _RIVALS]
 
 
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need be, the first to the left; a title may have several lines."""
-    words = [title.split("\n") for title in titles]
-    height = max(len(parts) for parts in words)
-    heads = [[""] * (height - len(parts)) + parts for parts in words]
-    grid = [[head[line] for head in heads] for line in range(height)] + [list(row) for row in rows]
-    widths = [max(len(row[column]) for row in grid) for column in range(len(titles))]
-    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in grid)
-    return "\n".join("  ".join(cells).rstrip() for cells in lines)
-
-
-def _at(content: Any, *path: str) -> Any:
-    """What lies at a path of keys; None where nothing does. A file's card may hold anything."""
-    for name in path:
-        content = content.get(name) if isinstance(content, dict) else None
-    return content
+def _listed(names: Any) -> list[str]:
+    return [text(name)[:40] for name in names[:_MOST_ROWS]] if isinstance(names, list | tuple) else []
 
 
 def _rows(content: Any) -> list[tuple[str, Any]]:
     return list(content.items())[:_MOST_ROWS] if isinstance(content, dict) else []
-
-
-def _number(value: Any) -> float | None:
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
-    return value if usable and math.isfinite(value) else None
-
-
-def _figure(value: Any) -> str:
-    number = _number(value)
-    return "n/a" if number is None else f"{number:.3f}"
-
-
-def _percent(value: Any) -> str:
-    number = _number(value)
-    return "n/a" if number is None else f"{100 * number:.1f} %"
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "n/a"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}" if abs(value) < 1e15 else "n/a"
-    return "".join(letter for letter in str(value)[:200] if letter.isprintable())

@@ -1,20 +1,23 @@
-"""How a predictor does on runs that it never saw, beside the baselines: of known families, and of a family left out."""
+"""How a predictor and its rivals do on runs they never saw: of families they know, of others, of a family left out."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from predictor.attention import PredictorConfig
-from predictor.baselines import Clock, HandMade, Judge, Majority
+from predictor.baselines import FromSignals, HandMade, Judge, Majority, Trees
 from predictor.errors import DivergedError, UsageError
 from predictor.fit import FitConfig, FitResult, fit_on
 from predictor.metrics import Figures, calibration, choose_threshold, figures_of, mean_figures
 from predictor.splits import Split, places_of
 from predictor.windows import WindowSet
 
-JUDGES = ("majority", "clock", "hand-made", "attention")
-"""majority: the training runs' share of freezable windows. clock: logistic regression on progress and depth. hand-made:
-logistic regression on features of the motion and the signals. attention: the predictor."""
+JUDGES = ("majority", "clock", "progress", "learning rate", "depth", "hand-made", "trees", "attention")
+"""majority: the training runs' share of freezable windows. clock: logistic regression on progress and depth. progress,
+learning rate, depth: on that alone. hand-made: on features of the motion and the signals. trees: gradient-boosted trees
+on the same features. attention: the predictor."""
 
 
 @dataclass(frozen=True)
@@ -24,30 +27,52 @@ class Panel:
     judges: dict[str, Judge]
     thresholds: dict[str, float]
 
-    def figures(self, windows: WindowSet) -> dict[str, Figures]:
-        """Each judge's figures on `windows`."""
-        labels_N = windows.labels_N.numpy()
-        return {
-            name: figures_of(labels_N, judge.probability_N(windows), self.thresholds[name])
-            for name, judge in self.judges.items()
-        }
+    def figures(self, windows: WindowSet, *groups: Sequence[int]) -> list[dict[str, Figures]]:
+        """Each judge's figures on all of `windows`, and on each group of its runs, given by their places."""
+        labels_N, run_N = windows.labels_N.numpy(), windows.index[:, 0].numpy()
+        inside = [np.full(len(run_N), True), *(np.isin(run_N, places) for places in groups)]
+        found: list[dict[str, Figures]] = [{} for _ in inside]
+        for name, judge in self.judges.items():
+            probability_N = judge.probability_N(windows)
+            for figures, inside_N in zip(found, inside, strict=True):
+                figures[name] = figures_of(labels_N[inside_N], probability_N[inside_N], self.thresholds[name])
+        return found
 
 
-def held_out(
-    windows: WindowSet, result: FitResult, settings: FitConfig, learn_from: WindowSet | None = None
-) -> dict[str, Any]:
-    """Figures on the test runs: `overall` and `families`, each by judge, and the predictor's `calibration`."""
-    split, attention = result.split, result.fitted
-    train, validation = (learn_from or windows).subset(split.train), windows.subset(split.validation)
-    test = windows.subset(split.test)
-    panel = _panel(attention, train, validation, attention.model.config, settings)
+def panel_of(windows: WindowSet, result: FitResult, settings: FitConfig, learn_from: WindowSet | None = None) -> Panel:
+    """The predictor of `result` with rivals that learn from its training runs and choose by its validation runs."""
+    train, validation = (learn_from or windows).subset(result.split.train), windows.subset(result.split.validation)
+    return _panel(result.fitted, train, validation, result.fitted.model.config, settings)
+
+
+def known(panel: Panel, test: WindowSet) -> dict[str, Any]:
+    """Figures by judge on test runs of known families: `overall`, by `families`, and the predictor's `calibration`."""
     families = sorted({run.family for run in test.runs})
-    parts = {family: test.subset(places_of(test.runs, [family])) for family in families}
+    overall, *parts = panel.figures(test, *(places_of(test.runs, [family]) for family in families))
     return {
-        "overall": panel.figures(test),
-        "families": {family: panel.figures(part) for family, part in parts.items()},
-        "calibration": calibration(test.labels_N.numpy(), attention.probability_N(test)),
+        "overall": overall,
+        "families": dict(zip(families, parts, strict=True)),
+        "calibration": calibration(test.labels_N.numpy(), panel.judges["attention"].probability_N(test)),
     }
+
+
+def unseen(panel: Panel, windows: WindowSet) -> dict[str, Any]:
+    """Figures on runs of families and sources that are held out from all learning and tuning.
+
+    Returns how many `runs` there are; where there are some also the figures by judge `overall`, in `groups` by family
+    and source, and their plain `mean` over the groups.
+    """
+    if not windows.runs:
+        return {"runs": 0}
+    kinds = [(run.family, run.source) for run in windows.runs]
+    named = {kind: [place for place, other in enumerate(kinds) if other == kind] for kind in sorted(set(kinds))}
+    overall, *parts = panel.figures(windows, *named.values())
+    groups = [
+        {"family": family, "source": source, "runs": len(places), "judges": figures}
+        for ((family, source), places), figures in zip(named.items(), parts, strict=True)
+    ]
+    mean = {name: mean_figures([part[name] for part in parts]) for name in panel.judges}
+    return {"runs": len(kinds), "overall": overall, "groups": groups, "mean": mean}
 
 
 def transfer(
@@ -93,13 +118,22 @@ def _without(
             raise UsageError(f"no {part} is left: gather more runs")
     learn, choose = learn_from.subset(train), windows.subset(validation)
     attention = fit_on(learn, choose, config, settings)
-    return _panel(attention, learn, choose, config, settings).figures(windows.subset(test))
+    return _panel(attention, learn, choose, config, settings).figures(windows.subset(test))[0]
 
 
 def _panel(
     attention: Judge, train: WindowSet, validation: WindowSet, config: PredictorConfig, settings: FitConfig
 ) -> Panel:
-    rivals: tuple[Judge, ...] = (Majority(train), Clock(train), HandMade(train, config.weights), attention)
+    rivals: tuple[Judge, ...] = (
+        Majority(train),
+        FromSignals(train, "progress", "depth"),
+        FromSignals(train, "progress"),
+        FromSignals(train, "log_lr"),
+        FromSignals(train, "depth"),
+        HandMade(train, config.weights),
+        Trees(train, config.weights),
+        attention,
+    )
     judges = dict(zip(JUDGES, rivals, strict=True))
     labels_N = validation.labels_N.numpy()
     thresholds = {

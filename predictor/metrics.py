@@ -32,6 +32,7 @@ def figures_of(labels_N: Bools, probability_N: Floats, threshold: float) -> Figu
         "brier": float(np.square(probability_N - labels_N).mean()),
         "calibration_error": calibration_error(calibration(labels_N, probability_N)),
         **freezes_at(labels_N, probability_N, threshold),
+        "false_freezes_at_half": false_freezes_at_half(labels_N, probability_N),
     }
 
 
@@ -58,6 +59,18 @@ def choose_threshold(labels_N: Bools, probability_N: Floats, false_freeze: float
     last_N = np.append(probability_N[:-1] > probability_N[1:], True)
     allowed = np.flatnonzero(last_N & (share_N <= false_freeze))
     return float(probability_N[allowed[-1]]) if len(allowed) else 1.0
+
+
+def false_freezes_at_half(labels_N: Bools, probability_N: Floats) -> float | None:
+    """The share of false freezes where half of all freezable windows are frozen; None unless both classes are there.
+
+    The cut is the highest of these very windows' probabilities that freezes so many. So this tells about the ranking
+    alone, and not about a threshold that was chosen on other windows. Equal probabilities are frozen together.
+    """
+    if labels_N.all() or not labels_N.any():
+        return None
+    freezable_N = np.sort(probability_N[labels_N])[::-1]
+    return _share(~labels_N[probability_N >= freezable_N[(len(freezable_N) - 1) // 2]])
 
 
 def auroc(labels_N: Bools, probability_N: Floats) -> float | None:

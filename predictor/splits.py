@@ -1,13 +1,15 @@
-"""Which runs a predictor learns from, which choose, and which are kept for the test.
+"""Which runs a predictor learns from, which choose, which are kept for the test, and which it never gets to see.
 
 Never single windows: neighbours of a run overlap, so that a test on them would ask for what was learnt by heart.
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 
-from predictor.errors import UsageError
+from predictor.errors import FileFault, UsageError
 from predictor.windows import RunWindows
 
 
@@ -20,6 +22,46 @@ class Split:
     """They choose the epoch and the threshold."""
     test: tuple[int, ...]
     """Looked at once, at the end."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Families and sources that a predictor is judged on, and whose runs it never learns from."""
+
+    families: tuple[str, ...] = ()
+    """Kinds of architecture, as workloads name them."""
+    sources: tuple[str, ...] = ()
+    """Data sets. A name stands also for what is made of it: "fashion" for fashion-first, fashion@14 and fashion:x."""
+
+    def holds(self, family: str, source: str) -> bool:
+        """Whether a run of this family on this source is held out."""
+        return bool(self.among([family], [source]))
+
+    def among(self, families: Iterable[str], sources: Iterable[str]) -> list[str]:
+        """Those of the families and sources that are held out."""
+        held_families = [family for family in families if family in self.families]
+        return held_families + [source for source in sources if any(_made_of(source, name) for name in self.sources)]
+
+
+def read_held_out(path: Path) -> HeldOut:
+    """The families and sources that a TOML file names. Raises FileFault for a file that names none."""
+    cure = "give a file like data/held_out.toml, or `none` to hold nothing out"
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileFault(f"{path}: cannot be read ({error.strerror or error}): {cure}") from error
+    except ValueError as error:  # of TOML, or of UTF-8
+        raise FileFault(f"{path}: no TOML ({error}): {cure}") from error
+    known = [field.name for field in fields(HeldOut)]
+    # A key with a slip in it would hold nothing out, and nobody would see it.
+    if surplus := sorted(set(content) - set(known)):
+        raise FileFault(f"{path}: {', '.join(surplus)} means nothing here, only {' and '.join(known)} do: {cure}")
+    for name, value in content.items():
+        if not isinstance(value, list) or not all(isinstance(part, str) and part for part in value):
+            raise FileFault(f"{path}: {name} = {value!r:.60} is no list of names: {cure}")
+    if not any(content.values()):
+        raise FileFault(f"{path}: names no family and no source: {cure}")
+    return HeldOut(**{name: tuple(value) for name, value in content.items()})
 
 
 def split_by_run(runs: Sequence[RunWindows], validation: float, test: float, seed: int) -> Split:
@@ -60,6 +102,11 @@ def family_folds(runs: Sequence[RunWindows], most: int, seed: int) -> list[tuple
 def places_of(runs: Sequence[RunWindows], families: Sequence[str]) -> tuple[int, ...]:
     """The places of the runs that belong to `families`."""
     return tuple(place for place, run in enumerate(runs) if run.family in families)
+
+
+def _made_of(source: str, name: str) -> bool:
+    """Whether a source is the one of this name, or bears its name in front of a sign such as `-`, `@` or `:`."""
+    return source.startswith(name) and not source[len(name) :][:1].isalnum()
 
 
 def _by_family(runs: Sequence[RunWindows], draw: random.Random) -> list[int]:

@@ -61,8 +61,8 @@ def _search(study: "optuna.Study", task: Task, folder: Path, tracker: Tracker | 
 def suggest(trial: "optuna.trial.BaseTrial", task: Task) -> Choice:
     """One trial's settings out of the search space.
 
-    weights: the first of those recorded. They are a random sample of a layer that holds as many and has one weight
-        matrix; of a layer that is smaller they are its weights again and again, as the run time gives them too.
+    weights: some of those recorded, which are a random sample of a layer that holds as many; of a layer that is smaller
+        they are its weights again and again, as the run time gives them too.
     """
     config: dict[str, Any] = {
         "inputs": trial.suggest_categorical("inputs", ["motion", "raw"]),
@@ -189,6 +189,7 @@ def _write_best(study: "optuna.Study", path: Path, task: Task) -> None:
         faults = [trial.user_attrs["fault"] for trial in study.get_trials() if "fault" in trial.user_attrs]
         reason = f": {faults[0]}" if faults else ": give it more time"
         raise UsageError(f"no trial of the study in {path.parent} came to an end{reason}") from error
+    runs = task.reference.runs
     choice = suggest(optuna.trial.FixedTrial(best.params), task)
     settings = {name: value for name, value in asdict(choice.settings).items() if name in SEARCHED}
     write_json(
@@ -202,6 +203,8 @@ def _write_best(study: "optuna.Study", path: Path, task: Task) -> None:
             },
             "score": best.value,
             "score_is": f"{task.config.score}, mean over families left out",
+            # `train` refuses settings that were chosen on what it holds out.
+            "chosen_on": {"families": sorted({r.family for r in runs}), "sources": sorted({r.source for r in runs})},
             "trial": best.number,
             "trials": len(study.trials),
         },

@@ -1,7 +1,8 @@
-"""From trajectory files to the windows that a predictor is trained on."""
+"""From trajectory files to the windows that a predictor is trained on, and to those that it is judged on."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -10,45 +11,73 @@ from data.trajectories.labels import LabelRule
 from data.trajectories.reader import open_trajectories
 from data.trajectories.store import trajectory_files
 from data.trajectories.trajectory import Trajectory
-from predictor.errors import UsageError
+from predictor.errors import UsageError, unknown
 from predictor.sampling import SampleSpec
+from predictor.splits import HeldOut, read_held_out
 from predictor.windows import RunWindows, WindowSet, signals_of
+
+Sources = Path | str | Iterable[Path | str | Trajectory]
+Part = Literal["learning", "held-out"]
+SHIPPED_SPLIT = Path(__file__).parents[1] / "held_out.toml"
+"""The families and sources that are held out unless somebody says otherwise."""
 
 
 def windows_from(
-    sources: Path | str | Iterable[Path | str | Trajectory], window: int, rule: LabelRule | None = None
+    sources: Sources, window: int, rule: LabelRule | None = None, held_out: HeldOut | None = None
 ) -> WindowSet:
-    """The windows of all finished runs of trajectory files, gather folders or trajectories, labelled by `rule`.
+    """The windows to learn from: those of `part_of` the runs that are not held out.
 
-    Runs are read one by one; what stays in memory are their weights. Runs that diverged have no final network and are
-    left out, and so is, run by run, a layer whose similarity is missing at any snapshot.
-
-    Raises UsageError when runs were sampled differently, when a run comes twice (it would be on both sides of a split),
-    and when nothing is left.
+    Raises UsageError as that does, and when nothing is left.
     """
+    windows = part_of("learning", sources, window, rule, held_out)
+    if not windows.runs:
+        raise UsageError(
+            f"no finished run has {window} snapshots with a similarity, those that are held out left aside: gather "
+            "more, take a smaller window, or hold less out with --held-out"
+        )
+    return windows
+
+
+def part_of(
+    part: Part, sources: Sources, window: int, rule: LabelRule | None = None, held_out: HeldOut | None = None
+) -> WindowSet:
+    """The windows of one part of the runs of trajectory files, gather folders or trajectories, labelled by `rule`.
+
+    part: "learning" for the runs of families and sources that are not held out, "held-out" for the others, which are
+        there for a trained predictor to be judged on and for nothing else.
+    held_out: which those are; by default what data/held_out.toml names.
+
+    Runs are read one by one; what stays in memory are the weights of the part's own. Runs that diverged have no final
+    network and are left out, and so is, run by run, a layer whose similarity is missing at any snapshot. The set may be
+    empty.
+
+    Raises UsageError when runs were sampled differently, whatever their part, and when a run comes twice: it would be
+    on both sides of a split.
+    """
+    if part not in get_args(Part):
+        raise unknown("part", part, get_args(Part))
     rule = rule or LabelRule()
-    runs: dict[str, RunWindows] = {}
+    held_out = read_held_out(SHIPPED_SPLIT) if held_out is None else held_out
+    runs: list[RunWindows] = []
+    seen: set[str] = set()
     specs: dict[SampleSpec, str] = {}
     for trajectory in trajectories_in(sources):
-        if trajectory.run_id in runs:
+        if trajectory.run_id in seen:
             raise UsageError(f"run {trajectory.run_id}: comes twice: name each file once, or merge them")
+        seen.add(trajectory.run_id)
         specs.setdefault(spec_of(trajectory), trajectory.run_id)
         if len(specs) > 1:
             one, other = specs
             raise UsageError(
                 f"runs {specs[one]} and {specs[other]} were sampled differently ({one}, {other}): take one kind"
             )
-        if trajectory.finished and len(trajectory.step_T) >= window:
-            runs[trajectory.run_id] = _run_windows(trajectory, rule)
-    usable = tuple(run for run in runs.values() if run.labels_TL.numel())
-    if not usable:
-        raise UsageError(
-            f"no finished run has {window} snapshots with a similarity: gather more, or take a smaller window"
-        )
-    return WindowSet(usable, window)
+        held = held_out.holds(trajectory.config["family"], trajectory.config["source"])
+        if held == (part == "held-out") and trajectory.finished and len(trajectory.step_T) >= window:
+            runs.append(_run_windows(trajectory, rule))
+    return WindowSet(tuple(run for run in runs if run.labels_TL.numel()), window)
 
 
-def trajectories_in(sources: Path | str | Iterable[Path | str | Trajectory]) -> Iterator[Trajectory]:
+def trajectories_in(sources: Sources) -> Iterator[Trajectory]:
     """The trajectories of files, gather folders or trajectories, one at a time."""
     for source in [sources] if isinstance(sources, Path | str) else sources:
         if isinstance(source, Trajectory):

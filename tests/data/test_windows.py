@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from collect.workloads import WORKLOADS
+from data.sources import SOURCES
 from data.trajectories import LabelRule, windows_from, write_runs
-from data.trajectories.windows import spec_of
+from data.trajectories.windows import SHIPPED_SPLIT, part_of, spec_of
 from predictor.errors import FileFault, UsageError
 from predictor.sampling import SampleSpec
+from predictor.splits import HeldOut, read_held_out
 from tests.data.made import made_trajectory
 
 
@@ -93,3 +96,64 @@ def test_how_a_run_was_sampled():
 def test_a_fault_names_the_file(tmp_path):
     with pytest.raises(FileFault, match=r"none.h5: there is no such file"):
         windows_from(tmp_path / "none.h5", 2)
+
+
+def run_of(run_id, family, source):
+    run = made_trajectory(run_id)
+    run.config.update(family=family, source=source)
+    return run
+
+
+MIXED = [
+    run_of("a", "mlp", "digits"),
+    run_of("b", "resnet", "digits"),
+    run_of("c", "mlp", "fashion-last"),
+    run_of("d", "vit", "glosses"),
+]
+
+
+def ids(windows):
+    return [run.run_id for run in windows.runs]
+
+
+def test_what_is_held_out_is_given_to_who_asks_for_it_by_name_alone():
+    assert ids(windows_from(MIXED, 2)) == ids(part_of("learning", MIXED, 2)) == ["a", "d"]
+    assert ids(part_of("held-out", MIXED, 2)) == ["b", "c"]
+    assert ids(windows_from(MIXED, 2, held_out=HeldOut(families=("vit",)))) == ["a", "b", "c"]
+    assert ids(part_of("held-out", MIXED, 2, held_out=HeldOut(sources=("digits",)))) == ["a", "b"]
+    assert ids(windows_from(MIXED, 2, held_out=HeldOut())) == ["a", "b", "c", "d"]
+    assert ids(part_of("held-out", MIXED, 2, held_out=HeldOut())) == []
+    labels = part_of("held-out", MIXED, 2, LabelRule(threshold=1.0)).labels_N
+    assert torch.equal(labels, windows_from(MIXED[:1] + MIXED[3:], 2).labels_N)
+    with pytest.raises(UsageError, match="there is no part 'test': there are learning, held-out"):
+        part_of("test", MIXED, 2)
+
+
+def test_where_all_is_held_out_nothing_can_be_learnt():
+    with pytest.raises(UsageError, match=r"no finished run .* held out left aside: .* --held-out"):
+        windows_from(MIXED[1:3], 2)
+
+
+def test_runs_of_both_parts_must_go_together():
+    with pytest.raises(UsageError, match="run a: comes twice"):
+        windows_from([MIXED[0], run_of("a", "resnet", "digits")], 2)
+    odd = made_trajectory("b", weights=5)
+    odd.config["family"] = "resnet"
+    with pytest.raises(UsageError, match="runs a and b were sampled differently"):
+        windows_from([MIXED[0], odd], 2)
+
+
+def test_the_shipped_split_names_what_there_is_and_all_that_is_made_of_it():
+    shipped = read_held_out(SHIPPED_SPLIT)
+    made = {name: make() for name, make in WORKLOADS.items()}
+    assert set(shipped.families) <= {workload.family for workload in made.values()}
+    assert set(shipped.sources) <= set(SOURCES)
+    fashion = {name for name in SOURCES if "fashion" in name}
+    halves = [f"{name}-{half}" for name in SOURCES for half in ("first", "last")]
+    assert set(shipped.among([], [*SOURCES, *halves])) == fashion | {name for name in halves if "fashion" in name}
+    held = {name for name, workload in made.items() if shipped.holds(workload.family, workload.source)}
+    pretrained = {name for name in made if name.startswith(("lite", "minilm"))}
+    assert {name for name in made if "fashion" in name or name.startswith(("resnet", "mobilenet"))} < held
+    assert pretrained < held
+    assert {"mlp-digits", "vgg-digits", "vit-digits", "textcnn-glosses"} <= set(made) - held
+    assert SHIPPED_SPLIT.read_text().startswith("# What a predictor is judged on and never learns from")

@@ -9,7 +9,7 @@ import torch
 
 from predictor.windows import RunWindows, WindowSet, signals_of
 
-FAMILIES = ("mlp", "resnet", "vit")
+FAMILIES = ("mlp", "vgg", "vit")
 
 
 def settling_walk(seed, snapshots, layers, weights):
@@ -46,20 +46,23 @@ def make_windows() -> Callable[..., WindowSet]:
 
 @pytest.fixture
 def write_trajectories(tmp_path: Path) -> Callable[..., Path]:
-    """The same runs as a trajectory file, with the same labels at a threshold of .98; at .99 they come one later."""
+    """The same runs as a trajectory file, with the same labels at a threshold of .98; at .99 they come one later.
+
+    Ids and seeds count on from `first`.
+    """
     from data.trajectories.trajectory import Trajectory
     from data.trajectories.writer import write_runs
 
-    def trajectory(run_id, family, seed, snapshots, layers, weights):
+    def trajectory(run_id, family, source, seed, snapshots, layers, weights):
         ago_TL, weights_TLK = settling_walk(seed, snapshots, layers, weights)
         time_T = np.arange(snapshots)
         blank_TL = np.where(time_T[:, None] > 0, np.ones((snapshots, layers)), np.nan)
         return Trajectory(
             run_id=run_id,
             config={
-                "workload": f"digits-{family}",
+                "workload": f"{family}-{source}",
                 "family": family,
-                "source": "digits",
+                "source": source,
                 "seed": seed,
                 "recipe": {},
                 "sampling": {"weights": weights, "snapshots": snapshots - 1, "seed": 0},
@@ -85,10 +88,10 @@ def write_trajectories(tmp_path: Path) -> Callable[..., Path]:
             similarity_TL=np.minimum(0.9005 + 0.02 * ago_TL.numpy(), 1.0).astype("f4"),
         )
 
-    def write(name="trajectories.h5", families=FAMILIES, each=5, snapshots=24, layers=4, weights=32):
+    def write(name="trajectories.h5", families=FAMILIES, each=5, source="digits", first=0, weights=32):
         names = [family for family in families for _ in range(each)]
-        shape = (snapshots, layers, weights)
-        write_runs(tmp_path / name, [trajectory(f"run{n:03d}", family, n, *shape) for n, family in enumerate(names)])
+        runs = [trajectory(f"run{n:03d}", name, source, n, 24, 4, weights) for n, name in enumerate(names, first)]
+        write_runs(tmp_path / name, runs)
         return tmp_path / name
 
     return write

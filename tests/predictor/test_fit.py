@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
 from predictor.attention import FreezePredictor, PredictorConfig
-from predictor.baselines import Clock, HandMade, Majority
+from predictor.baselines import FromSignals, HandMade, Majority, Trees, signals_NF
 from predictor.errors import DivergedError, UsageError
 from predictor.files import read_json_lines
 from predictor.fit import FitConfig, _hide_signals, fit, fit_on, pick_device
-from predictor.heldout import JUDGES, held_out, transfer
+from predictor.heldout import JUDGES, known, panel_of, transfer
 from predictor.metrics import auroc
 from predictor.sampling import SampleSpec
 from predictor.tokens import Tokens, fit_scaling, motion_of
@@ -35,15 +36,20 @@ def relabelled(windows, label):
     return replace(windows, runs=tuple(replace(run, labels_TL=turn(run.labels_TL)) for run in windows.runs))
 
 
+def judged(windows, result, settings, learn_from=None):
+    """The figures on the test runs."""
+    return known(panel_of(windows, result, settings, learn_from), windows.subset(result.split.test))
+
+
 def test_it_learns_what_progress_and_depth_do_not_tell(make_windows):
     windows = make_windows()
     result = fit(windows, SPEC, CONFIG, QUICK, progress=False)
-    figures = held_out(windows, result, QUICK)
+    figures = judged(windows, result, QUICK)
     overall = figures["overall"]
     assert list(overall) == list(JUDGES)
     assert overall["attention"]["auroc"] > 0.95 > overall["clock"]["auroc"] > overall["majority"]["auroc"] == 0.5
     assert overall["attention"]["accuracy"] > overall["majority"]["accuracy"] + 0.2
-    assert set(figures["families"]) == {"mlp", "resnet", "vit"}
+    assert set(figures["families"]) == {"mlp", "vgg", "vit"}
     assert sum(row["attention"]["windows"] for row in figures["families"].values()) == overall["attention"]["windows"]
     assert sum(row["windows"] for row in figures["calibration"]) == overall["attention"]["windows"]
     assert 0 < result.threshold <= 1
@@ -93,7 +99,7 @@ def test_it_may_learn_from_labels_of_another_rule_and_is_judged_by_its_own(make_
     windows = make_windows(each=2)
     short = replace(QUICK, epochs=4)
     result = fit(windows, SPEC, CONFIG, short, learn_from=relabelled(windows, None), progress=False)
-    assert held_out(windows, result, short, relabelled(windows, None))["overall"]["attention"]["auroc"] < 0.3
+    assert judged(windows, result, short, relabelled(windows, None))["overall"]["attention"]["auroc"] < 0.3
 
 
 def test_epochs_are_logged(make_windows, tmp_path):
@@ -170,11 +176,28 @@ def test_baselines(make_windows):
     share = float(train.labels_N.double().mean())
     assert np.allclose(Majority(train).probability_N(test), share)
     labels = test.labels_N.numpy()
-    clock, hand_made = (judge.probability_N(test) for judge in (Clock(train), HandMade(train, 32)))
+    clock_judge = FromSignals(train, "progress", "depth")
+    clock, hand_made = (judge.probability_N(test) for judge in (clock_judge, HandMade(train, 32)))
     assert 0.6 < auroc(labels, clock) < auroc(labels, hand_made)
+    trees = Trees(train, 32).probability_N(test)
+    assert auroc(labels, clock) < auroc(labels, trees)
+    with threadpool_limits(2, user_api="openmp"):
+        assert np.array_equal(Trees(train, 32).probability_N(test), trees)
     # The clock sees progress and depth alone: other weights leave it as it was.
     still = WindowSet(tuple(replace(run, weights_TLK=run.weights_TLK * 0) for run in test.runs), test.window)
-    assert np.array_equal(Clock(train).probability_N(still), clock)
+    assert np.array_equal(clock_judge.probability_N(still), clock)
+
+
+def test_a_judge_of_one_signal_ranks_as_that_signal_does(make_windows):
+    windows = make_windows(each=2)
+    labels = windows.labels_N.numpy()
+    for name, values in (("progress", windows.progress_N), ("depth", windows.depth_N)):
+        assert np.array_equal(signals_NF(windows, name)[:, 0], values.numpy())
+        area = auroc(labels, values.numpy())
+        assert auroc(labels, FromSignals(windows, name).probability_N(windows)) == pytest.approx(max(area, 1 - area))
+    both = signals_NF(windows, "log_lr", "progress")
+    assert np.array_equal(both[:, 1], windows.progress_N.numpy())
+    assert (np.diff(both[both[:, 1].argsort(kind="stable")], axis=0)[:, 0] <= 0).all()  # the rate only falls
 
 
 def test_a_family_left_out_is_in_no_training(make_windows):
@@ -189,7 +212,7 @@ def test_a_family_left_out_is_in_no_training(make_windows):
     )
     assert one["families"]["vit"] == other["families"]["vit"]
     assert one["families"]["mlp"] != other["families"]["mlp"]
-    assert set(one["families"]) == {"mlp", "resnet", "vit"}
+    assert set(one["families"]) == {"mlp", "vgg", "vit"}
     assert one["left_out"] == {}
     areas = [row["attention"]["auroc"] for row in one["families"].values()]
     assert one["mean"]["attention"]["auroc"] == pytest.approx(sum(areas) / 3)
@@ -209,7 +232,7 @@ def test_a_family_of_one_class_has_no_ranking_and_stops_nothing(make_windows):
     runs = tuple(frozen[place] if run.family == "vit" else run for place, run in enumerate(windows.runs))
     windows = WindowSet(runs, 6)
     result = fit(windows, SPEC, CONFIG, replace(QUICK, epochs=1), progress=False)
-    figures = held_out(windows, result, QUICK)["families"]["vit"]["attention"]
+    figures = judged(windows, result, QUICK)["families"]["vit"]["attention"]
     assert figures["auroc"] is None
     assert figures["wrongly_frozen"] is None
     assert (

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from predictor.metrics import calibration, calibration_error, choose_threshold, figures_of, freezes_at, mean_figures
+from predictor.metrics import (
+    calibration,
+    calibration_error,
+    choose_threshold,
+    false_freezes_at_half,
+    figures_of,
+    freezes_at,
+    mean_figures,
+)
 
 LABELS = np.array([True, True, False, True, False, False])
 PROBABILITY = np.array([0.95, 0.85, 0.75, 0.65, 0.35, 0.05])
@@ -69,3 +77,19 @@ def test_calibration_by_hand():
 def test_means_leave_out_what_is_not_there():
     rows = [{"windows": 2, "auroc": 0.5, "found": None}, {"windows": 3, "auroc": 0.9, "found": None}]
     assert mean_figures(rows) == {"windows": 5, "auroc": pytest.approx(0.7), "found": None}
+
+
+def test_false_freezes_where_half_of_all_freezable_windows_are_frozen():
+    # Two of the three freezable ones make half: those of .95 and .85. At .75 a wrong one would come.
+    assert false_freezes_at_half(LABELS, PROBABILITY) == 0.0
+    assert false_freezes_at_half(LABELS, 1 - PROBABILITY) == pytest.approx(3 / 5)  # .95, .65 and .25 before .15
+    assert figures_of(LABELS, 1 - PROBABILITY, 0.99)["false_freezes_at_half"] == pytest.approx(3 / 5)
+    # One of two is half, and equal probabilities are frozen together.
+    labels, probability = np.array([True, False, True, False]), np.array([0.4, 0.4, 0.2, 0.1])
+    assert false_freezes_at_half(labels, probability) == 0.5
+    # A ranking that tells nothing takes all: false is then the share of what is not freezable.
+    assert false_freezes_at_half(LABELS, np.full(6, 0.3)) == 0.5
+    # What the threshold of other windows would be, and how sure the judge is, do not matter.
+    assert false_freezes_at_half(LABELS, PROBABILITY / 100) == 0.0
+    assert false_freezes_at_half(np.ones(6, bool), PROBABILITY) is None
+    assert false_freezes_at_half(np.zeros(6, bool), PROBABILITY) is None

@@ -12,10 +12,12 @@ from data.trajectories.labels import LabelRule
 from predictor import cli
 from predictor.__main__ import _parser, main
 from predictor.attention import load_predictor, save_predictor
-from predictor.card import show, table
+from predictor.card import show
 from predictor.errors import FileFault, UsageError
 from predictor.files import read_json_lines, write_json
+from predictor.heldout import JUDGES
 from predictor.sampling import SampleSpec
+from predictor.tables import table
 
 CHECKOUT = Path(__file__).parents[2]
 QUICK = ["--epochs", "3", "--hidden", "16", "--key", "8", "--device", "cpu", "--learning-rate", "0.01"]
@@ -29,7 +31,7 @@ def test_train_writes_a_predictor_with_its_figures_and_show_prints_them(write_tr
     out = tmp_path / "runs" / "predictor.safetensors"
     train(write_trajectories(), out)
     printed = capsys.readouterr().out
-    assert "15 finished runs of 3 families (mlp, resnet, vit)" in printed
+    assert "15 finished runs of 3 families (mlp, vgg, vit)" in printed
     assert "weights: 256 asked for, 32 recorded" in printed
     assert "Families never seen" in printed
     for name in ("metrics.jsonl", "metrics.json", "learning_curve.png", "calibration.png", "families.png"):
@@ -41,7 +43,7 @@ def test_train_writes_a_predictor_with_its_figures_and_show_prints_them(write_tr
     assert file.card["labels"] == {"label_threshold": 0.98, "label_dip": 0.0, "learn_threshold": None}
     assert file.card["data"]["families"]["vit"] == {"train": 3, "validation": 1, "test": 1}
     kept = json.loads((out.with_suffix("") / "metrics.json").read_text())
-    assert set(kept["transfer"]["families"]) == {"mlp", "resnet", "vit"}
+    assert set(kept["transfer"]["families"]) == {"mlp", "vgg", "vit"}
     assert len({run for part in kept["split"].values() for run in part}) == 15
     assert file.threshold == kept["test"]["overall"]["attention"]["threshold"]
     last = read_json_lines(out.with_suffix("") / "metrics.jsonl")[-1]
@@ -53,7 +55,7 @@ def test_train_writes_a_predictor_with_its_figures_and_show_prints_them(write_tr
     assert "32 weights a layer, 23 snapshots a training, seed 0" in shown
     assert "CKA to the final network stays at least 0.98" in shown
     assert f"freezes from probability {file.threshold:.4f}" in shown
-    assert "mlp 3, resnet 3, vit 3" in shown
+    assert "mlp 3, vgg 3, vit 3" in shown
     tables = printed[printed.index("Held-out runs") : printed.index("epoch")].strip()
     assert tables in shown
     assert max(map(len, tables.splitlines())) <= 120
@@ -72,7 +74,8 @@ def test_the_same_seed_gives_the_same_figures_whatever_the_order_of_files(write_
 
 def test_settings_of_a_file_count_unless_a_flag_says_otherwise(write_trajectories, tmp_path):
     settings = {"window": 5, "hidden": 24, "balance": True, "scaling": "robust", "learn_threshold": 0.99, "key": 4}
-    write_json(tmp_path / "best.json", {"settings": settings, "score": 0.9})
+    chosen_on = {"families": ["mlp"], "sources": ["digits"]}
+    write_json(tmp_path / "best.json", {"settings": settings, "score": 0.9, "chosen_on": chosen_on})
     out = tmp_path / "p.safetensors"
     train(write_trajectories(each=2), out, "--no-transfer", "--settings", str(tmp_path / "best.json"))
     file = load_predictor(out)
@@ -177,6 +180,13 @@ HOSTILE = [
     {"transfer": {"families": {"mlp": None}, "mean": 4, "left_out": {"vit": {"a": 1}}}},
     {"labels": {"\x1b[2J\n\x07clear": "\x1b]0;title\x07"}, "data": {"runs": 1e999, "sources": {"x" * 9999: 1}}},
     {"test": {"families": {str(number): {} for number in range(10_000)}}},
+    {"held_out": 3, "unseen": {"overall": {}, "groups": []}},
+    {"held_out": {"families": 3, "sources": ["\x1b[2J", None, {}]}, "unseen": {"overall": 7}},
+    {"held_out": {"sources": ["s" * 999] * 999}, "unseen": {"overall": {"trees": 3}, "groups": [{}] * 9999, "mean": 1}},
+    {
+        "held_out": {"sources": ["s"]},
+        "unseen": {"overall": dict.fromkeys(JUDGES), "groups": [{"family": "f" * 99}] * 99},
+    },
 ]
 
 

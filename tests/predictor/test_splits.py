@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from predictor.errors import UsageError
-from predictor.splits import family_folds, places_of, split_by_run
+from predictor.splits import HeldOut, family_folds, places_of, read_held_out, split_by_run
 from predictor.windows import RunWindows
 
 
@@ -66,3 +66,31 @@ def test_folds_hold_every_family_once_and_a_single_family_is_refused():
     assert places_of(runs, ["b", "e"]) == (1, 2, 7)
     with pytest.raises(UsageError, match="at least two"):
         family_folds(runs_of(a=4), most=2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "source", "held"),
+    [
+        ("mlp", "digits", False),
+        ("resnet", "digits", True),
+        ("resnets", "digits", False),
+        ("mlp", "fashion", True),
+        ("mlp", "fashion-first", True),
+        ("mlp", "fashion@14", True),
+        ("mlp", "fashion:size=14", True),
+        ("mlp", "fashionable", False),
+        ("mlp", "old-fashion", False),
+    ],
+)
+def test_a_run_is_held_out_by_its_family_or_by_what_its_source_is_made_of(family, source, held):
+    assert HeldOut(("resnet", "vit"), ("foods", "fashion")).holds(family, source) == held
+    assert not HeldOut().holds(family, source)
+
+
+def test_a_split_file_names_families_or_sources_or_both(tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text('# mine\nsources = ["digits"]\n')
+    assert read_held_out(path) == HeldOut((), ("digits",))
+    path.write_text('families = ["a", "b"]\nsources = ["c"]\n')
+    assert read_held_out(path) == HeldOut(("a", "b"), ("c",))
+    assert read_held_out(path).among(["b", "d"], ["c@x", "e"]) == ["b", "c@x"]

@@ -1,35 +1,41 @@
-"""Pretrains the network whose weights ship with the checkout, for `resnet20-transfer` to start from."""
+"""Pretrains the networks whose weights ship with the checkout, for the `-transfer` workloads to start from."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from collect.train import Hook, Training, train
-from collect.workloads import load_workload
-from collect.workloads.transfer import WEIGHTS
-from predictor.errors import UsageError
+from collect.workloads.recipe import Workload
+from collect.workloads.transfer import TRANSFERS, WEIGHTS, first, weights_of
+from data.sources import Source, load_source
+from predictor.errors import UsageError, unknown
 from predictor.files import written_whole
 
-_WORKLOAD = "resnet20-first"
 _SEED = 0
 _CARD = "smartfrz"
 """The key of the safetensors metadata under which stands how the weights were made."""
 
 
-def pretrain(path: Path = WEIGHTS, *, device: str = "auto", budget: float = 1.0) -> Training:
-    """Train `resnet20-first` and write its weights as safetensors, with how they were made in the metadata.
+def pretrain(
+    folder: Path = WEIGHTS, names: Sequence[str] = (), *, device: str = "auto", budget: float = 1.0
+) -> dict[str, Training]:
+    """Train networks of the table in `collect.workloads.transfer` and write their weights into `folder`, a file each.
 
-    device: "auto", "cpu", "cuda", ... budget: the share of the recipe's steps to take.
+    names: which of them, by default all. device: "auto", "cpu", "cuda", ... budget: the share of the recipe's steps to
+    take. A file is in the format of safetensors, with how it was made in its metadata.
 
-    On a CPU the same command gives the same weights, with the same versions and number of threads. Raises UsageError
-    for settings that cannot work, FileFault when the file cannot be written.
+    On a CPU the same call gives the same weights, with the same versions and number of threads. All data are loaded
+    before the first training: what is missing is told of at once. Returns the trainings by name.
+
+    Raises UsageError for a name that does not exist and for settings that cannot work, FileFault for data that is
+    missing and for a file that cannot be written.
     """
-    training = train(load_workload(_WORKLOAD), seed=_SEED, hooks=[_Told()], device=device, budget=budget)
-    if training.status != "finished":
-        raise UsageError(f"the training {training.status}, and nothing is written: train on another device")
-    _save(path, training)
-    print(f"{path}: {training.curve[-1]['test_accuracy']:.1%} of the test images of its own classes are right")
-    return training
+    for name in names:
+        if name not in TRANSFERS:
+            raise unknown("pretrained network", name, TRANSFERS)
+    sources = {name: _source_of(first(name)) for name in names or TRANSFERS}
+    return {name: _one(name, source, weights_of(name, folder), device, budget) for name, source in sources.items()}
 
 
 class _Told(Hook):
@@ -38,19 +44,32 @@ class _Told(Hook):
     def on_epoch(self, training: Training) -> None:
         row = training.curve[-1]
         print(
-            f"step {training.step} of {training.total_steps}: {row['test_accuracy']:.1%} of the test images right, "
-            f"{row['train_seconds']:.0f} s",
+            f"{training.workload.name}: step {training.step} of {training.total_steps}: "
+            f"{row['test_accuracy']:.1%} of the test samples right, {row['train_seconds']:.0f} s",
             flush=True,
         )
+
+
+def _source_of(workload: Workload) -> Source:
+    return load_source(workload.source, train_samples=workload.recipe.train_samples)
+
+
+def _one(name: str, source: Source, path: Path, device: str, budget: float) -> Training:
+    training = train(first(name), seed=_SEED, hooks=[_Told()], device=device, budget=budget, source=source)
+    if training.status != "finished":
+        raise UsageError(f"{name}: the training {training.status}, and nothing is written: train on another device")
+    _save(path, training)
+    print(f"{path}: {training.curve[-1]['test_accuracy']:.1%} of the test samples of its own classes are right")
+    return training
 
 
 def _save(path: Path, training: Training) -> None:
     from safetensors.torch import save
 
     made = {
-        "workload": _WORKLOAD,
+        "workload": training.workload.name,
         "source": training.source.name,
-        "seed": _SEED,
+        "seed": training.seed,
         "steps": training.total_steps,
         "recipe": asdict(training.recipe),
         "test_accuracy": training.curve[-1]["test_accuracy"],

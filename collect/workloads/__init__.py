@@ -1,6 +1,5 @@
 """What can be trained: a model, a source and a recipe under one name, or the user's own package.module:function."""
 
-import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +22,8 @@ from collect.workloads import (
     vit,
 )
 from collect.workloads.recipe import Recipe, Workload
-from predictor.errors import UsageError, unknown
+from predictor.errors import UsageError
+from predictor.named import named
 
 __all__ = ["WORKLOADS", "Recipe", "Workload", "load_workload"]
 
@@ -48,8 +48,8 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "mixer-digits": mixer.mixer_digits,
     "convnext-digits": convnext.convnext_digits,
     "vit-digits": vit.vit_digits,
-    "resnet20-first": transfer.resnet20_first,
-    "resnet20-transfer": transfer.resnet20_transfer,
+    **{f"{name}-first": partial(transfer.first, name) for name in transfer.TRANSFERS},
+    **{f"{name}-transfer": partial(transfer.transfer, name) for name in transfer.TRANSFERS},
     "lite0-fashion": partial(finetune_images.lite, 0, "fashion"),
     "lite1-fashion": partial(finetune_images.lite, 1, "fashion"),
     "lite2-fashion": partial(finetune_images.lite, 2, "fashion"),
@@ -97,19 +97,7 @@ def load_workload(name: str) -> Workload:
 
 def _own(name: str) -> Workload:
     """A workload from a user's function."""
-    module_name, _, function_name = name.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
-        raise unknown("workload", name, WORKLOADS, "package.module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UsageError(
-            f"workload {name!r}: importing {module_name} fails ({error}): run from the folder that holds it, or set "
-            "PYTHONPATH"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UsageError(f"workload {name!r}: {module_name} has no function {function_name}")
+    function = named("workload", name, WORKLOADS)
     workload = function()
     if not isinstance(workload, Workload):
         raise UsageError(f"workload {name!r}: the function returns {workload!r}: return a collect.workloads.Workload")

@@ -1,32 +1,147 @@
-"""A ResNet-20 pretrained by this project on half of Fashion-MNIST's classes, and its fine-tuning on the other half."""
+"""Small networks, pretrained by this project on half of a source's classes, and their fine-tuning on the other half."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
+from collect.workloads.convnext import ConvNext
+from collect.workloads.densenet import DenseNet
+from collect.workloads.mixer import Mixer
+from collect.workloads.mlp import Mlp
 from collect.workloads.recipe import Recipe, Workload
 from collect.workloads.resnet import ResNet
+from collect.workloads.textcnn import TextCnn
+from collect.workloads.vgg import Vgg
+from collect.workloads.vit import Vit
 from data.sources.base import Source
 from predictor.errors import FileFault
 
-WEIGHTS = Path(__file__).parent / "weights" / "resnet20-fashion-first.safetensors"
-"""What `python -m collect pretrain` has made of `resnet20-first`."""
+WEIGHTS = Path(__file__).parent / "weights"
+"""The folder of the pretrained weights, which `python -m collect pretrain` makes."""
 
 
-def resnet20_first() -> Workload:
-    """ResNet-20 of 16 to 64 channels on half of Fashion-MNIST's classes, to be fine-tuned; about 3 minutes."""
-    recipe = Recipe(epochs=10, lr=0.1, augment=True)
-    return Workload("resnet20-first", "resnet", _resnet20, "fashion-first", recipe)
+@dataclass(frozen=True)
+class Transfer:
+    """A network, what it is pretrained on and fine-tuned on, and how."""
+
+    family: str
+    """The kind of architecture."""
+    title: str
+    """What the network is, in words."""
+    network: Callable[[Source], nn.Module]
+    """Builds it for a source, with new weights."""
+    source: str
+    """What it trains on: the first half of this source's classes, then the last half."""
+    pretraining: Recipe
+    """How it is trained on the first half."""
+    finetuning: Recipe
+    """How it is trained on the last half."""
+    times: tuple[str, str]
+    """How long each of the two takes."""
 
 
-def resnet20_transfer() -> Workload:
-    """ResNet-20 pretrained as resnet20-first, fine-tuned on the other half of the classes; about 1 minute."""
-    recipe = Recipe(epochs=8, lr=0.02, train_samples=2000)
-    return Workload("resnet20-transfer", "resnet", _pretrained, "fashion-last", recipe)
+TRANSFERS: dict[str, Transfer] = {
+    "resnet20": Transfer(
+        "resnet",
+        "ResNet-20 of 16 to 64 channels",
+        partial(ResNet, blocks=3, width=16),
+        "fashion",
+        Recipe(epochs=10, lr=0.1, augment=True),
+        Recipe(epochs=8, lr=0.02, train_samples=2000),
+        ("3 minutes", "1 minute"),
+    ),
+    "vgg": Transfer(
+        "vgg",
+        "Six convolutions of 16 to 64 channels",
+        partial(Vgg, widths=(16, 32, 64)),
+        "mnist-5k",
+        Recipe(epochs=6, batch_size=32, lr=0.05, augment=True),
+        Recipe(epochs=6, batch_size=32, lr=0.01),
+        ("15 seconds", "10 seconds"),
+    ),
+    "densenet": Transfer(
+        "densenet",
+        "Three dense blocks of three layers with growth 12",
+        partial(DenseNet, layers=3, growth=12, stem_stride=2),
+        "mnist-5k",
+        Recipe(epochs=6, batch_size=32, lr=0.05, augment=True),
+        Recipe(epochs=6, batch_size=32, lr=0.01),
+        ("15 seconds", "10 seconds"),
+    ),
+    "convnext": Transfer(
+        "convnext",
+        "Four ConvNeXt blocks of 32 and 64 channels",
+        partial(ConvNext, widths=(32, 64)),
+        "mnist-5k",
+        Recipe(epochs=8, batch_size=32, optimizer="adamw", lr=3e-3, weight_decay=0.05),
+        Recipe(epochs=6, batch_size=32, optimizer="adamw", lr=5e-4, weight_decay=0.05),
+        ("30 seconds", "15 seconds"),
+    ),
+    "mlp": Transfer(
+        "mlp",
+        "Five linear layers of up to 128 units",
+        partial(Mlp, widths=(128, 128, 64, 64)),
+        "digits",
+        Recipe(epochs=20, batch_size=32, lr=0.05),
+        Recipe(epochs=10, batch_size=32, lr=0.01),
+        ("a second", "a second"),
+    ),
+    "mixer": Transfer(
+        "mixer",
+        "Three Mixer blocks of 48 channels",
+        partial(Mixer, patch=2, width=48, depth=3),
+        "digits",
+        Recipe(epochs=20, batch_size=32, optimizer="adamw", lr=2e-3, weight_decay=0.05),
+        Recipe(epochs=10, batch_size=32, optimizer="adamw", lr=5e-4, weight_decay=0.05),
+        ("6 seconds", "2 seconds"),
+    ),
+    "vit": Transfer(
+        "vit",
+        "Three encoder blocks of 48 channels and 4 heads",
+        partial(Vit, patch=2, width=48, depth=3, heads=4),
+        "digits",
+        Recipe(epochs=25, batch_size=32, optimizer="adamw", lr=2e-3, weight_decay=0.05, clip_norm=1.0),
+        Recipe(epochs=10, batch_size=32, optimizer="adamw", lr=5e-4, weight_decay=0.05, clip_norm=1.0),
+        ("10 seconds", "3 seconds"),
+    ),
+    "textcnn": Transfer(
+        "textcnn",
+        "Three convolutions of 64 channels",
+        partial(TextCnn, embedding=32, width=64, depth=3, dropout=0.3),
+        "glosses",
+        Recipe(epochs=20, batch_size=32, optimizer="adamw", lr=3e-3, weight_decay=0.05),
+        Recipe(epochs=8, optimizer="adamw", lr=1e-3, weight_decay=0.05),
+        ("20 seconds", "5 seconds"),
+    ),
+}
+"""Every network that this project pretrains, by what the names of its two workloads begin with."""
 
 
-def load_body(model: ResNet, path: Path) -> None:
-    """Load what `python -m collect pretrain` wrote, but for the head, which stays new.
+def first(name: str) -> Workload:
+    """The pretraining of a network of the table, on half of the classes."""
+    row = TRANSFERS[name]
+    doc = f"{row.title} on {row.source}-first, half of the classes, to be fine-tuned; about {row.times[0]}."
+    return Workload(f"{name}-first", row.family, row.network, f"{row.source}-first", row.pretraining, doc)
+
+
+def transfer(name: str) -> Workload:
+    """The fine-tuning of a network of the table, on the other half of the classes."""
+    row = TRANSFERS[name]
+    doc = f"{row.title}, pretrained as {name}-first, on {row.source}-last, the other half; about {row.times[1]}."
+    model = partial(_pretrained, name=name)
+    return Workload(f"{name}-transfer", row.family, model, f"{row.source}-last", row.finetuning, doc)
+
+
+def weights_of(name: str, folder: Path = WEIGHTS) -> Path:
+    """The file of a network's pretrained weights: it bears the name of the network and of what it was trained on."""
+    return folder / f"{name}-{TRANSFERS[name].source}-first.safetensors"
+
+
+def load_body(model: nn.Module, path: Path) -> None:
+    """Load what `python -m collect pretrain` wrote, but for the head, the last linear layer, which stays new.
 
     Raises FileFault when the file cannot be read, or when its tensors have other names or shapes.
     """
@@ -38,19 +153,16 @@ def load_body(model: ResNet, path: Path) -> None:
     except (OSError, safetensors.SafetensorError) as error:
         raise FileFault(f"{path}: no weights that can be read ({error}); {cure}") from error
     own = model.state_dict()
-    head = f"{len(model) - 1}."
+    head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1] + "."
     odd = own.keys() ^ found.keys()
     odd |= {n for n in own.keys() - odd if own[n].shape != found[n].shape and not n.startswith(head)}
     if odd:
+        cure = f"train on a source of the shape that it was pretrained on, or {cure}"
         raise FileFault(f"{path}: not the weights of this network, which differ in {min(odd)}; {cure}")
     model.load_state_dict({name: own[name] if name.startswith(head) else found[name] for name in own})
 
 
-def _resnet20(source: Source) -> ResNet:
-    return ResNet(source, 3, 16)
-
-
-def _pretrained(source: Source) -> nn.Module:
-    model = _resnet20(source)
-    load_body(model, WEIGHTS)
+def _pretrained(source: Source, name: str) -> nn.Module:
+    model = TRANSFERS[name].network(source)
+    load_body(model, weights_of(name))
     return model

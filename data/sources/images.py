@@ -42,16 +42,6 @@ def fashion() -> ImageSource:
     return ImageSource("fashion", 10, train, test, _FASHION)
 
 
-def fashion_first() -> ImageSource:
-    """Half of `fashion`, to pretrain on: 5,000 + 1,000 images of its classes 0 to 4, which are clothes."""
-    return _classes(fashion(), "fashion-first", range(5))
-
-
-def fashion_last() -> ImageSource:
-    """The other half of `fashion`, to fine-tune on: 5,000 + 1,000 images of its classes 5 to 9, shoes among them."""
-    return _classes(fashion(), "fashion-last", range(5, 10))
-
-
 def fashion_full() -> ImageSource:
     """The whole of Fashion-MNIST: 60,000 + 10,000 images of 28x28, 10 classes."""
     folder = folder_of("fashion-full")
@@ -117,18 +107,6 @@ def _samples(images: Bytes, labels_N: npt.NDArray[np.integer]) -> Samples:
     """images_NHW or images_NCHW and labels_N as tensors of their own."""
     images_NCHW = images[:, None] if images.ndim == 3 else images
     return Samples(torch.from_numpy(np.array(images_NCHW, order="C")), torch.from_numpy(labels_N.astype(np.int64)))
-
-
-def _classes(source: ImageSource, name: str, classes: range) -> ImageSource:
-    """The samples of some neighbouring classes, with labels and ids that count from 0 anew."""
-    train, test = (_of_classes(part, classes) for part in source.samples.values())
-    return ImageSource(name, len(classes), train, test, source.look)
-
-
-def _of_classes(samples: Samples, classes: range) -> Samples:
-    chosen_N = (samples.labels >= classes.start) & (samples.labels < classes.stop)
-    part = samples.at(chosen_N.nonzero()[:, 0])
-    return Samples(part.inputs, part.labels - classes.start)
 
 
 def _split(name: str, samples: Samples, train_samples: int, look: Look) -> ImageSource:

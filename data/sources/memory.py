@@ -24,6 +24,12 @@ class Samples:
         """Those with these ids."""
         return Samples(self.inputs.index_select(0, ids_B), self.labels.index_select(0, ids_B))
 
+    def of_classes(self, classes: range) -> "Samples":
+        """Those of some neighbouring classes, with labels that count from 0 anew."""
+        chosen_N = (self.labels >= classes.start) & (self.labels < classes.stop)
+        part = self.at(chosen_N.nonzero()[:, 0])
+        return Samples(part.inputs, part.labels - classes.start)
+
     def to(self, device: torch.device) -> "Samples":
         """The same on another device."""
         return Samples(self.inputs.to(device), self.labels.to(device))
@@ -73,6 +79,16 @@ class MemorySource(Source):
         twin = copy.copy(self)
         train = self.samples["train"].at(stratified(self.labels("train"), train_samples))
         twin.samples, twin._moved = {"train": train, "test": self.samples["test"]}, {}
+        return twin
+
+    def of_classes(self, name: str, classes: range) -> Self:
+        """The samples of some neighbouring classes under another name, with labels and ids that count from 0 anew.
+
+        A text keeps the vocabulary of the whole, so that a network goes from one part of the classes to another.
+        """
+        twin = copy.copy(self)
+        twin.name, twin.classes, twin._moved = name, len(classes), {}
+        twin.samples = {split: samples.of_classes(classes) for split, samples in self.samples.items()}
         return twin
 
     def _load(self, split: Split, plan: Plan, device: torch.device) -> Iterator[Batch]:

@@ -16,7 +16,7 @@ from collect.train import train
 from collect.workloads import WORKLOADS, finetune_images, finetune_text, load_workload
 from collect.workloads.finetune_images import AsPretrained
 from collect.workloads.resnet import ResNet
-from collect.workloads.transfer import WEIGHTS, load_body
+from collect.workloads.transfer import load_body, weights_of
 from data.places import folder_of
 from data.sources import load_source
 from data.sources.base import Source, balanced
@@ -51,7 +51,7 @@ def file_of(name: str) -> list[Tensor]:
         path = next(folder_of("efficientnet-lite0").glob("*.pth"))
         return list(torch.load(path, weights_only=True).values())
     if name == "resnet20-transfer":
-        found = load_file(WEIGHTS)
+        found = load_file(weights_of("resnet20"))
         return [found[key] for key in ResNet(load_source("fashion-first"), 3, 16).state_dict()]
     found = load_file(folder_of("minilm") / "model.safetensors")
     order = [key for key in built(name, load_source("glosses@minilm")).state_dict() if "classifier" not in key]

@@ -167,7 +167,7 @@ def test_what_is_wrong_with_a_suite_file(tmp_path: Path, text: str, message: str
 
 
 def test_an_unknown_suite_names_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"no suite 'trajectory': did you mean 'trajectories'\? there are full, paper"):
+    with pytest.raises(UsageError, match=r"no suite 'trajectory': did you mean 'trajectories'\? there are full, "):
         read_suite("trajectory")
     with pytest.raises(FileFault, match=r"nowhere/mine.toml: cannot be read \(No such file"):
         read_suite("nowhere/mine.toml")

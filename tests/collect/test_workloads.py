@@ -144,8 +144,8 @@ def test_a_workload_of_the_users_own(own_module: str, source_of: Callable[[str],
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("own.nets:smal", r"own\.nets has no function smal"),
-        ("own.nets:__doc__", r"own\.nets has no function __doc__"),
+        ("own.nets:smal", r"own\.nets has no function or class smal"),
+        ("own.nets:__doc__", r"own\.nets has no function or class __doc__"),
         ("own.nets:wrong", "the function returns 3: return a collect.workloads.Workload"),
         ("own.nothing:small", r"importing own\.nothing fails .*: run from the folder that holds it"),
         ("own.broken:small", r"importing own\.broken fails \(No module named 'no_such_package_at_all'\)"),

@@ -226,18 +226,3 @@ def test_the_embedded_slice_holds_equally_many_of_each_class() -> None:
     source = load_source("fashion")
     assert source.labels("train").bincount().tolist() == [1000] * 10
     assert source.labels("test").bincount().tolist() == [200] * 10
-
-
-def test_half_of_the_classes_with_labels_and_ids_that_count_anew() -> None:
-    whole = load_source("fashion")
-    for name, first in (("fashion-first", 0), ("fashion-last", 5)):
-        half = load_source(name)
-        assert (half.name, half.classes, half.shape, half.look) == (name, 5, whole.shape, whole.look)
-        for split in ("train", "test"):
-            chosen = [place for place, label in enumerate(whole.labels(split).tolist()) if first <= label < first + 5]
-            assert torch.equal(half.labels(split) + first, whole.labels(split)[chosen])
-            assert torch.equal(half.samples[split].inputs, whole.samples[split].inputs[chosen])
-            assert half.labels(split).bincount().tolist() == [whole.size(split) // 10] * 5
-        ids_B, _, _ = next(half.batches("train", 3, shuffle=False))
-        assert ids_B.tolist() == [0, 1, 2]
-        assert half.limited(50).labels("train").bincount().tolist() == [10] * 5

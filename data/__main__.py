@@ -1,10 +1,11 @@
-"""Looks after the data: trajectories (inspect, validate, merge) and what networks train on (prepare)."""
+"""Looks after the data: trajectories (inspect, card, validate, merge), outcomes, what networks train on (prepare)."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.outcomes import DEFAULT_OUTCOMES
 from data.trajectories.store import DEFAULT_FILE, trajectory_files
 from predictor import cli
 
@@ -24,6 +25,12 @@ def _parser() -> argparse.ArgumentParser:
     cli.add_fields(inspect, "data/trajectories/labels.py", "LabelRule")
     inspect.set_defaults(command=_inspect)
 
+    text = "count what there is to learn from and to be judged on, and what progress, learning rate or depth alone tell"
+    card = commands.add_parser("card", help=text, description=text)
+    _add_paths(card)
+    cli.add_fields(card, "data/trajectories/labels.py", "LabelRule")
+    card.set_defaults(command=_card)
+
     text = "name every fault of trajectory files; the exit status is 1 if there is one"
     validate = commands.add_parser("validate", help=text, description=text)
     _add_paths(validate)
@@ -40,6 +47,17 @@ def _parser() -> argparse.ArgumentParser:
         help="a run that comes twice: stop, or keep the one that comes first (default: %(default)s)",
     )
     merge.set_defaults(command=_merge)
+
+    text = "say what freezing did in a file of outcomes, and how well labels from CKA tell it"
+    outcomes = commands.add_parser("outcomes", help=text, description=text)
+    outcomes.add_argument(
+        "path", nargs="?", type=Path, default=DEFAULT_OUTCOMES, metavar="FILE", help="outcomes (default: %(default)s)"
+    )
+    text = "trajectory files or gather folders of the same runs, whose labels are judged by the outcomes"
+    outcomes.add_argument("--trajectories", nargs="+", type=Path, default=[], metavar="FILE", help=text)
+    text = "a final loss is harmless up to so many times the noise above the unfrozen run's (default: %(default)s)"
+    outcomes.add_argument("--times", type=float, default=1.0, help=text)
+    outcomes.set_defaults(command=_outcomes)
 
     text = "say which data sets and pretrained weights are here and how to get the others; unpack downloads"
     prepare = commands.add_parser("prepare", help=text, description=text)
@@ -63,6 +81,14 @@ def _inspect(flags: argparse.Namespace) -> int:
     return 0
 
 
+def _card(flags: argparse.Namespace) -> int:
+    from data.card import data_card
+    from data.trajectories.labels import LabelRule
+
+    print(data_card(flags.paths or [DEFAULT_FILE], cli.from_flags(LabelRule, flags)), end="")
+    return 0
+
+
 def _validate(flags: argparse.Namespace) -> int:
     from data.trajectories.validate import validate
 
@@ -80,6 +106,14 @@ def _merge(flags: argparse.Namespace) -> int:
     from data.trajectories.merge import merge
 
     print(merge(flags.paths, flags.out, flags.on_duplicate, progress=_terminal()))
+    return 0
+
+
+def _outcomes(flags: argparse.Namespace) -> int:
+    from data.outcomes import read_outcomes
+    from data.proxy import describe_outcomes
+
+    print(describe_outcomes(read_outcomes(flags.path), flags.trajectories, flags.times), end="")
     return 0
 
 

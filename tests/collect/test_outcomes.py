@@ -1,0 +1,184 @@
+"""The command `gather outcomes`: what it does, skips and says, and that its runs are those of the trajectories."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from collect import __main__ as program
+from collect import gather as trajectories
+from collect import outcomes as gathering
+from collect.engines import Job
+from collect.grid import read_suite
+from data.outcomes import OutcomeFolder, read_outcomes
+from data.proxy import join
+from data.trajectories.labels import LabelRule
+from data.trajectories.reader import open_trajectories
+from predictor.errors import FileFault, UsageError
+from predictor.files import read_json_lines
+from tests.collect.inline import run_inline
+
+HEAD = """
+[sampling]
+weights = 8
+snapshots = 4
+[probe]
+samples = 8
+features = 16
+[[runs]]
+workload = "mlp-digits"
+train_samples = 96
+epochs = 2
+"""
+FEW = ("--points", "0.5", "--fronts", "0.5", "--singles", "0")
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs are trained in this process; their ids, in order."""
+    ids: list[str] = []
+
+    def run(jobs: list[Job], **options: Any) -> None:
+        ids.extend(job.id for job in jobs)
+        run_inline(jobs, **options)
+
+    monkeypatch.setattr(gathering, "run_jobs", run)
+    monkeypatch.setattr(trajectories, "run_jobs", run_inline)
+    return ids
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Callable[..., str]:
+    def write(text: str = "seed = 4", name: str = "mine") -> str:
+        path = tmp_path / f"{name}.toml"
+        path.write_text(HEAD + text)
+        return str(path)
+
+    return write
+
+
+def gather(tmp_path: Path, suite: str, *flags: str, what: str = "outcomes") -> int | None:
+    return program.main(["gather", what, "--suite", suite, "--out", str(tmp_path / "out"), *flags])
+
+
+def ids_of(suite: str) -> list[str]:
+    return [run.id for run in read_suite(suite).runs]
+
+
+def test_outcomes_meet_the_trajectories_of_the_same_runs(
+    tmp_path: Path, suite: Callable[..., str], trained: list[str]
+) -> None:
+    path = suite()
+    assert gather(tmp_path, path, what="trajectories") == 0
+    assert gather(tmp_path, path, "--points", "0,0.5", "--singles", "1") == 0
+    outcomes = read_outcomes(tmp_path / "out" / "outcomes.jsonl")
+    with open_trajectories(tmp_path / "out" / "trajectories.h5") as file:
+        (trajectory,) = file
+    for name in ("final_loss", "final_accuracy"):  # the very same training
+        assert getattr(outcomes[0].result, name) == trajectory.outcome[name]
+    joined = join(outcomes, tmp_path / "out" / "trajectories.h5")
+    assert len(joined) == 2 * (4 + 1)
+    labels_TL = LabelRule(0.9).labels(trajectory.similarity_TL)
+    for labelled in joined:
+        row = trajectory.step_T.tolist().index(labelled.outcome.step)
+        places = labelled.outcome.layers
+        assert labelled.outcome.layer_names == tuple(trajectory.layer_names[place] for place in places)
+        assert labelled.freezable(LabelRule(0.9)) == tuple(labels_TL[row, list(places)])
+
+
+def test_what_is_there_is_not_trained_again(tmp_path: Path, suite: Callable[..., str], trained: list[str]) -> None:
+    path = suite("seed = [0, 1]")
+    assert gather(tmp_path, path, *FEW) == 0
+    assert trained == ids_of(path)
+    packed = tmp_path / "out" / "outcomes.jsonl"
+    content = packed.read_bytes()
+    trained.clear()
+    left = OutcomeFolder(tmp_path / "out" / "outcomes").state(ids_of(path)[0], 3)
+    left.parent.mkdir(parents=True)
+    left.touch()  # by a kill at the very end
+    assert gather(tmp_path, path, *FEW) == 0
+    assert not trained
+    assert packed.read_bytes() == content
+    assert not left.parent.exists()
+    assert gather(tmp_path, path, *FEW[:-1], "1") == 0
+    assert trained == ids_of(path)
+    assert len(packed.read_text().splitlines()) == 2 * (3 + 1)
+    rows = read_json_lines(tmp_path / "out" / "outcomes" / "metrics.jsonl")
+    assert [row["run"] for row in rows if "run" in row] == ids_of(path) * 2
+
+
+def test_a_damaged_file_is_gathered_again(
+    tmp_path: Path, suite: Callable[..., str], trained: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = suite()
+    gather(tmp_path, path, *FEW)
+    content = (tmp_path / "out" / "outcomes.jsonl").read_bytes()
+    file = OutcomeFolder(tmp_path / "out" / "outcomes").run(ids_of(path)[0])
+    file.write_bytes(file.read_bytes()[:-40])
+    assert gather(tmp_path, path, *FEW) == 0
+    assert "line 3: cut short, or not JSON" in capsys.readouterr().out
+    assert trained == ids_of(path) * 2
+    assert (tmp_path / "out" / "outcomes.jsonl").read_bytes() == content
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    tmp_path: Path, suite: Callable[..., str], trained: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = suite("batch_size = [200, 32]")
+    assert gather(tmp_path, path, *FEW) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED mlp-digits seed=0" in printed
+    assert "1 runs failed: the same command tries them again" in printed
+    assert {one.run_id for one in read_outcomes(tmp_path / "out" / "outcomes.jsonl")} == {ids_of(path)[1]}
+
+
+def test_shards_share_a_folder_and_the_last_one_packs(
+    tmp_path: Path, suite: Callable[..., str], trained: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = suite("seed = [0, 1]")
+    assert gather(tmp_path, path, *FEW, "--shard", "1/2") == 0
+    assert "runs of other shards are missing" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "outcomes.jsonl").exists()
+    assert gather(tmp_path, path, *FEW, "--shard", "2/2") == 0
+    assert trained == ids_of(path)
+    assert len(read_outcomes(tmp_path / "out" / "outcomes.jsonl")) == 2 * 3
+
+
+def test_a_dry_run_does_nothing_and_says_what_there_is(
+    tmp_path: Path, suite: Callable[..., str], trained: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gather(tmp_path, suite("seed = 0", "first"), *FEW)
+    path = suite("seed = [0, 1]")
+    trained.clear()
+    capsys.readouterr()
+    assert gather(tmp_path, path, *FEW, "--dry-run", "--slots", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:2]] == [[ids_of(path)[0], "finished"], [ids_of(path)[1], "to"]]
+    assert lines[-1] == "mine: 2 runs, 1 to do, 3 at a time; each goes on from 1 points, up to 2 times from each"
+    gather(tmp_path, path, "--dry-run")
+    assert capsys.readouterr().out.splitlines()[0].split()[1] == "begun"
+    assert not trained
+
+
+def test_the_default_suite_is_made_of_runs_of_the_default_trajectories() -> None:
+    ours, theirs = read_suite("outcomes"), read_suite("trajectories")
+    assert {run.id for run in ours.runs} < {run.id for run in theirs.runs}
+
+
+def test_what_cannot_work_is_said_before_anything_is_trained(
+    tmp_path: Path, suite: Callable[..., str], trained: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = suite()
+    for flags, message in ((("--points", "0,1"), "points=0,1"), (("--slots", "0"), "slots=0")):
+        with pytest.raises(UsageError, match=message):
+            gather(tmp_path, path, *flags)
+    with pytest.raises(SystemExit, match="2"):
+        gather(tmp_path, path, "--fronts", "half")
+    assert "half: give numbers with commas between them" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        gather(tmp_path, path, "--points", "0.5", what="trajectories")
+    (tmp_path / "way").write_text("a file is in the way")
+    with pytest.raises(FileFault, match=r"cannot be written .* choose another place with --out"):
+        gather(tmp_path / "way", path)
+    assert not trained

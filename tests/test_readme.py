@@ -1,5 +1,6 @@
 """The README's examples work as they stand there."""
 
+import json
 import os
 import re
 import subprocess
@@ -67,3 +68,20 @@ def test_a_workload_of_ones_own_is_gathered(tmp_path):
     )
     assert "4 runs" in run(code, tmp_path)
     assert (tmp_path / "runs" / "trajectories.h5").exists()
+
+
+def test_a_policy_of_ones_own_is_compared(tmp_path):
+    own = block("# calm.py")
+    assert len(own.splitlines()) < 40
+    (tmp_path / "calm.py").write_text(own)
+    (tmp_path / "calm.toml").write_text(block("# calm.toml", "toml") + "[recipe]\nepochs = 4\n")
+    code = (
+        "import runpy, sys\nsys.path.insert(0, '.')\n"
+        "sys.argv = ['evaluate', 'run-suite', '--suite', 'calm.toml', '--out', 'runs', '--slots', '1']\n"
+        "runpy.run_module('evaluate', run_name='__main__')"
+    )
+    assert "calm:Calm" in run(code, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "results.jsonl").read_text().splitlines()]
+    own_rows = [row for row in rows if row["policy_name"] == "calm:Calm"]
+    assert [row["status"] for row in own_rows] == ["finished"] * 3
+    assert any(row["freezes"] for row in own_rows)

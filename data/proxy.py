@@ -13,11 +13,11 @@ from data.trajectories.trajectory import Trajectory
 from data.trajectories.windows import trajectories_in
 from predictor.errors import UsageError
 from predictor.metrics import auroc
+from predictor.tables import figure, table
 
 THRESHOLDS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 """Of the label rules that are compared."""
 _BELOW_ALL = -1.0
-_NO_FIGURE = "-"
 _AGAIN = "its outcomes: gather both anew, with the same version"
 
 
@@ -123,7 +123,7 @@ def _head(outcomes: Sequence[Outcome], frozen: list[Outcome], noise: Mapping[str
     lost = sum(run.status == "diverged" for run in runs.values())
     diverged = sum(outcome.result.status == "diverged" for outcome in frozen)
     shares = [noise[run_id] / run.final_loss for run_id, run in runs.items() if run_id in noise and run.final_loss]
-    typical = f"{np.median(shares):.1%}" if shares else _NO_FIGURE
+    typical = f"{np.median(shares):.1%}" if shares else "n/a"
     return (
         f"{len(runs)} runs, {lost} of them diverged; {len(frozen)} continuations with frozen layers, {diverged} of "
         f"them diverged\nharmless: the final test loss is above the unfrozen run's by at most {times:g} times the "
@@ -140,7 +140,7 @@ def _by_progress(frozen: list[Outcome], noise: Mapping[str, float], times: float
         cells.setdefault(_nearest(outcome.progress), []).append(harmless(outcome, noise, times))
     rows = [("harmless, frozen from progress", *(f"{progress:.2f}" for progress in times_of))]
     rows += [(what, *(_share(cells.get(progress, [])) for progress in times_of)) for what, cells in groups.items()]
-    return _table(rows)
+    return table(rows[0], rows[1:])
 
 
 def _label_head(joined: list[Labelled], frozen: list[Outcome]) -> str:
@@ -171,12 +171,11 @@ def _by_rule(kind: str, some: list[Labelled], noise: Mapping[str, float], times:
     }
     for name, score in others.items():
         rows.append((name, "", "", "", _auroc(harmless_N, np.array([score(labelled) for labelled in some]))))
-    return _table(rows)
+    return table(rows[0], rows[1:])
 
 
 def _auroc(harmless_N: npt.NDArray[np.bool_], score_N: npt.NDArray[np.generic]) -> str:
-    value = auroc(harmless_N, score_N.astype(np.float64))
-    return _NO_FIGURE if value is None else f"{value:.3f}"
+    return figure(auroc(harmless_N, score_N.astype(np.float64)))
 
 
 def _what(outcome: Outcome) -> str:
@@ -193,15 +192,4 @@ def _nearest(progress: float) -> float:
 
 
 def _share(flags: list[bool]) -> str:
-    return f"{sum(flags)}/{len(flags)}" if flags else _NO_FIGURE
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows as text: the first column stands left, the others right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        name, *cells = row
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
-    return "\n".join(lines)
+    return f"{sum(flags)}/{len(flags)}" if flags else "n/a"

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from collect.workloads import Workload
 from data.sources.base import Source
-from predictor.freezing.cache import FeatureCache
+from predictor.caching.cache import FeatureCache
 from predictor.freezing.controller import FreezeController, FreezeEvent
 from predictor.freezing.layers import layers_of
 from predictor.policies.base import FreezePolicy, View

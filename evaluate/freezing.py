@@ -10,10 +10,10 @@ from torch import Tensor
 from collect.train import Hook, Training
 from data.sources.base import Source
 from data.sources.memory import ImageSource
+from predictor.caching.augmented import AugmentedCache, DirectCache
+from predictor.caching.cache import FeatureCache
+from predictor.caching.compression import Compression
 from predictor.errors import UsageError, unknown
-from predictor.freezing.augmented import AugmentedCache, DirectCache
-from predictor.freezing.cache import FeatureCache
-from predictor.freezing.compression import Compression
 from predictor.freezing.controller import FreezeController
 from predictor.freezing.layers import Layer
 from predictor.policies.base import FreezePolicy

@@ -13,7 +13,7 @@ from data.sources.base import Batch, Source
 from evaluate.cost import StepFlops
 from evaluate.stopwatch import Spread, busy_seconds, warm_up
 from evaluate.suffix import front_pass, suffix_training
-from predictor.freezing.cache import FeatureCache
+from predictor.caching.cache import FeatureCache
 from predictor.freezing.controller import FreezeController
 from predictor.policies import make_policy
 

@@ -13,8 +13,8 @@ from collect.optimizer import make_optimizer
 from collect.train import Training
 from collect.workloads import Workload
 from data.sources.base import Batch, Source
+from predictor.caching.cut import Call, trace_calls
 from predictor.errors import UsageError
-from predictor.freezing.cut import Call, trace_calls
 from predictor.freezing.freeze import freeze
 from predictor.freezing.layers import Layer
 from predictor.freezing.tensors import tensors_in

@@ -7,9 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from predictor.freezing.augmented import AugmentedCache as AugmentedCache
-    from predictor.freezing.cache import FeatureCache as FeatureCache
-    from predictor.freezing.compression import Compression as Compression
+    from predictor.caching.augmented import AugmentedCache as AugmentedCache
+    from predictor.caching.cache import FeatureCache as FeatureCache
+    from predictor.caching.compression import Compression as Compression
+    from predictor.caching.order import chunked_order as chunked_order
     from predictor.freezing.controller import FreezeController as FreezeController
     from predictor.freezing.controller import FreezeEvent as FreezeEvent
     from predictor.freezing.layers import Layer as Layer
@@ -19,14 +20,15 @@ if TYPE_CHECKING:
     from predictor.policies.base import View as View
 
 _HOME = {
-    "AugmentedCache": "predictor.freezing.augmented",
-    "Compression": "predictor.freezing.compression",
-    "FeatureCache": "predictor.freezing.cache",
+    "AugmentedCache": "predictor.caching.augmented",
+    "Compression": "predictor.caching.compression",
+    "FeatureCache": "predictor.caching.cache",
     "FreezeController": "predictor.freezing.controller",
     "FreezeEvent": "predictor.freezing.controller",
     "FreezePolicy": "predictor.policies.base",
     "Layer": "predictor.freezing.layers",
     "View": "predictor.policies.base",
+    "chunked_order": "predictor.caching.order",
     "layers_of": "predictor.freezing.layers",
     "make_policy": "predictor.policies",
 }

@@ -99,17 +99,5 @@ class WindowSet:
     @cached_property
     def labels_N(self) -> Tensor:
         """Each window's label, bool."""
-        return self._of_newest([run.labels_TL for run in self.runs])
-
-    @cached_property
-    def progress_N(self) -> Tensor:
-        """How much of the training was done at each window's newest snapshot."""
-        return self._of_newest([run.signals_TLS[..., SIGNALS.index("progress")] for run in self.runs])
-
-    @cached_property
-    def depth_N(self) -> Tensor:
-        """Each window's layer, 0 for the first and 1 for the last."""
-        return self._of_newest([run.signals_TLS[..., SIGNALS.index("depth")] for run in self.runs])
-
-    def _of_newest(self, values_TL: list[Tensor]) -> Tensor:
-        return torch.stack([values_TL[run][newest, layer] for run, newest, layer in self.index.tolist()])
+        # The index goes through a run's windows by snapshot, then by layer, and passes over runs that have none.
+        return torch.cat([run.labels_TL[self.window - 1 :].flatten() for run in self.runs])

@@ -2,9 +2,32 @@
 
 import importlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 from collect.engines import Job
+
+SMALL = """
+[sampling]
+weights = 8
+snapshots = 4
+[probe]
+samples = 8
+features = 16
+"""
+"""The head of a suite whose runs are recorded in a moment."""
+MLP = '[[runs]]\nworkload = "mlp-digits"\ntrain_samples = 96\nepochs = 2\n'
+"""A table of such runs."""
+
+
+def noting(ids: list[str]) -> Callable[..., None]:
+    """`run_inline`, which also notes the ids of its jobs, in order."""
+
+    def run(jobs: list[Job], **options: Any) -> None:
+        ids.extend(job.id for job in jobs)
+        run_inline(jobs, **options)
+
+    return run
 
 
 def run_inline(jobs: list[Job], **options: Any) -> None:

@@ -19,6 +19,7 @@ from collect.continuations import Branch, record_outcomes
 from collect.grid import RunConfig, read_suite
 from collect.train import Training
 from data.outcomes import OutcomeFolder, read_outcomes
+from tests.collect.inline import MLP, SMALL
 from tests.collect.tiny import Losses, Trace, run, same, weights
 
 CHECKOUT = Path(__file__).parent.parent.parent
@@ -105,19 +106,7 @@ def test_noise_parts_at_the_point_and_not_before(tmp_path: Path) -> None:
 # The whole job.
 
 
-SUITE = """
-[sampling]
-weights = 8
-snapshots = 4
-[probe]
-samples = 8
-features = 16
-[[runs]]
-workload = "mlp-digits"
-train_samples = 96
-epochs = 2
-seed = 4
-"""
+SUITE = f"{SMALL}{MLP}seed = 4\n"
 CHOICES = Choices((0.0, 0.5), (0.5, 1.0), 1)
 
 

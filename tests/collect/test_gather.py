@@ -9,37 +9,22 @@ import pytest
 
 from collect import __main__ as program
 from collect import gather as gathering
-from collect.engines import Job
 from collect.grid import RunConfig, read_suite
 from collect.run import record_run
 from data.trajectories.reader import open_trajectories
 from data.trajectories.store import GatherFolder
 from predictor.errors import FileFault, UsageError
 from predictor.files import read_json_lines
-from tests.collect.inline import run_inline
+from tests.collect.inline import MLP, SMALL, noting
 
-HEAD = """
-checkpoint_seconds = 0
-[sampling]
-weights = 8
-snapshots = 4
-[probe]
-samples = 8
-features = 16
-"""
-MLP = '[[runs]]\nworkload = "mlp-digits"\ntrain_samples = 96\nepochs = 2\n'
+HEAD = f"checkpoint_seconds = 0\n{SMALL}"
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs are trained in this process; their ids, in order."""
     ids: list[str] = []
-
-    def run(jobs: list[Job], **options: Any) -> None:
-        ids.extend(job.id for job in jobs)
-        run_inline(jobs, **options)
-
-    monkeypatch.setattr(gathering, "run_jobs", run)
+    monkeypatch.setattr(gathering, "run_jobs", noting(ids))
     return ids
 
 

@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from collect import __main__ as program
 from collect import gather as trajectories
 from collect import outcomes as gathering
-from collect.engines import Job
 from collect.grid import read_suite
 from data.outcomes import OutcomeFolder, read_outcomes
 from data.proxy import join
@@ -17,20 +15,9 @@ from data.trajectories.labels import LabelRule
 from data.trajectories.reader import open_trajectories
 from predictor.errors import FileFault, UsageError
 from predictor.files import read_json_lines
-from tests.collect.inline import run_inline
+from tests.collect.inline import MLP, SMALL, noting, run_inline
 
-HEAD = """
-[sampling]
-weights = 8
-snapshots = 4
-[probe]
-samples = 8
-features = 16
-[[runs]]
-workload = "mlp-digits"
-train_samples = 96
-epochs = 2
-"""
+HEAD = SMALL + MLP
 FEW = ("--points", "0.5", "--fronts", "0.5", "--singles", "0")
 
 
@@ -38,12 +25,7 @@ FEW = ("--points", "0.5", "--fronts", "0.5", "--singles", "0")
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs are trained in this process; their ids, in order."""
     ids: list[str] = []
-
-    def run(jobs: list[Job], **options: Any) -> None:
-        ids.extend(job.id for job in jobs)
-        run_inline(jobs, **options)
-
-    monkeypatch.setattr(gathering, "run_jobs", run)
+    monkeypatch.setattr(gathering, "run_jobs", noting(ids))
     monkeypatch.setattr(trajectories, "run_jobs", run_inline)
     return ids
 

@@ -102,13 +102,13 @@ def test_the_figures_of_a_summary():
     # Harmless at 0, 10, 10, 30, harmful at 0, 20: of 8 pairs, harmless is later in 4, and in one they are equal.
     assert progress == ["progress", "alone", "0.562"]
     assert rows_of(text, "singles")[0][:4] == ["singles:", "1,", "0%", "harmless"]
-    assert rows_of(text, "singles")[1][-1] == "-"
+    assert rows_of(text, "singles")[1][-1] == "n/a"
     shares = {" ".join(row[:-4]): row[-4:] for row in rows_of(text, "harmless, frozen")}
     assert shares["harmless, frozen from progress"] == ["0.00", "0.25", "0.50", "0.75"]
-    assert shares["a front of about 1/4"] == ["1/1", "-", "-", "-"]
-    assert shares["a front of about 3/4"] == ["0/1", "1/1", "-", "-"]
-    assert shares["all layers"] == ["-", "1/1", "0/1", "1/1"]
-    assert shares["a single layer"] == ["-", "-", "0/1", "-"]
+    assert shares["a front of about 1/4"] == ["1/1", "n/a", "n/a", "n/a"]
+    assert shares["a front of about 3/4"] == ["0/1", "1/1", "n/a", "n/a"]
+    assert shares["all layers"] == ["n/a", "1/1", "0/1", "1/1"]
+    assert shares["a single layer"] == ["n/a", "n/a", "0/1", "n/a"]
 
 
 def test_what_cannot_be_judged_is_said():

@@ -9,14 +9,20 @@ X = torch.linspace(-1, 1, 12 * 64).reshape(12, 1, 8, 8).sin()
 Y = torch.arange(12) % 3
 
 
-class Counted(nn.Linear):
-    """A linear layer that counts its calls."""
-
+class _Counts:
     calls = 0
 
     def forward(self, x):
         self.calls += 1
         return super().forward(x)
+
+
+class Counted(_Counts, nn.Linear):
+    """A linear layer that counts its calls."""
+
+
+class CountedConv(_Counts, nn.Conv2d):
+    """A convolution that counts its calls."""
 
 
 def chain():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from predictor import FeatureCache, FreezeController
-from predictor.freezing.ahead import ReadAhead
-from predictor.freezing.augmented import AugmentedCache
-from predictor.freezing.store import FeatureStore
+from predictor.caching.ahead import ReadAhead
+from predictor.caching.augmented import AugmentedCache
+from predictor.caching.store import FeatureStore
 from tests.predictor.counted import X, cached, chain, run
 from tests.predictor.scripted import Script
 

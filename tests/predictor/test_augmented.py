@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from predictor import AugmentedCache, Compression, FeatureCache, FreezeController
+from predictor.caching.augmented import DirectCache, moved
+from predictor.caching.views import channel_similarity
 from predictor.errors import UsageError
-from predictor.freezing.augmented import DirectCache, moved
-from predictor.freezing.views import channel_similarity
+from tests.predictor.counted import CountedConv
 from tests.predictor.scripted import Script
 
 IDS = torch.arange(12)
@@ -16,17 +17,9 @@ FLIPPED = X.flip(-1)
 LATER = X.roll(3, -1)
 
 
-class Counted(nn.Conv2d):
-    calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return super().forward(x)
-
-
 def network():
     torch.manual_seed(0)
-    front = [Counted(1, 4, 3, padding=1), nn.Tanh(), Counted(4, 4, 3, padding=1), nn.Tanh()]
+    front = [CountedConv(1, 4, 3, padding=1), nn.Tanh(), CountedConv(4, 4, 3, padding=1), nn.Tanh()]
     return nn.Sequential(*front, nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 3))
 
 

@@ -167,7 +167,7 @@ def test_beyond_the_memory_budget_features_lie_in_files_that_have_no_name(tmp_pa
 
 
 def test_many_blocks_give_rows_in_the_order_asked_for(monkeypatch):
-    monkeypatch.setattr("predictor.freezing.store._BLOCK_BYTES", 2 * (8 * 4 + 4))  # two rows a block
+    monkeypatch.setattr("predictor.caching.store._BLOCK_BYTES", 2 * (8 * 4 + 4))  # two rows a block
     model = chain()
     cache = cached(model)
     run(model, cache, torch.arange(12))

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from predictor import FreezeController, make_policy
-from predictor.freezing.cache import FeatureCache
+from predictor.caching.cache import FeatureCache
+from tests.predictor.counted import CountedConv
 
 SAMPLES, BATCH, EPOCHS = 24, 6, 3
 FEATURES = 16
@@ -27,17 +28,9 @@ class Numbered(Dataset):
         return i, x, i % 3, -1 if worker is None else worker.id
 
 
-class Counted(nn.Conv2d):
-    calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return super().forward(x)
-
-
 def network():
     torch.manual_seed(0)
-    front = [Counted(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, FEATURES), nn.ReLU()]
+    front = [CountedConv(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, FEATURES), nn.ReLU()]
     return nn.Sequential(*front, nn.Linear(FEATURES, 8), nn.Linear(8, 3))
 
 

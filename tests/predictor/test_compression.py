@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from predictor import Compression, FeatureCache, FreezeController
+from predictor.caching.compression import CompressedStore, compressed, restored
 from predictor.errors import UsageError
-from predictor.freezing.compression import CompressedStore, compressed, restored
 from tests.predictor.counted import X, cached, chain, run
 from tests.predictor.scripted import Script
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from predictor import FreezeController, make_policy
-from predictor.freezing.cache import FeatureCache
-from predictor.freezing.store import FeatureStore
+from predictor.caching.cache import FeatureCache
+from predictor.caching.store import FeatureStore
 from tests.predictor.scripted import Script
 
 X = torch.linspace(-1, 1, 12 * 64).reshape(12, 64).sin()
@@ -113,7 +113,7 @@ def test_a_front_that_grows_inside_a_block_is_filled_from_the_old_features():
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("block_bytes", [1, 1 << 20])
 def test_features_come_back_in_their_memory_format(monkeypatch, memory_format, block_bytes):
-    monkeypatch.setattr("predictor.freezing.store._BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("predictor.caching.store._BLOCK_BYTES", block_bytes)
     images = torch.rand(6, 3, 4, 5).contiguous(memory_format=memory_format)
     sequences = torch.rand(6, 7, 2).transpose(1, 2)
     store = FeatureStore([images, sequences, torch.ones(6)], 1 << 20)

@@ -18,7 +18,7 @@ from predictor.metrics import auroc
 from predictor.sampling import SampleSpec
 from predictor.tokens import Tokens, fit_scaling, motion_of
 from predictor.tracking import start_tracker
-from predictor.windows import WindowSet
+from predictor.windows import SIGNALS, WindowSet
 
 SPEC = SampleSpec(weights=32, snapshots=23)
 CONFIG = PredictorConfig(window=6, weights=32, hidden=16, key=8)
@@ -191,12 +191,14 @@ def test_baselines(make_windows):
 def test_a_judge_of_one_signal_ranks_as_that_signal_does(make_windows):
     windows = make_windows(each=2)
     labels = windows.labels_N.numpy()
-    for name, values in (("progress", windows.progress_N), ("depth", windows.depth_N)):
-        assert np.array_equal(signals_NF(windows, name)[:, 0], values.numpy())
-        area = auroc(labels, values.numpy())
+    _, signals_NWS, _ = windows.batch(torch.arange(len(windows)))
+    for name in ("progress", "depth"):
+        values = signals_NF(windows, name)[:, 0]
+        assert np.array_equal(values, signals_NWS[:, -1, SIGNALS.index(name)].numpy())
+        area = auroc(labels, values)
         assert auroc(labels, FromSignals(windows, name).probability_N(windows)) == pytest.approx(max(area, 1 - area))
     both = signals_NF(windows, "log_lr", "progress")
-    assert np.array_equal(both[:, 1], windows.progress_N.numpy())
+    assert np.array_equal(both[:, 1:], signals_NF(windows, "progress"))
     assert (np.diff(both[both[:, 1].argsort(kind="stable")], axis=0)[:, 0] <= 0).all()  # the rate only falls
 
 

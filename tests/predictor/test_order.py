@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from predictor.caching.order import chunked_order
 from predictor.errors import UsageError
-from predictor.freezing.order import chunked_order
 
 
 @pytest.mark.parametrize(("size", "chunk"), [(24, 4), (23, 4), (5, 100), (6, 1), (0, 3)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from predictor.freezing.views import ViewStore, channel_similarity, sensitive_channels
+from predictor.caching.views import ViewStore, channel_similarity, sensitive_channels
 
 CPU = torch.device("cpu")
 

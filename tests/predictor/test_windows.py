@@ -40,8 +40,6 @@ def test_windows_hold_the_last_snapshots_of_one_layer():
     assert signals[0, :, 0].tolist() == pytest.approx([1 / 3, 2 / 3, 1])
     assert labels.tolist() == [True, True]
     assert runs.labels_N.tolist() == [True, False, True, True, True]
-    assert runs.progress_N.tolist() == pytest.approx([2 / 3, 2 / 3, 1, 1, 1])
-    assert runs.depth_N.tolist() == [0, 1, 0, 1, 0]
 
 
 def test_a_subset_keeps_whole_runs():

@@ -9,15 +9,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from predictor.caching.ahead import ReadAhead
+from predictor.caching.compression import CompressedStore, Compression
+from predictor.caching.cut import Cut, replayed
+from predictor.caching.fingerprints import Fingerprints
+from predictor.caching.level import Level, cut_again
+from predictor.caching.proving import gpus_of, proven_cut, seen_calls
+from predictor.caching.store import FeatureStore, Precision
 from predictor.errors import UsageError
-from predictor.freezing.ahead import ReadAhead
-from predictor.freezing.compression import CompressedStore, Compression
 from predictor.freezing.controller import FreezeController, FreezeEvent
-from predictor.freezing.cut import Cut, replayed
-from predictor.freezing.fingerprints import Fingerprints
-from predictor.freezing.level import Level, cut_again
-from predictor.freezing.proving import gpus_of, proven_cut, seen_calls
-from predictor.freezing.store import FeatureStore, Precision
 
 _Batch = TypeVar("_Batch", bound=Sequence[Any])
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from predictor.freezing.cut import Call, Cut, best_cut, replayed, trace_calls
-from predictor.freezing.level import same
+from predictor.caching.cut import Call, Cut, best_cut, replayed, trace_calls
+from predictor.caching.level import same
 
 
 def proven_cut(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> tuple[Cut | None, int]:

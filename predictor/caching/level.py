@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from predictor.caching.cut import Call, Cut
+from predictor.caching.store import FeatureStore
 from predictor.errors import UsageError
-from predictor.freezing.cut import Call, Cut
-from predictor.freezing.store import FeatureStore
 from predictor.freezing.tensors import tensors_in
 
 _TOLERANCE = 1e-5

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from predictor.caching.store import FeatureStore, Precision
 from predictor.errors import UsageError
-from predictor.freezing.store import FeatureStore, Precision
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
 _LARGEST_CODE = 127

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from predictor.caching.cache import FeatureCache
+from predictor.caching.level import Level
+from predictor.caching.store import FeatureStore
+from predictor.caching.views import ViewStore
 from predictor.errors import UsageError
-from predictor.freezing.cache import FeatureCache
 from predictor.freezing.controller import FreezeController
-from predictor.freezing.level import Level
-from predictor.freezing.store import FeatureStore
-from predictor.freezing.views import ViewStore
 
 
 class AugmentedCache(FeatureCache):
@@ -25,7 +25,7 @@ class AugmentedCache(FeatureCache):
     passes skip the front: they begin from the sensitive channels of one of the sample's views, drawn at random, and the
     other channels of its first. Our reading: all of that but the principle. A training shows no sample as it is without
     augmentation, so the channels that the views share are those of an augmented one, and sensitive are those in which
-    two views of the same samples are least alike (`predictor.freezing.views.channel_similarity`), measured once for
+    two views of the same samples are least alike (`predictor.caching.views.channel_similarity`), measured once for
     each place of the cut, on the first samples that come a second time. A front that grows is filled from the views at
     the old cut, the first from the first and so on. Cost: `views` passes of the front for each sample, after each
     growth too where the old views were not complete; memory for 1 + (views - 1) * channels times what an exact cache

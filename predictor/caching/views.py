@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from predictor.freezing.compression import CompressedStore, channel_dimension, has_channels
-from predictor.freezing.store import Precision
+from predictor.caching.compression import CompressedStore, channel_dimension, has_channels
+from predictor.caching.store import Precision
 
 
 class ViewStore(CompressedStore):

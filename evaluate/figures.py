@@ -69,7 +69,8 @@ def step_cost_plot(results: Results, workload: str) -> Plot | None:
     best = min(lasts, key=lasts.__getitem__)
     share = lasts[best] / lasts[baseline]
     if best != baseline and share < 0.95:
-        title = f"Towards the end a step under {_named(best)} costs {share * 100:.0f} % of one under {_named(baseline)}"
+        costs = f"{share * 100:.0f} %" if share >= 0.005 else "less than 1 %"
+        title = f"Towards the end a step under {_named(best)} costs {costs} of one under {_named(baseline)}"
     else:
         title = f"Towards the end no policy's step is cheaper than one under {_named(baseline)}"
 

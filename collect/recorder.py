@@ -1,7 +1,6 @@
 """A hook that records how the layers move: their sampled weights and what goes with them, snapshot by snapshot."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from collect.train import Hook, Training
-from predictor.freezing.layers import Layer
+from predictor.policies.measure import gradient_norms
 from predictor.sampling import LayerSampler, SampleSpec
 
 
@@ -106,17 +105,3 @@ class Recorder(Hook):
         self._step.append(training.step)
         self._lr.append(training.lr)
         self._seconds.append(training.train_seconds)
-
-
-@torch.no_grad()
-def gradient_norms(layers: Sequence[Layer]) -> Tensor:
-    """norm_L: the Euclidean norm of each layer's gradient, over all its parameters; NaN where there is none."""
-    return torch.stack([_gradient_norm(layer) for layer in layers])
-
-
-def _gradient_norm(layer: Layer) -> Tensor:
-    gradients = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
-    if not gradients:
-        return torch.full((), math.nan, device=layer.own[0].device)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)).float())
-    return norm

@@ -1,18 +1,19 @@
 """`python -m predictor train | tune | show`: train a freeze predictor on trajectories, search settings, read a file."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from predictor import cli
-from predictor.errors import DivergedError, FileFault, UsageError
+from predictor.errors import DivergedError, UsageError
+from predictor.settings import LABEL_FLAGS, NOTHING, check_settings, flags_in
 from predictor.tracking import add_wandb_flag, start_tracker
 
 if TYPE_CHECKING:
+    from data.trajectories.windows import Rule
     from predictor.attention import PredictorConfig
     from predictor.fit import FitConfig, FitResult
     from predictor.sampling import SampleSpec
@@ -22,11 +23,9 @@ if TYPE_CHECKING:
 _DATA = Path("runs/trajectories.h5")
 _OUT = Path("runs/predictor.safetensors")
 _STUDY = Path("runs/tune")
-_LABEL_FLAGS = ("label_threshold", "label_dip", "learn_threshold")
 # What a trial of `tune` does not choose itself.
 _FIXED = ("epochs", "patience", "epoch_windows", "validation", "test", "split_seed", "seed", "device")
 _LEARN_THRESHOLDS = (0.95, 0.97, 0.99)
-_NOTHING = "none"
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     flags = _parser().parse_args(arguments)
     if getattr(flags, "settings", None):
         # Before the user's own flags, which so have the last word.
-        flags = _parser().parse_args([arguments[0], *_flags_in(flags.settings), *arguments[1:]])
+        flags = _parser().parse_args([arguments[0], *flags_in(flags.settings), *arguments[1:]])
     commands = {"train": _train, "tune": _tune, "show": _show}
     try:
         return commands[flags.command](flags)
@@ -54,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--learn-threshold", type=float, help="learn from labels of this CKA, but be judged by the others"
     )
+    text = "take labels from what freezing really did: a file of `python -m collect gather outcomes` of the same runs"
+    train.add_argument("--outcomes", type=Path, metavar="PATH", help=text)
+    text = "with --outcomes: a layer may freeze where freezing the front up to it costs at most so many percentage "
+    text += "points of accuracy (default: %(default)s)"
+    train.add_argument("--tolerance", type=float, default=0.5, help=text)
     cli.add_fields(train, "predictor/attention.py", "PredictorConfig")
     cli.add_fields(train, "predictor/fit.py", "FitConfig")
     tune = commands.add_parser("tune", help="search for better settings with Optuna; going on where it was killed")
@@ -79,30 +83,6 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add_wandb_flag(parser)
 
 
-def _flags_in(path: Path) -> list[str]:
-    """The settings of a file as flags."""
-    from predictor.attention import PredictorConfig
-    from predictor.fit import FitConfig
-
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        known = {*_LABEL_FLAGS, *(field.name for kind in (PredictorConfig, FitConfig) for field in fields(kind))}
-        if unknown := sorted(set(settings) - known):
-            raise FileFault(f"{path}: no settings of a predictor: {', '.join(unknown)}")
-        return [_flag(name, value) for name, value in settings.items() if value is not None]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, FileFault):
-            raise
-        raise FileFault(f"{path}: no settings ({error}): give a file that `python -m predictor tune` wrote") from error
-
-
-def _flag(name: str, value: Any) -> str:
-    dashed = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{dashed}" if value else f"--no-{dashed}"
-    return f"--{dashed}={value}"
-
-
 def _train(flags: argparse.Namespace) -> None:
     from predictor.attention import PredictorConfig
     from predictor.fit import FitConfig, fit
@@ -114,7 +94,7 @@ def _train(flags: argparse.Namespace) -> None:
     _use_one_thread()
     held_out = _held_out(flags)
     if flags.settings:
-        _check_settings(flags.settings, held_out)
+        check_settings(flags.settings, held_out)
     windows, spec = _read(flags, config.window, held_out)
     if config.weights > spec.weights:
         print(f"weights: {config.weights} asked for, {spec.weights} recorded: taking those")
@@ -125,12 +105,30 @@ def _train(flags: argparse.Namespace) -> None:
     with start_tracker("train", flags.wandb, flags.out.with_suffix(""), _told(flags)) as tracker:
         result = fit(windows, spec, config, settings, learn_from=learn_from, tracker=tracker)
         card = _card(flags, windows, result, settings, held_out)
+        if flags.outcomes:
+            result, card["risks"] = _with_risks(result, windows, config, settings)
         panel = panel_of(windows, result, settings, learn_from)
         card["test"] = known(panel, windows.subset(result.split.test))
         card["unseen"] = unseen(panel, _held_out_windows(flags, config.window, held_out))
         _finish(flags, windows, learn_from, result, config, settings, card)
         figures = {f"test_{name}": value for name, value in card["test"]["overall"]["attention"].items()}
         tracker.log(figures, len(result.fitted.history))
+
+
+def _with_risks(
+    result: "FitResult", windows: "WindowSet", config: "PredictorConfig", settings: "FitConfig"
+) -> "tuple[FitResult, list[dict[str, float]]]":
+    """The result with thresholds by risk, the default one's as its own, and what is told of them."""
+    from tqdm import tqdm
+
+    from predictor.risks import DEFAULT_RISK, thresholds_for, without_own_family
+
+    families = sorted({run.family for run in windows.runs})
+    watch = tqdm(families, desc="judging each family by the others", unit="family")
+    found = thresholds_for(windows, without_own_family(windows, config, settings, watch))
+    own = next(row.threshold for row in found if row.risk == DEFAULT_RISK)
+    pairs = tuple((row.risk, row.threshold) for row in found)
+    return replace(result, threshold=own, risks=pairs), [asdict(row) for row in found]
 
 
 def _finish(
@@ -147,7 +145,7 @@ def _finish(
 
     from predictor import plots
     from predictor.attention import save_predictor
-    from predictor.card import figures_text
+    from predictor.card import figures_text, why
     from predictor.files import write_json
     from predictor.heldout import transfer
 
@@ -171,8 +169,7 @@ def _finish(
     print(f"\n{figures_text(card)}\n")
     print(
         f"epoch {result.fitted.best_epoch} of {len(result.fitted.history)} kept; freezes from probability "
-        f"{result.threshold:.4f}, where at most {settings.false_freeze:.1%} of the freezes on the validation runs are "
-        f"false\nwritten: {flags.out}, and plots and metrics.json in {folder}/"
+        f"{result.threshold:.4f}{why(card)}\nwritten: {flags.out}, and plots and metrics.json in {folder}/"
     )
 
 
@@ -182,7 +179,9 @@ def _card(
     from predictor.card import provenance, training_data
 
     return {
-        "labels": {name: getattr(flags, name) for name in _LABEL_FLAGS},
+        "labels": {"tolerance": flags.tolerance}
+        if flags.outcomes
+        else {name: getattr(flags, name) for name in LABEL_FLAGS},
         "held_out": asdict(held_out),
         "data": training_data(windows, asdict(result.split), [path.name for path in flags.data]),
         "training": {
@@ -231,12 +230,10 @@ def _show(flags: argparse.Namespace) -> None:
 
 
 def _read(flags: argparse.Namespace, window: int, held_out: "HeldOut") -> "tuple[WindowSet, SampleSpec]":
-    from data.trajectories.labels import LabelRule
     from data.trajectories.windows import spec_of, trajectories_in, windows_from
     from predictor.card import held_out_text
 
-    rule = LabelRule(flags.label_threshold, flags.label_dip)
-    windows = windows_from(flags.data, window, rule, held_out)
+    windows = windows_from(flags.data, window, _rule(flags), held_out)
     spec = spec_of(next(trajectories_in(flags.data)))
     families = sorted({run.family for run in windows.runs})
     print(
@@ -249,33 +246,34 @@ def _read(flags: argparse.Namespace, window: int, held_out: "HeldOut") -> "tuple
 
 def _held_out_windows(flags: argparse.Namespace, window: int, held_out: "HeldOut") -> "WindowSet":
     """What a trained predictor is judged on, at last. Nothing else may ask for it."""
-    from data.trajectories.labels import LabelRule
     from data.trajectories.windows import part_of
 
-    return part_of("held-out", flags.data, window, LabelRule(flags.label_threshold, flags.label_dip), held_out)
+    return part_of("held-out", flags.data, window, _rule(flags), held_out)
+
+
+def _rule(flags: argparse.Namespace) -> "Rule":
+    """What makes a window freezable."""
+    from data.harm import harms_of
+    from data.outcomes import read_outcomes
+    from data.trajectories.labels import LabelRule
+    from data.trajectories.windows import OutcomeRule
+
+    if getattr(flags, "outcomes", None) is None:
+        return LabelRule(flags.label_threshold, flags.label_dip)
+    if not flags.tolerance > 0:
+        raise UsageError(f"--tolerance {flags.tolerance}: give percentage points above 0")
+    if flags.learn_threshold is not None:
+        raise UsageError("--learn-threshold is for labels from CKA: leave it out, or --outcomes")
+    return OutcomeRule(harms_of(read_outcomes(flags.outcomes)), flags.tolerance)
 
 
 def _held_out(flags: argparse.Namespace) -> "HeldOut":
     from data.trajectories.windows import SHIPPED_SPLIT
     from predictor.splits import HeldOut, read_held_out
 
-    if flags.held_out == _NOTHING:
+    if flags.held_out == NOTHING:
         return HeldOut()
     return read_held_out(Path(flags.held_out or SHIPPED_SPLIT))
-
-
-def _check_settings(path: Path, held_out: "HeldOut") -> None:
-    """Raise UsageError where the settings of a file were chosen on what is held out: that would be known already."""
-    if not held_out.families and not held_out.sources:
-        return
-    chosen_on = json.loads(path.read_text(encoding="utf-8")).get("chosen_on")
-    cure = f"tune again with the same --held-out, or train with --held-out {_NOTHING}"
-    try:
-        seen = held_out.among(chosen_on["families"], chosen_on["sources"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path}: does not say what its settings were chosen on, as `tune` does: {cure}") from error
-    if seen:
-        raise UsageError(f"{path}: settings that were chosen on {', '.join(seen)}, which are held out: {cure}")
 
 
 def _relabelled(flags: argparse.Namespace, windows: "WindowSet", threshold: float, held_out: "HeldOut") -> "WindowSet":

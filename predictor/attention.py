@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from predictor.errors import FileFault, UsageError
 from predictor.files import written_whole
 from predictor.sampling import SampleSpec, thinned
-from predictor.windows import SIGNALS
+from predictor.signals import CLOCK, SIGNALS
 
 _FORMAT = "smartfrz-predictor"
 _VERSION = 2
@@ -29,9 +29,9 @@ MOTION = ("log_step", "cosine", "log_displacement", "straightness", "change_of_l
 class PredictorConfig:
     """The form of a predictor."""
 
-    inputs: Literal["motion", "raw"] = "motion"
-    """What it sees of a snapshot: scale-free statistics of how the weights moved, with the signals; or the raw weights,
-    as in the paper."""
+    inputs: Literal["gain", "motion", "raw"] = "gain"
+    """What it sees of a snapshot: scale-free statistics of how the weights moved, with all signals ("gain") or those of
+    the clock alone ("motion"); or the raw weights, as in the paper."""
     window: int = 10
     """Snapshots in a window (W)."""
     weights: int = 256
@@ -52,7 +52,12 @@ class PredictorConfig:
     @property
     def width(self) -> int:
         """Numbers in a token."""
-        return self.weights if self.inputs == "raw" else len(MOTION) + len(SIGNALS)
+        return self.weights if self.inputs == "raw" else len(MOTION) + len(self.signals)
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Names of the signals in a token."""
+        return {"gain": SIGNALS, "motion": CLOCK, "raw": ()}[self.inputs]
 
 
 def motion_BTF(windows_BWK: Tensor) -> Tensor:
@@ -93,7 +98,7 @@ class FreezePredictor(nn.Module):
 
     The layout is SmartFRZ's as third parties read it: three networks make keys, queries and values; the query comes
     from the newest token, keys and values from the older ones; one head; z = sum softmax(q k_t / sqrt(d)) v_t; an
-    output network. Ours: with `inputs="motion"` tokens are scale-free (raw weights do not transfer to another
+    output network. Ours: but for `inputs="raw"` tokens are scale-free (raw weights do not transfer to another
     architecture), and the newest token's own value joins z; else it would reach the output through the scores alone.
     """
 
@@ -113,7 +118,8 @@ class FreezePredictor(nn.Module):
         """logit_B: above zero means more likely freezable than not.
 
         windows_BWK: the sampled weights, oldest snapshot first; of more weights than the configured K, K are taken.
-        signals_BWS: the signals at the same snapshots, in the order of predictor.windows.SIGNALS.
+        signals_BWS: the signals at the same snapshots, in the order of predictor.signals.SIGNALS; at least the clock's
+            where it takes no others.
         """
         return self.judge(self.tokens(windows_BWK, signals_BWS))
 
@@ -124,10 +130,13 @@ class FreezePredictor(nn.Module):
                 f"windows of shape {tuple(windows_BWK.shape)}: this predictor needs {self.config.window} snapshots of "
                 f"at least {self.config.weights} weights"
             )
+        if signals_BWS.shape[-1] < len(self.config.signals):
+            raise UsageError(f"{signals_BWS.shape[-1]} signals: this predictor needs {', '.join(self.config.signals)}")
         windows_BWK = thinned(windows_BWK, self.config.weights).float()
         if self.config.inputs == "raw":
             return windows_BWK
-        return torch.cat([motion_BTF(windows_BWK), signals_BWS[:, 1:].float()], dim=-1)
+        signals_BTS = signals_BWS[:, 1:, : len(self.config.signals)].float()
+        return torch.cat([motion_BTF(windows_BWK), signals_BTS], dim=-1)
 
     def judge(self, tokens_BTF: Tensor) -> Tensor:
         """logit_B from unscaled tokens."""
@@ -136,7 +145,7 @@ class FreezePredictor(nn.Module):
         key_BTD, query_BTD, value_BTD = made_3BTD.unbind()
         z_B1D = F.scaled_dot_product_attention(query_BTD[:, -1:], key_BTD[:, :-1], value_BTD[:, :-1])
         z_BD = z_B1D.squeeze(1)
-        if self.config.inputs == "motion":
+        if self.config.inputs != "raw":
             z_BD = torch.cat([z_BD, value_BTD[:, -1]], dim=-1)
         logit_B: Tensor = self.output(z_BD).squeeze(-1)
         return logit_B
@@ -189,6 +198,24 @@ class PredictorFile:
     """Freeze where the probability is at least this."""
     card: dict[str, Any]
     """What it was trained on, the label rule, and how well it does on what it never saw. JSON."""
+    risks: tuple[tuple[float, float], ...] = ()
+    """Pairs, rising: percentage points of accuracy that may be lost, and the threshold for that; empty where nothing is
+    known of what freezing costs."""
+
+    def threshold_for(self, risk: float) -> float:
+        """The threshold for a risk, linear between those of the file. Raises UsageError for a risk outside of them."""
+        if not self.risks:
+            raise UsageError(
+                f"risk={risk}: this predictor does not know what freezing costs; train one with --outcomes, or give "
+                "threshold="
+            )
+        known, thresholds = zip(*self.risks, strict=True)
+        if not known[0] <= risk <= known[-1]:
+            raise UsageError(f"risk={risk}: give percentage points of accuracy from {known[0]:g} to {known[-1]:g}")
+        above = next(place for place, other in enumerate(known) if other >= risk)
+        below = max(above - 1, 0)
+        share = (risk - known[below]) / (known[above] - known[below]) if above > below else 0.0
+        return float(thresholds[below] + share * (thresholds[above] - thresholds[below]))
 
 
 def save_predictor(path: Path, file: PredictorFile) -> None:
@@ -201,6 +228,7 @@ def save_predictor(path: Path, file: PredictorFile) -> None:
         "config": asdict(file.model.config),
         "spec": asdict(file.spec),
         "threshold": file.threshold,
+        "risks": file.risks,
         "card": file.card,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in file.model.state_dict().items()}
@@ -219,17 +247,20 @@ def load_predictor(path: Path | str) -> PredictorFile:
             model = FreezePredictor(_build(PredictorConfig, meta["config"]))
         spec = _build(SampleSpec, meta["spec"])
         threshold = float(meta["threshold"])
+        risks = tuple((float(risk), float(cut)) for risk, cut in meta.get("risks", ()))
         model.load_state_dict(tensors, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise _fault(path, f"its configuration and weights do not fit ({reason})") from error
     if not 0 <= threshold <= 1:
         raise _fault(path, f"threshold {threshold} lies outside [0, 1]")
+    if not all(0 <= cut <= 1 for _, cut in risks) or any(not one < other for (one, _), (other, _) in pairwise(risks)):
+        raise _fault(path, f"its risks {risks!r:.80} are no rising numbers with thresholds from 0 to 1")
     if model.config.weights > spec.weights:
         raise _fault(path, f"it wants {model.config.weights} weights a layer and its sampling gives {spec.weights}")
     if not all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise _fault(path, "some of its weights are not finite numbers of 32 bits")
-    return PredictorFile(model.eval(), spec, threshold, meta.get("card", {}))
+    return PredictorFile(model.eval(), spec, threshold, meta.get("card", {}), risks)
 
 
 def fingerprint(path: Path | str) -> str:

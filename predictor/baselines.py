@@ -5,10 +5,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from predictor.attention import MOTION
+from predictor.attention import MOTION, PredictorConfig
 from predictor.metrics import Floats
-from predictor.tokens import motion_of
-from predictor.windows import SIGNALS, WindowSet
+from predictor.signals import SIGNALS
+from predictor.tokens import kept_tokens
+from predictor.windows import WindowSet
 
 _COLUMN = {name: place for place, name in enumerate((*MOTION, *SIGNALS))}
 Features = NDArray[np.floating[Any]]
@@ -52,7 +53,7 @@ class HandMade:
     """Logistic regression on seven features of the motion, and the newest snapshot's signals.
 
     Log of the newest and of the oldest relative step; log displacement; displacement over path; mean and newest cosine
-    between successive steps; newest change of the log step; progress, depth and log learning rate.
+    between successive steps; newest change of the log step; and all of SIGNALS.
     """
 
     def __init__(self, windows: WindowSet, weights: int) -> None:
@@ -97,7 +98,7 @@ def signals_NF(windows: WindowSet, *names: str) -> Features:
 
 
 def _hand_made_features(windows: WindowSet, weights: int) -> Features:
-    tokens_NTF = motion_of(windows, weights).numpy()
+    tokens_NTF = kept_tokens(windows, PredictorConfig(weights=weights)).numpy()
     newest_NF = tokens_NTF[:, -1]
     oldest_step_N = tokens_NTF[:, 0, _COLUMN["log_step"]]
     mean_cosine_N = tokens_NTF[:, 1:, _COLUMN["cosine"]].mean(axis=1)  # the first step has none before it

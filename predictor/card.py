@@ -10,6 +10,7 @@ from typing import Any
 import predictor
 from predictor.attention import PredictorFile
 from predictor.heldout import JUDGES
+from predictor.risks import DEFAULT_RISK
 from predictor.tables import at, figure, percent, table, text
 from predictor.windows import WindowSet
 
@@ -23,7 +24,11 @@ false freezes: share of all its freezes that are wrong. n/a: the windows hold on
 _AT_HALF = """\
 The validation runs of the families it knows chose each judge's threshold. At half: false freezes where half of these
 very freezable windows are frozen, which tells about the ranking alone."""
+_REPLAYED = """\
+What the runs would have lost and saved by a growing front, each judged by a predictor that learnt from the other
+families (points of accuracy, as means; FLOPs of full training without a cache):"""
 _NOT_JUDGED = "nothing. This predictor is to be used and not to be judged: no family and no source was kept from it"
+_INPUTS = {"gain": "motion, gain and clock", "motion": "motion and clock", "raw": "raw weights"}
 _COLUMNS = (
     ("accuracy", "accuracy"),
     ("AUROC", "auroc"),
@@ -78,13 +83,13 @@ def provenance() -> dict[str, str]:
 def show(file: PredictorFile) -> str:
     """A predictor as text, from its file alone. What the card lacks is n/a; control characters are left out."""
     config, spec = asdict(file.model.config), file.spec
-    inputs = "motion and signals" if config["inputs"] == "motion" else "raw weights"
+    inputs = _INPUTS[config["inputs"]]
     parameters = sum(parameter.numel() for parameter in file.model.parameters())
     rows = [
         ("input", f"{inputs}: the last {config['window']} snapshots of {config['weights']} weights of a layer"),
         ("network", f"{parameters:,} parameters; hidden {config['hidden']}, key {config['key']}"),
         ("sampling", f"{spec.weights} weights a layer, {spec.snapshots} snapshots a training, seed {spec.seed}"),
-        ("threshold", f"freezes from probability {file.threshold:.4f}{_why(file.card)}"),
+        ("threshold", f"freezes from probability {file.threshold:.4f}{why(file.card)}"),
         *_told(file.card),
     ]
     lines = [f"{name:<11} {told}" for name, told in rows]
@@ -93,7 +98,7 @@ def show(file: PredictorFile) -> str:
 
 def figures_text(card: Any) -> str:
     """The tables of a card: test figures by judge, by family, without each family, and on what was held out."""
-    parts = [_overall(card), _by_family(card), _transfer(card), _unseen(card), _LEGEND]
+    parts = [_overall(card), _by_family(card), _transfer(card), _unseen(card), _LEGEND, _risks(card)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -124,13 +129,18 @@ def _told(card: Any) -> list[tuple[str, str]]:
 
 
 def _rule(labels: Any) -> str:
+    if (tolerance := at(labels, "tolerance")) is not None:
+        return f"may be frozen where freezing the front up to it costs at most {text(tolerance)} points of accuracy"
     threshold, dip, learn = (at(labels, name) for name in ("label_threshold", "label_dip", "learn_threshold"))
     told = f"may be frozen once its CKA to the final network stays at least {text(threshold)}"
     told += f", dips of {text(dip)} allowed" if dip else ""
     return told + (f"; learnt from labels of {text(learn)}" if learn else "")
 
 
-def _why(card: Any) -> str:
+def why(card: Any) -> str:
+    """What the threshold of a predictor with this card was chosen for, in words."""
+    if at(card, "risks") is not None:
+        return f", for a risk of {DEFAULT_RISK:g} points"
     allowed = at(card, "training", "false_freeze")
     return "" if allowed is None else f", the lowest with at most {percent(allowed)} false freezes on validation runs"
 
@@ -145,6 +155,18 @@ def _overall(card: Any) -> str:
         f"{percent(at(figures, 'freezable'))} freezable"
     )
     return f"{head}\n{_by_judge(overall, _COLUMNS)}"
+
+
+def _risks(card: Any) -> str:
+    rows = at(card, "risks")
+    if not isinstance(rows, list):
+        return ""
+    head = ("risk", "freezes from", "points lost", "FLOPs")
+    listed = [
+        (text(at(row, "risk")), figure(at(row, "threshold")), figure(at(row, "points")), percent(at(row, "flops")))
+        for row in rows[:_MOST_ROWS]
+    ]
+    return f"{_REPLAYED}\n{table(head, listed)}"
 
 
 def _by_family(card: Any) -> str:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from predictor.attention import FreezePredictor, PredictorConfig, PredictorFile
+from predictor.attention import MOTION, FreezePredictor, PredictorConfig, PredictorFile
 from predictor.errors import DivergedError, UsageError
 from predictor.metrics import Floats, auroc, choose_threshold
 from predictor.sampling import SampleSpec
+from predictor.signals import CLOCK
 from predictor.splits import Split, split_by_run
 from predictor.tokens import Tokens, fit_scaling
 from predictor.tracking import Tracker
-from predictor.windows import SIGNALS, WindowSet
+from predictor.windows import WindowSet
 
 _COLUMNS = ("train_loss", "validation_loss", "validation_auroc", "learning_rate")
 
@@ -38,7 +39,7 @@ class FitConfig:
     """AdamW's learning rate at the start; a cosine brings it to zero at the last epoch."""
     weight_decay: float = 0.01
     """AdamW's weight decay."""
-    hide_signals: float = 0.3
+    hide_clock: float = 0.3
     """Share of training windows whose progress, depth and learning rate are hidden, so that the motion must be read:
     how a family's layers settle over time is soon learnt by heart, and is another in the next family."""
     balance: bool = False
@@ -63,8 +64,8 @@ class FitConfig:
             raise UsageError(f"{self}: epochs, patience, epoch_windows and batch_size count from 1")
         if self.learning_rate <= 0 or self.weight_decay < 0:
             raise UsageError(f"{self}: learning_rate > 0, weight_decay >= 0")
-        if not (0 <= self.false_freeze < 1 and 0 <= self.hide_signals < 1):
-            raise UsageError(f"{self}: false_freeze and hide_signals are shares in [0, 1)")
+        if not (0 <= self.false_freeze < 1 and 0 <= self.hide_clock < 1):
+            raise UsageError(f"{self}: false_freeze and hide_clock are shares in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,12 @@ class FitResult:
     split: Split
     threshold: float
 
+    risks: tuple[tuple[float, float], ...] = ()
+    """Thresholds by risk, where they are known: see `predictor.risks`."""
+
     def file(self, card: dict[str, Any]) -> PredictorFile:
         """What `save_predictor` writes."""
-        return PredictorFile(self.fitted.model.cpu().eval(), self.spec, self.threshold, card)
+        return PredictorFile(self.fitted.model.cpu().eval(), self.spec, self.threshold, card, self.risks)
 
 
 def fit(
@@ -225,7 +229,7 @@ def _train_epoch(
     total, seen = torch.zeros((), device=tokens.device), 0
     for places_B in _batches(len(tokens), settings, generator):
         labels_B = tokens.labels_N[places_B.to(tokens.device)].float()
-        tokens_BTF = _hide_signals(model, tokens[places_B], settings.hide_signals)
+        tokens_BTF = _hide_clock(model, tokens[places_B], settings.hide_clock)
         loss = F.binary_cross_entropy_with_logits(model.judge(tokens_BTF), labels_B, pos_weight=pos_weight)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -240,13 +244,15 @@ def _batches(windows: int, settings: FitConfig, generator: torch.Generator) -> I
     yield from torch.split(places_N, settings.batch_size)
 
 
-def _hide_signals(model: FreezePredictor, tokens_BTF: Tensor, share: float) -> Tensor:
-    """Put the mean in the place of some windows' signals. Raw tokens have none."""
+def _hide_clock(model: FreezePredictor, tokens_BTF: Tensor, share: float) -> Tensor:
+    """Put the mean in the place of some windows' clock. Raw tokens have none."""
     if model.config.inputs == "raw" or not share:
         return tokens_BTF
+    first = len(MOTION)
+    clock_F = torch.zeros(tokens_BTF.shape[-1], dtype=torch.bool, device=tokens_BTF.device)
+    clock_F[first : first + len(CLOCK)] = True
     hidden_B11 = torch.rand(len(tokens_BTF), 1, 1, device=tokens_BTF.device) < share
-    motion_BTF, signals_BTS = tokens_BTF[..., : -len(SIGNALS)], tokens_BTF[..., -len(SIGNALS) :]
-    return torch.cat([motion_BTF, signals_BTS.where(~hidden_B11, model.mean[-len(SIGNALS) :])], dim=-1)
+    return tokens_BTF.where(~(hidden_B11 & clock_F), model.mean)
 
 
 def _validate(model: FreezePredictor, tokens: Tokens, pos_weight: Tensor | None) -> tuple[float, float | None]:

@@ -14,7 +14,7 @@ from predictor.splits import family_folds, places_of, split_by_run
 from predictor.windows import WindowSet
 
 _WIDEST_WINDOW = 16
-SEARCHED = ("hide_signals", "scaling", "balance", "learning_rate", "weight_decay", "batch_size")
+SEARCHED = ("hide_clock", "scaling", "balance", "learning_rate", "weight_decay", "batch_size")
 """Fit settings that a study searches; the others are the user's, and part of what a study is."""
 
 

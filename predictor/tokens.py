@@ -1,6 +1,7 @@
 """All windows of a set as tokens for the predictor: motion is computed once, raw weights are cut when asked for."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Tokens:
         self.device = device
         self.labels_N = windows.labels_N.to(device)
         self._maker = _maker(config)
-        self._kept_NTF = motion_of(windows, config.weights).to(device) if config.inputs == "motion" else None
+        self._kept_NTF = kept_tokens(windows, config).to(device) if config.inputs != "raw" else None
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -48,11 +49,11 @@ class Tokens:
         return self[torch.randperm(len(self), generator=generator)[:_SAMPLE_WINDOWS]]
 
 
-def motion_of(windows: WindowSet, weights: int) -> Tensor:
-    """The motion tokens of every window, from `weights` of the sampled weights: tokens_NTF."""
-    maker = _maker(PredictorConfig(window=windows.window, weights=weights))
+def kept_tokens(windows: WindowSet, config: PredictorConfig) -> Tensor:
+    """The tokens of every window, of a predictor that does not look at raw weights: tokens_NTF."""
+    maker = _maker(replace(config, window=windows.window))
     long_enough = (run for run in windows.runs if len(run.labels_TL) >= windows.window)
-    return torch.cat([maker.tokens(*_cut(run, windows.window, weights)) for run in long_enough])
+    return torch.cat([maker.tokens(*_cut(run, windows.window, config.weights)) for run in long_enough])
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ def suggest(trial: "optuna.trial.BaseTrial", task: Task) -> Choice:
         they are its weights again and again, as the run time gives them too.
     """
     config: dict[str, Any] = {
-        "inputs": trial.suggest_categorical("inputs", ["motion", "raw"]),
+        "inputs": trial.suggest_categorical("inputs", ["gain", "motion", "raw"]),
         "window": trial.suggest_int("window", 3, task.widest),
         "weights": trial.suggest_categorical("weights", _weights(task)),
         "hidden": trial.suggest_categorical("hidden", [16, 32, 64, 128]),
@@ -73,7 +73,7 @@ def suggest(trial: "optuna.trial.BaseTrial", task: Task) -> Choice:
         "dropout": trial.suggest_float("dropout", 0.0, 0.4),
     }
     settings: dict[str, Any] = {
-        "hide_signals": trial.suggest_float("hide_signals", 0.0, 0.7),
+        "hide_clock": trial.suggest_float("hide_clock", 0.0, 0.7),
         "scaling": trial.suggest_categorical("scaling", ["standard", "robust", "none"]),
         "balance": trial.suggest_categorical("balance", [False, True]),
         "learning_rate": trial.suggest_float("learning_rate", 3e-4, 2e-2, log=True),

@@ -1,6 +1,5 @@
 """What the predictor looks at: the last W snapshots of one layer, and what is known about the training then."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,38 +8,6 @@ import torch
 from torch import Tensor
 
 from predictor.errors import UsageError
-
-SIGNALS = ("progress", "depth", "log_lr")
-_LOWEST_LOG_LR = -10.0
-
-
-def depth_of(layers: int) -> Tensor:
-    """depth_L of so many layers: 0 for the first, 1 for the last before the head."""
-    return (torch.arange(layers, dtype=torch.float64) / max(layers - 1, 1)).float()
-
-
-def log_lr(lr: float, peak: float) -> float:
-    """The signal log_lr of one snapshot, `peak` being the highest learning rate so far."""
-    return max(math.log(max(lr / max(peak, 1e-30), 1e-30)), _LOWEST_LOG_LR)
-
-
-def signals_from(progress_T: Tensor, depth_L: Tensor, log_lr_T: Tensor) -> Tensor:
-    """signals_TLS, in the order of SIGNALS, of snapshots and layers whose signals are known one by one."""
-    shape = (len(progress_T), len(depth_L))
-    columns = (progress_T[:, None].expand(shape), depth_L[None].expand(shape), log_lr_T[:, None].expand(shape))
-    return torch.stack(columns, dim=-1)
-
-
-def signals_of(step_T: Tensor, lr_T: Tensor, total_steps: int, layers: int) -> Tensor:
-    """The cheap signals of every layer at every snapshot: signals_TLS, in the order of SIGNALS.
-
-    progress: the share of the training that is done, 0 to 1. depth: the layer's place, 0 for the first and 1 for the
-    last before the head. log_lr: logarithm of the learning rate over the highest so far, at least -10.
-    """
-    progress_T = step_T.double() / total_steps
-    peak_T = torch.cummax(lr_T.double(), dim=0).values
-    log_lr_T = (lr_T.double() / peak_T.clamp_min(1e-30)).clamp_min(1e-30).log().clamp_min(_LOWEST_LOG_LR)
-    return signals_from(progress_T.float(), depth_of(layers), log_lr_T.float())
 
 
 @dataclass(frozen=True)
@@ -54,8 +21,14 @@ class RunWindows:
     """What the network was trained on."""
     weights_TLK: Tensor
     signals_TLS: Tensor
+    """As `predictor.signals` describes them."""
     labels_TL: Tensor
     """bool: this layer may be frozen from this snapshot on."""
+    harm_TL: Tensor | None = None
+    """Percentage points of accuracy that freezing the front up to this layer from this snapshot to the end costs, where
+    that has been measured; labels_TL then says where it is little."""
+    flops_F: Tensor | None = None
+    """FLOPs of a step with a front of 0, 1, ... L layers frozen, as a share of a full one's; with harm_TL."""
 
 
 @dataclass(frozen=True)

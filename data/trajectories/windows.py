@@ -1,20 +1,23 @@
 """From trajectory files to the windows that a predictor is trained on, and to those that it is judged on."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 
+from data.harm import Harm
 from data.trajectories.labels import LabelRule
 from data.trajectories.reader import open_trajectories
 from data.trajectories.store import trajectory_files
 from data.trajectories.trajectory import Trajectory
 from predictor.errors import UsageError, unknown
 from predictor.sampling import SampleSpec
+from predictor.signals import recorded_signals
 from predictor.splits import HeldOut, read_held_out
-from predictor.windows import RunWindows, WindowSet, signals_of
+from predictor.windows import RunWindows, WindowSet
 
 Sources = Path | str | Iterable[Path | str | Trajectory]
 Part = Literal["learning", "held-out"]
@@ -22,9 +25,24 @@ SHIPPED_SPLIT = Path(__file__).parents[1] / "held_out.toml"
 """The families and sources that are held out unless somebody says otherwise."""
 
 
-def windows_from(
-    sources: Sources, window: int, rule: LabelRule | None = None, held_out: HeldOut | None = None
-) -> WindowSet:
+@dataclass(frozen=True, eq=False)
+class OutcomeRule:
+    """A layer may be frozen where freezing the front up to it, from there to the end, costs little accuracy.
+
+    That has been measured, by `python -m collect gather outcomes`. Runs of which it is not known are left out.
+    """
+
+    harms: Mapping[str, Harm]
+    """What freezing does to each run, by the run's id."""
+    tolerance: float = 0.5
+    """Percentage points of accuracy that it may cost."""
+
+
+Rule = LabelRule | OutcomeRule
+"""What makes a window freezable."""
+
+
+def windows_from(sources: Sources, window: int, rule: Rule | None = None, held_out: HeldOut | None = None) -> WindowSet:
     """The windows to learn from: those of `part_of` the runs that are not held out.
 
     Raises UsageError as that does, and when nothing is left.
@@ -39,7 +57,7 @@ def windows_from(
 
 
 def part_of(
-    part: Part, sources: Sources, window: int, rule: LabelRule | None = None, held_out: HeldOut | None = None
+    part: Part, sources: Sources, window: int, rule: Rule | None = None, held_out: HeldOut | None = None
 ) -> WindowSet:
     """The windows of one part of the runs of trajectory files, gather folders or trajectories, labelled by `rule`.
 
@@ -73,7 +91,8 @@ def part_of(
             )
         held = held_out.holds(trajectory.config["family"], trajectory.config["source"])
         if held == (part == "held-out") and trajectory.finished and len(trajectory.step_T) >= window:
-            runs.append(_run_windows(trajectory, rule))
+            run = _by_outcomes(trajectory, rule) if isinstance(rule, OutcomeRule) else _by_similarity(trajectory, rule)
+            runs.extend([run] if run else [])
     return WindowSet(tuple(run for run in runs if run.labels_TL.numel()), window)
 
 
@@ -93,19 +112,49 @@ def spec_of(trajectory: Trajectory) -> SampleSpec:
     return SampleSpec(**{name: trajectory.config["sampling"][name] for name in ("weights", "snapshots", "seed")})
 
 
-def _run_windows(trajectory: Trajectory, rule: LabelRule) -> RunWindows:
+def _by_similarity(trajectory: Trajectory, rule: LabelRule) -> RunWindows:
     known_L = np.flatnonzero(~np.isnan(trajectory.similarity_TL).any(axis=0))
-    signals_TLS = signals_of(
+    run = _unlabelled(trajectory)
+    return replace(
+        run,
+        weights_TLK=run.weights_TLK[:, known_L],
+        signals_TLS=run.signals_TLS[:, known_L],
+        labels_TL=torch.from_numpy(rule.labels(trajectory.similarity_TL[:, known_L])),
+    )
+
+
+def _by_outcomes(trajectory: Trajectory, rule: OutcomeRule) -> RunWindows | None:
+    """None where nothing is known of what freezing does to this run."""
+    harm = rule.harms.get(trajectory.run_id)
+    if harm is None:
+        return None
+    if (harm.total_steps, harm.layer_count) != (trajectory.config["total_steps"], len(trajectory.layer_names)):
+        raise UsageError(
+            f"run {trajectory.run_id}: its outcomes are of a training of {harm.total_steps} steps and "
+            f"{harm.layer_count} layers, its trajectory is not: gather both anew, with the same version"
+        )
+    harm_TL = torch.from_numpy(harm.points(trajectory.step_T))
+    labels_TL = harm_TL <= rule.tolerance
+    return replace(
+        _unlabelled(trajectory), labels_TL=labels_TL, harm_TL=harm_TL, flops_F=torch.from_numpy(harm.flops())
+    )
+
+
+def _unlabelled(trajectory: Trajectory) -> RunWindows:
+    weights_TLK = torch.from_numpy(trajectory.weights_TLK)
+    signals_TLS = recorded_signals(
+        weights_TLK,
+        torch.from_numpy(trajectory.gradient_norm_TL),
         torch.from_numpy(trajectory.step_T),
         torch.from_numpy(trajectory.lr_T),
+        torch.from_numpy(trajectory.layer_sizes_L),
         trajectory.config["total_steps"],
-        len(trajectory.layer_names),
     )
     return RunWindows(
         run_id=trajectory.run_id,
         family=trajectory.config["family"],
         source=trajectory.config["source"],
-        weights_TLK=torch.from_numpy(trajectory.weights_TLK[:, known_L]),
-        signals_TLS=signals_TLS[:, known_L],
-        labels_TL=torch.from_numpy(rule.labels(trajectory.similarity_TL[:, known_L])),
+        weights_TLK=weights_TLK,
+        signals_TLS=signals_TLS,
+        labels_TL=torch.zeros(weights_TLK.shape[:2], dtype=torch.bool),
     )

@@ -1,5 +1,6 @@
 """What several policies measure: a layer's gradients, how far the last step moved it, and when an interval ends."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,13 @@ from predictor.freezing.layers import Layer
 def gradients(layer: Layer) -> list[Tensor]:
     """The gradients that a layer's parameters have now."""
     return [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
+
+
+@torch.no_grad()
+def gradient_norms(layers: Sequence[Layer]) -> Tensor:
+    """norm_L: the Euclidean norm of each layer's gradient, over all its parameters; NaN where there is none."""
+    norms = [_gradient_norm(layer) for layer in layers]
+    return torch.stack([norm.to(norms[0].device) for norm in norms])
 
 
 def whole(value: Tensor) -> Tensor:
@@ -34,6 +42,14 @@ def steps_into_interval(step: int, total_steps: int, intervals: int) -> int:
 def interval_ends(step: int, total_steps: int, intervals: int) -> bool:
     """Whether one of so many equal intervals of a training ends with this step. Never at step 0."""
     return step > 0 and steps_into_interval(step, total_steps, intervals) == 0
+
+
+def _gradient_norm(layer: Layer) -> Tensor:
+    found = gradients(layer)
+    if not found:
+        return torch.full((), math.nan, device=layer.own[0].device)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([whole(norm) for norm in torch._foreach_norm(found)]).float())
+    return norm
 
 
 class LastStep:

@@ -13,8 +13,9 @@ from predictor.attention import load_predictor
 from predictor.errors import UsageError
 from predictor.freezing.layers import Layer
 from predictor.policies.base import FreezePolicy, View
+from predictor.policies.measure import gradient_norms
 from predictor.sampling import LayerSampler
-from predictor.windows import depth_of, log_lr, signals_from
+from predictor.signals import CLOCK, distance_of, log_lr, moves_of, signals_of
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "smartfrz.safetensors"
 
@@ -24,13 +25,16 @@ class SmartFRZPolicy(FreezePolicy):
 
     Paper: SmartFRZ (Li et al., ICLR 2023, arXiv 2401.16720). Rule: at every snapshot, each active layer's last W
     snapshots of K sampled weights go through the attention model; the layer freezes when its probability reaches the
-    threshold, and stays frozen. Signal: the weights' own motion, learning rate, progress and depth. Differs: the
-    paper's predictor sees the raw weights alone, which in our measurements does not carry over to another
-    architecture; `prefix` keeps the frozen set a front, where freezing saves most, which is an option of third
-    parties. Cost: one gather a layer and one small batch through the predictor at each of about 60 snapshots a run.
+    threshold, and stays frozen. Signal: the weights' own motion, how far they are from where they began, gradient times
+    motion, learning rate, progress and depth. Differs: the paper's predictor sees the raw weights alone, which in our
+    measurements does not carry over to another architecture; ours has learnt what freezing a front did to the loss,
+    the paper's how alike activations are; `prefix` keeps the frozen set a front, where freezing saves most, which is an
+    option of third parties. Cost: one gather and one gradient norm a layer and one small batch through the predictor
+    at each of about 60 snapshots a run.
 
     predictor: a file from `python -m predictor train`; the one that ships by default. threshold: the probability from
-    which a layer freezes; the file's own by default. prefix: freeze a layer only together with all before it.
+    which a layer freezes; the file's own by default. risk: the percentage points of accuracy that may be lost, in place
+    of a threshold. prefix: freeze a layer only together with all before it. votes: judgements in a row that it takes.
     """
 
     def __init__(
@@ -39,14 +43,19 @@ class SmartFRZPolicy(FreezePolicy):
         threshold: float | None = None,
         prefix: bool = True,
         votes: int = 1,
+        risk: float | None = None,
     ) -> None:
         if predictor is None and not SHIPPED.exists():
             raise UsageError("smartfrz needs a predictor: give predictor=PATH, from `python -m predictor train`")
         file = load_predictor(SHIPPED if predictor is None else predictor)
+        if threshold is not None and risk is not None:
+            raise UsageError(f"threshold={threshold}, risk={risk}: give one of them; a risk stands for a threshold")
         if threshold is not None and not 0 <= threshold <= 1:
             raise UsageError(f"threshold={threshold}: give a probability, from 0 to 1")
         if votes < 1:
             raise UsageError(f"votes={votes}: give a number of decisions, from 1")
+        if risk is not None:
+            threshold = file.threshold_for(risk)
         self.threshold = file.threshold if threshold is None else threshold
         self.prefix = prefix
         self.votes = votes
@@ -54,14 +63,18 @@ class SmartFRZPolicy(FreezePolicy):
         self._model = file.model
         self._spec = file.spec
         self._snapshots: deque[Tensor] = deque(maxlen=file.model.config.window)
-        self._signals: deque[list[float]] = deque(maxlen=file.model.config.window)
+        self._signals: deque[Tensor] = deque(maxlen=file.model.config.window)  # signals_LS
         self._peak_lr = 0.0
+        self._step = 0  # of the newest snapshot
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         """Draw the positions to watch."""
         self._optimizer = optimizer
         self._sampler = LayerSampler(layers, self._spec)
-        self._depth_L = depth_of(len(layers))
+        self._size_L = torch.tensor([float(layer.size) for layer in layers])
+        self._first_LK: Tensor | None = None  # the weights at the first snapshot
+        self._gradient_L = torch.zeros(len(layers))
+        self._move_L = torch.zeros(len(layers))
 
     def due(self, step: int, total_steps: int) -> bool:
         """At every snapshot."""
@@ -75,10 +88,14 @@ class SmartFRZPolicy(FreezePolicy):
         return view.frozen | self._choose(view, self._judge(list(view.active)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The window's snapshots and signals, and the votes so far."""
+        """The window's snapshots and signals, what they are reckoned from, and the votes so far."""
         return {
             "snapshots": [snapshot.cpu() for snapshot in self._snapshots],
             "signals": list(self._signals),
+            "first": self._first_LK,
+            "gradient": self._gradient_L,
+            "move": self._move_L,
+            "step": self._step,
             "peak_lr": self._peak_lr,
             "votes": dict(self._votes),
         }
@@ -88,22 +105,47 @@ class SmartFRZPolicy(FreezePolicy):
         for window, rows in ((self._snapshots, state["snapshots"]), (self._signals, state["signals"])):
             window.clear()
             window.extend(rows)
-        self._peak_lr = state["peak_lr"]
+        self._first_LK, self._gradient_L, self._move_L = state["first"], state["gradient"], state["move"]
+        self._step, self._peak_lr = state["step"], state["peak_lr"]
         self._votes = dict(state["votes"])
 
     def _take(self, view: View) -> None:
         # Frozen layers are read too: a stack of one shape, and they cost one small gather each.
-        self._snapshots.append(self._sampler.sample_all().cpu())
+        now_LK = self._sampler.sample_all().cpu()
+        if self._first_LK is None:
+            self._first_LK = now_LK
+        before_LK = self._snapshots[-1] if self._snapshots else now_LK
+        self._watch(view, now_LK, before_LK)
         lr = float(self._optimizer.param_groups[0]["lr"])
         self._peak_lr = max(self._peak_lr, lr)
-        self._signals.append([view.progress, log_lr(lr, self._peak_lr)])
+        signals_TLS = signals_of(
+            torch.tensor([view.step]),
+            torch.tensor([log_lr(lr, self._peak_lr)]),
+            distance_of(now_LK, self._first_LK)[None],
+            self._gradient_L[None],
+            self._move_L[None],
+            view.total_steps,
+        )
+        self._snapshots.append(now_LK)
+        self._signals.append(signals_TLS[0])
+        self._step = view.step
+
+    def _watch(self, view: View, now_LK: Tensor, before_LK: Tensor) -> None:
+        """Gradient and motion of the layers that train. A frozen one keeps its last: what its training gained then."""
+        active = list(view.active)
+        if not active or not self._model.config.signals[len(CLOCK) :]:
+            return
+        steps_T = torch.tensor([float(view.step - self._step)])
+        move_L = moves_of(now_LK[None], before_LK[None], steps_T, self._size_L)[0]
+        self._move_L = self._move_L.index_copy(0, torch.tensor(active), move_L[active])
+        gradient_A = gradient_norms([view.layers[place] for place in active]).cpu()
+        self._gradient_L = self._gradient_L.index_copy(0, torch.tensor(active), gradient_A)
 
     @torch.inference_mode()
     def _judge(self, active: list[int]) -> Tensor:
         """The probability that each of these layers may be frozen now."""
         windows_BWK = torch.stack(list(self._snapshots), dim=1)[active]
-        progress_W, log_lr_W = torch.tensor(list(self._signals)).T
-        signals_BWS = signals_from(progress_W, self._depth_L[active], log_lr_W).transpose(0, 1)
+        signals_BWS = torch.stack(list(self._signals), dim=1)[active]
         probability_B: Tensor = self._model(windows_BWK, signals_BWS).sigmoid()
         return probability_B
 

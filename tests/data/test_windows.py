@@ -35,7 +35,8 @@ def test_windows_hold_weights_signals_and_labels():
     assert windows_BWK.tolist() == [[[16, 17, 18, 19], [28, 29, 30, 31]]]
     assert labels_B.tolist() == [True]
     expected = [[0.25, 0.5, math.log(0.75)], [0.5, 0.5, math.log(0.5)]]
-    torch.testing.assert_close(signals_BWS[0], torch.tensor(expected))
+    torch.testing.assert_close(signals_BWS[0, :, :3], torch.tensor(expected))
+    assert signals_BWS.isfinite().all()
 
 
 def test_files_folders_and_trajectories_give_the_same(tmp_path):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from predictor.windows import RunWindows, WindowSet, signals_of
+from predictor.signals import recorded_signals
+from predictor.windows import RunWindows, WindowSet
 
 FAMILIES = ("mlp", "vgg", "vit")
 
@@ -27,7 +28,11 @@ def settling_run(run_id, family, seed, snapshots, layers, weights):
     """A layer may be frozen four snapshots after it settled."""
     ago_TL, weights_TLK = settling_walk(seed, snapshots, layers, weights)
     time_T = torch.arange(snapshots)
-    signals_TLS = signals_of(time_T, 1.0 - time_T / snapshots, snapshots - 1, layers)
+    gradient_TL = torch.exp(-ago_TL / 4.0)
+    sizes_L = torch.full((layers,), 1000.0)
+    signals_TLS = recorded_signals(
+        weights_TLK, gradient_TL, time_T, 1.0 - time_T / snapshots, sizes_L, total_steps=snapshots - 1
+    )
     return RunWindows(run_id, family, "digits", weights_TLK, signals_TLS, ago_TL >= 4)
 
 

@@ -17,6 +17,7 @@ from predictor.attention import (
 )
 from predictor.errors import FileFault, UsageError
 from predictor.sampling import SampleSpec
+from predictor.signals import SIGNALS
 
 SMALL = PredictorConfig(window=4, weights=8, hidden=8, key=4)
 
@@ -28,7 +29,7 @@ def make(config=SMALL):
 
 def batch(size=64, window=4, weights=8):
     torch.manual_seed(1)
-    return torch.randn(size, window, weights).cumsum(dim=1), torch.rand(size, window, 3)
+    return torch.randn(size, window, weights).cumsum(dim=1), torch.rand(size, window, len(SIGNALS))
 
 
 def test_motion_by_hand():
@@ -54,7 +55,7 @@ def test_motion_of_standing_and_of_zero_weights_is_finite():
     assert motion_BTF(torch.zeros(1, 4, 8)).isfinite().all()
 
 
-@pytest.mark.parametrize("inputs", ["motion", "raw"])
+@pytest.mark.parametrize("inputs", ["gain", "motion", "raw"])
 def test_one_window_is_judged_alike_alone_and_among_others(inputs):
     model = make(PredictorConfig(inputs=inputs, window=4, weights=8))
     windows, signals = batch(64)
@@ -83,6 +84,33 @@ def test_of_more_weights_than_configured_some_all_over_are_taken_and_fewer_are_r
         model(windows[..., :7], signals)
     with pytest.raises(UsageError, match="needs 4 snapshots"):
         model(windows[:, :3], signals[:, :3])
+    with pytest.raises(UsageError, match="3 signals: this predictor needs progress, depth"):
+        model(windows[..., :8], signals[..., :3])
+
+
+def test_without_gains_the_clock_is_enough():
+    model = make(PredictorConfig(inputs="motion", window=4, weights=8))
+    windows, signals = batch()
+    assert torch.equal(model(windows, signals), model(windows, signals[..., :3]))
+
+
+RISKS = ((0.25, 0.9), (0.5, 0.7), (1.0, 0.3))
+
+
+def test_risks_travel_with_the_file_and_between_them_the_threshold_is_linear(tmp_path):
+    path = tmp_path / "p.safetensors"
+    save_predictor(path, PredictorFile(make(), SampleSpec(weights=8), 0.7, {}, RISKS))
+    file = load_predictor(path)
+    assert file.risks == RISKS
+    assert [file.threshold_for(risk) for risk in (0.25, 0.5, 0.75, 1.0)] == pytest.approx([0.9, 0.7, 0.5, 0.3])
+    for risk in (0.2, 1.1):
+        with pytest.raises(UsageError, match=f"risk={risk}: give percentage points of accuracy from 0.25 to 1"):
+            file.threshold_for(risk)
+
+
+def test_without_risks_a_risk_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="does not know what freezing costs"):
+        load_predictor(saved(tmp_path / "p.safetensors")).threshold_for(0.5)
 
 
 def test_scaling_is_fitted_stored_and_survives_a_constant_token():
@@ -108,7 +136,7 @@ def saved(path, **changes):
         meta = {
             "format": "smartfrz-predictor",
             "version": 1,
-            "config": {"inputs": "motion", "window": 4, "weights": 8, "hidden": 8, "key": 4, "dropout": 0.1},
+            "config": {"inputs": "gain", "window": 4, "weights": 8, "hidden": 8, "key": 4, "dropout": 0.1},
             "spec": {"weights": 8, "snapshots": 60, "seed": 0},
             "threshold": 0.7,
             "card": {},
@@ -125,7 +153,7 @@ def test_save_and_load_give_the_same_answers(tmp_path):
     assert (file.spec, file.threshold, file.card) == (SampleSpec(weights=8), 0.7, {"figures": {"auroc": 0.9}})
 
 
-CONFIG = {"inputs": "motion", "window": 4, "weights": 8, "hidden": 8, "key": 4, "dropout": 0.1}
+CONFIG = {"inputs": "gain", "window": 4, "weights": 8, "hidden": 8, "key": 4, "dropout": 0.1}
 BAD = {
     "another format": {"format": "something"},
     "another version": {"version": 1},
@@ -135,6 +163,9 @@ BAD = {
     "a missing field": {"config": {"window": 4}},
     "a field of another type": {"config": {**CONFIG, "window": "4"}},
     "a threshold outside": {"threshold": 7},
+    "a risk whose threshold lies outside": {"risks": [[0.5, 2.0]]},
+    "risks that do not rise": {"risks": [[0.5, 0.5], [0.5, 0.4]]},
+    "a risk that is no pair": {"risks": [[0.5]]},
     "a threshold that is none": {"threshold": float("nan")},
     "more weights than its sampling": {"spec": {"weights": 4, "snapshots": 60, "seed": 0}},
     "weights that are not numbers": {"tensors": {"output.2.bias": torch.tensor([float("nan")])}},

@@ -12,13 +12,14 @@ from predictor.attention import FreezePredictor, PredictorConfig
 from predictor.baselines import FromSignals, HandMade, Majority, Trees, signals_NF
 from predictor.errors import DivergedError, UsageError
 from predictor.files import read_json_lines
-from predictor.fit import FitConfig, _hide_signals, fit, fit_on, pick_device
+from predictor.fit import FitConfig, _hide_clock, fit, fit_on, pick_device
 from predictor.heldout import JUDGES, known, panel_of, transfer
 from predictor.metrics import auroc
 from predictor.sampling import SampleSpec
-from predictor.tokens import Tokens, fit_scaling, motion_of
+from predictor.signals import SIGNALS
+from predictor.tokens import Tokens, fit_scaling, kept_tokens
 from predictor.tracking import start_tracker
-from predictor.windows import SIGNALS, WindowSet
+from predictor.windows import WindowSet
 
 SPEC = SampleSpec(weights=32, snapshots=23)
 CONFIG = PredictorConfig(window=6, weights=32, hidden=16, key=8)
@@ -119,31 +120,34 @@ def test_an_epoch_sees_no_more_windows_than_asked(make_windows, monkeypatch):
     assert seen == [16, 16, 8, len(windows)]
 
 
-def test_signals_are_hidden_window_by_window_and_motion_never():
+def test_the_clock_is_hidden_window_by_window_and_nothing_else_is():
     model = FreezePredictor(CONFIG)
-    model.mean.copy_(torch.arange(9.0))
-    tokens = torch.full((2000, 5, 9), 77.0)
-    hidden = _hide_signals(model, tokens, 0.3)
+    model.mean.copy_(torch.arange(15.0))
+    tokens = torch.full((2000, 5, 15), 77.0)
+    hidden = _hide_clock(model, tokens, 0.3)
     assert torch.equal(hidden[..., :6], tokens[..., :6])
-    whole = (hidden[..., 6:] == model.mean[6:]).flatten(1)
+    assert torch.equal(hidden[..., 9:], tokens[..., 9:])
+    whole = (hidden[..., 6:9] == model.mean[6:9]).flatten(1)
     assert torch.equal(whole.all(1), whole.any(1))
     assert 0.25 < whole.all(1).float().mean() < 0.35
-    assert torch.equal(_hide_signals(model, tokens, 0.0), tokens)
+    assert torch.equal(_hide_clock(model, tokens, 0.0), tokens)
     raw = FreezePredictor(replace(CONFIG, inputs="raw"))
-    assert torch.equal(_hide_signals(raw, tokens, 0.3), tokens)
+    assert torch.equal(_hide_clock(raw, tokens, 0.3), tokens)
 
 
-@pytest.mark.parametrize(("scaling", "inputs"), [("none", "motion"), ("robust", "motion"), ("robust", "raw")])
+@pytest.mark.parametrize(
+    ("scaling", "inputs"), [("none", "motion"), ("robust", "motion"), ("robust", "raw"), ("standard", "gain")]
+)
 def test_every_input_and_scaling_trains(make_windows, scaling, inputs):
     windows = make_windows(each=2)
     config, settings = replace(CONFIG, inputs=inputs), replace(QUICK, epochs=2, scaling=scaling, balance=True)
     fitted = fit_on(windows, windows, config, settings)
     assert all(math.isfinite(row["validation_loss"]) for row in fitted.history)
-    assert (fitted.model.deviation == 1).all() == (scaling == "none")
+    assert bool((fitted.model.deviation == 1).all()) == (scaling == "none")
 
 
 def test_robust_scaling_by_hand():
-    tokens = torch.arange(101.0).reshape(1, 101, 1).expand(1, 101, 9).clone()
+    tokens = torch.arange(101.0).reshape(1, 101, 1).expand(1, 101, 15).clone()
     tokens[..., 1] = 0
     model = FreezePredictor(CONFIG)
     fit_scaling(model, tokens, "robust")
@@ -153,7 +157,7 @@ def test_robust_scaling_by_hand():
     assert model.judge(tokens[:, :6]).isfinite().all()  # a feature that never changes divides by an epsilon
 
 
-@pytest.mark.parametrize("inputs", ["motion", "raw"])
+@pytest.mark.parametrize("inputs", ["gain", "motion", "raw"])
 def test_tokens_are_those_of_the_windows_one_by_one(make_windows, inputs):
     windows = make_windows(each=1)
     config = replace(CONFIG, inputs=inputs, weights=16)
@@ -168,7 +172,7 @@ def test_tokens_are_those_of_the_windows_one_by_one(make_windows, inputs):
 def test_tokens_pass_over_runs_that_are_too_short(make_windows):
     short = make_windows(each=1, snapshots=12, window=6)
     mixed = WindowSet((*make_windows(each=1, first=9).runs, *short.runs), 20)
-    assert len(motion_of(mixed, 32)) == len(mixed) == 3 * 5 * 4
+    assert len(kept_tokens(mixed, replace(CONFIG, weights=32))) == len(mixed) == 3 * 5 * 4
 
 
 def test_baselines(make_windows):
@@ -275,7 +279,7 @@ def test_a_training_that_diverges_says_so(make_windows):
         {"batch_size": 0},
         {"learning_rate": 0.0},
         {"false_freeze": 1.0},
-        {"hide_signals": 1.0},
+        {"hide_clock": 1.0},
     ],
 )
 def test_settings_that_cannot_work_are_refused(wrong):

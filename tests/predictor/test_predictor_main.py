@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data.outcomes import write_outcomes
 from data.trajectories.labels import LabelRule
 from predictor import cli
 from predictor.__main__ import _parser, main
@@ -51,7 +52,7 @@ def test_train_writes_a_predictor_with_its_figures_and_show_prints_them(write_tr
 
     main(["show", str(out)])
     shown = capsys.readouterr().out
-    assert "motion and signals: the last 10 snapshots of 32 weights" in shown
+    assert "motion, gain and clock: the last 10 snapshots of 32 weights" in shown
     assert "32 weights a layer, 23 snapshots a training, seed 0" in shown
     assert "CKA to the final network stays at least 0.98" in shown
     assert f"freezes from probability {file.threshold:.4f}" in shown
@@ -225,3 +226,54 @@ def test_every_setting_is_a_flag_of_train():
     given = vars(_parser().parse_args(["train"]))
     for source, kind in (("predictor/attention.py", "PredictorConfig"), ("predictor/fit.py", "FitConfig")):
         assert {name for name, *_ in cli._fields(source, kind)} <= set(given)
+
+
+def outcomes_of(path, steps=(0, 8, 16), fronts=(1, 2, 4)):
+    """Outcomes of the trajectories of a file, as if it cost less the later and the smaller the front."""
+    from data.outcomes import Outcome, Result
+    from data.trajectories.windows import trajectories_in
+
+    unfrozen = Result("finished", 0.1, 0.9, 0.1)
+    rows = []
+    for run in trajectories_in(path):
+        config, names = run.config, run.layer_names
+        total, fixed = config["total_steps"], {"seed": 0, "order_seed": 0, "unfrozen": unfrozen}
+        parts = {"run_id": run.run_id, "workload": "w", "family": config["family"], "source": config["source"]}
+        for step in steps:
+            for count in fronts:
+                harm = 0.04 * count * (1 - step / total) ** 2
+                result = Result("finished", 0.1 + harm, 0.9 - 0.3 * harm, 0.1)
+                layers, share = tuple(range(count)), 1 - count / (1.5 * len(names))
+                rows.append(
+                    Outcome(
+                        **parts,
+                        **fixed,
+                        kind="front",
+                        step=step,
+                        total_steps=total,
+                        layers=layers,
+                        layer_names=tuple(names[:count]),
+                        layer_count=len(names),
+                        flops_share=share,
+                        result=result,
+                    )
+                )
+    return rows
+
+
+def test_train_on_outcomes_knows_thresholds_by_risk(write_trajectories, tmp_path, capsys):
+    data, out, outcomes = write_trajectories(), tmp_path / "predictor.safetensors", tmp_path / "outcomes.jsonl"
+    write_outcomes(outcomes, outcomes_of(data))
+    train(data, out, "--no-transfer", "--outcomes", str(outcomes), "--tolerance", "0.25")
+    printed = capsys.readouterr().out
+    assert "What the runs would have lost and saved" in printed
+    file = load_predictor(out)
+    assert [risk for risk, _ in file.risks] == [0.1, 0.25, 0.5, 1.0, 2.0]
+    assert file.threshold == file.threshold_for(0.5)
+    assert sorted((cut for _, cut in file.risks), reverse=True) == [cut for _, cut in file.risks]
+    assert "costs at most 0.25 points of accuracy" in show(file)
+    assert f"freezes from probability {file.threshold:.4f}, for a risk of 0.5 points" in show(file)
+    with pytest.raises(UsageError, match="--learn-threshold is for labels from CKA"):
+        train(data, out, "--outcomes", str(outcomes), "--learn-threshold", "0.99")
+    with pytest.raises(UsageError, match=r"--tolerance 0\.0"):
+        train(data, out, "--outcomes", str(outcomes), "--tolerance", "0")

@@ -100,7 +100,7 @@ def test_every_part_of_the_search_space_builds(make_windows):
     task = task_of(make_windows(each=3))
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     found = [suggest(study.ask(), task) for _ in range(30)]
-    assert {choice.config.inputs for choice in found} == {"motion", "raw"}
+    assert {choice.config.inputs for choice in found} == {"gain", "motion", "raw"}
     assert {choice.config.weights for choice in found} == {32}
     assert {choice.learn_threshold for choice in found} == {0.95, 0.98}
     assert len({choice.config.window for choice in found}) > 5

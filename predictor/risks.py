@@ -1,0 +1,103 @@
+"""From the accuracy that a user is willing to give up to a threshold: what freezing would have cost recorded runs."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from predictor.attention import PredictorConfig
+from predictor.errors import UsageError
+from predictor.fit import FitConfig, fit_on
+from predictor.metrics import Floats
+from predictor.splits import places_of, split_by_run
+from predictor.windows import RunWindows, WindowSet
+
+RISKS = (0.1, 0.25, 0.5, 1.0, 2.0)
+"""Percentage points of accuracy, for which a predictor file says the threshold."""
+DEFAULT_RISK = 0.5
+_THRESHOLDS = 200
+
+
+@dataclass(frozen=True)
+class RiskThreshold:
+    """The threshold for a risk, and what freezing by it did in the replay."""
+
+    risk: float
+    """Percentage points of accuracy that may be lost, as a mean over trainings."""
+    threshold: float
+    """Probability from which a layer freezes; 1 where no lower one keeps to the risk."""
+    points: float
+    """Points that were lost, as a mean over the runs."""
+    flops: float
+    """FLOPs of the runs' trainings, as a share of those of full training."""
+
+
+def measured(windows: WindowSet) -> bool:
+    """Whether it is known what freezing costs these runs."""
+    return all(run.harm_TL is not None for run in windows.runs)
+
+
+def without_own_family(
+    windows: WindowSet, config: PredictorConfig, settings: FitConfig, watch: Iterable[str] | None = None
+) -> Floats:
+    """probability_N of each window by a predictor that learnt from the other families alone.
+
+    Raises UsageError where there is one family, or where what is left cannot train a predictor.
+    """
+    families = sorted({run.family for run in windows.runs})
+    if len(families) < 2:
+        raise UsageError(f"runs of {families[0]} alone: a threshold for a risk needs two families of networks or more")
+    run_N = windows.index[:, 0].numpy()
+    probability_N = np.zeros(len(windows))
+    for family in watch or families:
+        own = places_of(windows.runs, [family])
+        others = windows.subset([place for place in range(len(windows.runs)) if place not in set(own)])
+        split = split_by_run(others.runs, settings.validation, settings.test, settings.split_seed)
+        train = others.subset((*split.train, *split.test))
+        fitted = fit_on(train, others.subset(split.validation), config, settings)
+        probability_N[np.isin(run_N, own)] = fitted.probability_N(windows.subset(own))
+    return probability_N
+
+
+def thresholds_for(windows: WindowSet, probability_N: Floats, risks: Sequence[float] = RISKS) -> list[RiskThreshold]:
+    """For each risk the lowest threshold at which, and above which everywhere, the mean loss of accuracy keeps to it.
+
+    The runs are replayed: at each snapshot a front grows by the layers whose probability reaches the threshold, and
+    growing it costs what freezing the larger front from there on costs, less what the smaller one does.
+    """
+    threshold_H = np.unique(np.quantile(probability_N, np.linspace(0, 1, _THRESHOLDS)))[::-1]
+    run_N = windows.index[:, 0].numpy()
+    parts = [
+        _replay(run, windows.window, probability_N[run_N == place], threshold_H)
+        for place, run in enumerate(windows.runs)
+    ]
+    points_H, flops_H = (np.mean(rows, axis=0) for rows in zip(*parts, strict=True))
+    return [_choose(risk, threshold_H, points_H, flops_H) for risk in risks]
+
+
+def _choose(risk: float, threshold_H: Floats, points_H: Floats, flops_H: Floats) -> RiskThreshold:
+    beyond = np.flatnonzero(points_H > risk)
+    last = (int(beyond[0]) if len(beyond) else len(threshold_H)) - 1
+    if last < 0:
+        return RiskThreshold(risk, 1.0, 0.0, 1.0)
+    return RiskThreshold(risk, float(threshold_H[last]), float(points_H[last]), float(flops_H[last]))
+
+
+def _replay(run: RunWindows, window: int, probability_n: Floats, threshold_H: Floats) -> tuple[Floats, Floats]:
+    """points_H and flops_H of one run at each threshold."""
+    if run.harm_TL is None or run.flops_F is None:
+        raise UsageError(f"run {run.run_id}: it is not known what freezing costs it")
+    snapshots, layers = run.labels_TL.shape
+    harm_TF = np.pad(run.harm_TL.numpy(), ((0, 0), (1, 0)))
+    flops_F = run.flops_F.numpy()
+    probability_TL = probability_n.reshape(-1, layers)
+    front_H = np.zeros(len(threshold_H), dtype=int)
+    points_H, flops_H = np.zeros(len(threshold_H)), np.full(len(threshold_H), float(window - 1))
+    for row, snapshot in enumerate(range(window - 1, snapshots)):
+        ready_HL = probability_TL[row] >= threshold_H[:, None]
+        ready_HL |= np.arange(layers) < front_H[:, None]
+        grown_H = ready_HL.cumprod(axis=1).sum(axis=1)
+        points_H += harm_TF[snapshot, grown_H] - harm_TF[snapshot, front_H]
+        front_H = grown_H
+        flops_H += flops_F[front_H]
+    return points_H, flops_H / snapshots

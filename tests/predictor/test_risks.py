@@ -1,0 +1,79 @@
+"""Thresholds for a risk: a replay by hand, and predictors that never saw the family that they judge."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from predictor.attention import PredictorConfig
+from predictor.errors import UsageError
+from predictor.fit import FitConfig
+from predictor.risks import measured, thresholds_for, without_own_family
+from predictor.windows import RunWindows, WindowSet
+
+
+def run_of(name, harm, flops):
+    """Snapshots of two layers, one weight each."""
+    harm_TL = torch.tensor(harm, dtype=torch.float64)
+    snapshots, layers = harm_TL.shape
+    weights, signals = torch.zeros(snapshots, layers, 1), torch.zeros(snapshots, layers, 9)
+    return RunWindows(name, "mlp", "digits", weights, signals, harm_TL <= 0.5, harm_TL, torch.tensor(flops).double())
+
+
+HARM = [[8.0, 9.0], [4.0, 6.0], [1.0, 2.0], [0.0, 0.0]]
+RUN = run_of("a", HARM, [1.0, 0.7, 0.4])
+
+
+def test_a_front_that_grows_pays_for_what_it_grows_by():
+    windows = WindowSet((RUN,), window=2)  # judged at the snapshots 1, 2 and 3
+    probability = np.array([0.8, 0.2, 0.3, 0.9, 0.95, 0.97])
+    by_risk = {row.risk: row for row in thresholds_for(windows, probability, [0.0, 4.0, 5.0])}
+    # At .8 and below, layer 0 freezes at snapshot 1 for 4 points and layer 1 at snapshot 2 for 2 - 1 more.
+    assert by_risk[5.0].threshold <= 0.8
+    assert by_risk[5.0].points == pytest.approx(5.0)
+    assert by_risk[5.0].flops == pytest.approx((1 + 0.7 + 0.4 + 0.4) / 4)
+    # Just above it nothing freezes before snapshot 3, where both layers do, for nothing.
+    assert by_risk[0.0].threshold > 0.8
+    assert by_risk[0.0].points == 0
+    assert by_risk[0.0].flops == pytest.approx((1 + 1 + 1 + 0.4) / 4)
+    assert by_risk[4.0] == replace(by_risk[0.0], risk=4.0)
+
+
+def test_a_layer_behind_one_that_trains_does_not_freeze():
+    windows = WindowSet((RUN,), window=2)
+    (row,) = thresholds_for(windows, np.array([0.1, 0.9, 0.1, 0.9, 0.1, 0.9]), [0.1])
+    assert row.points <= 0.1
+    assert row.flops >= (1 + 1 + 1 + 0.4) / 4
+
+
+def test_risks_are_means_over_runs_and_what_cannot_be_kept_freezes_nothing():
+    windows = WindowSet((RUN, run_of("b", [[10.0, 10.0]] * 4, [1.0, 0.7, 0.4])), window=2)
+    (row,) = thresholds_for(windows, np.ones(12), [1.0])
+    assert (row.threshold, row.points, row.flops) == (1.0, 0.0, 1.0)
+
+
+def test_of_unmeasured_runs_there_is_no_risk(make_windows):
+    windows = make_windows(each=1)
+    assert not measured(windows)
+    assert measured(WindowSet((RUN,), 2))
+    with pytest.raises(UsageError, match="not known what freezing costs"):
+        thresholds_for(windows, np.zeros(len(windows)), [0.5])
+
+
+def test_each_family_is_judged_by_the_others_alone(make_windows):
+    config = PredictorConfig(window=6, weights=32, hidden=16, key=8)
+    settings = FitConfig(epochs=2, epoch_windows=500)
+    windows = make_windows(each=4)
+    before = without_own_family(windows, config, settings)
+    # Other labels for one family change how the others are judged, and not how it is judged itself.
+    poisoned = replace(
+        windows,
+        runs=tuple(replace(run, labels_TL=~run.labels_TL) if run.family == "vit" else run for run in windows.runs),
+    )
+    after = without_own_family(poisoned, config, settings)
+    own = np.array([windows.runs[place].family == "vit" for place in windows.index[:, 0].tolist()])
+    assert np.array_equal(before[own], after[own])
+    assert not np.array_equal(before[~own], after[~own])
+    with pytest.raises(UsageError, match="two families"):
+        without_own_family(make_windows(families=("mlp",)), config, settings)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from collect.recorder import Recorder, gradient_norms
+from collect.recorder import Recorder
 from collect.train import Hook, Training, train
 from predictor.freezing.layers import layers_of
+from predictor.policies.measure import gradient_norms
 from predictor.sampling import LayerSampler, SampleSpec
 from tests.collect.tiny import TinyNet, tiny_source, tiny_workload
 

@@ -7,10 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+from predictor.attention import load_predictor
 from predictor.errors import FileFault, UsageError
 from predictor.freezing.layers import layers_of
 from predictor.policies import POLICIES, make_policy
 from predictor.policies.base import View
+from predictor.policies.measure import gradient_norms
+from predictor.policies.smartfrz import SHIPPED
+from predictor.sampling import LayerSampler
+from predictor.signals import recorded_signals
 
 
 def chain(layers):
@@ -152,6 +157,63 @@ def test_smartfrz_judges_the_windows_that_it_saw(make_predictor_file):
     assert torch.allclose(seen["w"].diff(dim=1), torch.full((2, 2, 8), 0.01), atol=1e-6)
     assert torch.allclose(seen["s"][..., 0], torch.tensor([4 / 12, 5 / 12, 6 / 12]).expand(2, 3))
     assert seen["s"][:, 0, 1].tolist() == [0.5, 1.0]
+
+
+def test_smartfrz_sees_while_training_what_was_recorded_for_learning(make_predictor_file):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)
+    layers = layers_of(model)
+    policy = make_policy("smartfrz", predictor=make_predictor_file(), threshold=1.0)
+    policy.bind(model, optimizer, layers)
+    sampler = LayerSampler(layers, policy._spec)
+    policy.decide(View(layers, frozenset(), 0, 12))
+    weights, gradients, rates = [sampler.sample_all()], [torch.full((2,), torch.nan)], [0.1]
+    for step in range(1, 9):
+        x = torch.randn(16, 4)
+        nn.functional.cross_entropy(model(x), (x.sum(1) > 0).long()).backward()
+        optimizer.step()
+        schedule.step()
+        policy.decide(View(layers, frozenset(), step, 12))
+        weights.append(sampler.sample_all())
+        gradients.append(gradient_norms(layers))
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.zero_grad()
+    recorded = recorded_signals(
+        torch.stack(weights),
+        torch.stack(gradients),
+        torch.arange(9),
+        torch.tensor(rates),
+        torch.tensor([layer.size for layer in layers]),
+        total_steps=12,
+    )
+    assert torch.allclose(torch.stack(list(policy._signals)), recorded[-3:], atol=1e-4)
+
+
+def test_smartfrz_keeps_for_a_frozen_layer_what_its_training_gained_last(make_predictor_file):
+    policy, _ = run_smartfrz(make_predictor_file(probability=0.1), steps=5)
+    layers = layers_of(chain(3))
+    policy._move_L, policy._gradient_L = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0])
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    policy.decide(View(layers, frozenset({0}), 6, 12))
+    assert policy._move_L[0] == 1
+    assert policy._gradient_L[0] == 4
+    assert policy._gradient_L[1] == pytest.approx(6**0.5)
+
+
+def test_smartfrz_takes_a_risk_in_place_of_a_threshold(make_predictor_file):
+    known = load_predictor(SHIPPED).risks
+    assert make_policy("smartfrz").threshold == dict(known)[0.5]
+    assert make_policy("smartfrz", risk=2.0).threshold == dict(known)[2.0] < dict(known)[0.5]
+    with pytest.raises(UsageError, match=r"threshold=0.5, risk=1.0: give one of them"):
+        make_policy("smartfrz", risk=1.0, threshold=0.5)
+    with pytest.raises(UsageError, match=r"risk=50: give percentage points of accuracy from 0.1 to 2"):
+        make_policy("smartfrz", risk=50)
+    with pytest.raises(UsageError, match="does not know what freezing costs"):
+        make_policy("smartfrz", predictor=make_predictor_file(), risk=0.5)
 
 
 def test_smartfrz_waits_for_votes_in_a_row(make_predictor_file):

@@ -95,7 +95,8 @@ def _train(flags: argparse.Namespace) -> None:
     held_out = _held_out(flags)
     if flags.settings:
         check_settings(flags.settings, held_out)
-    windows, spec = _read(flags, config.window, held_out)
+    rule = _rule(flags)
+    windows, spec = _read(flags, config.window, rule, held_out)
     if config.weights > spec.weights:
         print(f"weights: {config.weights} asked for, {spec.weights} recorded: taking those")
         config = replace(config, weights=spec.weights)
@@ -109,7 +110,7 @@ def _train(flags: argparse.Namespace) -> None:
             result, card["risks"] = _with_risks(result, windows, config, settings)
         panel = panel_of(windows, result, settings, learn_from)
         card["test"] = known(panel, windows.subset(result.split.test))
-        card["unseen"] = unseen(panel, _held_out_windows(flags, config.window, held_out))
+        card["unseen"] = unseen(panel, _held_out_windows(flags, config.window, rule, held_out))
         _finish(flags, windows, learn_from, result, config, settings, card)
         figures = {f"test_{name}": value for name, value in card["test"]["overall"]["attention"].items()}
         tracker.log(figures, len(result.fitted.history))
@@ -203,7 +204,7 @@ def _tune(flags: argparse.Namespace) -> None:
     config, settings = cli.from_flags(TuneConfig, flags), cli.from_flags(FitConfig, flags)
     _use_one_thread()
     held_out = _held_out(flags)
-    windows, _ = _read(flags, 3, held_out)
+    windows, _ = _read(flags, 3, _rule(flags), held_out)
     others = [threshold for threshold in _LEARN_THRESHOLDS if threshold != flags.label_threshold]
     labelled = {flags.label_threshold: windows, **{t: _relabelled(flags, windows, t, held_out) for t in others}}
     labels = {"label_threshold": flags.label_threshold, "label_dip": flags.label_dip}
@@ -229,11 +230,11 @@ def _show(flags: argparse.Namespace) -> None:
     print(f"{flags.file} (sha256 {fingerprint(flags.file)}...)\n{show(file)}")
 
 
-def _read(flags: argparse.Namespace, window: int, held_out: "HeldOut") -> "tuple[WindowSet, SampleSpec]":
+def _read(flags: argparse.Namespace, window: int, rule: "Rule", held_out: "HeldOut") -> "tuple[WindowSet, SampleSpec]":
     from data.trajectories.windows import spec_of, trajectories_in, windows_from
     from predictor.card import held_out_text
 
-    windows = windows_from(flags.data, window, _rule(flags), held_out)
+    windows = windows_from(flags.data, window, rule, held_out)
     spec = spec_of(next(trajectories_in(flags.data)))
     families = sorted({run.family for run in windows.runs})
     print(
@@ -244,11 +245,11 @@ def _read(flags: argparse.Namespace, window: int, held_out: "HeldOut") -> "tuple
     return windows, spec
 
 
-def _held_out_windows(flags: argparse.Namespace, window: int, held_out: "HeldOut") -> "WindowSet":
+def _held_out_windows(flags: argparse.Namespace, window: int, rule: "Rule", held_out: "HeldOut") -> "WindowSet":
     """What a trained predictor is judged on, at last. Nothing else may ask for it."""
     from data.trajectories.windows import part_of
 
-    return part_of("held-out", flags.data, window, _rule(flags), held_out)
+    return part_of("held-out", flags.data, window, rule, held_out)
 
 
 def _rule(flags: argparse.Namespace) -> "Rule":

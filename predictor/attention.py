@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from predictor.errors import FileFault, UsageError
 from predictor.files import written_whole
 from predictor.sampling import SampleSpec, thinned
-from predictor.signals import CLOCK, SIGNALS
+from predictor.signals import CLOCK, SIGNALS, rms
 
 _FORMAT = "smartfrz-predictor"
 _VERSION = 2
@@ -70,11 +69,11 @@ def motion_BTF(windows_BWK: Tensor) -> Tensor:
 
     None of them changes with the layer's scale, nor with the order or, in expectation, the number of the weights.
     """
-    scale_B11 = _rms(windows_BWK[:, -1:]).unsqueeze(-1) + _EPS
+    scale_B11 = rms(windows_BWK[:, -1:]).unsqueeze(-1) + _EPS
     scaled_BWK = windows_BWK / scale_B11
     steps_BTK = scaled_BWK.diff(dim=1)
-    size_BT = _rms(steps_BTK)
-    displacement_BT = _rms(scaled_BWK[:, 1:] - scaled_BWK[:, :1])
+    size_BT = rms(steps_BTK)
+    displacement_BT = rms(scaled_BWK[:, 1:] - scaled_BWK[:, :1])
     log_step_BT = (size_BT + _EPS).log()
     cosine_BT = F.cosine_similarity(steps_BTK[:, 1:], steps_BTK[:, :-1], dim=-1, eps=_EPS)
     columns = (
@@ -86,11 +85,6 @@ def motion_BTF(windows_BWK: Tensor) -> Tensor:
         steps_BTK.abs().mean(dim=-1) / (size_BT + _EPS),
     )
     return torch.stack(columns, dim=-1)
-
-
-def _rms(values: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(values, dim=-1)
-    return norm / math.sqrt(values.shape[-1])
 
 
 class FreezePredictor(nn.Module):

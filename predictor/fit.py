@@ -93,7 +93,6 @@ class FitResult:
     spec: SampleSpec
     split: Split
     threshold: float
-
     risks: tuple[tuple[float, float], ...] = ()
     """Thresholds by risk, where they are known: see `predictor.risks`."""
 

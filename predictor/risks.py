@@ -32,11 +32,6 @@ class RiskThreshold:
     """FLOPs of the runs' trainings, as a share of those of full training."""
 
 
-def measured(windows: WindowSet) -> bool:
-    """Whether it is known what freezing costs these runs."""
-    return all(run.harm_TL is not None for run in windows.runs)
-
-
 def without_own_family(
     windows: WindowSet, config: PredictorConfig, settings: FitConfig, watch: Iterable[str] | None = None
 ) -> Floats:

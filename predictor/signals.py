@@ -36,7 +36,7 @@ def distance_of(now_TLK: Tensor, first_LK: Tensor) -> Tensor:
 
     Both by the root mean square.
     """
-    return _rms(now_TLK - first_LK) / (_rms(now_TLK) + _EPS)
+    return rms(now_TLK - first_LK) / (rms(now_TLK) + _EPS)
 
 
 def moves_of(now_TLK: Tensor, before_TLK: Tensor, steps_T: Tensor, size_L: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def moves_of(now_TLK: Tensor, before_TLK: Tensor, steps_T: Tensor, size_L: Tenso
     steps_T: optimizer steps between the two. The steps are taken for a random walk, whose distance grows with the root
     of their number.
     """
-    return _rms(now_TLK - before_TLK) * (size_L / steps_T.clamp_min(1)[:, None]).sqrt()
+    return rms(now_TLK - before_TLK) * (size_L / steps_T.clamp_min(1)[:, None]).sqrt()
 
 
 def signals_of(
@@ -100,6 +100,7 @@ def recorded_signals(
     return signals_of(step_T, log_lr_T, distance_TL, gradient_TL, move_TL, total_steps)
 
 
-def _rms(values: Tensor) -> Tensor:
+def rms(values: Tensor) -> Tensor:
+    """The root mean square over the last dimension."""
     norm: Tensor = torch.linalg.vector_norm(values.float(), dim=-1)
     return norm / math.sqrt(values.shape[-1])

@@ -48,6 +48,11 @@ def windows_from(sources: Sources, window: int, rule: Rule | None = None, held_o
     Raises UsageError as that does, and when nothing is left.
     """
     windows = part_of("learning", sources, window, rule, held_out)
+    if not windows.runs and isinstance(rule, OutcomeRule):
+        raise UsageError(
+            f"none of these runs has both {window} snapshots and outcomes, those that are held out left aside: gather "
+            "trajectories and outcomes of the same suite"
+        )
     if not windows.runs:
         raise UsageError(
             f"no finished run has {window} snapshots with a similarity, those that are held out left aside: gather "

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from collect.workloads import WORKLOADS
+from data.harm import Harm
 from data.sources import SOURCES
 from data.trajectories import LabelRule, windows_from, write_runs
-from data.trajectories.windows import SHIPPED_SPLIT, part_of, spec_of
+from data.trajectories.windows import SHIPPED_SPLIT, OutcomeRule, part_of, spec_of
 from predictor.errors import FileFault, UsageError
 from predictor.sampling import SampleSpec
 from predictor.splits import HeldOut, read_held_out
@@ -158,3 +159,34 @@ def test_the_shipped_split_names_what_there_is_and_all_that_is_made_of_it():
     assert pretrained < held
     assert {"mlp-digits", "vgg-digits", "vit-digits", "textcnn-glosses"} <= set(made) - held
     assert SHIPPED_SPLIT.read_text().startswith("# What a predictor is judged on and never learns from")
+
+
+def harm_of(run_id, total_steps, layers=3):
+    """Freezing one layer at the start costs a point and all of them nine, half of it at half of the training."""
+    return Harm(
+        run_id,
+        total_steps,
+        layers,
+        step_P=np.array([0, total_steps]),
+        front_F=np.array([0, 1, layers]),
+        points_PF=np.array([[0.0, 1.0, 9.0], [0.0, 0.0, 0.0]]),
+        flops_F=np.array([1.0, 0.8, 0.4]),
+    )
+
+
+def test_outcomes_label_what_costs_little_and_leave_out_what_is_not_known():
+    runs = [made_trajectory("a"), made_trajectory("b")]
+    total = runs[0].config["total_steps"]
+    rule = OutcomeRule({"b": harm_of("b", total)}, tolerance=1.0)
+    (run,) = windows_from(runs, 2, rule).runs
+    assert run.run_id == "b"
+    # The root of the points is linear: 1, 2, 3 over the layers at the start, three quarters of it at the next snapshot.
+    share_T = 1 - runs[0].step_T / total
+    expected_TL = (share_T[:, None] * np.array([1.0, 2.0, 3.0])) ** 2
+    assert np.allclose(run.harm_TL, expected_TL)
+    assert run.labels_TL.tolist() == (expected_TL <= 1.0).tolist()
+    assert run.flops_F.tolist() == pytest.approx([1.0, 0.8, 0.6, 0.4])
+    with pytest.raises(UsageError, match="none of these runs has both 2 snapshots and outcomes"):
+        windows_from([made_trajectory("a")], 2, rule)
+    with pytest.raises(UsageError, match="run b: its outcomes are of a training of"):
+        windows_from(runs, 2, OutcomeRule({"b": harm_of("b", total + 1)}))

@@ -9,7 +9,7 @@ import torch
 from predictor.attention import PredictorConfig
 from predictor.errors import UsageError
 from predictor.fit import FitConfig
-from predictor.risks import measured, thresholds_for, without_own_family
+from predictor.risks import thresholds_for, without_own_family
 from predictor.windows import RunWindows, WindowSet
 
 
@@ -55,8 +55,6 @@ def test_risks_are_means_over_runs_and_what_cannot_be_kept_freezes_nothing():
 
 def test_of_unmeasured_runs_there_is_no_risk(make_windows):
     windows = make_windows(each=1)
-    assert not measured(windows)
-    assert measured(WindowSet((RUN,), 2))
     with pytest.raises(UsageError, match="not known what freezing costs"):
         thresholds_for(windows, np.zeros(len(windows)), [0.5])
 

@@ -6,7 +6,9 @@ a front is what its layers would still have gained, and to first order a layer's
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 CLOCK = ("progress", "depth", "log_lr")
@@ -21,9 +23,9 @@ _EPS = 1e-8
 _NO_GAIN = 1e-12
 
 
-def depth_of(layers: int) -> Tensor:
+def depth_of(layers: int) -> NDArray[np.float64]:
     """depth_L of so many layers: 0 for the first, 1 for the last before the head."""
-    return (torch.arange(layers, dtype=torch.float64) / max(layers - 1, 1)).float()
+    return np.arange(layers) / max(layers - 1, 1)
 
 
 def log_lr(lr: float, peak: float) -> float:
@@ -62,26 +64,31 @@ def signals_of(
     log_gradient: logarithm of the norm of all layers' gradients.
 
     gradient_TL: norms of the layers' gradients; NaN, where there are none yet, counts as 0. move_TL: from `moves_of`.
+    All on the CPU.
     """
-    step_T, gradient_TL = step_T.double(), gradient_TL.double().nan_to_num(0.0, 0.0, 0.0)
-    shape = distance_TL.shape
-    rate_TL = gradient_TL * move_TL.double()
-    front_TL = rate_TL.cumsum(dim=1)
-    remaining_T1 = ((total_steps - step_T) / 2 + 1)[:, None]
-    log_distance_TL = (distance_TL.double() + _SMALL_DISTANCE).log()
-    count_L = torch.arange(1, shape[1] + 1, device=distance_TL.device)
+    # NumPy: at run time there is one snapshot of a few layers, and the time is that of the calls.
+    step_T1, log_lr_T1 = step_T.numpy()[:, None], log_lr_T.numpy()[:, None]
+    gradient_TL = np.nan_to_num(gradient_TL.numpy(), nan=0.0, posinf=0.0, neginf=0.0)
+    layers = gradient_TL.shape[1]
+    rate_TL = gradient_TL * move_TL.numpy()
+    front_TL = rate_TL.cumsum(axis=1)
+    remaining_T1 = (total_steps - step_T1) / 2 + 1
+    log_distance_TL = np.log(distance_TL.numpy() + _SMALL_DISTANCE)
     columns = (
-        (step_T / total_steps)[:, None].expand(shape),
-        depth_of(shape[1]).to(distance_TL.device).expand(shape),
-        log_lr_T[:, None].expand(shape),
+        step_T1 / total_steps,
+        depth_of(layers),
+        log_lr_T1,
         log_distance_TL,
-        log_distance_TL.cumsum(dim=1) / count_L,
-        (rate_TL * remaining_T1 + _SMALL).log(),
-        (front_TL * remaining_T1 + _SMALL).log(),
-        (front_TL / (front_TL[:, -1:] + _NO_GAIN) + _SMALL_SHARE).log(),
-        (gradient_TL.norm(dim=1, keepdim=True) + _SMALL).log().expand(shape),
+        log_distance_TL.cumsum(axis=1) / np.arange(1, layers + 1),
+        np.log(rate_TL * remaining_T1 + _SMALL),
+        np.log(front_TL * remaining_T1 + _SMALL),
+        np.log(front_TL / (front_TL[:, -1:] + _NO_GAIN) + _SMALL_SHARE),
+        np.log(np.sqrt(np.square(gradient_TL).sum(axis=1, keepdims=True)) + _SMALL),
     )
-    return torch.stack([column.float() for column in columns], dim=-1)
+    signals_TLS = np.empty((*gradient_TL.shape, len(columns)), dtype=np.float32)
+    for place, column in enumerate(columns):
+        signals_TLS[..., place] = column
+    return torch.from_numpy(signals_TLS)
 
 
 def recorded_signals(

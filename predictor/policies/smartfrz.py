@@ -109,6 +109,7 @@ class SmartFRZPolicy(FreezePolicy):
         self._step, self._peak_lr = state["step"], state["peak_lr"]
         self._votes = dict(state["votes"])
 
+    @torch.inference_mode()
     def _take(self, view: View) -> None:
         # Frozen layers are read too: a stack of one shape, and they cost one small gather each.
         now_LK = self._sampler.sample_all().cpu()
@@ -132,14 +133,15 @@ class SmartFRZPolicy(FreezePolicy):
 
     def _watch(self, view: View, now_LK: Tensor, before_LK: Tensor) -> None:
         """Gradient and motion of the layers that train. A frozen one keeps its last: what its training gained then."""
-        active = list(view.active)
-        if not active or not self._model.config.signals[len(CLOCK) :]:
+        if not view.active or not self._model.config.signals[len(CLOCK) :]:
             return
         steps_T = torch.tensor([float(view.step - self._step)])
         move_L = moves_of(now_LK[None], before_LK[None], steps_T, self._size_L)[0]
-        self._move_L = self._move_L.index_copy(0, torch.tensor(active), move_L[active])
-        gradient_A = gradient_norms([view.layers[place] for place in active]).cpu()
-        self._gradient_L = self._gradient_L.index_copy(0, torch.tensor(active), gradient_A)
+        gradient_L = gradient_norms(view.layers).cpu()
+        # A frozen layer has no gradient.
+        still_L = gradient_L.isnan()
+        self._move_L = self._move_L.where(still_L, move_L)
+        self._gradient_L = self._gradient_L.where(still_L, gradient_L)
 
     @torch.inference_mode()
     def _judge(self, active: list[int]) -> Tensor:

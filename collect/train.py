@@ -65,6 +65,7 @@ def train(
     hooks: Sequence[Hook] = (),
     device: str = "auto",
     budget: float = 1.0,
+    rescaled: bool = True,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 300,
     progress: Callable[[int, int], None] | None = None,
@@ -79,7 +80,8 @@ def train(
 
     seed: of the initial weights, the order of the samples, augmentation and dropout.
     device: "auto", "cpu", "cuda", "cuda:1", ... or "mps".
-    budget: the share of the recipe's steps to take, above 0 and at most 1; the schedule is rescaled to them.
+    budget: the share of the recipe's steps to take, above 0 and at most 1.
+    rescaled: whether the schedule is rescaled to these steps; otherwise it is broken off after them.
     checkpoint: the file that the training goes on from, where it exists, and saves its state to every
         `checkpoint_seconds` and when a hook stops it. It is left to the caller to remove it when all is done.
     progress: called after each step with the steps done and the steps of the whole training.
@@ -97,7 +99,16 @@ def train(
     if source is None:
         source = load_source(workload.source, train_samples=workload.recipe.train_samples)
     where = pick_device(device)
-    training = Training(workload, source, seed=seed, device=where, budget=budget, scores=scores, left_out=left_out)
+    training = Training(
+        workload,
+        source,
+        seed=seed,
+        device=where,
+        budget=budget,
+        rescaled=rescaled,
+        scores=scores,
+        left_out=left_out,
+    )
     saver = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_seconds)
     _start(training, hooks, saver)
     while training.running:

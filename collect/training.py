@@ -30,7 +30,8 @@ class Training:
 
     Building it seeds all global random generators and makes the model; nothing is trained yet.
 
-    budget: the share of the recipe's steps to take; the schedule is rescaled to them.
+    budget: the share of the recipe's steps to take. rescaled: whether the schedule is rescaled to them; otherwise it is
+    broken off.
     scores: when to test: after each "epoch", or at the "end" alone, where a test takes as long as the training.
     left_out: the share of the training samples that an epoch leaves out, from 0 to below 1: it is that much shorter.
     """
@@ -43,6 +44,7 @@ class Training:
         seed: int,
         device: torch.device,
         budget: float = 1.0,
+        rescaled: bool = True,
         scores: Scores = "epoch",
         left_out: float = 0.0,
     ) -> None:
@@ -61,7 +63,8 @@ class Training:
         # Built on the CPU, so that every device starts from the same weights.
         self.model = workload.model(source).to(device).to(memory_format=self._memory_format(source.shape))
         self.optimizer = make_optimizer(self.model, recipe)
-        self.scheduler = make_scheduler(self.optimizer, recipe, self.total_steps)
+        scheduled = self.total_steps if rescaled else _total_steps(recipe, self.steps_per_epoch, 1.0)
+        self.scheduler = make_scheduler(self.optimizer, recipe, scheduled)
         self.precision = Precision(device, recipe.amp)
         self.clock = Clock(device)
         self.step = 0

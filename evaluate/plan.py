@@ -158,7 +158,7 @@ def _refuse_unfit(work: _Work, entry: PolicyEntry, policy: FreezePolicy) -> None
     if entry.cache or policy.freezes:
         raise UsageError(
             f"policy {entry.label!r} trains adapters (lora = {entry.lora}), and then there is no layer to freeze: "
-            'give it name = "none" or "shorter", and no cache'
+            'give it name = "none", "shorter" or "stopped", and no cache'
         )
     if entry.sparse:
         raise UsageError(

@@ -23,10 +23,12 @@ from predictor.policies.slimfit import SlimFitPolicy
 from predictor.policies.smartfrz import SmartFRZPolicy
 from predictor.policies.spfde import SpFDEPolicy
 from predictor.policies.static import StaticPolicy
+from predictor.policies.stopped import StoppedPolicy
 
 POLICIES: dict[str, Callable[..., FreezePolicy]] = {
     "none": NonePolicy,
     "shorter": ShorterPolicy,
+    "stopped": StoppedPolicy,
     "static": StaticPolicy,
     "random": RandomPolicy,
     "linear": LinearPolicy,

@@ -53,7 +53,9 @@ class FreezePolicy(ABC):
     wants_flops: bool = False
     """Whether its views should have FLOPs, which cost a forward pass to count."""
     budget: float = 1.0
-    """The share of the planned optimizer steps that the training should take, its schedule rescaled to them."""
+    """The share of the planned optimizer steps that the training should take."""
+    rescaled: bool = True
+    """Whether the training's schedule is rescaled to these steps; otherwise it is broken off after them."""
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         """Called once, before the first step."""

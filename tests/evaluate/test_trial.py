@@ -94,6 +94,15 @@ def test_a_shorter_training_takes_fewer_steps_of_those_planned(tmp_path):
     assert result["status"] == "finished"
 
 
+def test_a_training_that_is_broken_off_is_the_full_one_up_to_there(tmp_path):
+    full, stopped = trial(tmp_path, "none"), trial(tmp_path, "stopped", budget=0.75)
+    assert (stopped["steps"], stopped["planned_steps"], stopped["status"]) == (15, 20, "finished")
+    assert stopped["curve"][-1]["step"] == 15
+    so_far = [row for row in full["curve"] if row["step"] <= 15]
+    assert scores(stopped["curve"])[: len(so_far)] == scores(so_far) != []
+    assert scores(stopped["curve"])[-1] != scores(trial(tmp_path, "shorter", budget=0.75)["curve"])[-1]
+
+
 def test_a_lost_training_is_recorded_as_such(tmp_path):
     result = trial(tmp_path, "linear", recipe={"lr": 1e30}, start=0.0)
     assert result["status"] == "diverged"

@@ -13,6 +13,7 @@ STEPS = 24
 # Settings under which each policy freezes something in a short training (those that freeze at all).
 OPTIONS = {
     "shorter": {"budget": 0.5},
+    "stopped": {"budget": 0.5},
     "static": {"layers": 2},
     "linear": {"start": 0.25},
     "spfde": {"blocks": 3, "target": 0.9},
@@ -24,7 +25,7 @@ OPTIONS = {
     "egeria": {"window": 2, "patience": 1, "tolerance": 0.5, "refresh": 3},
     "simfreeze": {"tolerance": 0.3, "patience": 2},
 }
-FREEZING = [name for name in POLICIES if name not in ("none", "shorter")]
+FREEZING = [name for name in POLICIES if name not in ("none", "shorter", "stopped")]
 
 
 class Training:

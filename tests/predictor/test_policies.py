@@ -38,6 +38,13 @@ def test_shorter_freezes_nothing_and_asks_for_fewer_steps():
     assert make_policy("none").budget == make_policy("linear").budget == 1.0
 
 
+def test_stopped_is_shorter_without_another_schedule():
+    policy = make_policy("stopped", budget=0.6)
+    assert (policy.budget, policy.rescaled) == (0.6, False)
+    assert make_policy("shorter").rescaled
+    assert answers(policy, 4, 10, [0, 10]) == [[], []]
+
+
 def test_static_freezes_the_same_front_always():
     assert answers(make_policy("static", share=0.5), 4, 10, [0, 9]) == [[0, 1], [0, 1]]
     assert answers(make_policy("static", layers=3), 4, 10, [0]) == [[0, 1, 2]]

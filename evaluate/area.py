@@ -32,8 +32,8 @@ class FamilyArea:
     family: Family
     area: Estimate
     to_rival: Estimate | None
-    """The area less that of simply training for fewer steps, over pairs of a workload and seed; None for that family
-    itself, and where there is no pair."""
+    """The area less that of simply training for fewer steps, in the better of the ways that were tried, over pairs of a
+    workload and seed; None for that family itself, and where there is no pair."""
     workloads: int
     """On how many workloads there is an area."""
 
@@ -74,15 +74,15 @@ def seed_areas(results: Results, family: Family, workload: str) -> dict[int, flo
 def areas(results: Results) -> list[FamilyArea]:
     """Every family's area, the largest first; families without any are left out."""
     found = families(results)
-    other = rival(found)
     known = {family: {name: seed_areas(results, family, name) for name in results.workloads} for family in found}
+    own = {family: estimate([list(by_seed.values()) for by_seed in of.values()]) for family, of in known.items()}
+    ranked = sorted(((family, area) for family, area in own.items() if area is not None), key=lambda row: -row[1].mean)
+    other = rival([family for family, _ in ranked])
     rows = []
-    for family, own in known.items():
-        area = estimate([list(by_seed.values()) for by_seed in own.values()])
-        if area is not None:
-            to_rival = estimate(_differences(own, known[other])) if other is not None and other != family else None
-            rows.append(FamilyArea(family, area, to_rival, sum(map(bool, own.values()))))
-    return sorted(rows, key=lambda row: -row.area.mean)
+    for family, area in ranked:
+        to_rival = estimate(_differences(known[family], known[other])) if other not in (None, family) else None
+        rows.append(FamilyArea(family, area, to_rival, sum(map(bool, known[family].values()))))
+    return rows
 
 
 def area_headline(found: Sequence[FamilyArea]) -> str:

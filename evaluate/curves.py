@@ -45,7 +45,7 @@ def curve_plots(results: Results, rows: Sequence[Row], areas: Sequence[FamilyAre
         return []
     ranked = [row.family for row in areas]
     order = [*(family for family in ranked if family in curves), *(family for family in curves if family not in ranked)]
-    plane = _plane(curves, results.suite.margin * 100)
+    plane = _plane(curves, rival(order), results.suite.margin * 100)
     figures = -(-len(order) // _PER_FIGURE)
     lines = -(-len(order) // (figures * _COLUMNS))
     size = lines * _COLUMNS if figures > 1 else len(order)
@@ -54,14 +54,14 @@ def curve_plots(results: Results, rows: Sequence[Row], areas: Sequence[FamilyAre
     return [_plot(plane, part, labels, _title(part, areas)) for part in parts]
 
 
-def _plane(curves: dict[Family, list[Point]], margin: float) -> _Plane:
+def _plane(curves: dict[Family, list[Point]], other: Family | None, margin: float) -> _Plane:
     """Scales that show what the area counts and what comes near, so that one bad policy does not flatten the others."""
     points = [point for own in curves.values() for point in own]
     right = min(max(100.0, *(point.cost.value for point in points)), _DEAREST) * 1.05
     gains = [0.0, *(point.accuracy.value for point in points)]
     low, high = max(min(gains), -3 * LOSS * 100), max(gains)
     room = 0.12 * max(high - low, margin, 0.1)
-    return _Plane(curves, rival(list(curves)), margin, right, low - room, high + room)
+    return _Plane(curves, other, margin, right, low - room, high + room)
 
 
 def _title(part: Sequence[Family], areas: Sequence[FamilyArea]) -> str:

@@ -101,6 +101,15 @@ def test_families_stand_by_area_beside_training_for_fewer_steps(suite):
     assert area_headline(found) == "Shown to have a larger area than shorter 0.5: fast."
 
 
+def test_the_better_way_to_train_for_fewer_steps_is_the_rival(suite):
+    known = {"shorter 0.5": [(0.80, 50), (0.70, 100)], "stopped 0.5": [(0.88, 50), (0.78, 100)]}
+    fast, stopped, shorter = areas(suite(a=FULL | CHEAP | known))
+    assert (stopped.family.name, stopped.to_rival) == ("stopped 0.5", None)
+    assert fast.to_rival.mean == pytest.approx(0.6 * 0.6 - 0.6 * 0.5)  # 2 points less for 40 and for 50 % of the cost
+    assert shorter.to_rival.mean == pytest.approx(-0.3)
+    assert area_headline([fast, stopped, shorter]).startswith("Shown to have a larger area than stopped 0.5: ")
+
+
 def test_the_interval_is_students_over_seeds(suite):
     found = areas(suite(a=FULL | {"fast 1": [(0.90, 50), (0.80, 120)], "shorter 0.5": [(0.90, 50), (0.80, 100)]}))
     fast = next(row for row in found if row.family.name == "fast 1")

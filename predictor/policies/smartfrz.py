@@ -35,6 +35,8 @@ class SmartFRZPolicy(FreezePolicy):
     predictor: a file from `python -m predictor train`; the one that ships by default. threshold: the probability from
     which a layer freezes; the file's own by default. risk: the percentage points of accuracy that may be lost, in place
     of a threshold. prefix: freeze a layer only together with all before it. votes: judgements in a row that it takes.
+    front: the share of the layers that freezes before the first step, unjudged: for pretrained networks, whose first
+    layers are best frozen before they are disturbed.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class SmartFRZPolicy(FreezePolicy):
         prefix: bool = True,
         votes: int = 1,
         risk: float | None = None,
+        front: float = 0.0,
     ) -> None:
         if predictor is None and not SHIPPED.exists():
             raise UsageError("smartfrz needs a predictor: give predictor=PATH, from `python -m predictor train`")
@@ -54,11 +57,14 @@ class SmartFRZPolicy(FreezePolicy):
             raise UsageError(f"threshold={threshold}: give a probability, from 0 to 1")
         if votes < 1:
             raise UsageError(f"votes={votes}: give a number of decisions, from 1")
+        if not 0 <= front <= 1:
+            raise UsageError(f"front={front}: give a share of the layers, from 0 to 1")
         if risk is not None:
             threshold = file.threshold_for(risk)
         self.threshold = file.threshold if threshold is None else threshold
         self.prefix = prefix
         self.votes = votes
+        self.front = front
         self._votes: dict[int, int] = {}  # decisions in a row at which an active layer was judged ready
         self._model = file.model
         self._spec = file.spec
@@ -83,6 +89,8 @@ class SmartFRZPolicy(FreezePolicy):
     def decide(self, view: View) -> frozenset[int]:
         """The layers frozen so far, and those that the predictor judges ready."""
         self._take(view)
+        if view.step == 0:
+            return view.frozen | frozenset(range(round(self.front * len(view.layers))))
         if len(self._snapshots) < self._model.config.window or not view.active:
             return view.frozen
         return view.frozen | self._choose(view, self._judge(list(view.active)))

@@ -234,6 +234,15 @@ def test_smartfrz_waits_for_votes_in_a_row(make_predictor_file):
     assert resumed._choose(view, torch.tensor([0.9, 0.9, 0.1])) == {0, 1}
 
 
+def test_smartfrz_freezes_a_front_before_the_first_step_where_it_is_told_to(make_predictor_file):
+    path = make_predictor_file(probability=0.1, threshold=0.5)
+    assert run_smartfrz(path, steps=1)[1] == [[], []]
+    _, history = run_smartfrz(path, steps=5, total_steps=12, front=0.4)  # of three layers
+    assert history == [[0]] * 6
+    ready = make_predictor_file(probability=0.9, threshold=0.5)
+    assert run_smartfrz(ready, steps=5, total_steps=24, front=0.7)[1] == [[0, 1]] * 4 + [[0, 1, 2]] * 2
+
+
 def test_smartfrz_refuses_a_file_that_is_no_predictor_and_a_wrong_threshold(tmp_path, make_predictor_file):
     (tmp_path / "x.safetensors").write_bytes(b"not a predictor")
     with pytest.raises(FileFault, match=r"x\.safetensors"):
@@ -242,6 +251,8 @@ def test_smartfrz_refuses_a_file_that_is_no_predictor_and_a_wrong_threshold(tmp_
         make_policy("smartfrz", predictor=make_predictor_file(), threshold=1.2)
     with pytest.raises(UsageError, match="votes=0: give a number"):
         make_policy("smartfrz", predictor=make_predictor_file(), votes=0)
+    with pytest.raises(UsageError, match=r"front=1.5: give a share of the layers"):
+        make_policy("smartfrz", predictor=make_predictor_file(), front=1.5)
 
 
 @pytest.fixture

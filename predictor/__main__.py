@@ -107,7 +107,8 @@ def _train(flags: argparse.Namespace) -> None:
         result = fit(windows, spec, config, settings, learn_from=learn_from, tracker=tracker)
         card = _card(flags, windows, result, settings, held_out)
         if flags.outcomes:
-            result, card["risks"] = _with_risks(result, windows, config, settings)
+            result, told = _with_risks(result, windows, config, settings)
+            card |= told
         panel = panel_of(windows, result, settings, learn_from)
         card["test"] = known(panel, windows.subset(result.split.test))
         card["unseen"] = unseen(panel, _held_out_windows(flags, config.window, rule, held_out))
@@ -118,18 +119,25 @@ def _train(flags: argparse.Namespace) -> None:
 
 def _with_risks(
     result: "FitResult", windows: "WindowSet", config: "PredictorConfig", settings: "FitConfig"
-) -> "tuple[FitResult, list[dict[str, float]]]":
-    """The result with thresholds by risk, the default one's as its own, and what is told of them."""
+) -> "tuple[FitResult, dict[str, Any]]":
+    """The result, calibrated, with thresholds by risk, the default one's as its own; and what is told of them."""
     from tqdm import tqdm
 
+    from predictor.calibration import fit_calibration
     from predictor.risks import DEFAULT_RISK, thresholds_for, without_own_family
 
     families = sorted({run.family for run in windows.runs})
     watch = tqdm(families, desc="judging each family by the others", unit="family")
-    found = thresholds_for(windows, without_own_family(windows, config, settings, watch))
+    probability_N = without_own_family(windows, config, settings, watch)
+    calibration = fit_calibration(windows.labels_N.numpy(), probability_N)
+    result.fitted.model.calibrate(calibration.slope, calibration.shift)
+    found = thresholds_for(windows, calibration(probability_N))
     own = next(row.threshold for row in found if row.risk == DEFAULT_RISK)
     pairs = tuple((row.risk, row.threshold) for row in found)
-    return replace(result, threshold=own, risks=pairs), [asdict(row) for row in found]
+    return replace(result, threshold=own, risks=pairs), {
+        "calibration": asdict(calibration),
+        "risks": [asdict(row) for row in found],
+    }
 
 
 def _finish(

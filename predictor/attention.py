@@ -145,6 +145,14 @@ class FreezePredictor(nn.Module):
         return logit_B
 
     @torch.no_grad()
+    def calibrate(self, slope: float, shift: float) -> None:
+        """From here on answer slope x logit + shift."""
+        last = self.output[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight.mul_(slope)
+        last.bias.mul_(slope).add_(shift)
+
+    @torch.no_grad()
     def fit_scaling(self, tokens_NTF: Tensor) -> None:
         """Take mean and deviation from the training windows' tokens. They are stored with the weights."""
         flat = tokens_NTF.flatten(0, 1)

@@ -166,7 +166,9 @@ def _risks(card: Any) -> str:
         (text(at(row, "risk")), figure(at(row, "threshold")), figure(at(row, "points")), percent(at(row, "flops")))
         for row in rows[:_MOST_ROWS]
     ]
-    return f"{_REPLAYED}\n{table(head, listed)}"
+    slope, shift = at(card, "calibration", "slope"), at(card, "calibration", "shift")
+    line = f"calibrated on the same judgements: logits times {figure(slope)}, plus {figure(shift)}"
+    return f"{_REPLAYED}\n{table(head, listed)}" + (f"\n{line}" if slope is not None else "")
 
 
 def _by_family(card: Any) -> str:

@@ -267,6 +267,7 @@ def test_train_on_outcomes_knows_thresholds_by_risk(write_trajectories, tmp_path
     train(data, out, "--no-transfer", "--outcomes", str(outcomes), "--tolerance", "0.25")
     printed = capsys.readouterr().out
     assert "What the runs would have lost and saved" in printed
+    assert "calibrated on the same judgements: logits times " in printed
     file = load_predictor(out)
     assert [risk for risk, _ in file.risks] == [0.1, 0.25, 0.5, 1.0, 2.0]
     assert file.threshold == file.threshold_for(0.5)

@@ -36,9 +36,10 @@ class StepFlops:
         self._known: dict[tuple[frozenset[int], frozenset[int] | None], int] = {}
 
     @property
-    def batches(self) -> int:
-        """Batches in a step."""
-        return self._workload.recipe.accumulate
+    def samples(self) -> int:
+        """Samples in a step."""
+        recipe = self._workload.recipe
+        return min(recipe.batch_size, self._source.size("train")) * recipe.accumulate
 
     def __call__(self, frozen: frozenset[int], kept_under: frozenset[int] | None = None) -> int:
         """FLOPs of a step with these layers frozen; counted once.
@@ -61,8 +62,7 @@ class StepFlops:
             around = _brought_to(model, batch[1], frozen, kept_under) if frozen else nullcontext()
             with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter, around:
                 F.cross_entropy(model(batch[1]), batch[2]).backward()  # type: ignore[no-untyped-call]
-        samples = min(recipe.batch_size, self._source.size("train")) * recipe.accumulate
-        return int(counter.get_total_flops()) * samples // len(batch[2])
+        return int(counter.get_total_flops()) * self.samples // len(batch[2])
 
 
 @torch.no_grad()

@@ -80,14 +80,14 @@ class CacheHook(Hook):
         if form not in get_args(CacheForm):
             raise unknown("form of the cache", form, get_args(CacheForm))
         self.hits: Counter[tuple[frozenset[int], frozenset[int]]] = Counter()
-        """Batches on which the front was skipped, in steps that were taken: by the layers frozen then, and those frozen
-        when the place was found from whose features the pass began (`FeatureCache.taken`)."""
+        """Samples on which the front was skipped, in steps that were taken: by the layers frozen then, and those frozen
+        when the place was found from whose features their pass began (`FeatureCache.taken`)."""
         self.misses = 0
-        """Batches in such steps that the model ran as a whole."""
+        """Samples in such steps that the model ran as a whole."""
         self._freezing = freezing
         self._form: CacheForm = form
         self._options = options
-        self._under_way: list[tuple[frozenset[int], frozenset[int]] | None] = []
+        self._under_way: list[tuple[frozenset[int], Counter[frozenset[int] | None]]] = []
 
     def on_start(self, training: Training) -> None:
         """Be there for each batch. Raises UsageError where the form does not fit the training's samples."""
@@ -95,9 +95,10 @@ class CacheHook(Hook):
         training.around_forward = self._around
 
     def on_step(self, training: Training) -> None:
-        """Count the step's batches."""
-        self.hits.update(hit for hit in self._under_way if hit is not None)
-        self.misses += self._under_way.count(None)
+        """Count the samples of the step's batches."""
+        for frozen, taken in self._under_way:
+            self.misses += taken.pop(None, 0)
+            self.hits.update({(frozen, under): count for under, count in taken.items() if under is not None})
         self._under_way.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,8 +133,7 @@ class CacheHook(Hook):
     def _around(self, ids_B: Tensor) -> Iterator[None]:
         with self.cache.batch(ids_B):
             yield
-        taken = self.cache.taken
-        self._under_way.append(None if taken is None else (self._freezing.controller.frozen, taken))
+        self._under_way.append((self._freezing.controller.frozen, self.cache.taken))
 
 
 def _made(form: CacheForm, controller: FreezeController, training: Training, options: dict[str, Any]) -> FeatureCache:

@@ -133,8 +133,8 @@ def _freezing(controller: FreezeController, caching: CacheHook | None, training:
 def _skipped(caching: CacheHook | None, step_flops: StepFlops) -> int:
     """FLOPs of the forward passes that the cache made unnecessary."""
     hits = {} if caching is None else caching.hits
-    each = [(step_flops(frozen) - step_flops(frozen, under), batches) for (frozen, under), batches in hits.items()]
-    return sum(spared * batches for spared, batches in each) // step_flops.batches
+    each = [(step_flops(frozen) - step_flops(frozen, under), samples) for (frozen, under), samples in hits.items()]
+    return sum(spared * samples for spared, samples in each) // step_flops.samples
 
 
 def _sparse(masks: SparseMasks, controller: FreezeController, training: Training) -> dict[str, Any]:

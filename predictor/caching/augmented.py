@@ -36,6 +36,8 @@ class AugmentedCache(FeatureCache):
     depends on it and on the number of the batch alone. options: memory_gb, directory and compression of a FeatureCache.
     """
 
+    _completes = False  # a sample has several passes of its own to run before it is known
+
     def __init__(
         self, controller: FreezeController, *, views: int = 3, channels: float = 0.25, seed: int = 0, **options: Any
     ) -> None:

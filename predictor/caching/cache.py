@@ -1,5 +1,6 @@
 """The frozen front's outputs, kept by sample, so that its forward pass is skipped too."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from predictor.caching.ahead import ReadAhead
 from predictor.caching.compression import CompressedStore, Compression
 from predictor.caching.cut import Cut, replayed
-from predictor.caching.fingerprints import Fingerprints
+from predictor.caching.fingerprints import Fingerprints, check_alike
 from predictor.caching.level import Level, cut_again
-from predictor.caching.proving import gpus_of, proven_cut, seen_calls
+from predictor.caching.levels import Levels
+from predictor.caching.proving import gpus_of, proven_cut, run_front, seen_calls
 from predictor.caching.store import FeatureStore, Precision
 from predictor.errors import UsageError
 from predictor.freezing.controller import FreezeController, FreezeEvent
@@ -34,8 +36,12 @@ class FeatureCache:
     and the module at the cut returns what was stored; so do others behind it, where a connection leads around them, as
     in a residual block of which only the first layers are frozen. A cut is taken only after a real forward pass gave
     the same outputs as one with the cut, also with another batch in between; the one that skips most is used, and where
-    none is right the cache is off and `reason` says why: slower, never wrong. A front that grows is filled from the
-    features at the old cut, not from the inputs; a front that shrinks forgets.
+    none is right the cache is off and `reason` says why: slower, never wrong. Where most samples of a batch are known
+    the front is run on the others alone.
+
+    A front that grows is filled from the features at the old cut, not from the inputs; a front that shrinks forgets. To
+    find a cut takes about ten passes forward, so a front that grows step by step keeps its cut until the features there
+    have been of use, or it is half as large again.
 
     A sample's inputs must be the same each time it comes. Where they are not, as under random augmentation, UsageError
     is raised, unless `check_inputs=False` says that the features of the first time shall stand for all; an
@@ -45,6 +51,8 @@ class FeatureCache:
     temporary folder. compression: rounds features to fewer bytes; by default they are kept as they are. Of rounded ones
     a front that grows is filled too, but for its first batch, by which its new cut is proved.
     """
+
+    _completes = True  # what one sample gives does not depend on the batch that it comes in
 
     def __init__(
         self,
@@ -60,12 +68,12 @@ class FeatureCache:
         self.reason = "nothing is frozen yet"
         """Why nothing is skipped; empty while the cache works."""
         self.hits = 0
-        """Batches for which the front was skipped."""
+        """Batches for which the front was skipped, but for a few samples perhaps."""
         self.misses = 0
         """Batches for which it was run."""
-        self.taken: frozenset[int] | None = None
-        """Layers that were frozen when the place was found from whose features the last batch's pass began; None where
-        it ran as a whole. They are fewer than are frozen while a front that has grown is filled."""
+        self.taken: Counter[frozenset[int] | None] = Counter()
+        """Samples of the last batch, by the layers that were frozen when the place was found from whose features their
+        pass began; by None, where it began from the inputs."""
         self._controller = controller
         self._model = controller.model
         self._memory_bytes = int(memory_gb * 1e9)
@@ -73,7 +81,7 @@ class FeatureCache:
         self._check_inputs = check_inputs
         self._compression = compression
         self._exact = check_inputs and compression is None  # kept features are those that a pass would give again
-        self._levels: list[Level] = []  # the present cut, last; before it the one that it is filled from
+        self._levels = Levels()
         self._pending: list[dict[str, Any]] = []  # states of levels whose cuts the next pass will show
         self._stale = True
         self._prints = Fingerprints()
@@ -94,12 +102,12 @@ class FeatureCache:
     @property
     def bytes(self) -> int:
         """Bytes of features kept, in memory and on the disk."""
-        return sum(level.store.bytes for level in self._levels)
+        return self._levels.bytes
 
     @property
     def exact_bytes(self) -> int:
         """Bytes that features of the same samples would take as they were computed, each kept once."""
-        return sum(level.store.exact_bytes for level in self._levels)
+        return self._levels.exact_bytes
 
     @property
     def precision(self) -> Precision | None:
@@ -141,7 +149,7 @@ class FeatureCache:
         raises.
         """
         numbers = _numbers(ids)
-        level = None if self._stale else self._known(numbers)
+        level = None if self._wants_a_cut else self._known(numbers)
         if level is None:
             return
         fetch, pinned = self._fetching(level, numbers), bool(gpus_of(self._model))
@@ -167,7 +175,7 @@ class FeatureCache:
     def clear(self) -> None:
         """Forget all features."""
         self._ahead.drop()
-        self._levels, self._pending = [], []
+        self._levels, self._pending = Levels(), []
         self._stale = True
 
     def close(self) -> None:
@@ -183,45 +191,78 @@ class FeatureCache:
 
     def _enter(self, stack: ExitStack, ids: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Arrange for the pass that is about to begin."""
-        self.taken = None
+        self.taken = Counter()
+        level = self._begin(stack, ids, args, kwargs)
+        self.hits += level is not None
+        self.misses += level is None
+        self.taken[None if level is None else level.frozen] += len(ids) - self.taken.total()
+
+    def _begin(self, stack: ExitStack, ids: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Level | None:
+        """The level at which the pass begins; None for the inputs."""
         key, rows = self._ahead.take()  # at once: no reading goes on while features are stored
         if 0 not in self._controller.frozen:
-            self.misses += 1
-            return
+            return None
         prints = self._prints(len(ids), args, kwargs)
         if self._pending:
             self._take_up(len(ids), args, kwargs)
-        if self._stale:
-            self._stale = False
+        if self._wants_a_cut:
             self._find_cut(len(ids), args, kwargs)
-        if not self._levels:
-            self.misses += 1
-            return
         known = self._known(ids)
+        if known is None or known is not self._levels[-1]:
+            known = self._completed(ids, prints, args, kwargs) or known
+        if not self._levels:
+            return None
         if known is not None:
-            if key == (known, ids):
-                rows = [row.to(prints.device, non_blocking=row.is_pinned()) for row in rows]
-            else:
-                rows = self._fetching(known, ids)()
-            *leaves, prints_then = self._unpacked(known, rows, prints.device)
-            self._compare(ids, prints, prints_then)
-            stack.enter_context(replayed(known.cut, leaves, len(ids)))
-            self.taken = known.frozen
-        newest = self._levels[-1]
-        if known is newest:
-            self.hits += 1
-            if len(self._levels) == 2 and len(newest.store) >= len(self._levels[0].store):
-                del self._levels[0]
-            return
-        self.misses += known is None
-        self.hits += known is not None
-        stack.enter_context(newest.kept(ids, prints, self._give_up))
+            self._replay(stack, known, ids, prints, rows if key == (known, ids) else None)
+        if known is self._levels[-1]:
+            self._levels.use_newest()
+        else:
+            stack.enter_context(self._levels[-1].kept(ids, prints, self._give_up))
+        return known
+
+    @property
+    def _wants_a_cut(self) -> bool:
+        return self._stale and self._levels.worth_a_cut(self._controller.frozen)
 
     def _known(self, ids: list[int]) -> Level | None:
         """The furthest level that holds all of these samples."""
-        if not self._exact and self._levels and not self._levels[-1].proved:
-            return None  # what is kept is not quite what this pass gives, so it proves nothing of a new cut
-        return next((level for level in reversed(self._levels) if level.store.holds(ids)), None)
+        return self._levels.holding(ids) if self._usable else None
+
+    @property
+    def _usable(self) -> bool:
+        """Whether a pass may begin from what is kept. What is rounded gives a pass that proves nothing of a new cut."""
+        return self._exact or not self._levels or self._levels[-1].proved
+
+    def _completed(self, ids: list[int], prints: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Level | None:
+        """The furthest level that holds most of these samples, after the front has been run on the others."""
+        level = self._levels.holding_most(ids) if self._completes and self._usable else None
+        places = [] if level is None else level.store.absent(ids)
+        if level is None or not places:
+            return None
+        some, prints = [ids[place] for place in places], prints[places]
+        below = self._levels.holding(some)
+        with ExitStack() as stack:
+            if below is not None:
+                self._replay(stack, below, some, prints)
+            stack.enter_context(level.kept(some, prints, self._give_up))
+            run_front(self._model, level.cut, args, kwargs, len(ids), places)
+        if level not in self._levels or not level.store.holds(ids):
+            return None  # they could not be kept
+        self.taken[None if below is None else below.frozen] += len(places)
+        return level
+
+    def _replay(
+        self, stack: ExitStack, level: Level, ids: list[int], prints: Tensor, rows: list[Tensor] | None = None
+    ) -> None:
+        """Arrange for the next pass to begin from what the level holds of these samples. rows: read ahead."""
+        if rows is None:
+            rows = self._fetching(level, ids)()
+        else:
+            rows = [row.to(prints.device, non_blocking=row.is_pinned()) for row in rows]
+        *leaves, prints_then = self._unpacked(level, rows, prints.device)
+        if self._check_inputs:
+            check_alike(ids, prints, prints_then)
+        stack.enter_context(replayed(level.cut, leaves, len(ids)))
 
     def _fetching(self, level: Level, ids: list[int]) -> Callable[[], list[Tensor]]:
         """What reads these samples' rows, in any thread; all that is to be chosen is chosen here."""
@@ -243,29 +284,15 @@ class FeatureCache:
 
     def _find_cut(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the cut that skips most among those that change nothing."""
-        cut, tried = proven_cut(self._model, args, kwargs, batch)
-        if cut is not None:
-            self._add_level(cut)
-            return
-        self.clear()
         self._stale = False
-        self.reason = (
-            f"no place to cut was found: {tried} tried, and each changed the model's output, as skip connections "
-            "around the frozen front do"
-            if tried
-            else "no module ends before the first layer that trains"
-        )
-
-    def _add_level(self, cut: Cut) -> None:
-        if self._levels and self._levels[-1].cut.names == cut.names:
-            return  # the front grew, but not beyond the next place to cut
-        level = self._level_at(cut, self._controller.frozen)
-        # A front may grow before the features at the last cut are complete: it is filled from where most are known.
-        fullest = max(reversed(self._levels), key=lambda level: len(level.store), default=None)
-        self._levels = [level] if fullest is None else [fullest, level]
-        # The outputs seen while looking for the cut have served; only their shapes are needed from here on.
-        cut.forget_values()
-        self.reason = ""
+        cut, reason = proven_cut(self._model, args, kwargs, batch)
+        if cut is None:
+            self._give_up(reason)
+        elif not self._levels or self._levels[-1].cut.names != cut.names:  # else it grew, but not to another place
+            self._levels.add(self._level_at(cut, self._controller.frozen))
+            # The outputs seen while looking for the cut have served; only their shapes are needed from here on.
+            cut.forget_values()
+            self.reason = ""
 
     def _level_at(self, cut: Cut, frozen: frozenset[int]) -> Level:
         leaves = cut.leaves()
@@ -287,17 +314,6 @@ class FeatureCache:
         self.clear()
         self._stale = False
         self.reason = reason
-
-    def _compare(self, ids: list[int], prints_B: Tensor, then_B: Tensor) -> None:
-        if not self._check_inputs or torch.equal(prints_B, then_B):
-            return
-        apart_B = (prints_B - then_B).abs() > 1e-3 * (1 + prints_B.abs())
-        if bool(apart_B.any()):
-            raise UsageError(
-                f"sample {ids[int(apart_B.nonzero()[0])]} is not what it was when its features were kept, as under "
-                "random augmentation: train without the cache, switch the augmentation off, take an AugmentedCache, or "
-                "say FeatureCache(..., check_inputs=False) to keep the features of the first time"
-            )
 
 
 def _numbers(ids: Tensor | Iterable[int]) -> list[int]:

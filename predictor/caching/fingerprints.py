@@ -45,3 +45,16 @@ class Fingerprints:
             generator = torch.Generator().manual_seed(0)
             self._projections[shape] = torch.randn(shape, generator=generator).to(device)
         return self._projections[shape].to(device)
+
+
+def check_alike(ids: list[int], prints_B: Tensor, then_B: Tensor) -> None:
+    """Raise UsageError where one of these samples has other inputs than when its features were kept."""
+    if torch.equal(prints_B, then_B):
+        return
+    apart_B = (prints_B - then_B).abs() > 1e-3 * (1 + prints_B.abs())
+    if bool(apart_B.any()):
+        raise UsageError(
+            f"sample {ids[int(apart_B.nonzero()[0])]} is not what it was when its features were kept, as under "
+            "random augmentation: train without the cache, switch the augmentation off, take an AugmentedCache, or "
+            "say FeatureCache(..., check_inputs=False) to keep the features of the first time"
+        )

@@ -25,6 +25,8 @@ class Level:
         self.cut = cut
         self.store = store
         self.frozen = frozen
+        self.used = False
+        """Whether a pass has begun here."""
         self._expected = expected  # what the first batch gave in evaluation mode, until it was compared
 
     @property
@@ -45,17 +47,19 @@ class Level:
 
         with ExitStack() as hooks:
             for place, call in enumerate(self.cut.given):
-                hooks.callback(call.module.register_forward_hook(_at_call(call.nth, partial(keep, place))).remove)
+                hooks.callback(call.module.register_forward_hook(at_call(call.nth, partial(keep, place))).remove)
             yield
 
     def state_dict(self) -> dict[str, Any]:
         """Where the cut is, and all that is kept there."""
         given, skipped = ([[call.name, call.nth] for call in calls] for calls in (self.cut.given, self.cut.skipped))
-        return {"given": given, "skipped": skipped, "frozen": sorted(self.frozen), "store": self.store.state_dict()}
+        place = {"given": given, "skipped": skipped, "frozen": sorted(self.frozen)}
+        return {**place, "used": self.used, "store": self.store.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the features of a level at the same cut."""
         self.store.load_state_dict(state["store"])
+        self.used = state["used"]
         self._expected = []
 
     def _store(self, ids: list[int], leaves: list[Tensor], prints_B: Tensor, give_up: Any) -> None:
@@ -96,7 +100,7 @@ def same(first: Any, second: Any) -> bool:
     )
 
 
-def _at_call(nth: int, act: Callable[[Any], None]) -> Callable[[nn.Module, Any, Any], None]:
+def at_call(nth: int, act: Callable[[Any], None]) -> Callable[[nn.Module, Any, Any], None]:
     """A forward hook that passes on the output of the module's call number `nth`."""
     calls = itertools.count()
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from predictor.caching.cut import Call, Cut, best_cut, replayed, trace_calls
-from predictor.caching.level import same
+from predictor.caching.level import at_call, same
 
 
-def proven_cut(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> tuple[Cut | None, int]:
-    """The cut that skips most among those that change nothing, or None where there is none; and how many were tried.
+def proven_cut(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> tuple[Cut | None, str]:
+    """The cut that skips most among those that change nothing; or None where there is none, and why.
 
     args, kwargs: of a call of the model on `batch` samples. The cut holds that call's outputs.
     """
@@ -33,9 +33,43 @@ def proven_cut(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         cut = best_cut(calls, batch, right)
         if cut is not None:
             # What modules hand on in plain attributes is that of the batch before: let it be another one's.
-            model(*_reversed(args, batch), **_reversed(kwargs, batch))
+            turned = list(range(batch))[::-1]
+            model(*_rows(args, batch, turned), **_rows(kwargs, batch, turned))
             cut = cut if right(cut) else None
-    return cut, tried
+    if cut is not None:
+        return cut, ""
+    if not tried:
+        return None, "no module ends before the first layer that trains"
+    return None, (
+        f"no place to cut was found: {tried} tried, and each changed the model's output, as skip connections "
+        "around the frozen front do"
+    )
+
+
+def run_front(
+    model: nn.Module, cut: Cut, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, places: list[int]
+) -> None:
+    """Run the model up to the cut, on the samples at these places of a batch, for those that watch it there.
+
+    args, kwargs: of a call of the model on `batch` samples.
+    """
+    last = max(cut.given, key=lambda call: call.end)
+    handle = last.module.register_forward_hook(at_call(last.nth, _enough))
+    try:
+        with _judging(model):
+            model(*_rows(args, batch, places), **_rows(kwargs, batch, places))
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+
+
+class _Enough(BaseException):
+    """Ends a pass whose rest nobody needs. No Exception, which a model might catch."""
+
+
+def _enough(_: Any) -> None:
+    raise _Enough
 
 
 def seen_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call]:
@@ -63,10 +97,10 @@ def gpus_of(model: nn.Module) -> list[int]:
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 
-def _reversed(inputs: Any, batch: int) -> Any:
-    """The inputs with their samples in the reverse order."""
+def _rows(inputs: Any, batch: int, places: list[int]) -> Any:
+    """The inputs of the samples at these places of a batch, in that order."""
 
-    def turned(leaf: Any) -> Any:
-        return leaf.flip(0) if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch else leaf
+    def some(leaf: Any) -> Any:
+        return leaf[places] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch else leaf
 
-    return tree_map(turned, inputs)
+    return tree_map(some, inputs)

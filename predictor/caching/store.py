@@ -69,6 +69,10 @@ class FeatureStore:
         """Whether every one of these samples is here."""
         return all(i in self._places for i in ids)
 
+    def absent(self, ids: Sequence[int]) -> list[int]:
+        """Which of these samples are not here: their places among `ids`."""
+        return [place for place, i in enumerate(ids) if i not in self._places]
+
     def put(self, ids: Sequence[int], leaves: Sequence[Tensor]) -> None:
         """Keep the rows of these samples, in their order; a sample that is here already is replaced."""
         for i in ids:

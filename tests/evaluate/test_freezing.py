@@ -34,7 +34,7 @@ def test_a_cached_training_ends_where_one_without_ends(policy, options, accumula
     cached, caching = run(workload, policy, **options)
     assert caching.hits.total() > 0
     assert caching.cache.reason == ""
-    assert caching.hits.total() + caching.misses == cached.step * accumulate == 36
+    assert caching.hits.total() + caching.misses == 20 * cached.step * accumulate == 20 * 36
     for ours, theirs in zip(cached.model.state_dict().values(), plain.model.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert [row["test_accuracy"] for row in cached.curve] == [row["test_accuracy"] for row in plain.curve]
@@ -52,7 +52,7 @@ def test_a_front_that_grows_begins_from_its_old_features_at_first():
 def test_a_step_that_was_not_taken_is_not_counted():
     training, caching = run(toys.six_linear().with_recipe(lr=1e30), "static", layers=1)
     assert training.status == "diverged"
-    assert caching.hits.total() + caching.misses == training.step < 20
+    assert caching.hits.total() + caching.misses == 10 * training.step < 10 * 20
 
 
 def test_a_cached_training_goes_on_from_its_checkpoint(tmp_path):
@@ -60,9 +60,9 @@ def test_a_cached_training_goes_on_from_its_checkpoint(tmp_path):
     run(toys.six_linear(), "static", layers=2, stop_at=13, checkpoint=tmp_path / "broken")
     resumed, caching = run(toys.six_linear(), "static", layers=2, checkpoint=tmp_path / "broken")
     assert resumed.status == "finished"
-    assert unbroken.figures | {"bytes": 0} == {"hits": 10, "misses": 10, "bytes": 0, "cut": "2", "reason": ""}
-    # 10 misses and 3 hits before; the features were lost, and in the 7 batches left of an epoch no sample comes again.
-    assert (caching.hits.total(), caching.misses) == (3, 17)
+    assert unbroken.figures | {"bytes": 0} == {"hits": 100, "misses": 100, "bytes": 0, "cut": "2", "reason": ""}
+    # 10 batches missed and 3 hit before; the features were lost, and in the 7 that are left no sample comes again.
+    assert (caching.hits.total(), caching.misses) == (30, 170)
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -90,7 +90,7 @@ def test_a_training_of_each_form_goes_on_from_its_checkpoint_bit_for_bit(
     resumed, caching = run(workload, policy, checkpoint=tmp_path / "broken", **settings)
     assert (whole.status, resumed.status) == ("finished", "finished")
     assert unbroken.hits.total() > 0
-    assert unbroken.hits.total() + unbroken.misses == whole.step == 30
+    assert unbroken.hits.total() + unbroken.misses == 10 * whole.step == 10 * 30
     if policy == "schedule":  # passes from the features at the old cut, and at both
         assert any(under < frozen for frozen, under in unbroken.hits)
         assert len({under for _, under in unbroken.hits}) == 2
@@ -116,7 +116,7 @@ def test_storage_figures_by_hand(form, layers, row_bytes, precision):
     workload = toys.six_linear().with_recipe(epochs=4, augment=form in UNDER_AUGMENTATION)
     _, caching = run(workload, "static", form=form, layers=layers)
     passes = 3 if form == "views" else 1
-    assert (caching.misses, caching.hits.total()) == (10 * passes, 10 * (4 - passes))
+    assert (caching.misses, caching.hits.total()) == (100 * passes, 100 * (4 - passes))
     assert caching.figures["bytes"] == 100 * row_bytes
     if form != "exact":
         assert (caching.figures["precision"], caching.figures["exact_bytes"]) == (precision, 100 * (64 * 4 + 4))

@@ -117,7 +117,7 @@ def test_a_cached_trial_costs_what_is_left_to_do(tmp_path):
     plain, cached = (trial(tmp_path, "static", layers=3, cache=on) for on in (False, True))
     assert plain["cache"] is None
     # Ten samples of each of 10 batches are kept in the first epoch; in the second all of them are known.
-    assert cached["cache"] == {"hits": 10, "misses": 10, "bytes": 100 * (64 + 1) * 4, "cut": "3", "reason": ""}
+    assert cached["cache"] == {"hits": 100, "misses": 100, "bytes": 100 * (64 + 1) * 4, "cut": "3", "reason": ""}
     unit = 10 * 2 * 64 * 64
     assert plain["flops"] == 20 * 11 * unit
     assert cached["flops"] == (10 * 11 + 10 * 8) * unit  # three forward products less
@@ -126,15 +126,15 @@ def test_a_cached_trial_costs_what_is_left_to_do(tmp_path):
 
 def test_a_cache_that_skips_nothing_costs_nothing_less(tmp_path):
     result = trial(tmp_path, "none", cache=True)
-    assert result["cache"] == {"hits": 0, "misses": 20, "bytes": 0, "cut": "", "reason": "nothing is frozen yet"}
+    assert result["cache"] == {"hits": 0, "misses": 200, "bytes": 0, "cut": "", "reason": "nothing is frozen yet"}
     assert result["flops"] == trial(tmp_path)["flops"]
 
 
 def test_several_batches_a_step_and_a_front_that_grows(tmp_path):
     result = trial(tmp_path, "linear", recipe={"epochs": 4, "accumulate": 2}, start=0.1, cache=True)
     assert result["steps"] == 20
-    assert result["cache"]["hits"] + result["cache"]["misses"] == 40
-    assert 0 < result["cache"]["hits"] < 40
+    assert result["cache"]["hits"] + result["cache"]["misses"] == 400
+    assert 0 < result["cache"]["hits"] < 400
     whole = sum(pattern["step_flops"] * pattern["steps"] for pattern in result["patterns"])
     assert 0.5 * whole < result["flops"] < whole
 
@@ -173,7 +173,7 @@ def test_a_sparse_training_that_is_lost_is_recorded_as_such(tmp_path):
 def test_freezing_sieve_masks_and_cache_together(tmp_path):
     result = trial(tmp_path, "spfde", target=0.8, recipe={"epochs": 5}, sieve=0.2, sparse=0.75, cache=True)
     assert result["status"] == "finished"
-    assert result["steps"] == result["cache"]["hits"] + result["cache"]["misses"] == 40
+    assert 10 * result["steps"] == result["cache"]["hits"] + result["cache"]["misses"] == 400
     assert result["freezes"]
     assert result["flops"] <= 0.8 * 0.8 * trial(tmp_path, recipe={"epochs": 5})["flops"]
     assert result["sieve"] == {"left_out": 20, "exchanges": 4}

@@ -105,13 +105,13 @@ def test_a_front_that_grows_is_filled_from_the_old_views_but_for_its_first_batch
         run(model, cache, x)
     controller.step()
     assert torch.allclose(run(model, cache, LATER), model(LATER))
-    assert (cache.cut, cache.taken, cache.reason) == ("3", None, "")
+    assert (cache.cut, cache.taken, cache.reason) == ("3", {None: 12}, "")
     calls = model[0].calls
     run(model, cache, LATER)
-    assert (cache.taken, model[0].calls) == ({0}, calls)
+    assert (cache.taken, model[0].calls) == ({frozenset({0}): 12}, calls)
     inner = model[2].calls
     run(model, cache, LATER)
-    assert (cache.taken, model[2].calls) == ({0, 1}, inner)
+    assert (cache.taken, model[2].calls) == ({frozenset({0, 1}): 12}, inner)
 
 
 def test_a_front_whose_first_features_stand_for_all_grows_too():
@@ -122,7 +122,7 @@ def test_a_front_whose_first_features_stand_for_all_grows_too():
     assert torch.allclose(run(model, cache, FLIPPED), model(FLIPPED))
     assert (cache.cut, cache.reason) == ("3", "")
     run(model, cache, X)
-    assert cache.taken == {0, 1}
+    assert cache.taken == {frozenset({0, 1}): 12}
 
 
 def test_views_are_kept_in_fewer_bytes():

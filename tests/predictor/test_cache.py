@@ -1,5 +1,6 @@
 """The feature cache skips the frozen front and changes nothing."""
 
+import copy
 import os
 
 import pytest
@@ -40,14 +41,49 @@ def test_the_model_is_left_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_batch_that_is_not_all_known_runs_the_front():
+def test_a_batch_of_which_little_is_known_runs_the_front():
     model = chain()
     cache = cached(model)
     run(model, cache, torch.arange(6))
-    run(model, cache, torch.arange(4, 8))
-    assert (cache.hits, cache.misses) == (0, 2)
+    run(model, cache, torch.arange(5, 8))
+    assert (cache.hits, cache.misses, cache.taken) == (0, 2, {None: 3})
     run(model, cache, torch.arange(8))
-    assert cache.hits == 1
+    assert (cache.hits, cache.taken) == (1, {frozenset({0, 1}): 8})
+
+
+def test_of_a_batch_that_is_mostly_known_the_front_is_run_on_the_others_alone():
+    model = chain()
+    cache = cached(model)
+    run(model, cache, torch.arange(6))
+    rows = []
+    model[1].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    mixed = torch.tensor([7, 3, 0, 6, 5, 4])
+    front, rest = model[1].calls, model[5].calls
+    hit = run(model, cache, mixed)
+    assert (rows[0], model[1].calls, model[5].calls) == (2, front + 1, rest + 1)  # on 7 and 6, and then on none
+    assert (cache.hits, cache.misses, cache.taken) == (1, 1, {frozenset({0, 1}): 4, None: 2})
+    assert torch.allclose(hit, model(X[mixed]), rtol=1e-6)
+    assert all(map(torch.equal, gradients(model, hit, mixed), gradients(model, model(X[mixed]), mixed)))
+    front = model[1].calls
+    run(model, cache, mixed)
+    assert model[1].calls == front
+    assert not any(module._forward_hooks or "forward" in module.__dict__ for module in model.modules())
+
+
+def test_completing_a_batch_touches_neither_statistics_nor_random_numbers():
+    model = nn.Sequential(
+        nn.Flatten(), Counted(64, 8), nn.ReLU(), Counted(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)
+    )
+    batches = [torch.arange(6), torch.arange(8), torch.arange(1, 9)]
+    outputs = []
+    for use in (False, True):
+        torch.manual_seed(0)
+        own = copy.deepcopy(model)
+        cache = cached(own, layers=1)
+        outputs.append([run(own, cache, ids) if use else own(X[ids]) for ids in batches])
+    assert (cache.cut, cache.hits, cache.taken) == ("2", 2, {frozenset({0}): 7, None: 1})
+    for without, with_cache in zip(*outputs, strict=True):
+        assert torch.allclose(without, with_cache, atol=1e-4)
 
 
 class Skip(nn.Module):

@@ -1,9 +1,10 @@
 """The feature cache while the front grows and shrinks."""
 
 import torch
+from torch import nn
 
 from predictor import FeatureCache, FreezeController
-from tests.predictor.counted import X, chain, run
+from tests.predictor.counted import Counted, X, chain, run
 from tests.predictor.scripted import Script
 
 GROWING = {step: range(step + 1) for step in range(3)}
@@ -68,4 +69,39 @@ def test_a_pass_says_what_was_frozen_when_its_features_were_found():
         run(model, cache, torch.tensor(ids))
         taken.append(cache.taken)
     # The third pass begins from the features of the first cut, and keeps those of the second.
-    assert taken == [None, {0}, {0}, {0, 1}]
+    assert taken == [{None: 12}, {frozenset({0}): 6}, {frozenset({0}): 6}, {frozenset({0, 1}): 6}]
+
+
+def test_a_front_that_grows_a_little_is_cut_anew_once_its_features_have_been_of_use():
+    model = nn.Sequential(nn.Flatten(), *(Counted(64, 64) for _ in range(6)))
+    script = Script({0: range(3), 1: range(4)})
+    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), script, total_steps=9, say=None)
+    cache = FeatureCache(controller)
+    first, second = torch.arange(6), torch.arange(6, 12)
+    run(model, cache, first)
+    controller.step()
+    calls = model[1].calls
+    run(model, cache, second)  # still being filled
+    assert (cache.cut, model[1].calls) == ("3", calls + 1)
+    run(model, cache, first)
+    assert (cache.cut, cache.taken) == ("3", {frozenset(range(3)): 6})
+    expected = model(X)
+    assert torch.equal(run(model, cache, second), expected[second])
+    assert cache.cut == "4"
+    run(model, cache, first)
+    run(model, cache, torch.arange(12))
+    assert cache.taken == {frozenset(range(4)): 12}
+
+
+def test_a_batch_is_completed_from_the_old_features_where_they_are_known():
+    model = chain()
+    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), Script(GROWING), total_steps=9)
+    cache = FeatureCache(controller)
+    run(model, cache, torch.arange(12))
+    controller.step()
+    run(model, cache, torch.arange(8))
+    calls, expected = (model[1].calls, model[3].calls), model(X)
+    calls = (model[1].calls, model[3].calls)
+    assert torch.allclose(run(model, cache, torch.arange(2, 11)), expected[2:11], rtol=1e-6)
+    assert cache.taken == {frozenset({0}): 3, frozenset({0, 1}): 6}
+    assert (model[1].calls, model[3].calls) == (calls[0], calls[1] + 1)

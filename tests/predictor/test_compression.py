@@ -115,11 +115,11 @@ def test_a_cache_rounds_more_when_its_front_has_grown():
     assert not torch.equal(rounded, expected)
     controller.step()
     assert torch.equal(run(model, cache, ids), expected)  # as a whole: rounded features prove nothing of a new cut
-    assert (cache.precision, cache.taken, cache.reason) == ("int8", None, "")
+    assert (cache.precision, cache.taken, cache.reason) == ("int8", {None: 12}, "")
     rounded = run(model, cache, ids)
     assert torch.allclose(rounded, expected, atol=1e-2)
     assert not torch.equal(rounded, expected)
-    assert cache.taken == {0, 1}
+    assert cache.taken == {frozenset({0, 1}): 12}
     assert cache.bytes == 12 * (8 + 4 + 4)  # with a scale
     assert cache.exact_bytes == 12 * (8 * 4 + 4)
 
@@ -133,10 +133,10 @@ def test_all_but_the_first_batch_of_a_new_cut_are_filled_from_rounded_features()
     run(model, cache, first)
     calls = model[1].calls
     filled = run(model, cache, second)
-    assert (cache.taken, model[1].calls) == ({0}, calls)
+    assert (cache.taken, model[1].calls) == ({frozenset({0}): 6}, calls)
     assert torch.allclose(filled, model(X[second]), atol=1e-3)
     run(model, cache, second)
-    assert cache.taken == {0, 1}
+    assert cache.taken == {frozenset({0, 1}): 6}
 
 
 def test_rounded_features_of_samples_that_changed_are_refused_too():

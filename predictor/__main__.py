@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from predictor import cli
 from predictor.errors import DivergedError, UsageError
-from predictor.settings import LABEL_FLAGS, NOTHING, check_settings, flags_in
+from predictor.settings import LABEL_FLAGS, NOTHING, TOLERANCE_FLAG, check_settings, flags_in
 from predictor.tracking import add_wandb_flag, start_tracker
 
 if TYPE_CHECKING:
@@ -50,14 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--settings", type=Path, help="settings that `tune` found; flags given here go before them")
     text = "also train without each family in turn and test on it: does the predictor transfer? (default: yes)"
     train.add_argument("--transfer", action=argparse.BooleanOptionalAction, default=True, help=text)
-    train.add_argument(
-        "--learn-threshold", type=float, help="learn from labels of this CKA, but be judged by the others"
-    )
-    text = "take labels from what freezing really did: a file of `python -m collect gather outcomes` of the same runs"
-    train.add_argument("--outcomes", type=Path, metavar="PATH", help=text)
-    text = "with --outcomes: a layer may freeze where freezing the front up to it costs at most so many percentage "
-    text += "points of accuracy (default: %(default)s)"
-    train.add_argument("--tolerance", type=float, default=0.5, help=text)
+    text = "learn from labels of this CKA, but be judged by the others"
+    train.add_argument("--learn-threshold", type=float, help=text)
     cli.add_fields(train, "predictor/attention.py", "PredictorConfig")
     cli.add_fields(train, "predictor/fit.py", "FitConfig")
     tune = commands.add_parser("tune", help="search for better settings with Optuna; going on where it was killed")
@@ -77,6 +71,11 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-threshold", type=float, default=0.98, help=text)
     text = "how far it may fall below that again (default: %(default)s)"
     parser.add_argument("--label-dip", type=float, default=0.0, help=text)
+    text = "take labels from what freezing really did: a file of `python -m collect gather outcomes` of the same runs"
+    parser.add_argument("--outcomes", type=Path, metavar="PATH", help=text)
+    text = "with --outcomes: a layer may freeze where freezing the front up to it costs at most so many percentage "
+    text += "points of accuracy (default: %(default)s)"
+    parser.add_argument("--tolerance", type=float, default=0.5, help=text)
     text = "families and sources that are not learnt from but judged on: a TOML file, or `none` for a predictor to be "
     text += "used and not judged (default: data/held_out.toml)"
     parser.add_argument("--held-out", metavar="PATH", help=text)
@@ -188,7 +187,7 @@ def _card(
     from predictor.card import provenance, training_data
 
     return {
-        "labels": {"tolerance": flags.tolerance}
+        "labels": {TOLERANCE_FLAG: flags.tolerance}
         if flags.outcomes
         else {name: getattr(flags, name) for name in LABEL_FLAGS},
         "held_out": asdict(held_out),
@@ -213,10 +212,7 @@ def _tune(flags: argparse.Namespace) -> None:
     _use_one_thread()
     held_out = _held_out(flags)
     windows, _ = _read(flags, 3, _rule(flags), held_out)
-    others = [threshold for threshold in _LEARN_THRESHOLDS if threshold != flags.label_threshold]
-    labelled = {flags.label_threshold: windows, **{t: _relabelled(flags, windows, t, held_out) for t in others}}
-    labels = {"label_threshold": flags.label_threshold, "label_dip": flags.label_dip}
-    task = Task(labelled, labels, config, settings)
+    task = Task(*_labelled(flags, windows, held_out), config, settings)
     with start_tracker("tune", flags.wandb, flags.out, _told(flags)) as tracker:
         study = tune(task, flags.out, tracker=tracker)
     drawn = plots.study(study, flags.out)
@@ -227,7 +223,8 @@ def _tune(flags: argparse.Namespace) -> None:
     )
     print("\n".join(f"  {name} {value}" for name, value in sorted(study.best_params.items())))
     print(f"plots: {', '.join(str(path) for path in drawn) or 'none, too few trials'}")
-    print(f"next: python -m predictor train --settings {flags.out / BEST_FILE}")
+    outcomes = f" --outcomes {flags.outcomes}" if flags.outcomes else ""
+    print(f"next: python -m predictor train --settings {flags.out / BEST_FILE}{outcomes}")
 
 
 def _show(flags: argparse.Namespace) -> None:
@@ -267,11 +264,11 @@ def _rule(flags: argparse.Namespace) -> "Rule":
     from data.trajectories.labels import LabelRule
     from data.trajectories.windows import OutcomeRule
 
-    if getattr(flags, "outcomes", None) is None:
+    if flags.outcomes is None:
         return LabelRule(flags.label_threshold, flags.label_dip)
     if not flags.tolerance > 0:
         raise UsageError(f"--tolerance {flags.tolerance}: give percentage points above 0")
-    if flags.learn_threshold is not None:
+    if getattr(flags, "learn_threshold", None) is not None:
         raise UsageError("--learn-threshold is for labels from CKA: leave it out, or --outcomes")
     return OutcomeRule(harms_of(read_outcomes(flags.outcomes)), flags.tolerance)
 
@@ -283,6 +280,17 @@ def _held_out(flags: argparse.Namespace) -> "HeldOut":
     if flags.held_out == NOTHING:
         return HeldOut()
     return read_held_out(Path(flags.held_out or SHIPPED_SPLIT))
+
+
+def _labelled(
+    flags: argparse.Namespace, windows: "WindowSet", held_out: "HeldOut"
+) -> "tuple[dict[float, WindowSet], dict[str, float]]":
+    """What trials of `tune` may learn from, and the flags that make the labels by which they are judged."""
+    if flags.outcomes:
+        return {flags.tolerance: windows}, {TOLERANCE_FLAG: flags.tolerance}
+    others = [threshold for threshold in _LEARN_THRESHOLDS if threshold != flags.label_threshold]
+    labelled = {flags.label_threshold: windows, **{t: _relabelled(flags, windows, t, held_out) for t in others}}
+    return labelled, {"label_threshold": flags.label_threshold, "label_dip": flags.label_dip}
 
 
 def _relabelled(flags: argparse.Namespace, windows: "WindowSet", threshold: float, held_out: "HeldOut") -> "WindowSet":

@@ -45,15 +45,17 @@ class Choice:
     config: PredictorConfig
     settings: FitConfig
     learn_threshold: float
+    """The key of the labels that it learns from, in `Task.windows`."""
 
 
 class Task:
     """What trials are judged on: training and validation runs, families left out in turn, never the test runs.
 
-    windows: the same runs labelled at each threshold that a predictor may learn from.
-    labels: `label_threshold` and what else makes the labels that all are judged by, whatever they learnt from: AUROC
-        on labels of different rules cannot be compared. For the same reason windows whose newest snapshot comes before
-        that of the widest window are left out of the judgement.
+    windows: the same runs labelled at each CKA threshold that a predictor may learn from; or, labelled by outcomes, at
+        the tolerance alone.
+    labels: the flags of `train` that make the labels that all are judged by, whatever they learnt from, the threshold
+        or the tolerance first: AUROC on labels of different rules cannot be compared. For the same reason windows whose
+        newest snapshot comes before that of the widest window are left out of the judgement.
     """
 
     def __init__(
@@ -63,7 +65,8 @@ class Task:
         self.labels = labels
         self.config = config
         self.settings = settings
-        self.reference = windows[labels["label_threshold"]]
+        self.own = next(iter(labels.values()))
+        self.reference = windows[self.own]
         runs = self.reference.runs
         self._split = split_by_run(runs, settings.validation, settings.test, settings.split_seed)
         pool = [runs[place] for place in (*self._split.train, *self._split.validation)]

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 LABEL_FLAGS = ("label_threshold", "label_dip", "learn_threshold")
 """Flags that say how windows are labelled by CKA."""
+TOLERANCE_FLAG = "tolerance"
+"""The flag that says how they are labelled by outcomes."""
 NOTHING = "none"
 """In place of a file: nothing is held out."""
 
@@ -23,7 +25,11 @@ def flags_in(path: Path) -> list[str]:
 
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        known = {*LABEL_FLAGS, *(field.name for kind in (PredictorConfig, FitConfig) for field in fields(kind))}
+        known = {
+            *LABEL_FLAGS,
+            TOLERANCE_FLAG,
+            *(field.name for kind in (PredictorConfig, FitConfig) for field in fields(kind)),
+        }
         if unknown := sorted(set(settings) - known):
             raise FileFault(f"{path}: no settings of a predictor: {', '.join(unknown)}")
         return [_flag(name, value) for name, value in settings.items() if value is not None]

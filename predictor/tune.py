@@ -80,7 +80,8 @@ def suggest(trial: "optuna.trial.BaseTrial", task: Task) -> Choice:
         "weight_decay": trial.suggest_float("weight_decay", 1e-3, 10.0, log=True),
         "batch_size": trial.suggest_categorical("batch_size", [64, 128, 256]),
     }
-    learn_threshold = trial.suggest_categorical("learn_threshold", sorted(task.windows))
+    several = len(task.windows) > 1
+    learn_threshold = trial.suggest_categorical("learn_threshold", sorted(task.windows)) if several else task.own
     return Choice(PredictorConfig(**config), replace(task.settings, **settings), float(learn_threshold))
 
 
@@ -154,7 +155,7 @@ def _defaults(task: Task) -> dict[str, Any]:
     config = asdict(PredictorConfig())
     config |= {"window": min(config["window"], task.widest), "weights": min(config["weights"], task.most_weights)}
     settings = {name: value for name, value in asdict(task.settings).items() if name in SEARCHED}
-    return {**config, **settings, "learn_threshold": task.labels["label_threshold"]}
+    return {**config, **settings, "learn_threshold": task.own}
 
 
 def _weights(task: Task) -> list[int]:
@@ -199,7 +200,7 @@ def _write_best(study: "optuna.Study", path: Path, task: Task) -> None:
                 **asdict(choice.config),
                 **settings,
                 **task.labels,
-                "learn_threshold": choice.learn_threshold,
+                "learn_threshold": choice.learn_threshold if len(task.windows) > 1 else None,
             },
             "score": best.value,
             "score_is": f"{task.config.score}, mean over families left out",

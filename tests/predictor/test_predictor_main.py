@@ -110,6 +110,23 @@ def test_settings_of_the_wrong_kind_are_refused_like_flags(tmp_path, capsys):
     assert "--window: invalid int value" in capsys.readouterr().err
 
 
+def test_settings_found_on_outcomes_are_used_with_outcomes(write_trajectories, tmp_path, capsys):
+    data, study, outcomes = write_trajectories(each=3), tmp_path / "study", tmp_path / "outcomes.jsonl"
+    write_outcomes(outcomes, outcomes_of(data))
+    flags = ["--data", str(data), "--outcomes", str(outcomes), "--tolerance", "0.25", "--epochs", "1"]
+    main(["tune", *flags, "--out", str(study), "--trials", "2", "--folds", "2"])
+    assert f"next: python -m predictor train --settings {study / 'best.json'} --outcomes {outcomes}" in (
+        capsys.readouterr().out
+    )
+    settings = json.loads((study / "best.json").read_text())["settings"]
+    assert (settings["tolerance"], settings["learn_threshold"]) == (0.25, None)
+    out = tmp_path / "predictor.safetensors"
+    train(data, out, "--no-transfer", "--outcomes", str(outcomes), "--settings", str(study / "best.json"))
+    file = load_predictor(out)
+    assert file.card["labels"] == {"tolerance": 0.25}
+    assert (file.model.config.window, file.model.config.dropout) == (settings["window"], settings["dropout"])
+
+
 def test_the_label_flags_have_the_rules_defaults():
     for command in ("train", "tune"):
         flags = _parser().parse_args([command])

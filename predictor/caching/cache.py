@@ -240,7 +240,7 @@ class FeatureCache:
         if level is None or not places:
             return None
         some, prints = [ids[place] for place in places], prints[places]
-        below = self._levels.holding(some)
+        below = self._levels.holding(some, before=level)
         with ExitStack() as stack:
             if below is not None:
                 self._replay(stack, below, some, prints)

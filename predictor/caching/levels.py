@@ -35,9 +35,13 @@ class Levels(list[Level]):
         """Whether a front that has grown to these layers should be cut anew, which takes about ten passes forward."""
         return not self or self[-1].used or len(frozen) >= _MUCH_LARGER * len(self[-1].frozen)
 
-    def holding(self, ids: Sequence[int]) -> Level | None:
-        """The furthest level that holds all of these samples."""
-        return next((level for level in reversed(self) if level.store.holds(ids)), None)
+    def holding(self, ids: Sequence[int], before: Level | None = None) -> Level | None:
+        """The furthest level that holds all of these samples; of those before another one, where that is given.
+
+        A pass that begins at a level skips all that lies before it, so nothing can be kept there.
+        """
+        there = self if before is None else self[: self.index(before)]
+        return next((level for level in reversed(there) if level.store.holds(ids)), None)
 
     def holding_most(self, ids: Sequence[int]) -> Level | None:
         """The furthest level that holds half of these samples or more, and was proved right."""

@@ -100,8 +100,24 @@ def test_a_batch_is_completed_from_the_old_features_where_they_are_known():
     run(model, cache, torch.arange(12))
     controller.step()
     run(model, cache, torch.arange(8))
-    calls, expected = (model[1].calls, model[3].calls), model(X)
+    expected = model(X)
     calls = (model[1].calls, model[3].calls)
     assert torch.allclose(run(model, cache, torch.arange(2, 11)), expected[2:11], rtol=1e-6)
     assert cache.taken == {frozenset({0}): 3, frozenset({0, 1}): 6}
     assert (model[1].calls, model[3].calls) == (calls[0], calls[1] + 1)
+
+
+def test_old_features_are_completed_from_the_inputs_and_not_from_what_lies_behind_them():
+    model = chain()
+    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), Script(GROWING), total_steps=9)
+    cache = FeatureCache(controller)
+    expected = model(X)
+    run(model, cache, torch.arange(6))
+    controller.step()
+    run(model, cache, torch.tensor([0]))
+    run(model, cache, torch.arange(9, 12))  # kept at the new cut alone
+    assert cache.taken == {None: 3}
+    mixed = torch.tensor([1, 2, 3, 4, 9, 10])
+    assert torch.allclose(run(model, cache, mixed), expected[mixed], rtol=1e-6)
+    assert cache.taken == {frozenset({0}): 4, None: 2}
+    assert torch.allclose(run(model, cache, mixed), expected[mixed], rtol=1e-6)

@@ -83,9 +83,12 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(flags: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
     from predictor.attention import PredictorConfig
     from predictor.fit import FitConfig, fit
     from predictor.heldout import known, panel_of, unseen
+    from predictor.risks import families_of, with_risks
 
     if flags.out.suffix != _OUT.suffix:
         raise UsageError(f"--out {flags.out}: name a file that ends in {_OUT.suffix}")
@@ -106,7 +109,8 @@ def _train(flags: argparse.Namespace) -> None:
         result = fit(windows, spec, config, settings, learn_from=learn_from, tracker=tracker)
         card = _card(flags, windows, result, settings, held_out)
         if flags.outcomes:
-            result, told = _with_risks(result, windows, config, settings)
+            families = tqdm(families_of(windows), desc="judging each family by the others", unit="family")
+            result, told = with_risks(result, windows, config, settings, families)
             card |= told
         panel = panel_of(windows, result, settings, learn_from)
         card["test"] = known(panel, windows.subset(result.split.test))
@@ -114,29 +118,6 @@ def _train(flags: argparse.Namespace) -> None:
         _finish(flags, windows, learn_from, result, config, settings, card)
         figures = {f"test_{name}": value for name, value in card["test"]["overall"]["attention"].items()}
         tracker.log(figures, len(result.fitted.history))
-
-
-def _with_risks(
-    result: "FitResult", windows: "WindowSet", config: "PredictorConfig", settings: "FitConfig"
-) -> "tuple[FitResult, dict[str, Any]]":
-    """The result, calibrated, with thresholds by risk, the default one's as its own; and what is told of them."""
-    from tqdm import tqdm
-
-    from predictor.calibration import fit_calibration
-    from predictor.risks import DEFAULT_RISK, thresholds_for, without_own_family
-
-    families = sorted({run.family for run in windows.runs})
-    watch = tqdm(families, desc="judging each family by the others", unit="family")
-    probability_N = without_own_family(windows, config, settings, watch)
-    calibration = fit_calibration(windows.labels_N.numpy(), probability_N)
-    result.fitted.model.calibrate(calibration.slope, calibration.shift)
-    found = thresholds_for(windows, calibration(probability_N))
-    own = next(row.threshold for row in found if row.risk == DEFAULT_RISK)
-    pairs = tuple((row.risk, row.threshold) for row in found)
-    return replace(result, threshold=own, risks=pairs), {
-        "calibration": asdict(calibration),
-        "risks": [asdict(row) for row in found],
-    }
 
 
 def _finish(
@@ -284,13 +265,14 @@ def _held_out(flags: argparse.Namespace) -> "HeldOut":
 
 def _labelled(
     flags: argparse.Namespace, windows: "WindowSet", held_out: "HeldOut"
-) -> "tuple[dict[float, WindowSet], dict[str, float]]":
-    """What trials of `tune` may learn from, and the flags that make the labels by which they are judged."""
+) -> "tuple[dict[float, WindowSet], float, dict[str, float]]":
+    """What trials of `tune` may learn from, the key of what they are judged by, and the flags that make its labels."""
     if flags.outcomes:
-        return {flags.tolerance: windows}, {TOLERANCE_FLAG: flags.tolerance}
+        return {flags.tolerance: windows}, flags.tolerance, {TOLERANCE_FLAG: flags.tolerance}
     others = [threshold for threshold in _LEARN_THRESHOLDS if threshold != flags.label_threshold]
     labelled = {flags.label_threshold: windows, **{t: _relabelled(flags, windows, t, held_out) for t in others}}
-    return labelled, {"label_threshold": flags.label_threshold, "label_dip": flags.label_dip}
+    labels = {name: getattr(flags, name) for name in ("label_threshold", "label_dip")}
+    return labelled, flags.label_threshold, labels
 
 
 def _relabelled(flags: argparse.Namespace, windows: "WindowSet", threshold: float, held_out: "HeldOut") -> "WindowSet":

@@ -1,13 +1,15 @@
 """From the accuracy that a user is willing to give up to a threshold: what freezing would have cost recorded runs."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from predictor.attention import PredictorConfig
+from predictor.calibration import fit_calibration
 from predictor.errors import UsageError
-from predictor.fit import FitConfig, fit_on
+from predictor.fit import FitConfig, FitResult, fit_on
 from predictor.metrics import Floats
 from predictor.splits import places_of, split_by_run
 from predictor.windows import RunWindows, WindowSet
@@ -32,6 +34,33 @@ class RiskThreshold:
     """FLOPs of the runs' trainings, as a share of those of full training."""
 
 
+def families_of(windows: WindowSet) -> list[str]:
+    """The families of networks among the runs, in alphabetical order."""
+    return sorted({run.family for run in windows.runs})
+
+
+def with_risks(
+    result: FitResult,
+    windows: WindowSet,
+    config: PredictorConfig,
+    settings: FitConfig,
+    watch: Iterable[str] | None = None,
+) -> tuple[FitResult, dict[str, Any]]:
+    """A result with thresholds by risk, that of the default one as its own; and what a card says of it.
+
+    Its model is calibrated in place, on the judgements that the thresholds come from. Raises UsageError as
+    `without_own_family` does.
+    """
+    probability_N = without_own_family(windows, config, settings, watch)
+    calibration = fit_calibration(windows.labels_N.numpy(), probability_N)
+    result.fitted.model.calibrate(calibration.slope, calibration.shift)
+    found = thresholds_for(windows, calibration(probability_N))
+    own = next(row.threshold for row in found if row.risk == DEFAULT_RISK)
+    pairs = tuple((row.risk, row.threshold) for row in found)
+    told = {"calibration": asdict(calibration), "risks": [asdict(row) for row in found]}
+    return replace(result, threshold=own, risks=pairs), told
+
+
 def without_own_family(
     windows: WindowSet, config: PredictorConfig, settings: FitConfig, watch: Iterable[str] | None = None
 ) -> Floats:
@@ -39,7 +68,7 @@ def without_own_family(
 
     Raises UsageError where there is one family, or where what is left cannot train a predictor.
     """
-    families = sorted({run.family for run in windows.runs})
+    families = families_of(windows)
     if len(families) < 2:
         raise UsageError(f"runs of {families[0]} alone: a threshold for a risk needs two families of networks or more")
     run_N = windows.index[:, 0].numpy()

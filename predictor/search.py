@@ -53,20 +53,26 @@ class Task:
 
     windows: the same runs labelled at each CKA threshold that a predictor may learn from; or, labelled by outcomes, at
         the tolerance alone.
-    labels: the flags of `train` that make the labels that all are judged by, whatever they learnt from, the threshold
-        or the tolerance first: AUROC on labels of different rules cannot be compared. For the same reason windows whose
-        newest snapshot comes before that of the widest window are left out of the judgement.
+    own: the key of those that all are judged by, whatever they learnt from: AUROC on labels of different rules cannot
+        be compared. For the same reason windows whose newest snapshot comes before that of the widest window are left
+        out of the judgement.
+    labels: the flags of `train` that make these labels.
     """
 
     def __init__(
-        self, windows: Mapping[float, WindowSet], labels: dict[str, float], config: TuneConfig, settings: FitConfig
+        self,
+        windows: Mapping[float, WindowSet],
+        own: float,
+        labels: dict[str, float],
+        config: TuneConfig,
+        settings: FitConfig,
     ) -> None:
         self.windows = windows
         self.labels = labels
         self.config = config
         self.settings = settings
-        self.own = next(iter(labels.values()))
-        self.reference = windows[self.own]
+        self.own = own
+        self.reference = windows[own]
         runs = self.reference.runs
         self._split = split_by_run(runs, settings.validation, settings.test, settings.split_seed)
         pool = [runs[place] for place in (*self._split.train, *self._split.validation)]

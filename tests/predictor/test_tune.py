@@ -32,7 +32,7 @@ CHOICE = Choice(PredictorConfig(window=6, weights=32, hidden=16, key=8), FIT, 0.
 
 
 def task_of(windows, **config):
-    return Task({0.98: windows, 0.95: windows}, LABELS, TuneConfig(**{"trials": 2, "folds": 3, **config}), FIT)
+    return Task({0.98: windows, 0.95: windows}, 0.98, LABELS, TuneConfig(**{"trials": 2, "folds": 3, **config}), FIT)
 
 
 def states(folder):

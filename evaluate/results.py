@@ -84,7 +84,7 @@ class Trial:
     freezes: tuple[Freeze, ...]
     step_cost: tuple[StepCost, ...]
     hit_share: float | None
-    """Share of the batches for which a cache skipped the frozen front; None without a cache."""
+    """Share of the samples for which a cache skipped the frozen front; None without a cache."""
     config: Mapping[str, Any]
     versions: Mapping[str, Any]
     hardware: Mapping[str, Any]

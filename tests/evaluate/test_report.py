@@ -192,7 +192,7 @@ def test_a_cache_is_told_of_where_there_was_one(write, trial, text):
     rows = [trial("a", name, seed) for name in ("none", "other") for seed in (0, 1)]
     rows += [trial("a", "static, cached", seed, cache=cache) for seed, cache in enumerate(caches)]
     page = make_report(write(rows)).read_text(encoding="utf-8")
-    assert "the frozen front was skipped: static, cached, 65 % of the batches. FLOPs" in page
+    assert "the frozen front was skipped: static, cached, 65 % of the samples. FLOPs" in page
     assert "the frozen front was skipped" not in text
 
 

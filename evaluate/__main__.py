@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from evaluate.plan import Plan
 
 _RUNS = Path("runs/evaluate")
+_COSTS = {"wall": "train_seconds", "cpu": "cpu_seconds", "flops": "flops"}
+"""What `--cost` takes, and the measure in `evaluate.results.COST_AXES` that it stands for."""
+_PUBLISHED = Path(__file__).parent / "results" / "trials"
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -30,6 +33,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", nargs="?", type=Path, default=_RUNS / "quick", help="default: %(default)s")
     text = "folder of what `oracle` found, to compare with (default: `oracle` beside the suite's folder)"
     report.add_argument("--oracles", type=Path, help=text)
+    text = "compare by wall-clock time, CPU time or FLOPs (default: as the suite was run)"
+    report.add_argument("--cost", choices=_COSTS, help=text)
     _add_oracle(commands.add_parser("oracle", help="search the best freezing in hindsight of one workload"))
     bench = commands.add_parser("bench", help="what recording, deciding and frozen layers cost, against the limits")
     bench.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="default: %(default)s")
@@ -47,6 +52,15 @@ def _add_run_suite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help=f"folder of the results (default: {_RUNS}/SUITE)")
     parser.add_argument(
         "--predictor", type=Path, help="predictor file (default: runs/predictor.safetensors, else the one that ships)"
+    )
+    parser.add_argument(
+        "--adopt",
+        type=Path,
+        nargs="?",
+        const=_PUBLISHED,
+        metavar="FILE",
+        help="take over trials that were run elsewhere, a results.jsonl or results.jsonl.gz, and run the others alone; "
+        "without FILE those that this repository publishes. Costs are then FLOPs",
     )
     _add_device(parser)
     add_wandb_flag(parser)
@@ -70,6 +84,7 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_suite(flags: argparse.Namespace) -> int:
+    from evaluate.adopt import adopt
     from evaluate.plan import Settings, SuiteFolder, make_plan
     from evaluate.run import pending, run_suite
     from evaluate.suite import read_suite
@@ -77,7 +92,12 @@ def _run_suite(flags: argparse.Namespace) -> int:
     suite = read_suite(flags.suite)
     folder = SuiteFolder(flags.out or _RUNS / suite.name)
     plan = make_plan(suite, folder, Settings(flags.device, flags.slots, flags.predictor))
-    left = pending(plan, folder)
+    adopted = []
+    if flags.adopt is not None:
+        path = _PUBLISHED / f"{suite.name}.jsonl.gz" if flags.adopt == _PUBLISHED else flags.adopt
+        adopted = adopt(path, plan, folder)
+        print(f"adopted: {len(adopted)} trials of {path}")
+    left = pending(plan, folder, adopted)
     _introduce(plan, len(left), folder.root)
     if flags.dry_run:
         waiting = {job.id for job in left}
@@ -86,7 +106,7 @@ def _run_suite(flags: argparse.Namespace) -> int:
         return 0
     config = {"suite": suite.name, "trials": len(plan.jobs), "slots": plan.settings.chosen_slots}
     with start_tracker("evaluate", flags.wandb, folder.root, config) as tracker:
-        summary = run_suite(plan, folder, tracker.log)
+        summary = run_suite(plan, folder, tracker.log, adopted)
     _show(folder.root)
     for title, why in summary.failed.items():
         print(f"FAILED {title}: {why}")
@@ -116,7 +136,7 @@ def _introduce(plan: "Plan", left: int, root: Path) -> None:
 def _report(flags: argparse.Namespace) -> None:
     if flags.oracles is not None and not flags.oracles.is_dir():
         raise UsageError(f"--oracles {flags.oracles}: there is no such folder: give one that `oracle` wrote into")
-    _show(flags.folder, flags.oracles)
+    _show(flags.folder, flags.oracles, None if flags.cost is None else _COSTS[flags.cost])
 
 
 def _oracle(flags: argparse.Namespace) -> None:
@@ -132,13 +152,13 @@ def _oracle(flags: argparse.Namespace) -> None:
     print(f"\nThe best of {oracle.tried} on the test set: an upper limit, part of it luck.\n{path.resolve()}")
 
 
-def _show(folder: Path, oracles: Path | None = None) -> None:
+def _show(folder: Path, oracles: Path | None = None, cost: str | None = None) -> None:
     from evaluate.report import make_report
     from evaluate.table import print_table
 
     print()
-    print_table(folder, oracles)
-    print(f"\nreport: {make_report(folder, oracles).resolve()}")
+    print_table(folder, oracles, cost)
+    print(f"\nreport: {make_report(folder, oracles, cost).resolve()}")
 
 
 def _bench(flags: argparse.Namespace) -> int:

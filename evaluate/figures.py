@@ -78,7 +78,7 @@ def step_cost_plot(results: Results, workload: str) -> Plot | None:
         for line in lines[policy]:
             _line(axes, line, place, alpha=strength)
 
-    kind = "CPU milliseconds" if axis == "cpu_seconds" else "milliseconds"
+    kind = "milliseconds" if axis == "train_seconds" else "CPU milliseconds"
     return _multiples(results, workload, title, f"{kind} a step", "Grey: the baseline.", draw, lambda a: a.set_ylim(0))
 
 

@@ -26,15 +26,16 @@ _HERE = Path(__file__).parent
 _SYMBOLS = {AS_ACCURATE: "✓", LESS_ACCURATE: "▼", CANNOT_TELL: "?", BASELINE: ""}
 
 
-def make_report(folder: Path, oracles: Path | None = None) -> Path:
+def make_report(folder: Path, oracles: Path | None = None, cost: str | None = None) -> Path:
     """Read `folder`/suite.json and results.jsonl and write `folder`/report.html, whole or not at all.
 
     oracles: the folder of the files that `python -m evaluate oracle` wrote; by default `oracle` beside `folder`. They
         need not be there, and one that does not fit is named in the page.
+    cost: the measure to compare by, a key of COST_AXES; the suite's own by default.
 
     Raises FileFault where the results cannot be read or the page cannot be written.
     """
-    results = read_results(folder)
+    results = read_results(folder, cost)
     page = render(results, *find_oracles(oracles or oracles_beside(folder), results))
     path = folder / "report.html"
     with written_whole(path) as part:

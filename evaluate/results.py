@@ -3,15 +3,15 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from predictor.errors import FileFault
 
-COST_AXES = {"train_seconds": "wall-clock seconds", "cpu_seconds": "CPU seconds"}
-"""The two measures of what a training costs, and how they are called."""
+COST_AXES = {"train_seconds": "wall-clock seconds", "cpu_seconds": "CPU seconds", "flops": "FLOPs"}
+"""The measures of what a training costs, and how they are called."""
 _STATUSES = ("finished", "diverged", "failed")
 _NUMBERS = ("accuracy", "loss", "train_seconds", "cpu_seconds", "policy_seconds", "flops", "peak_memory_bytes")
 
@@ -90,8 +90,9 @@ class Trial:
     hardware: Mapping[str, Any]
 
     def cost(self, axis: str) -> float | None:
-        """The training's cost on an axis of COST_AXES, in seconds; None where it was not measured."""
-        return self.train_seconds if axis == "train_seconds" else self.cpu_seconds
+        """The training's cost on an axis of COST_AXES, in seconds or FLOPs; None where it was not measured."""
+        cost: float | None = getattr(self, axis)
+        return cost
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,17 @@ class Results:
         ]
 
 
-def read_results(folder: Path) -> Results:
+def read_results(folder: Path, cost: str | None = None) -> Results:
     """Read what `python -m evaluate run-suite` left in `folder`.
+
+    cost: the measure to compare by, a key of COST_AXES; the suite's own by default.
 
     A line of results.jsonl that is cut short or makes no sense is left out and named in `faults`. Of several lines with
     the same workload, policy and seed the last one counts: it is the trial that was run again. Raises FileFault where
     one of the two files is missing or suite.json is broken.
     """
     suite = _suite(folder / "suite.json")
+    suite = suite if cost is None else replace(suite, cost=cost)
     path = folder / "results.jsonl"
     trials: dict[tuple[str, str, int], Trial] = {}
     faults = []

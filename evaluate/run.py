@@ -1,11 +1,12 @@
 """Runs the trials of a plan that have no result yet, and keeps each result the moment it is there."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from collect.engines import Job, run_jobs
+from evaluate.adopt import ADOPTED, has_result
 from evaluate.plan import Plan, SuiteFolder
 from predictor.attention import fingerprint
 from predictor.errors import FileFault
@@ -24,21 +25,29 @@ class Summary:
     """Why a trial has none and where its log is, by the trial's title."""
 
 
-def pending(plan: Plan, folder: SuiteFolder) -> list[Job]:
-    """The trials that have no result yet; one that failed has none."""
-    rows = [*read_json_lines(folder.results), *read_json_lines(folder.earlier)]
-    done = {row.get("trial_id") for row in rows if _has_result(row)}
+def pending(plan: Plan, folder: SuiteFolder, adopted: Sequence[dict[str, Any]] = ()) -> list[Job]:
+    """The trials that have no result yet, also not among the adopted ones; one that failed has none."""
+    rows = [*read_json_lines(folder.results), *read_json_lines(folder.earlier), *adopted]
+    done = {row.get("trial_id") for row in rows if has_result(row)}
     return [job for job in plan.jobs if job.id not in done]
 
 
-def run_suite(plan: Plan, folder: SuiteFolder, log: Callable[[dict[str, Any], int], None]) -> Summary:
+def run_suite(
+    plan: Plan,
+    folder: SuiteFolder,
+    log: Callable[[dict[str, Any], int], None],
+    adopted: Sequence[dict[str, Any]] = (),
+) -> Summary:
     """Run what is pending. Killed at any time, the same call goes on with the trials that were not finished.
 
-    log: called with the figures of each trial that ends, and how many have a result by then.
+    log: called with the figures of each trial that ends, and how many have a result by then. adopted: results from
+    elsewhere (`evaluate.adopt.adopt`), which the folder keeps from now on.
 
     Raises FileFault for a folder that cannot be written to, UsageError while another process is at work in it.
     """
     with held(folder.lock, "another run-suite"):
+        for row in adopted:
+            append_json_line(folder.earlier, row)
         left = pending(plan, folder)
         _sort_results(plan, folder)
         write_json(folder.suite, _description(plan, folder, left))
@@ -73,10 +82,6 @@ def _run(left: list[Job], plan: Plan, folder: SuiteFolder, log: Callable[[dict[s
     return Summary(done, failed)
 
 
-def _has_result(row: dict[str, Any]) -> bool:
-    return row.get("status") in ("finished", "diverged")
-
-
 def _sort_results(plan: Plan, folder: SuiteFolder) -> None:
     """Leave in results.jsonl what the plan asks for. The rest goes to earlier.jsonl, from where it can come back."""
     wanted = {job.id for job in plan.jobs}
@@ -84,8 +89,8 @@ def _sort_results(plan: Plan, folder: SuiteFolder) -> None:
     for row in rows:
         if row.get("trial_id") not in wanted and row not in earlier:
             append_json_line(folder.earlier, row)
-    have = {row.get("trial_id") for row in rows if _has_result(row)}
-    back = {row["trial_id"]: row for row in earlier if row.get("trial_id") in wanted - have and _has_result(row)}
+    have = {row.get("trial_id") for row in rows if has_result(row)}
+    back = {row["trial_id"]: row for row in earlier if row.get("trial_id") in wanted - have and has_result(row)}
     stay = [*(row for row in rows if row.get("trial_id") in wanted), *back.values()]
     with written_whole(folder.results) as part:
         part.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in stay), encoding="utf-8")
@@ -93,13 +98,15 @@ def _sort_results(plan: Plan, folder: SuiteFolder) -> None:
 
 def _description(plan: Plan, folder: SuiteFolder, left: list[Job]) -> dict[str, Any]:
     """What the report needs to know of the suite."""
-    sharing = {row["slots"] for row in read_json_lines(folder.results)} | ({plan.settings.sharing} if left else set())
-    suite = plan.suite
+    suite, rows = plan.suite, read_json_lines(folder.results)
+    sharing = {row["slots"] for row in rows} | ({plan.settings.sharing} if left else set())
+    seconds = "train_seconds" if sharing <= {1} else "cpu_seconds"
     return {
         "name": suite.name,
         "baseline": suite.baseline,
         "margin": suite.margin,
-        "cost": "train_seconds" if sharing <= {1} else "cpu_seconds",
+        # Seconds of one machine say nothing of another's.
+        "cost": "flops" if any(row.get(ADOPTED) for row in rows) else seconds,
         "workloads": [entry.label for entry in suite.workloads],
         "policies": [entry.label for entry in suite.policies],
         "seeds": list(suite.seeds),

@@ -135,10 +135,11 @@ def headline(results: Results, rows: Sequence[Row]) -> str:
         return f"No policy is shown to be {within}."
     best = max(good, key=lambda row: row.speedup.mean if row.speedup else 0.0)
     assert best.speedup is not None
+    more, most, gain = ("cheaper", "Cheapest", "cheap") if suite.cost == "flops" else ("faster", "Fastest", "fast")
     if best.speedup.low <= 1.0:
-        return f"{best.policy} is {within}, but no such policy is shown to be faster."
-    gain = f"{best.speedup.mean:.2f} times as fast [{best.speedup.low:.2f}, {best.speedup.high:.2f}]"
-    return f"Fastest of those {within}: {best.policy}, {gain}."
+        return f"{best.policy} is {within}, but no such policy is shown to be {more}."
+    interval = f"[{best.speedup.low:.2f}, {best.speedup.high:.2f}]"
+    return f"{most} of those {within}: {best.policy}, {best.speedup.mean:.2f} times as {gain} {interval}."
 
 
 def _row(results: Results, policy: str, workloads: Sequence[str]) -> Row:

@@ -12,16 +12,19 @@ from evaluate.results import COST_AXES, Results, read_results
 from evaluate.statistics import Estimate, Row, compare, headline
 
 _LABEL_WIDTH = 20
+_SPEEDUPS = {"train_seconds": "speedup", "cpu_seconds": "CPU speedup", "flops": "by FLOPs"}
+"""What the column of cost ratios is called, by the measure of cost."""
 _GAP = "  "
 _Blocks = list[tuple[str, list[tuple[str, ...]]]]
 
 
-def print_table(folder: Path, oracles: Path | None = None) -> None:
+def print_table(folder: Path, oracles: Path | None = None, cost: str | None = None) -> None:
     """Print the results in `folder` as a table, with what was left out of it.
 
     oracles: the folder of the files that `python -m evaluate oracle` wrote; by default `oracle` beside `folder`.
+    cost: the measure to compare by, a key of COST_AXES; the suite's own by default.
     """
-    results = read_results(folder)
+    results = read_results(folder, cost)
     found, _ = find_oracles(oracles or oracles_beside(folder), results)
     text = table(results, shutil.get_terminal_size((120, 24)).columns, found)
     encoding = sys.stdout.encoding or "utf-8"
@@ -35,7 +38,7 @@ def table(results: Results, width: int, oracles: Mapping[str, Oracle] | None = N
     """
     rows = compare(results)
     shares = shares_of_saving(rows, oracles or {}, results.suite.margin)
-    speedup = "CPU speedup" if results.suite.cost == "cpu_seconds" else "speedup"
+    speedup = _SPEEDUPS[results.suite.cost]
     header = ("policy", "accuracy %", "difference", "verdict", speedup, "FLOPs", "own time", "seeds", "div")
     blocks: _Blocks = []
     for row in rows:
@@ -59,7 +62,7 @@ def notes(results: Results) -> list[str]:
     lines = [
         f"difference: percentage points to {plain(suite.baseline)}, mean of paired seeds [95 % interval]; "
         f"margin {suite.margin * 100:g}",
-        f"speedup: ratio of {COST_AXES[suite.cost]}, geometric mean [95 % interval]; "
+        f"{_SPEEDUPS[suite.cost]}: ratio of {COST_AXES[suite.cost]}, geometric mean [95 % interval]; "
         "own time: the policy's share of the training time",
     ]
     for status in ("diverged", "failed"):

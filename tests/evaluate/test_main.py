@@ -58,6 +58,12 @@ def test_lost_trials_lose_nothing_else(suite, tmp_path, capsys):
     assert listed.count("to run  ") == 2
     assert main(["report", str(out)]) is None
     assert "report:" in capsys.readouterr().out
+    assert main(["report", str(out), "--cost", "flops"]) is None
+    assert "by FLOPs" in capsys.readouterr().out
+    elsewhere = ["run-suite", "--suite", suite, "--out", str(tmp_path / "more"), "--adopt", str(out / "results.jsonl")]
+    assert main([*elsewhere, "--device", "cpu", "--dry-run"]) == 0
+    assert "adopted: 4 trials" in capsys.readouterr().out
+    assert not (tmp_path / "more").exists()
 
 
 def test_a_dry_run_writes_nothing(suite, tmp_path, capsys):

@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from evaluate import run as run_module
 from evaluate.plan import Settings, SuiteFolder, make_plan
 from evaluate.results import read_results
 from evaluate.run import pending, run_suite
 from evaluate.suite import PolicyEntry, Suite, WorkloadEntry
 from predictor.errors import FileFault, UsageError
 from predictor.files import read_json_lines
+from tests.evaluate.machine import Machine
 
 SUITE = Suite(
     "mine",
@@ -20,25 +20,6 @@ SUITE = Suite(
     (PolicyEntry("none", "none"), PolicyEntry("linear", "linear")),
     (0, 1),
 )
-
-
-class Machine:
-    """Stands in for run_jobs: `fails` names titles that fail, `dies_after` a number of trials before a kill."""
-
-    def __init__(self, monkeypatch):
-        self.ran, self.fails, self.dies_after = [], set(), None
-        monkeypatch.setattr(run_module, "run_jobs", self)
-
-    def __call__(self, jobs, *, on_done, on_failed, **options):
-        for count, job in enumerate(jobs):
-            if count == self.dies_after:
-                raise KeyboardInterrupt
-            self.ran.append(job.title)
-            if job.title in self.fails:
-                on_failed(job, "it broke")
-            else:
-                figures = {"accuracy": 0.9, "train_seconds": 1.0, "cpu_seconds": 1.0, "flops": 10}
-                on_done(job, {**job.payload["row"], "status": "finished", **figures})
 
 
 @pytest.fixture

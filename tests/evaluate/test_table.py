@@ -5,6 +5,7 @@ import pytest
 from evaluate.area import areas
 from evaluate.hindsight import read_oracle
 from evaluate.results import read_results
+from evaluate.statistics import compare
 from evaluate.table import plain, print_table, shortened, table
 
 
@@ -39,6 +40,15 @@ def test_with_one_trial_at_a_time_the_speedup_is_that_of_the_clock(write, rows):
     text = table(read_results(write(rows, cost="train_seconds")), 200)
     assert "CPU" not in text
     assert "ratio of wall-clock seconds" in text
+
+
+def test_costs_can_be_compared_by_flops_whatever_the_suite_took(folder):
+    results = read_results(folder, "flops")
+    text = table(results, 200)
+    assert "by FLOPs: ratio of FLOPs" in text
+    assert "speedup" not in text
+    row = next(row for row in compare(results) if row.policy == "shorter 0.7" and row.workload is None)
+    assert row.speedup.mean == pytest.approx(1 / row.flops_share)
 
 
 def test_without_an_interval_the_table_says_so(write, trial):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,8 +28,7 @@ class StepFlops:
     Counts matrix products, convolutions and attention, forward and backward, as PyTorch's FlopCounterMode sees them,
     on a model of its own on the CPU, but for the gradients of grouped convolutions, which that takes for those of one
     group; not normalization, elementwise operations and the optimizer's own work, which are
-    a few percent. Not counted either: the forward passes, a few at each freeze, in which a FeatureCache looks for the
-    place to cut. Torch's random numbers stand still.
+    a few percent. Torch's random numbers stand still.
     """
 
     def __init__(self, workload: Workload, source: Source) -> None:
@@ -52,10 +52,21 @@ class StepFlops:
                 self._known[frozen, kept_under] = self._count(frozen, kept_under)
         return self._known[frozen, kept_under]
 
+    @cached_property
+    def forward(self) -> int:
+        """FLOPs of the forward passes of a step's samples, nothing skipped."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            batch, model = self._batch(), self._workload.model(self._source).eval()
+            with FlopCounterMode(display=False) as counter:
+                model(batch[1])
+        return int(counter.get_total_flops()) * self.samples // len(batch[2])
+
+    def _batch(self) -> Any:
+        samples = min(_COUNTED_SAMPLES, self._workload.recipe.batch_size)
+        return next(self._source.batches("train", samples, shuffle=False))
+
     def _count(self, frozen: frozenset[int], kept_under: frozenset[int] | None) -> int:
-        recipe = self._workload.recipe
-        batch = next(self._source.batches("train", min(_COUNTED_SAMPLES, recipe.batch_size), shuffle=False))
-        model = self._workload.model(self._source).train()
+        batch, model = self._batch(), self._workload.model(self._source).train()
         # The counter does not know the CPU's fused attention; its plain form has the same products.
         with sdpa_kernel(SDPBackend.MATH):
             # Nothing frozen: no look for layers, which a model with adapters need not have.
@@ -82,8 +93,11 @@ def _brought_to(
             model(inputs)
     policy.frozen = frozen
     if controller.step() is not None:
-        with cache.batch(first):  # the pass in which the cache looks for the new place to cut
-            model(inputs)
+        for _ in range(
+            2
+        ):  # by the second the cache has looked for a new place to cut, be it worth while at once or not
+            with cache.batch(first):
+                model(inputs)
     return cache.batch(second)
 
 

@@ -84,6 +84,7 @@ class CacheHook(Hook):
         when the place was found from whose features their pass began (`FeatureCache.taken`)."""
         self.misses = 0
         """Samples in such steps that the model ran as a whole."""
+        self._looked = 0
         self._freezing = freezing
         self._form: CacheForm = form
         self._options = options
@@ -104,15 +105,20 @@ class CacheHook(Hook):
     def state_dict(self) -> dict[str, Any]:
         """The counts, and the features where they could not be kept anew."""
         hits = [[sorted(frozen), sorted(under), count] for (frozen, under), count in self.hits.items()]
-        counts = {"hits": hits, "misses": self.misses}
+        counts = {"hits": hits, "misses": self.misses, "looked": self.looked}
         return counts if self._form == "exact" else {**counts, "cache": self.cache.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the counts, and from the features where there are any."""
         self.hits = Counter({(frozenset(frozen), frozenset(under)): n for frozen, under, n in state["hits"]})
-        self.misses = state["misses"]
+        self.misses, self._looked = state["misses"], state["looked"]
         if "cache" in state:
             self.cache.load_state_dict(state["cache"])
+
+    @property
+    def looked(self) -> int:
+        """Samples in the passes forward in which the cache looked for places to cut, besides the steps' own."""
+        return self._looked + self.cache.looked
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -120,6 +126,7 @@ class CacheHook(Hook):
         figures: dict[str, Any] = {
             "hits": self.hits.total(),
             "misses": self.misses,
+            "looked": self.looked,
             "bytes": self.cache.bytes,
             "cut": self.cache.cut,
             "reason": self.cache.reason,

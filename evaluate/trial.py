@@ -126,15 +126,22 @@ def _freezing(controller: FreezeController, caching: CacheHook | None, training:
             for frozen, count in steps.items()
         ],
         "cache": None if caching is None else caching.figures,
-        "flops": sum(step_flops(frozen) * count for frozen, count in steps.items()) - _skipped(caching, step_flops),
+        "flops": sum(step_flops(frozen) * count for frozen, count in steps.items()) - _spared(caching, step_flops),
     }
 
 
-def _skipped(caching: CacheHook | None, step_flops: StepFlops) -> int:
-    """FLOPs of the forward passes that the cache made unnecessary."""
-    hits = {} if caching is None else caching.hits
-    each = [(step_flops(frozen) - step_flops(frozen, under), samples) for (frozen, under), samples in hits.items()]
-    return sum(spared * samples for spared, samples in each) // step_flops.samples
+def _spared(caching: CacheHook | None, step_flops: StepFlops) -> int:
+    """FLOPs of the forward passes that the cache made unnecessary, less those that it made to find where to cut.
+
+    These count as whole passes, though most of them skip the front that is tried.
+    """
+    if caching is None:
+        return 0
+    each = [
+        (step_flops(frozen) - step_flops(frozen, under), samples) for (frozen, under), samples in caching.hits.items()
+    ]
+    skipped = sum(spared * samples for spared, samples in each)
+    return (skipped - caching.looked * step_flops.forward) // step_flops.samples
 
 
 def _sparse(masks: SparseMasks, controller: FreezeController, training: Training) -> dict[str, Any]:

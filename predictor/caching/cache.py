@@ -40,8 +40,8 @@ class FeatureCache:
     the front is run on the others alone.
 
     A front that grows is filled from the features at the old cut, not from the inputs; a front that shrinks forgets. To
-    find a cut takes about ten passes forward, so a front that grows step by step keeps its cut until the features there
-    have been of use, or it is half as large again.
+    find a cut takes two passes forward and some ten on a few samples, so a front that grows step by step keeps its cut
+    until the features there have been of use, or it is half as large again.
 
     A sample's inputs must be the same each time it comes. Where they are not, as under random augmentation, UsageError
     is raised, unless `check_inputs=False` says that the features of the first time shall stand for all; an
@@ -71,6 +71,8 @@ class FeatureCache:
         """Batches for which the front was skipped, but for a few samples perhaps."""
         self.misses = 0
         """Batches for which it was run."""
+        self.looked = 0
+        """Samples in the passes forward that were made to find places to cut."""
         self.taken: Counter[frozenset[int] | None] = Counter()
         """Samples of the last batch, by the layers that were frozen when the place was found from whose features their
         pass began; by None, where it began from the inputs."""
@@ -285,7 +287,8 @@ class FeatureCache:
     def _find_cut(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the cut that skips most among those that change nothing."""
         self._stale = False
-        cut, reason = proven_cut(self._model, args, kwargs, batch)
+        cut, reason, looked = proven_cut(self._model, args, kwargs, batch)
+        self.looked += looked
         if cut is None:
             self._give_up(reason)
         elif not self._levels or self._levels[-1].cut.names != cut.names:  # else it grew, but not to another place

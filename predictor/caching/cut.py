@@ -129,13 +129,13 @@ def best_cut(calls: Sequence[Call], batch: int, right: Callable[[Cut], bool]) ->
     if not weighty:
         return None
     for among in (whole, weighty):
-        if any(map(_keepable(batch), among)) and right(_given_from(among, 0, batch)):
+        if any(map(keepable(batch), among)) and right(_given_from(among, 0, batch)):
             return _with_least(among, batch, right)
     singles = (
         Cut((call,), tuple(earlier for earlier in among if earlier.end < call.end), batch)
         for among in (whole, weighty)
         for call in reversed(whole)
-        if _keepable(batch)(call) and call.end >= weighty[0].end
+        if keepable(batch)(call) and call.end >= weighty[0].end
     )
     return next(filter(right, singles), None)
 
@@ -150,8 +150,8 @@ def whole_calls(calls: Sequence[Call]) -> list[Call]:
 
 def _with_least(among: Sequence[Call], batch: int, right: Callable[[Cut], bool]) -> Cut:
     """Skip what can be skipped of `among`, which is right with nothing skipped."""
-    keepable = [place for place, call in enumerate(among) if _keepable(batch)(call)]
-    low, high = 0, keepable[-1]
+    places = [place for place, call in enumerate(among) if keepable(batch)(call)]
+    low, high = 0, places[-1]
     while low < high:  # what may be skipped up to some place may be skipped up to any before it
         middle = (low + high + 1) // 2
         low, high = (middle, high) if right(_given_from(among, middle, batch)) else (low, middle - 1)
@@ -166,10 +166,10 @@ def _with_least(among: Sequence[Call], batch: int, right: Callable[[Cut], bool])
 
 def _given_from(among: Sequence[Call], place: int, batch: int) -> Cut:
     """Everything before `place` is skipped, what can be given of the rest is, and what cannot runs."""
-    return Cut(tuple(filter(_keepable(batch), among[place:])), tuple(among[:place]), batch)
+    return Cut(tuple(filter(keepable(batch), among[place:])), tuple(among[:place]), batch)
 
 
-def _keepable(batch: int) -> Callable[[Call], bool]:
+def keepable(batch: int) -> Callable[[Call], bool]:
     """Whether a call's output can be kept by sample: each of its tensors has a row for each, and was not written to
     after the module had given it.
     """

@@ -32,7 +32,7 @@ class Levels(list[Level]):
             del self[0]
 
     def worth_a_cut(self, frozen: frozenset[int]) -> bool:
-        """Whether a front that has grown to these layers should be cut anew, which takes about ten passes forward."""
+        """Whether a front that has grown to these layers should be cut anew, which takes some passes forward."""
         return not self or self[-1].used or len(frozen) >= _MUCH_LARGER * len(self[-1].frozen)
 
     def holding(self, ids: Sequence[int], before: Level | None = None) -> Level | None:

@@ -2,48 +2,107 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from predictor.caching.cut import Call, Cut, best_cut, replayed, trace_calls
+from predictor.caching.cut import Call, Cut, best_cut, keepable, replayed, trace_calls
 from predictor.caching.level import at_call, same
 
+_FEW = 8
+"""Samples on which places to cut are tried. The one that is chosen is tried once more on the whole batch."""
 
-def proven_cut(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> tuple[Cut | None, str]:
+
+class Search(NamedTuple):
+    """What came of looking for a place to cut."""
+
+    cut: Cut | None
+    reason: str
+    """Why there is none; else empty."""
+    samples: int
+    """Samples in all passes that it took."""
+
+
+def proven_cut(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> Search:
     """The cut that skips most among those that change nothing; or None where there is none, and why.
 
     args, kwargs: of a call of the model on `batch` samples. The cut holds that call's outputs.
     """
-    tried = 0
     with _judging(model):
-        calls, result = trace_calls(model, args, kwargs)
+        if batch <= _FEW or not _rows_alone(args, kwargs, batch):
+            looking = _Looking(model, args, kwargs, batch)
+            return Search(looking.best(), looking.reason, looking.samples)
+        some_args, some_kwargs = _rows((args, kwargs), batch, list(range(_FEW)))
+        few = _Looking(model, some_args, some_kwargs, _FEW)
+        cut = few.best()
+        if cut is None:
+            return Search(None, few.reason, few.samples)
+        whole = _Looking(model, args, kwargs, batch)
+        model(*some_args, **some_kwargs)  # another batch in between
+        cut = whole.proved(cut) or whole.best()
+        return Search(cut, whole.reason, few.samples + _FEW + whole.samples)
 
-        def right(cut: Cut) -> bool:
-            nonlocal tried
-            tried += 1
-            try:
-                with replayed(cut, cut.leaves(), batch):
-                    return same(result, model(*args, **kwargs))
-            except RuntimeError:
-                return False  # a stand-in was written to, which it does not allow
 
-        cut = best_cut(calls, batch, right)
-        if cut is not None:
-            # What modules hand on in plain attributes is that of the batch before: let it be another one's.
-            turned = list(range(batch))[::-1]
-            model(*_rows(args, batch, turned), **_rows(kwargs, batch, turned))
-            cut = cut if right(cut) else None
-    if cut is not None:
-        return cut, ""
-    if not tried:
-        return None, "no module ends before the first layer that trains"
-    return None, (
-        f"no place to cut was found: {tried} tried, and each changed the model's output, as skip connections "
-        "around the frozen front do"
-    )
+class _Looking:
+    """A pass of the model on some samples, and cuts tried against what it gave."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> None:
+        self._model, self._args, self._kwargs, self._batch = model, args, kwargs, batch
+        self._calls, self._result = trace_calls(model, args, kwargs)
+        self._tried = 0
+        self._found = False
+        self.samples = batch
+
+    @property
+    def reason(self) -> str:
+        """Why no cut was found; empty where one was."""
+        if self._found:
+            return ""
+        if not self._tried:
+            return "no module ends before the first layer that trains"
+        return (
+            f"no place to cut was found: {self._tried} tried, and each changed the model's output, as skip connections "
+            "around the frozen front do"
+        )
+
+    def best(self) -> Cut | None:
+        """The best cut that is right, also with another batch in between."""
+        cut = best_cut(self._calls, self._batch, self._right)
+        if cut is None:
+            return None
+        # What modules hand on in plain attributes is that of the batch before: let it be another one's.
+        turned = list(range(self._batch))[::-1]
+        args, kwargs = _rows((self._args, self._kwargs), self._batch, turned)
+        self._model(*args, **kwargs)
+        self.samples += self._batch
+        self._found = self._right(cut)
+        return cut if self._found else None
+
+    def proved(self, cut: Cut) -> Cut | None:
+        """A cut that was found on other samples, with these samples' outputs; None where it is not right for them."""
+        known = {(call.name, call.nth): call for call in self._calls}
+        parts = [[known.get((call.name, call.nth)) for call in calls] for calls in (cut.given, cut.skipped)]
+        given, skipped = (tuple(call for call in calls if call is not None) for calls in parts)
+        own = Cut(given, skipped, self._batch)
+        self._found = all(map(all, parts)) and all(map(keepable(self._batch), given)) and self._right(own)
+        return own if self._found else None
+
+    def _right(self, cut: Cut) -> bool:
+        self._tried += 1
+        self.samples += self._batch
+        try:
+            with replayed(cut, cut.leaves(), self._batch):
+                return same(self._result, self._model(*self._args, **self._kwargs))
+        except RuntimeError:
+            return False  # a stand-in was written to, which it does not allow
+
+
+def _rows_alone(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> bool:
+    """Whether all tensors that the model is called with have a row for each sample, so that some can be left out."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return all(tensor.dim() and tensor.shape[0] == batch for tensor in tensors)
 
 
 def run_front(

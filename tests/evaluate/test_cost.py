@@ -57,6 +57,16 @@ def test_a_step_that_begins_from_kept_features(frozen, kept_under, units):
     assert counter(toys.six_linear())(frozenset(frozen), frozenset(kept_under)) == units * UNIT
 
 
+@pytest.mark.parametrize(("before", "after"), [({0, 1, 2}, {0, 1, 2, 3}), ({0}, {0, 1, 2, 3})])
+def test_a_front_that_has_grown_a_little_or_much_begins_from_the_features_it_has(before, after):
+    """6 forward less those before, 2 for weights, 1 for inputs; never the passes in which the cache looks for a cut."""
+    assert counter(toys.six_linear())(frozenset(after), frozenset(before)) == (6 - len(before) + 3) * UNIT
+
+
+def test_the_forward_passes_alone():
+    assert counter(toys.six_linear()).forward == 6 * UNIT
+
+
 def test_where_no_place_to_cut_is_found_a_step_costs_what_it_costs_without():
     flops, front = counter(toys.uncuttable()), frozenset({0})
     assert flops(front, front) == flops(front) > 0

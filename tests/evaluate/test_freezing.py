@@ -60,9 +60,11 @@ def test_a_cached_training_goes_on_from_its_checkpoint(tmp_path):
     run(toys.six_linear(), "static", layers=2, stop_at=13, checkpoint=tmp_path / "broken")
     resumed, caching = run(toys.six_linear(), "static", layers=2, checkpoint=tmp_path / "broken")
     assert resumed.status == "finished"
-    assert unbroken.figures | {"bytes": 0} == {"hits": 100, "misses": 100, "bytes": 0, "cut": "2", "reason": ""}
+    counts = {"hits": 100, "misses": 100, "looked": unbroken.looked}
+    assert unbroken.figures | {"bytes": 0} == {**counts, "bytes": 0, "cut": "2", "reason": ""}
     # 10 batches missed and 3 hit before; the features were lost, and in the 7 that are left no sample comes again.
     assert (caching.hits.total(), caching.misses) == (30, 170)
+    assert caching.looked == 2 * unbroken.looked > 0  # for a place to cut, once more
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 

@@ -117,16 +117,20 @@ def test_a_cached_trial_costs_what_is_left_to_do(tmp_path):
     plain, cached = (trial(tmp_path, "static", layers=3, cache=on) for on in (False, True))
     assert plain["cache"] is None
     # Ten samples of each of 10 batches are kept in the first epoch; in the second all of them are known.
+    looked = cached["cache"].pop("looked")
     assert cached["cache"] == {"hits": 100, "misses": 100, "bytes": 100 * (64 + 1) * 4, "cut": "3", "reason": ""}
     unit = 10 * 2 * 64 * 64
     assert plain["flops"] == 20 * 11 * unit
-    assert cached["flops"] == (10 * 11 + 10 * 8) * unit  # three forward products less
+    # Three forward products less, and whole forward passes on the samples with which the cache looked where to cut.
+    assert 3 * 10 <= looked < 8 * 10
+    assert cached["flops"] == (10 * 11 + 10 * 8) * unit + 6 * looked * unit // 10
     assert cached["accuracy"] == pytest.approx(plain["accuracy"], abs=0.005)
 
 
 def test_a_cache_that_skips_nothing_costs_nothing_less(tmp_path):
     result = trial(tmp_path, "none", cache=True)
-    assert result["cache"] == {"hits": 0, "misses": 200, "bytes": 0, "cut": "", "reason": "nothing is frozen yet"}
+    nothing = {"hits": 0, "misses": 200, "looked": 0, "bytes": 0, "cut": ""}
+    assert result["cache"] == {**nothing, "reason": "nothing is frozen yet"}
     assert result["flops"] == trial(tmp_path)["flops"]
 
 
@@ -136,7 +140,9 @@ def test_several_batches_a_step_and_a_front_that_grows(tmp_path):
     assert result["cache"]["hits"] + result["cache"]["misses"] == 400
     assert 0 < result["cache"]["hits"] < 400
     whole = sum(pattern["step_flops"] * pattern["steps"] for pattern in result["patterns"])
-    assert 0.5 * whole < result["flops"] < whole
+    looked = result["cache"]["looked"] * 6 * 2 * 64 * 64
+    assert looked > 0
+    assert 0.5 * whole < result["flops"] - looked < whole
 
 
 def test_adapters_in_place_of_layers(tmp_path):
@@ -175,7 +181,8 @@ def test_freezing_sieve_masks_and_cache_together(tmp_path):
     assert result["status"] == "finished"
     assert 10 * result["steps"] == result["cache"]["hits"] + result["cache"]["misses"] == 400
     assert result["freezes"]
-    assert result["flops"] <= 0.8 * 0.8 * trial(tmp_path, recipe={"epochs": 5})["flops"]
+    looked = result["cache"]["looked"] * 6 * 2 * 64 * 64
+    assert result["flops"] - looked <= 0.8 * 0.8 * trial(tmp_path, recipe={"epochs": 5})["flops"]
     assert result["sieve"] == {"left_out": 20, "exchanges": 4}
     assert 0 < result["sparse"]["theoretical_flops_share"] < 0.5
 

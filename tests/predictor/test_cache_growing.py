@@ -21,8 +21,8 @@ def test_a_front_that_grows_is_filled_from_the_old_features_and_one_that_shrinks
     assert cache.cut == "2"
     controller.step()
     inputs_run = model[1].calls
-    first = run(model, cache, ids)  # the first layer runs in the two whole passes that look for the cut
-    assert (cache.cut, model[1].calls) == ("4", inputs_run + 2)
+    first = run(model, cache, ids)  # the first layer runs in four of the passes that look for the cut
+    assert (cache.cut, model[1].calls) == ("4", inputs_run + 4)
     second_layer = model[3].calls
     second = run(model, cache, ids)
     assert model[3].calls == second_layer

@@ -127,3 +127,49 @@ def test_features_come_back_in_their_memory_format(monkeypatch, memory_format, b
     assert third.tolist() == [0, 1, 1]
     assert first.is_contiguous(memory_format=memory_format)
     assert second.transpose(1, 2).is_contiguous()
+
+
+class Uneven(nn.Module):
+    """A connection around the front that is there for batches of more than ten samples alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = (Counted(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        y = self.second(self.first(x))
+        return self.head(y if len(x) <= 10 else y + self.first.weight.mean() * x)
+
+
+class Attribute(nn.Module):
+    """The front's outputs for a large batch are made of what the first layer saw, which it hands on in an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = (Keeping(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        y = self.second(self.first(x))
+        return self.head(y if len(x) <= 10 else y + self.first.seen)
+
+
+class Keeping(nn.Linear):
+    """A linear layer that remembers its input."""
+
+    seen = None
+
+    def forward(self, x):
+        self.seen = x
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("kind", "works"), [(Uneven, True), (Attribute, False)])
+def test_a_cut_that_is_right_for_few_samples_alone_is_not_taken(kind, works):
+    model = kind()
+    cache = cached(model, 2)
+    expected = model(X)
+    with cache.batch(range(12)):
+        model(X)
+    with cache.batch(range(12)):
+        torch.testing.assert_close(model(X), expected)
+    assert (cache.reason == "") == works

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from evaluate.plan import Plan, SuiteFolder
+from evaluate.plan import Plan, SuiteFolder, trial_id
+from evaluate.results import ACCOUNTING, MALFORMED, trial_of
 from predictor.errors import FileFault
 from predictor.files import read_json_lines
 
@@ -21,19 +22,28 @@ def adopt(path: Path, plan: Plan, folder: SuiteFolder) -> list[dict[str, Any]]:
     """The results in `path` that the plan asks for and that `folder` has not, marked as taken over; writes nothing.
 
     path: a results.jsonl, or one packed by gzip. Results are told by the id of their configuration, so that a trial is
-    taken only where it is the very one of the plan, trained on the same kind of device.
+    taken only where it is the very one of the plan, trained on the same kind of device, and its costs were counted as
+    they are now.
 
     Raises FileFault where the file cannot be read.
     """
     own = [*read_json_lines(folder.results), *read_json_lines(folder.earlier)]
     wanted = {job.id for job in plan.jobs} - {row.get("trial_id") for row in own if has_result(row)}
-    taken = {row["trial_id"]: row for row in _rows(path) if row.get("trial_id") in wanted and has_result(row)}
+    taken = {row["trial_id"]: row for row in _rows(path) if has_result(row) and _is_one_of(row, wanted)}
     return [{**row, ADOPTED: True} for row in taken.values()]
 
 
 def has_result(row: dict[str, Any]) -> bool:
-    """Whether a line of results.jsonl need not be run again; one of a trial that failed must."""
-    return row.get("status") in ("finished", "diverged")
+    """Whether a line of results.jsonl need not be run again: not of a trial that failed, or was counted otherwise."""
+    return row.get("status") in ("finished", "diverged") and row.get("accounting") == ACCOUNTING
+
+
+def _is_one_of(row: dict[str, Any], wanted: set[str]) -> bool:
+    """Whether a line from elsewhere is what it says: of a wanted configuration, and a trial."""
+    try:
+        return trial_of(row).trial_id == trial_id(row["config"]) in wanted and isinstance(row["slots"], int)
+    except MALFORMED:
+        return False
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

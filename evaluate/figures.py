@@ -57,8 +57,13 @@ def loss_plot(results: Results, workload: str) -> Plot | None:
 
 
 def step_cost_plot(results: Results, workload: str) -> Plot | None:
-    """What a step cost in the course of every policy's trainings, over those of the baseline."""
+    """What a step cost in the course of every policy's trainings, over those of the baseline.
+
+    None where costs are FLOPs, since then trials may come from several machines; or where the baseline has none.
+    """
     axis = results.suite.cost
+    if axis == "flops":
+        return None
     lines = {policy: [_costs(t, axis) for t in results.cell(workload, policy).values()] for policy in results.policies}
     lasts = {
         policy: fmean(ends) for policy, group in lines.items() if (ends := [y for line in group for y in _last(line)])
@@ -78,7 +83,7 @@ def step_cost_plot(results: Results, workload: str) -> Plot | None:
         for line in lines[policy]:
             _line(axes, line, place, alpha=strength)
 
-    kind = "milliseconds" if axis == "train_seconds" else "CPU milliseconds"
+    kind = "CPU milliseconds" if axis == "cpu_seconds" else "milliseconds"
     return _multiples(results, workload, title, f"{kind} a step", "Grey: the baseline.", draw, lambda a: a.set_ylim(0))
 
 

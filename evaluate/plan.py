@@ -208,9 +208,8 @@ def _job(seed: int, work: _Work, judge: _Judge, folder: SuiteFolder, where: dict
         "seed": seed,
         "device": where["device"],
     }
-    trial_id = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
     row = {
-        "trial_id": trial_id,
+        "trial_id": trial_id(config),
         "workload": work.entry.label,
         "family": work.workload.family,
         "source": work.workload.source,
@@ -234,4 +233,9 @@ def _job(seed: int, work: _Work, judge: _Judge, folder: SuiteFolder, where: dict
         "device": where["device"],
     }
     title = f"{work.entry.label}, {policy.label}, seed {seed}"
-    return Job(trial_id, title, "evaluate.trial:run_trial", payload)
+    return Job(row["trial_id"], title, "evaluate.trial:run_trial", payload)
+
+
+def trial_id(config: Mapping[str, Any]) -> str:
+    """The id of a trial with this configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,6 +12,10 @@ from predictor.errors import FileFault
 
 COST_AXES = {"train_seconds": "wall-clock seconds", "cpu_seconds": "CPU seconds", "flops": "FLOPs"}
 """The measures of what a training costs, and how they are called."""
+ACCOUNTING = 3
+"""Grows when what is counted into a trial's costs changes, so that trials counted otherwise are run again."""
+MALFORMED = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
+"""What reading nonsense raises."""
 _STATUSES = ("finished", "diverged", "failed")
 _NUMBERS = ("accuracy", "loss", "train_seconds", "cpu_seconds", "policy_seconds", "flops", "peak_memory_bytes")
 
@@ -159,11 +163,11 @@ def read_results(folder: Path, cost: str | None = None) -> Results:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         try:
             if line.strip():
-                trial = _trial(json.loads(line))
+                trial = trial_of(json.loads(line))
                 trials[trial.workload, trial.policy, trial.seed] = trial
         except json.JSONDecodeError:
             faults.append(f"{path.name}, line {number}: cut short, or not JSON")
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        except MALFORMED as error:
             faults.append(f"{path.name}, line {number}: {error}")
     return Results(suite, tuple(trials.values()), tuple(faults))
 
@@ -188,14 +192,15 @@ def _suite(path: Path) -> Suite:
             policies=tuple(str(name) for name in row["policies"]),
             seeds=tuple(int(seed) for seed in row["seeds"]),
         )
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+    except MALFORMED as error:
         raise FileFault(f"{path}: not a suite's description ({error}): run the suite again to write it anew") from error
     if suite.cost not in COST_AXES:
         raise FileFault(f"{path}: cost {suite.cost!r} is unknown: it is one of {', '.join(COST_AXES)}")
     return suite
 
 
-def _trial(row: Any) -> Trial:
+def trial_of(row: Any) -> Trial:
+    """A line of results.jsonl. Raises one of MALFORMED where it makes no sense."""
     if not isinstance(row, dict):
         raise ValueError("not an object")
     parts: dict[str, Any] = {key: _number(row, key) for key in _NUMBERS}

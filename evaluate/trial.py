@@ -17,6 +17,7 @@ from data.sources import load_source
 from evaluate.cost import StepFlops, steps_by_pattern
 from evaluate.freezing import CacheForm, CacheHook, FreezeHook
 from evaluate.lora import with_lora
+from evaluate.results import ACCOUNTING
 from evaluate.stopwatch import PeakMemory, Stopwatch, warm_up
 from predictor.errors import UsageError
 from predictor.freezing.controller import FreezeController
@@ -74,6 +75,7 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
         "step_cost": stopwatch.bins,
         **_outcome(training),
         **_freezing(freezing.controller, caching, training),
+        "accounting": ACCOUNTING,
         "sieve": None if sieve is None else sieve.figures,
         "sparse": None if masks is None else _sparse(masks, freezing.controller, training),
     }
@@ -126,7 +128,9 @@ def _freezing(controller: FreezeController, caching: CacheHook | None, training:
             for frozen, count in steps.items()
         ],
         "cache": None if caching is None else caching.figures,
-        "flops": sum(step_flops(frozen) * count for frozen, count in steps.items()) - _spared(caching, step_flops),
+        "flops": sum(step_flops(frozen) * count for frozen, count in steps.items())
+        - _spared(caching, step_flops)
+        + _beside(controller, training),
     }
 
 
@@ -142,6 +146,18 @@ def _spared(caching: CacheHook | None, step_flops: StepFlops) -> int:
     ]
     skipped = sum(spared * samples for spared, samples in each)
     return (skipped - caching.looked * step_flops.forward) // step_flops.samples
+
+
+def _beside(controller: FreezeController, training: Training) -> int:
+    """FLOPs of the policy's own passes through the model."""
+    passes = controller.policy.passes
+    if not passes:
+        return 0
+    samples = 2
+    forward_L = count_flops(
+        training.model, controller.layers, (training.source.probe(samples, training.device),), {}
+    ).forward_L
+    return sum(sum(forward_L[: place + 1]) * count for place, count in passes.items()) // samples
 
 
 def _sparse(masks: SparseMasks, controller: FreezeController, training: Training) -> dict[str, Any]:

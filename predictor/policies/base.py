@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -56,6 +57,9 @@ class FreezePolicy(ABC):
     """The share of the planned optimizer steps that the training should take."""
     rescaled: bool = True
     """Whether the training's schedule is rescaled to these steps; otherwise it is broken off after them."""
+    passes: Mapping[int, int] = MappingProxyType({})
+    """Samples that it has sent forward through the model beside the training, by the place of the layer up to which
+    each pass went: work that a comparison has to count."""
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         """Called once, before the first step."""

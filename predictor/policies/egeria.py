@@ -1,5 +1,6 @@
 """Egeria: a layer freezes when its output no longer moves away from, or towards, that of a quantized reference."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,6 +73,7 @@ class EgeriaPolicy(FreezePolicy):
         self._silent: list[int] = []  # layers without an output to judge: they freeze with the one behind
         self._rate = 0.0  # at the last step
         self._rate_then: float | None = None  # when the first of the layers frozen now froze
+        self.passes: Counter[int] = Counter()
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         """Keep hold of the model. Raises UsageError for one that is sharded."""
@@ -111,6 +113,7 @@ class EgeriaPolicy(FreezePolicy):
             "rate": self._rate,
             "rate_then": self._rate_then,
             "waiting": self._taker.waiting,
+            "passes": dict(self.passes),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -121,6 +124,7 @@ class EgeriaPolicy(FreezePolicy):
         self._losses, self._silent = list(state["losses"]), list(state["silent"])
         self._largest = state["largest"]
         self.window, self._rate, self._rate_then = state["window"], state["rate"], state["rate_then"]
+        self.passes = Counter(state["passes"])
         self._taker.close()
         if state["waiting"]:
             self._taker.wait()
@@ -167,6 +171,7 @@ class EgeriaPolicy(FreezePolicy):
         layer = {front: view.layers[front]}
         now = outputs_of(self._model, layer, batch)
         then = outputs_of(self._model, layer, batch, weights=reference.weights())
+        self.passes[front] += 2 * batch.samples
         if front in now:
             self._record(float(preserving_loss(now[front], then[front])))
         else:

@@ -1,5 +1,6 @@
 """SimFreeze: a layer freezes when what it makes of the same inputs no longer changes."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ class SimFreezePolicy(FreezePolicy):
         self._probe: Batch | None = None
         self._last: dict[int, Tensor] = {}  # triangle_P of each layer that was active at the last check
         self._calm: dict[int, int] = {}  # checks in a row at which a layer was like itself
+        self.passes: Counter[int] = Counter()
         self._silent: list[int] = []  # layers that had no similarity at the last check
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
@@ -74,6 +76,7 @@ class SimFreezePolicy(FreezePolicy):
             "last": {place: triangle_P.cpu() for place, triangle_P in self._last.items()},
             "calm": dict(self._calm),
             "silent": list(self._silent),
+            "passes": dict(self.passes),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -81,6 +84,7 @@ class SimFreezePolicy(FreezePolicy):
         device = next(self._model.parameters()).device
         self._probe = None if state["probe"] is None else Batch.of_state(state["probe"], device)
         self._last, self._calm, self._silent = dict(state["last"]), dict(state["calm"]), list(state["silent"])
+        self.passes = Counter(state["passes"])
         self._taker.close()
         if self._probe is None:
             self._taker.wait()
@@ -107,6 +111,7 @@ class SimFreezePolicy(FreezePolicy):
         """Compare each active layer's output with that at the last check."""
         layers = {place: view.layers[place] for place in view.active}
         now = outputs_of(self._model, layers, probe, lambda features_BF: upper_triangle(gram(features_BF)).cpu())
+        self.passes[max(layers)] += probe.samples
         self._silent = [place for place in view.active if place not in now]
         for place, triangle_P in now.items():
             if place in self._last:

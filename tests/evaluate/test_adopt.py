@@ -78,6 +78,24 @@ def test_trials_of_another_configuration_and_failed_ones_are_left(machine, elsew
     assert len(adopt(elsewhere, _plan(SUITE, folder), folder)) == 3
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"accounting": 1},
+        {"config": {}},
+        {"slots": None},
+        {"accuracy": None},
+        {"trial_id": ["a list"]},
+        {"curve": [{"step": "nowhere"}]},
+    ],
+)
+def test_a_line_that_is_not_what_it_says_is_left(machine, elsewhere, folder, change):
+    rows = read_json_lines(elsewhere)
+    rows[0].update(change)
+    elsewhere.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(adopt(elsewhere, _plan(SUITE, folder), folder)) == 3
+
+
 def test_a_packed_file(machine, elsewhere, folder, tmp_path):
     packed = tmp_path / "mine.jsonl.gz"
     packed.write_bytes(gzip.compress(elsewhere.read_bytes()))

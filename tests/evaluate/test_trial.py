@@ -127,6 +127,16 @@ def test_a_cached_trial_costs_what_is_left_to_do(tmp_path):
     assert cached["accuracy"] == pytest.approx(plain["accuracy"], abs=0.005)
 
 
+@pytest.mark.parametrize(("policy", "options"), [("egeria", {"bootstrap": 0.0}), ("simfreeze", {})])
+def test_a_policys_own_passes_cost_what_they_are(tmp_path, policy, options):
+    plain, watched = trial(tmp_path), trial(tmp_path, policy, tolerance=1e-9, **options)
+    assert watched["freezes"] == []
+    # Of twenty steps: at most twenty checks, each by one or two passes of ten samples through one layer to five.
+    unit, more = 10 * 2 * 64 * 64, watched["flops"] - plain["flops"]
+    assert more % unit == 0
+    assert more // unit == {"egeria": 2 * 19, "simfreeze": 5 * 20}[policy]
+
+
 def test_a_cache_that_skips_nothing_costs_nothing_less(tmp_path):
     result = trial(tmp_path, "none", cache=True)
     nothing = {"hits": 0, "misses": 200, "looked": 0, "bytes": 0, "cut": ""}

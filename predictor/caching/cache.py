@@ -40,8 +40,7 @@ class FeatureCache:
     the front is run on the others alone.
 
     A front that grows is filled from the features at the old cut, not from the inputs; a front that shrinks forgets. To
-    find a cut takes two passes forward and some ten on a few samples, so a front that grows step by step keeps its cut
-    until the features there have been of use, or it is half as large again.
+    find a cut takes passes forward, so a front that grows keeps its cut until another one pays (`Levels.worth_a_cut`).
 
     A sample's inputs must be the same each time it comes. Where they are not, as under random augmentation, UsageError
     is raised, unless `check_inputs=False` says that the features of the first time shall stand for all; an
@@ -151,7 +150,7 @@ class FeatureCache:
         raises.
         """
         numbers = _numbers(ids)
-        level = None if self._wants_a_cut else self._known(numbers)
+        level = None if self._wants_a_cut(len(numbers)) else self._known(numbers)
         if level is None:
             return
         fetch, pinned = self._fetching(level, numbers), bool(gpus_of(self._model))
@@ -207,7 +206,7 @@ class FeatureCache:
         prints = self._prints(len(ids), args, kwargs)
         if self._pending:
             self._take_up(len(ids), args, kwargs)
-        if self._wants_a_cut:
+        if self._wants_a_cut(len(ids)):
             self._find_cut(len(ids), args, kwargs)
         known = self._known(ids)
         if known is None or known is not self._levels[-1]:
@@ -222,9 +221,8 @@ class FeatureCache:
             stack.enter_context(self._levels[-1].kept(ids, prints, self._give_up))
         return known
 
-    @property
-    def _wants_a_cut(self) -> bool:
-        return self._stale and self._levels.worth_a_cut(self._controller.frozen)
+    def _wants_a_cut(self, batch: int) -> bool:
+        return self._stale and self._levels.worth_a_cut(self._controller.frozen, batch, self._controller.view)
 
     def _known(self, ids: list[int]) -> Level | None:
         """The furthest level that holds all of these samples."""
@@ -293,8 +291,7 @@ class FeatureCache:
             self._give_up(reason)
         elif not self._levels or self._levels[-1].cut.names != cut.names:  # else it grew, but not to another place
             self._levels.add(self._level_at(cut, self._controller.frozen))
-            # The outputs seen while looking for the cut have served; only their shapes are needed from here on.
-            cut.forget_values()
+            cut.forget_values()  # they have served to find the cut; the shapes are needed from here on
             self.reason = ""
 
     def _level_at(self, cut: Cut, frozen: frozenset[int]) -> Level:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 from predictor.caching.level import Level
+from predictor.caching.proving import look_passes
+from predictor.policies.base import View
 
 _MUCH_LARGER = 1.5
 
@@ -31,9 +33,21 @@ class Levels(list[Level]):
         if len(self) == 2 and len(self[-1].store) >= len(self[0].store):
             del self[0]
 
-    def worth_a_cut(self, frozen: frozenset[int]) -> bool:
-        """Whether a front that has grown to these layers should be cut anew, which takes some passes forward."""
-        return not self or self[-1].used or len(frozen) >= _MUCH_LARGER * len(self[-1].frozen)
+    def worth_a_cut(self, frozen: frozenset[int], batch: int, view: View) -> bool:
+        """Whether a front that has grown to these layers should be cut anew, which takes some passes forward.
+
+        The features at the newest cut must have been of use, or the front be half as large again; and what the passes
+        that are left in the training would be spared must be more than what it takes to look. A pass is taken to be
+        spared its share of the layers, from when each sample has come once more.
+        """
+        if not self:
+            return True
+        newest = self[-1]
+        if not newest.used and len(frozen) < _MUCH_LARGER * len(newest.frozen):
+            return False
+        spared = (len(frozen) - len(newest.frozen)) / len(view.layers)
+        epoch = max(len(level.store) for level in self) / batch
+        return spared * (view.total_steps - view.step - epoch) >= look_passes(batch)
 
     def holding(self, ids: Sequence[int], before: Level | None = None) -> Level | None:
         """The furthest level that holds all of these samples; of those before another one, where that is given.

@@ -71,7 +71,7 @@ def test_a_loader_read_ahead_gives_the_same_numbers_from_another_thread(kind, mo
     for early in (False, True):
         model = chain()
         controller = FreezeController(
-            model, torch.optim.SGD(model.parameters(), lr=0.1), Script({0: {0, 1}}), total_steps=9, say=None
+            model, torch.optim.SGD(model.parameters(), lr=0.1), Script({0: {0, 1}}), total_steps=999, say=None
         )
         cache = kind(controller, memory_gb=0, directory=tmp_path)
         for _ in range(4):
@@ -104,7 +104,7 @@ def test_other_samples_than_were_read_are_read_then():
 def test_what_was_read_before_the_front_grew_is_let_go():
     model = chain()
     script = Script({0: {0}, 1: {0, 1}})
-    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), script, total_steps=9, say=None)
+    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), script, total_steps=999, say=None)
     cache = FeatureCache(controller)
     ids, expected = torch.arange(12), model(X)
     run(model, cache, ids)

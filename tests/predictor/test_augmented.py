@@ -26,7 +26,7 @@ def network():
 def kept(kind, answers=None, **options):
     model = network()
     script = Script({0: {0}} if answers is None else answers)
-    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), script, total_steps=9, say=None)
+    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), script, total_steps=999, say=None)
     return model, controller, kind(controller, **options)
 
 

@@ -1,5 +1,6 @@
 """The feature cache while the front grows and shrinks."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -13,7 +14,7 @@ GROWING = {step: range(step + 1) for step in range(3)}
 def test_a_front_that_grows_is_filled_from_the_old_features_and_one_that_shrinks_forgets():
     model = chain()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    controller = FreezeController(model, optimizer, Script({0: {0}, 1: {0, 1}, 3: {0}}), total_steps=3)
+    controller = FreezeController(model, optimizer, Script({0: {0}, 1: {0, 1}, 3: {0}}), total_steps=999)
     cache = FeatureCache(controller)
     ids = torch.arange(12)
     expected = model(X)
@@ -38,7 +39,7 @@ def test_a_front_that_grows_is_filled_from_the_old_features_and_one_that_shrinks
 
 def test_a_front_that_grows_before_its_features_are_complete_is_filled_from_where_most_are():
     model = chain()
-    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), Script(GROWING), total_steps=3)
+    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), Script(GROWING), total_steps=999)
     cache = FeatureCache(controller)
     first, second = torch.arange(6), torch.arange(6, 12)
     expected = model(X)
@@ -60,7 +61,7 @@ def test_a_front_that_grows_before_its_features_are_complete_is_filled_from_wher
 
 def test_a_pass_says_what_was_frozen_when_its_features_were_found():
     model = chain()
-    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.1), Script(GROWING), total_steps=9)
+    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.1), Script(GROWING), total_steps=999)
     cache = FeatureCache(controller)
     taken = []
     for ids in (range(12), range(6), range(6), range(6)):
@@ -75,7 +76,7 @@ def test_a_pass_says_what_was_frozen_when_its_features_were_found():
 def test_a_front_that_grows_a_little_is_cut_anew_once_its_features_have_been_of_use():
     model = nn.Sequential(nn.Flatten(), *(Counted(64, 64) for _ in range(6)))
     script = Script({0: range(3), 1: range(4)})
-    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), script, total_steps=9, say=None)
+    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), script, total_steps=999, say=None)
     cache = FeatureCache(controller)
     first, second = torch.arange(6), torch.arange(6, 12)
     run(model, cache, first)
@@ -93,9 +94,26 @@ def test_a_front_that_grows_a_little_is_cut_anew_once_its_features_have_been_of_
     assert cache.taken == {frozenset(range(4)): 12}
 
 
+@pytest.mark.parametrize(("total_steps", "cut"), [(51, "3"), (52, "4")])
+def test_a_front_is_not_cut_anew_where_too_little_is_left_for_that_to_pay(total_steps, cut):
+    model = nn.Sequential(nn.Flatten(), *(Counted(64, 64) for _ in range(6)))
+    optimizer, script = torch.optim.SGD(model.parameters(), lr=0.0), Script({0: range(3), 1: range(4)})
+    controller = FreezeController(model, optimizer, script, total_steps=total_steps, say=None)
+    cache = FeatureCache(controller)
+    for _ in range(2):
+        run(model, cache, torch.arange(12))
+    controller.step()
+    expected = model(X)
+    for _ in range(2):
+        torch.testing.assert_close(run(model, cache, torch.arange(12)), expected)
+    # To look takes two passes, and a dozen on eight of twelve samples: ten. One layer of five is spared in each pass
+    # that is left but for one, in which the new cut is filled: a new cut pays if fifty are.
+    assert cache.cut == cut
+
+
 def test_a_batch_is_completed_from_the_old_features_where_they_are_known():
     model = chain()
-    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), Script(GROWING), total_steps=9)
+    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), Script(GROWING), total_steps=999)
     cache = FeatureCache(controller)
     run(model, cache, torch.arange(12))
     controller.step()
@@ -109,7 +127,7 @@ def test_a_batch_is_completed_from_the_old_features_where_they_are_known():
 
 def test_old_features_are_completed_from_the_inputs_and_not_from_what_lies_behind_them():
     model = chain()
-    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), Script(GROWING), total_steps=9)
+    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), Script(GROWING), total_steps=999)
     cache = FeatureCache(controller)
     expected = model(X)
     run(model, cache, torch.arange(6))

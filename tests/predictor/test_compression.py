@@ -100,7 +100,7 @@ def test_a_store_counts_its_bytes_and_gives_rows_in_their_format(precision, row_
 
 def growing(compression):
     model = chain()
-    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), Script(GROWING), total_steps=3)
+    controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), Script(GROWING), total_steps=999)
     return model, controller, FeatureCache(controller, compression=compression)
 
 

@@ -59,7 +59,7 @@ class Overwritten(nn.Module):
 def cached(model, layers):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     policy = make_policy("static", layers=layers)
-    return FeatureCache(FreezeController(model, optimizer, policy, total_steps=9, say=None))
+    return FeatureCache(FreezeController(model, optimizer, policy, total_steps=999, say=None))
 
 
 def run(model, cache, ids):
@@ -97,7 +97,7 @@ def test_a_front_that_grows_inside_a_block_is_filled_from_the_old_features():
     torch.manual_seed(0)
     model = nn.Sequential(Residual(), Residual(), nn.Linear(64, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    controller = FreezeController(model, optimizer, Script({0: range(4), 1: range(5)}), total_steps=9, say=None)
+    controller = FreezeController(model, optimizer, Script({0: range(4), 1: range(5)}), total_steps=999, say=None)
     cache = FeatureCache(controller)
     expected = run(model, cache, torch.arange(12))
     run(model, cache, torch.arange(12))

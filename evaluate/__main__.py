@@ -51,7 +51,9 @@ def _add_run_suite(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help=f"folder of the results (default: {_RUNS}/SUITE)")
     parser.add_argument(
-        "--predictor", type=Path, help="predictor file (default: runs/predictor.safetensors, else the one that ships)"
+        "--predictor",
+        type=Path,
+        help="predictor file (default: what the suite names, else runs/predictor.safetensors, else what ships)",
     )
     parser.add_argument(
         "--adopt",

@@ -57,7 +57,7 @@ class Settings:
     """Trials at once; by default one a GPU, or one a CPU core where there is no GPU."""
     predictor: Path | None = None
     """The file for policies that take a predictor and whose options name none; by default the one trained here, else
-    the one that ships."""
+    the one that ships, and in a suite about the latter that one."""
 
     def __post_init__(self) -> None:
         if self.slots is not None and self.slots < 1:
@@ -113,7 +113,7 @@ def make_plan(suite: Suite, folder: SuiteFolder, settings: Settings) -> Plan:
     works = {entry.label: _Work(entry, _checked(entry)) for entry in suite.workloads}
     judges, predictors = {}, {}
     for entry in suite.policies:
-        path = _predictor_of(entry, settings.predictor)
+        path = _predictor_of(entry, SHIPPED if settings.predictor is None and suite.shipped else settings.predictor)
         judge = judges[entry.label] = _Judge(entry, None if path is None else fingerprint(path))
         policy = make_policy(entry.name, **judge.options(str(path)))
         if path is not None and judge.mark is not None:

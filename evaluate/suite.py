@@ -13,6 +13,7 @@ from evaluate.freezing import CacheForm
 from predictor.errors import FileFault, UsageError, unknown
 
 SUITES = Path(__file__).parent / "suites"
+_SHIPPED = "shipped"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Suite:
     """How much accuracy (a share of 1) may be lost and the policy still counts as accurate."""
     scores: Scores = "epoch"
     """When trials are tested: after each epoch, or at the end alone, where a test takes as long as the training."""
+    shipped: bool = False
+    """Whether it is about the predictor that ships, though another was trained here; one that is given comes first."""
 
     def cells(self) -> Iterable[tuple[int, WorkloadEntry, PolicyEntry]]:
         """Every trial's seed, workload and policy, in the order in which they run.
@@ -98,7 +101,8 @@ def read_suite(name_or_path: str) -> Suite:
 
 
 def _suite(content: dict[str, Any]) -> Suite:
-    _only(content, ("name", "seeds", "baseline", "margin", "scores", "recipe", "workloads", "policies"), "")
+    known = ("name", "seeds", "baseline", "margin", "scores", "predictor", "recipe", "workloads", "policies")
+    _only(content, known, "")
     shared = _typed(content, "recipe", dict, {})
     workloads = tuple(_workload(entry, shared) for entry in _entries(content, "workloads"))
     policies = tuple(_policy(entry) for entry in _entries(content, "policies"))
@@ -112,7 +116,10 @@ def _suite(content: dict[str, Any]) -> Suite:
     name, scores = _file_name(_typed(content, "name", str)), _typed(content, "scores", str, "epoch")
     if scores not in get_args(Scores):
         raise unknown("scores", scores, get_args(Scores))
-    return Suite(name, workloads, policies, _seeds(content), baseline, margin, scores)
+    predictor = _typed(content, "predictor", str, None)
+    if predictor not in (None, _SHIPPED):
+        raise UsageError(f"predictor = {predictor!r}: write {_SHIPPED!r}, or leave it out and give --predictor PATH")
+    return Suite(name, workloads, policies, _seeds(content), baseline, margin, scores, predictor == _SHIPPED)
 
 
 def _workload(entry: str | dict[str, Any], shared: dict[str, Any]) -> WorkloadEntry:

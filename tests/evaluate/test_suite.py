@@ -27,6 +27,13 @@ def test_names_alone(tmp_path):
     assert suite.policies[1] == PolicyEntry("linear", "linear")
 
 
+def test_a_suite_about_the_predictor_that_ships(tmp_path):
+    assert not read(tmp_path, GOOD).shipped
+    assert read(tmp_path, 'predictor = "shipped"\n' + GOOD).shipped
+    with pytest.raises(FileFault, match="leave it out and give --predictor PATH"):
+        read(tmp_path, 'predictor = "mine"\n' + GOOD)
+
+
 def test_tables(tmp_path):
     suite = read(
         tmp_path,

@@ -9,7 +9,9 @@ import numpy.typing as npt
 
 from data.outcomes import Outcome
 from predictor.errors import UsageError
+from predictor.splits import HeldOut
 
+_NOTHING = HeldOut()
 _CURE = "gather its outcomes again with `python -m collect gather outcomes`"
 
 
@@ -54,12 +56,13 @@ class Harm:
         return np.interp(np.arange(self.layer_count + 1), self.front_F, self.flops_F)
 
 
-def harms_of(outcomes: Iterable[Outcome]) -> dict[str, Harm]:
+def harms_of(outcomes: Iterable[Outcome], held_out: HeldOut = _NOTHING) -> dict[str, Harm]:
     """What freezing a front costs each run, by the run's id; runs with no front, and those that diverged, are left out.
 
-    A front's harm is its extra loss times `points_per_loss` of all the outcomes, for accuracy itself is coarse: on some
-    hundred test samples, one sample is a quarter of a point. A front that diverged loses all of the unfrozen accuracy.
-    A front that is unknown at one moment is there what its neighbours at that moment say, in a straight line.
+    A front's harm is its extra loss times `points_per_loss` of all the outcomes, but for those of runs that are held
+    out, for accuracy itself is coarse: on some hundred test samples, one sample is a quarter of a point. A front that
+    diverged loses all of the unfrozen accuracy. A front that is unknown at one moment is there what its neighbours at
+    that moment say, in a straight line.
 
     Raises UsageError where outcomes of a run do not fit together, and as `points_per_loss` does.
     """
@@ -70,7 +73,7 @@ def harms_of(outcomes: Iterable[Outcome]) -> dict[str, Harm]:
         by_run.setdefault(front.run_id, []).append(front)
     if not by_run:
         return {}
-    rate = points_per_loss(outcomes)
+    rate = points_per_loss(own for own in outcomes if not held_out.holds(own.family, own.source))
     return {run_id: _harm(fronts, rate) for run_id, fronts in by_run.items()}
 
 

@@ -251,7 +251,7 @@ def _rule(flags: argparse.Namespace) -> "Rule":
         raise UsageError(f"--tolerance {flags.tolerance}: give percentage points above 0")
     if getattr(flags, "learn_threshold", None) is not None:
         raise UsageError("--learn-threshold is for labels from CKA: leave it out, or --outcomes")
-    return OutcomeRule(harms_of(read_outcomes(flags.outcomes)), flags.tolerance)
+    return OutcomeRule(harms_of(read_outcomes(flags.outcomes), _held_out(flags)), flags.tolerance)
 
 
 def _held_out(flags: argparse.Namespace) -> "HeldOut":

@@ -123,5 +123,6 @@ def _replay(run: RunWindows, window: int, probability_n: Floats, threshold_H: Fl
         grown_H = ready_HL.cumprod(axis=1).sum(axis=1)
         points_H += harm_TF[snapshot, grown_H] - harm_TF[snapshot, front_H]
         front_H = grown_H
-        flops_H += flops_F[front_H]
-    return points_H, flops_H / snapshots
+        if snapshot < snapshots - 1:  # after the last one no step follows
+            flops_H += flops_F[front_H]
+    return points_H, flops_H / (snapshots - 1)

@@ -8,6 +8,7 @@ import pytest
 from data.harm import harms_of, points_per_loss
 from data.outcomes import Result, read_outcomes, write_outcomes
 from predictor.errors import UsageError
+from predictor.splits import HeldOut
 from tests.data.made_outcomes import ended, made_outcome, made_run
 
 UNFROZEN = Result("finished", 0.0, 0.5, 0.0)
@@ -132,6 +133,16 @@ def test_runs_that_diverged_and_runs_without_a_front_are_left_out():
     assert points_per_loss(iter(outcomes)) == pytest.approx(10)
     assert harms_of([]) == {}
     assert harms_of(made_run()) == {}
+
+
+def test_what_accuracy_goes_with_loss_is_not_asked_of_runs_that_are_held_out():
+    others = grid({(0, 2): 0.4, (50, 2): 0.1}, run_id="other", source="fashion-last")
+    dearer = [replace(each, result=replace(each.result, final_accuracy=0.1)) for each in others]
+    held_out = HeldOut(sources=("fashion",))
+    harms = [harms_of([*grid(IN_ORDER), *some], held_out) for some in (others, dearer)]
+    np.testing.assert_array_equal(*(each["mlp-0"].points_PF for each in harms))
+    learnt_from = harms_of([*grid(IN_ORDER), *dearer])
+    assert (learnt_from["mlp-0"].points_PF[0, 1:] > harms[0]["mlp-0"].points_PF[0, 1:]).all()
 
 
 def test_the_rate_is_a_ratio_of_sums_over_finished_fronts():

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 from torch import nn
@@ -30,8 +31,11 @@ class EgeriaPolicy(FreezePolicy):
     the line rises or falls over the window, as a share of the largest smoothed loss of any layer so far. In the average
     the newest loss has half the weight. The reference has rounded weights, but computes in floating point and in the
     training's own process; both passes are made after the step, in evaluation mode. The cache is `FeatureCache`, for
-    all policies alike. A layer whose output has no row for each sample freezes with the one behind it. Cost: at each
-    check two passes of the frozen front and one layer more, without gradients; memory for a quarter of the weights.
+    all policies alike. A layer whose output has no row for each sample freezes with the one behind it. Layers are
+    judged one after another, each from its first loss on, so that at most one freezes in `window` + `patience` - 1
+    checks: in a deep network let blocks be layers. Under a schedule that ends near zero, all thaw towards its end.
+    Cost: at each check two passes of the frozen front and one layer more, without gradients; memory for a quarter of
+    the weights.
 
     bootstrap: the share of the training before the first check. window: losses that a line is laid through. tolerance:
     the share of the largest loss by which the line may rise or fall. patience: checks in a row. refresh: checks after
@@ -173,7 +177,8 @@ class EgeriaPolicy(FreezePolicy):
         then = outputs_of(self._model, layer, batch, weights=reference.weights())
         self.passes[front] += 2 * batch.samples
         if front in now:
-            self._record(float(preserving_loss(now[front], then[front])))
+            # The loss is a mean over pairs, of which a few samples far from one another are a greater part.
+            self._record(float(preserving_loss(now[front], then[front])) * batch.samples)
         else:
             self._silent.append(front)
 
@@ -181,6 +186,8 @@ class EgeriaPolicy(FreezePolicy):
         self._front, self._losses, self._calm = front, [], 0
 
     def _record(self, loss: float) -> None:
+        if not isfinite(loss):  # a batch that overflows tells nothing, and no mean would get over it
+            return
         smoothed = (self._losses[-1] + loss) / 2 if self._losses else loss
         self._losses = [*self._losses, smoothed][-self.window :]
         self._largest = max(self._largest, smoothed)

@@ -30,8 +30,9 @@ class GreenTrainerPolicy(FreezePolicy):
     trains, and inputs' gradients from the head down to the front-most layer that trains; solved by dynamic programming,
     as a knapsack for each front-most layer. Signal: gradients and weights. Differs: whole layers rather than single
     tensors; our reading of when to measure is one step in which all layers train, at the start of each round. Freezes
-    nothing where FLOPs cannot be counted. A layer that thaws starts with a fresh optimizer state. Cost: one full step
-    and one copy of the weights a round, and a search of milliseconds.
+    nothing where FLOPs cannot be counted. A layer that thaws starts with a fresh optimizer state, in just the step that
+    is measured: under Adam it looks more important than one that has been training. Cost: one full step and one copy of
+    the weights a round, and a search of milliseconds.
 
     share: of a full step's FLOPs, above 0 and at most 1; a forward pass alone takes about a third, and where not even
     one layer fits, all are frozen. rounds: how often over the training the choice is made.

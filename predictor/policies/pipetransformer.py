@@ -52,8 +52,9 @@ class PipeTransformerPolicy(FreezePolicy):
         for place in view.active:
             if grads := gradients(view.layers[place]):
                 norms[place] = whole(get_total_norm(grads)).float().to(self._device)
-        # Not finite where a GradScaler had to skip a step, which then tells nothing.
-        norms_L = torch.stack(list(norms.values())).nan_to_num(0.0, 0.0, 0.0)
+        norms_L = torch.stack(list(norms.values()))
+        # Not finite where a GradScaler had to skip a step, which then tells nothing, of no layer.
+        norms_L = norms_L.where(norms_L.isfinite().all(), torch.zeros_like(norms_L))
         self._norms_L = norms_L if self._norms_L is None else self._norms_L + norms_L
 
     def due(self, step: int, total_steps: int) -> bool:

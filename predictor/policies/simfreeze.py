@@ -25,8 +25,10 @@ class SimFreezePolicy(FreezePolicy):
     layers freeze by the self-similarity of their representations, measured by CKA, is the paper's; all details are our
     reading. The inputs are the first batch that the model trained on, which is kept; CKA is linear and unbiased, and
     taken in evaluation mode; a frozen layer stays frozen; `prefix` keeps the frozen set a front, where freezing saves
-    most. A layer whose output has no row for each sample, or is the same for all, freezes with the one behind it. Cost:
-    at each check one pass of the whole model without gradients; memory for one batch and B (B - 1) / 2 numbers a layer.
+    most. A layer whose output has no row for each sample, or is the same for all, freezes with the one behind it. There
+    is no stage before the first check, so that it suits pretrained weights: from scratch, small steps under a warm-up
+    make everything alike. Cost: at each check one pass of the whole model without gradients; memory for one batch and B
+    (B - 1) / 2 numbers a layer.
 
     tolerance: how far below 1 the similarity may be. patience: checks in a row. checks: in a whole training, evenly
     spread. prefix: freeze a layer only together with all before it.
@@ -83,7 +85,8 @@ class SimFreezePolicy(FreezePolicy):
         """Take up the batch and the similarities again."""
         device = next(self._model.parameters()).device
         self._probe = None if state["probe"] is None else Batch.of_state(state["probe"], device)
-        self._last, self._calm, self._silent = dict(state["last"]), dict(state["calm"]), list(state["silent"])
+        self._last = {place: triangle_P.cpu() for place, triangle_P in state["last"].items()}
+        self._calm, self._silent = dict(state["calm"]), list(state["silent"])
         self.passes = Counter(state["passes"])
         self._taker.close()
         if self._probe is None:

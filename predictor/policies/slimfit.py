@@ -25,8 +25,10 @@ class SlimFitPolicy(FreezePolicy):
     Signal: weights. Differs: whole layers rather than single tensors, chosen every few steps rather than at each; our
     reading of the rule for a frozen layer, which does not move, is that it keeps its last value, so that it trains
     again once the active layers have become as slow; only weights of two or more dimensions are measured, where a layer
-    has any, since a bias that starts from zero would outweigh all else. Its quantization is not here. A layer that
-    thaws starts with a fresh optimizer state. Cost: a copy of the weights, once in `every` steps, and one mean a layer.
+    has any, since a bias that starts from zero would outweigh all else. Its quantization is not here. Steps are not
+    divided by the learning rate, so that what froze under a warm-up stays so until the rate is as small again. A layer
+    that thaws starts with a fresh optimizer state. Cost: a copy of the weights, once in `every` steps, and one mean a
+    layer.
 
     share: of the layers that are frozen, rounded to whole layers. every: optimizer steps between choices.
     """

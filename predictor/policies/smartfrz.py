@@ -112,8 +112,10 @@ class SmartFRZPolicy(FreezePolicy):
         """Take up the snapshots again."""
         for window, rows in ((self._snapshots, state["snapshots"]), (self._signals, state["signals"])):
             window.clear()
-            window.extend(rows)
-        self._first_LK, self._gradient_L, self._move_L = state["first"], state["gradient"], state["move"]
+            window.extend(row.cpu() for row in rows)
+        first_LK = state["first"]
+        self._first_LK = None if first_LK is None else first_LK.cpu()
+        self._gradient_L, self._move_L = state["gradient"].cpu(), state["move"].cpu()
         self._step, self._peak_lr = state["step"], state["peak_lr"]
         self._votes = dict(state["votes"])
 

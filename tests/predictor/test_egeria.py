@@ -9,8 +9,10 @@ from predictor import FreezeController
 from predictor.errors import UsageError
 from predictor.freezing.layers import layers_of
 from predictor.policies import make_policy
+from predictor.policies.activations import Batch
 from predictor.policies.base import View
 from predictor.policies.egeria import slope
+from predictor.policies.reference import QuantizedReference
 
 
 def made(layers=3, lr=1.0, **options):
@@ -55,6 +57,29 @@ def test_losses_are_smoothed_and_the_front_freezes_once_their_line_is_flat():
     assert run(policy, optimizer, layers, [1.0]) == [[]]
     policy._calm = 2
     assert run(policy, optimizer, layers, [1.0, 1.0]) == [[0], [0]]
+
+
+def test_a_loss_that_is_no_number_is_passed_over():
+    policy, *_ = made(window=3)
+    policy._start_over(0)
+    for loss in (8.0, float("nan"), 0.0, float("inf")):
+        policy._record(loss)
+    assert policy._losses == [8.0, 4.0]
+
+
+def test_the_loss_is_that_of_a_sample_whatever_the_batch():
+    """Samples that have drifted alike, in a batch of many and in a short last one."""
+    losses = []
+    for copies in (1, 8):
+        torch.manual_seed(0)
+        policy, _, layers = made(layers=1)
+        x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, -1.0]]).repeat(copies, 1)
+        reference = QuantizedReference(policy._model)
+        with torch.no_grad():
+            layers[0].modules[0].weight.add_(torch.tensor([[0.0, 0.5], [0.0, 0.0]]))
+        policy._measure(0, View(layers, frozenset(), 1, 10), Batch((x,), {}, ""), reference)
+        losses += policy._losses
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_what_is_flat_is_told_by_the_largest_loss_of_any_layer():

@@ -143,8 +143,8 @@ def test_pipetransformers_front_stops_before_the_smallest_gradient_when_adaptive
     twin = Run("pipetransformer", 9, 8, epochs=4, adaptive=True)
     twin.policy.load_state_dict(run.policy.state_dict())
     twin.frozen, twin.number = run.frozen, run.number
-    infinite = [float("inf")] * 9
-    assert run.step(infinite) == twin.step(infinite) == [0, 1, 2, 3, 4, 5, 6]
+    overflown = [3, 3, float("inf"), 3, 3, 3, 3, 3, 0]  # in one layer, so that the whole step was skipped
+    assert run.step(overflown) == twin.step(overflown) == [0, 1, 2, 3, 4, 5, 6]
 
 
 # Ten FLOPs a layer and for the head. With all frozen a step costs 50, and besides that, training {2} costs 20, {1} 30,

@@ -161,9 +161,16 @@ def _risks(card: Any) -> str:
     rows = at(card, "risks")
     if not isinstance(rows, list):
         return ""
-    head = ("risk", "freezes from", "points lost", "FLOPs")
+    head = ("risk", "freezes from", "points lost", "FLOPs", "points elsewhere", "FLOPs elsewhere")
     listed = [
-        (text(at(row, "risk")), figure(at(row, "threshold")), figure(at(row, "points")), percent(at(row, "flops")))
+        (
+            text(at(row, "risk")),
+            figure(at(row, "threshold")),
+            figure(at(row, "points")),
+            percent(at(row, "flops")),
+            figure(at(row, "points_elsewhere")),
+            percent(at(row, "flops_elsewhere")),
+        )
         for row in rows[:_MOST_ROWS]
     ]
     slope, shift = at(card, "calibration", "slope"), at(card, "calibration", "shift")

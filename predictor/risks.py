@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from predictor.attention import PredictorConfig
 from predictor.calibration import fit_calibration
@@ -32,6 +33,11 @@ class RiskThreshold:
     """Points that were lost, as a mean over the runs."""
     flops: float
     """FLOPs of the runs' trainings, as a share of those of full training."""
+    points_elsewhere: float | None = None
+    """Points that were lost where the threshold of each family was chosen on the other families alone: `points` is at
+    most the risk by choice, this is not. None where there is one family."""
+    flops_elsewhere: float | None = None
+    """FLOPs where the thresholds were chosen so."""
 
 
 def families_of(windows: WindowSet) -> list[str]:
@@ -95,16 +101,42 @@ def thresholds_for(windows: WindowSet, probability_N: Floats, risks: Sequence[fl
         _replay(run, windows.window, probability_N[run_N == place], threshold_H)
         for place, run in enumerate(windows.runs)
     ]
-    points_H, flops_H = (np.mean(rows, axis=0) for rows in zip(*parts, strict=True))
-    return [_choose(risk, threshold_H, points_H, flops_H) for risk in risks]
+    points_RH, flops_RH = (np.stack(rows) for rows in zip(*parts, strict=True))
+    family_R = np.array([run.family for run in windows.runs])
+    found = []
+    for risk in risks:
+        place = _lowest(risk, points_RH)
+        threshold = 1.0 if place < 0 else float(threshold_H[place])
+        points, flops = (float(values_R.mean()) for values_R in _at(place, points_RH, flops_RH))
+        elsewhere = _elsewhere(risk, family_R, points_RH, flops_RH)
+        found.append(RiskThreshold(risk, threshold, points, flops, *elsewhere))
+    return found
 
 
-def _choose(risk: float, threshold_H: Floats, points_H: Floats, flops_H: Floats) -> RiskThreshold:
-    beyond = np.flatnonzero(points_H > risk)
-    last = (int(beyond[0]) if len(beyond) else len(threshold_H)) - 1
-    if last < 0:
-        return RiskThreshold(risk, 1.0, 0.0, 1.0)
-    return RiskThreshold(risk, float(threshold_H[last]), float(points_H[last]), float(flops_H[last]))
+def _lowest(risk: float, points_RH: Floats) -> int:
+    """The place of the lowest threshold that keeps to the risk; -1 where none does."""
+    beyond = np.flatnonzero(points_RH.mean(axis=0) > risk)
+    return (int(beyond[0]) if len(beyond) else points_RH.shape[1]) - 1
+
+
+def _at(place: int, points_RH: Floats, flops_RH: Floats) -> tuple[Floats, Floats]:
+    """Each run's points and FLOPs at a threshold's place; below 0 nothing freezes."""
+    runs = len(points_RH)
+    return (np.zeros(runs), np.ones(runs)) if place < 0 else (points_RH[:, place], flops_RH[:, place])
+
+
+def _elsewhere(
+    risk: float, family_R: npt.NDArray[np.str_], points_RH: Floats, flops_RH: Floats
+) -> tuple[float | None, float | None]:
+    """Means over the runs, each family at the threshold that was chosen on the others."""
+    families = set(family_R.tolist())
+    if len(families) < 2:
+        return None, None
+    points_R, flops_R = np.zeros(len(family_R)), np.ones(len(family_R))
+    for family in families:
+        own = family_R == family
+        points_R[own], flops_R[own] = _at(_lowest(risk, points_RH[~own]), points_RH[own], flops_RH[own])
+    return float(points_R.mean()), float(flops_R.mean())
 
 
 def _replay(run: RunWindows, window: int, probability_n: Floats, threshold_H: Floats) -> tuple[Floats, Floats]:

@@ -54,6 +54,26 @@ def test_risks_are_means_over_runs_and_what_cannot_be_kept_freezes_nothing():
     assert (row.threshold, row.points, row.flops) == (1.0, 0.0, 1.0)
 
 
+def test_what_a_risk_costs_elsewhere_is_told_by_the_thresholds_of_other_families():
+    # Judged at the snapshots 1 to 3. One run loses 4 points at .8 and below, and 5 at once; the other one 1 at .3.
+    other = replace(run_of("b", [[1.0, 1.0]] * 3 + [[0.0, 0.0]], [1.0, 0.8, 0.6]), family="vit")
+    windows = WindowSet((RUN, other), window=2)
+    probability = np.array([0.8, 0.2, 0.3, 0.1, 0.95, 0.97, 0.2, 0.2, 0.3, 0.2, 0.95, 0.97])
+    (row,) = thresholds_for(windows, probability, [1.0])
+    # Together they lose 2 points at .8, so the threshold lies above it, where nothing is lost.
+    assert row.threshold > 0.8
+    assert (row.points, row.flops) == (0, 1)
+    # The MLP alone has its threshold above .8, and there the ViT loses nothing; the ViT alone lets all freeze, for 1
+    # point, and there the MLP loses 6 at once.
+    assert row.points_elsewhere == pytest.approx((6 + 0) / 2)
+    assert row.flops_elsewhere == pytest.approx(((0.4 * 2 + 1) / 3 + 1) / 2)
+
+
+def test_of_one_family_nothing_is_known_elsewhere():
+    (row,) = thresholds_for(WindowSet((RUN,), window=2), np.ones(6), [0.5])
+    assert (row.points_elsewhere, row.flops_elsewhere) == (None, None)
+
+
 def test_of_unmeasured_runs_there_is_no_risk(make_windows):
     windows = make_windows(each=1)
     with pytest.raises(UsageError, match="not known what freezing costs"):

@@ -1,10 +1,22 @@
 """Reading the next batch's features in a thread of its own, while the present step runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
+
+_Item = TypeVar("_Item")
+
+
+def with_next(items: Iterable[_Item]) -> Iterator[tuple[_Item, _Item | None]]:
+    """Each item with the one after it, which is taken before it is asked for; None after the last."""
+    rest = iter(items)
+    present = next(rest, None)
+    while present is not None:
+        following = next(rest, None)
+        yield present, following
+        present = following
 
 
 class ReadAhead:

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from predictor.caching.ahead import ReadAhead
+from predictor.caching.ahead import ReadAhead, with_next
 from predictor.caching.compression import CompressedStore, Compression
 from predictor.caching.cut import Cut, replayed
-from predictor.caching.fingerprints import Fingerprints, check_alike
+from predictor.caching.fingerprints import Fingerprints, check_alike, kind_of
 from predictor.caching.level import Level, cut_again
 from predictor.caching.levels import Levels
-from predictor.caching.proving import gpus_of, proven_cut, run_front, seen_calls
-from predictor.caching.store import FeatureStore, Precision
+from predictor.caching.proving import gpus_of, proven_cut, refuse_sharded, run_front, seen_calls
+from predictor.caching.store import FeatureStore, Precision, numbers_of
 from predictor.errors import UsageError
 from predictor.freezing.controller import FreezeController, FreezeEvent
 
@@ -44,7 +44,7 @@ class FeatureCache:
 
     A sample's inputs must be the same each time it comes. Where they are not, as under random augmentation, UsageError
     is raised, unless `check_inputs=False` says that the features of the first time shall stand for all; an
-    `AugmentedCache` keeps several.
+    `AugmentedCache` keeps several. Inputs of another shape than the first batch's, as by padding, run as ever.
 
     memory_gb: features beyond this go to memory-mapped files. directory: where those are, by default the system's
     temporary folder. compression: rounds features to fewer bytes; by default they are kept as they are. Of rounded ones
@@ -75,6 +75,7 @@ class FeatureCache:
         self.taken: Counter[frozenset[int] | None] = Counter()
         """Samples of the last batch, by the layers that were frozen when the place was found from whose features their
         pass began; by None, where it began from the inputs."""
+        refuse_sharded(controller.model)
         self._controller = controller
         self._model = controller.model
         self._memory_bytes = int(memory_gb * 1e9)
@@ -83,6 +84,7 @@ class FeatureCache:
         self._compression = compression
         self._exact = check_inputs and compression is None  # kept features are those that a pass would give again
         self._levels = Levels()
+        self._kind: list[Any] = []  # of the inputs whose features are kept
         self._pending: list[dict[str, Any]] = []  # states of levels whose cuts the next pass will show
         self._stale = True
         self._prints = Fingerprints()
@@ -118,7 +120,7 @@ class FeatureCache:
     @contextmanager
     def batch(self, ids: Tensor | Iterable[int]) -> Iterator[None]:
         """Within it, call the model once, on the samples with these ids, in their order."""
-        numbers = _numbers(ids)
+        numbers = numbers_of(ids)
         with ExitStack() as stack:
 
             def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -134,13 +136,9 @@ class FeatureCache:
 
     def ahead(self, loader: Iterable[_Batch]) -> Iterator[_Batch]:
         """A loader's batches, of which the first part are the ids: while one is trained on, the next is prefetched."""
-        batches = iter(loader)
-        present = next(batches, None)
-        while present is not None:
-            following = next(batches, None)
+        for present, following in with_next(loader):
             self._following = None if following is None else following[0]
             yield present
-            present = following
 
     def prefetch(self, ids: Tensor | Iterable[int]) -> None:
         """Read what is kept of these samples in the background, for the next `batch`; to be called after the last.
@@ -149,7 +147,7 @@ class FeatureCache:
         is not known. Worth while where features lie in files or go to a GPU. What the reading raises, the next batch
         raises.
         """
-        numbers = _numbers(ids)
+        numbers = numbers_of(ids)
         level = None if self._wants_a_cut(len(numbers)) else self._known(numbers)
         if level is None:
             return
@@ -165,13 +163,14 @@ class FeatureCache:
         """Counts, and all features that are kept: numbers, strings, tensors, lists and dicts of them."""
         levels = self._pending or [level.state_dict() for level in self._levels]
         counts = {"hits": self.hits, "misses": self.misses}
-        return {**counts, "reason": self.reason, "stale": self._stale, "levels": levels}
+        return {**counts, "reason": self.reason, "stale": self._stale, "kind": self._kind, "levels": levels}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`'s result; to be called after the controller's."""
         self.clear()
         self.hits, self.misses = state["hits"], state["misses"]
-        self.reason, self._stale, self._pending = state["reason"], state["stale"], list(state["levels"])
+        self.reason, self._stale, self._kind = state["reason"], state["stale"], state["kind"]
+        self._pending = list(state["levels"])
 
     def clear(self) -> None:
         """Forget all features."""
@@ -203,7 +202,10 @@ class FeatureCache:
         key, rows = self._ahead.take()  # at once: no reading goes on while features are stored
         if 0 not in self._controller.frozen:
             return None
-        prints = self._prints(len(ids), args, kwargs)
+        kind = kind_of(args, kwargs)
+        if (self._levels or self._pending) and kind != self._kind:
+            return None  # padded to another length, say: what is kept of these samples is not theirs
+        self._kind, prints = kind, self._prints(len(ids), args, kwargs)
         if self._pending:
             self._take_up(len(ids), args, kwargs)
         if self._wants_a_cut(len(ids)):
@@ -314,7 +316,3 @@ class FeatureCache:
         self.clear()
         self._stale = False
         self.reason = reason
-
-
-def _numbers(ids: Tensor | Iterable[int]) -> list[int]:
-    return ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]

@@ -1,4 +1,4 @@
-"""Telling whether a sample's inputs are what they were before, by one number for each."""
+"""Telling whether a sample's inputs are what they were before: by their shape, and by one number for each."""
 
 from typing import Any
 
@@ -45,6 +45,11 @@ class Fingerprints:
             generator = torch.Generator().manual_seed(0)
             self._projections[shape] = torch.randn(shape, generator=generator).to(device)
         return self._projections[shape].to(device)
+
+
+def kind_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Shape but for the batch, and type, of each tensor that a model is called with: lists and strings of them."""
+    return [[list(leaf.shape[1:]), str(leaf.dtype)] for leaf in tensors_in((args, kwargs))]
 
 
 def check_alike(ids: list[int], prints_B: Tensor, then_B: Tensor) -> None:

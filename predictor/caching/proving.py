@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from predictor.caching.cut import Call, Cut, best_cut, keepable, replayed, trace_calls
 from predictor.caching.level import at_call, same
+from predictor.errors import UsageError
 
 _FEW = 8
 """Samples on which places to cut are tried. The one that is chosen is tried once more on the whole batch."""
@@ -108,6 +109,15 @@ def _rows_alone(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> bo
     """Whether all tensors that the model is called with have a row for each sample, so that some can be left out."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     return all(tensor.dim() and tensor.shape[0] == batch for tensor in tensors)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise UsageError for a model in pieces on several machines: each would have to run the front as often."""
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise UsageError(
+            "a sharded model (FSDP2) is put together by all processes at once, and a cache that knows other samples in "
+            "each would leave some of them waiting: use DDP with the cache, or FSDP2 without"
+        )
 
 
 def run_front(

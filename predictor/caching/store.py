@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -136,11 +136,26 @@ class FeatureStore:
         handle, name = tempfile.mkstemp(prefix="frozen-features-", dir=self._directory)
         try:
             # Reserved now: a write into a mapped file on a full disk would end the process.
-            os.posix_fallocate(handle, 0, max(1, prod(shape) * dtype.itemsize))
+            _reserve(handle, max(1, prod(shape) * dtype.itemsize))
             return torch.from_file(name, shared=True, size=prod(shape), dtype=dtype).view(shape)
         finally:
             os.close(handle)
             os.unlink(name)
+
+
+def numbers_of(ids: Tensor | Iterable[int]) -> list[int]:
+    """Samples' ids as they are looked up here."""
+    return ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
+
+
+def _reserve(handle: int, size: int) -> None:
+    """Take so many bytes of the disk for an empty file. Raises OSError when it has no more."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+        return
+    zeros = bytes(min(size, 1 << 20))  # macOS has no such call
+    while size > 0:
+        size -= os.write(handle, zeros[:size])
 
 
 def _memory_order(leaf: Tensor) -> tuple[int, ...]:

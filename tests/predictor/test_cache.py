@@ -211,6 +211,15 @@ def test_many_blocks_give_rows_in_the_order_asked_for(monkeypatch):
     assert torch.equal(run(model, cache, mixed), model(X[mixed]))
 
 
+def test_where_no_call_takes_a_part_of_the_disk_zeros_do(monkeypatch, tmp_path):
+    monkeypatch.delattr(os, "posix_fallocate")  # as on macOS
+    model = chain()
+    cache = cached(model, memory_gb=0, directory=tmp_path)
+    run(model, cache, torch.arange(12))
+    assert torch.equal(run(model, cache, torch.tensor([9, 2])), model(X[[9, 2]]))
+    assert cache.hits == 1
+
+
 def test_a_full_disk_switches_the_cache_off_and_training_goes_on(monkeypatch, tmp_path):
     def full(*_):
         raise OSError(28, "No space left on device")

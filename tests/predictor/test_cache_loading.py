@@ -1,4 +1,4 @@
-"""The feature cache in real loops: a DataLoader's worker processes load the samples, in half precision or not."""
+"""The feature cache in real loops: worker processes that load the samples, half precision, and padding."""
 
 import contextlib
 
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from predictor import FreezeController, make_policy
 from predictor.caching.cache import FeatureCache
-from tests.predictor.counted import CountedConv
+from tests.predictor.counted import Counted, CountedConv, cached
 
 SAMPLES, BATCH, EPOCHS = 24, 6, 3
 FEATURES = 16
@@ -93,3 +93,35 @@ def test_features_of_another_precision_are_not_mixed_with_the_first():
     with cache.batch(ids[12:]):
         assert torch.equal(model(x[12:]), model(x[12:]))
     assert cache.bytes == 12 * (FEATURES * 2 + 4)
+
+
+class Mean(nn.Module):
+    """The mean over a text's places."""
+
+    def forward(self, x):
+        return x.mean(1)
+
+
+def test_samples_that_come_in_another_length_run_as_ever():
+    """As texts do that are padded to the longest of their batch; the values themselves stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Counted(4, 8), nn.Tanh(), Counted(8, 8), Mean(), nn.Linear(8, 3))
+    cache = cached(model, layers=2)
+    long = torch.randn(6, 5, 4) * torch.tensor([1, 1, 1, 0, 0])[:, None]
+    short = long[:, :3]
+
+    def train(cache, x):
+        with cache.batch(range(6)):
+            return model(x)
+
+    train(cache, long)
+    calls = model[0].calls
+    torch.testing.assert_close(train(cache, short), model(short))
+    assert (cache.hits, cache.misses, model[0].calls) == (0, 2, calls + 2)
+    torch.testing.assert_close(train(cache, long), model(long))
+    assert cache.hits == 1
+    resumed = cached(model, layers=2)
+    resumed.load_state_dict(cache.state_dict())
+    torch.testing.assert_close(train(resumed, short), model(short))
+    torch.testing.assert_close(train(resumed, long), model(long))
+    assert (resumed.hits, resumed.misses) == (2, 3)

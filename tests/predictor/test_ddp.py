@@ -17,7 +17,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from predictor import FreezeController
+from predictor import FeatureCache, FreezeController
+from predictor.errors import UsageError
 from predictor.freezing.wrappers import follow
 from tests.predictor.scripted import Script
 
@@ -149,6 +150,8 @@ def sharded(folder):
         fully_shard(net[place])
     fully_shard(net)
     training = Process(net, PHASES if dist.get_rank() == 0 else {1: {2}}, lambda net: net)
+    with pytest.raises(UsageError, match="use DDP with the cache, or FSDP2 without"):
+        FeatureCache(training.controller)
     return training.run().seen
 
 

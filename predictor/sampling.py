@@ -69,8 +69,9 @@ class LayerSampler:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def sample_all(self) -> Tensor:
-        """Every layer's sampled weights now: weights_LK, float32."""
-        return torch.stack([self.sample(layer) for layer in range(len(self._parameters))])
+        """Every layer's sampled weights now: weights_LK, float32, on the first layer's device."""
+        rows = [self.sample(layer) for layer in range(len(self._parameters))]
+        return torch.stack([row.to(rows[0].device) for row in rows])
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:

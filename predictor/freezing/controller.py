@@ -97,6 +97,7 @@ class FreezeController:
         """Wall-clock seconds spent in here so far, decisions included."""
         self.agree: Callable[[frozenset[int], int], frozenset[int]] = _as_it_is
         self._frozen: frozenset[int] = frozenset()
+        self._still = {id(p) for layer in self.layers for p in layer.parameters() if not p.requires_grad}  # the user's
         self._step = 0
         self._listeners: list[Callable[[FreezeEvent], None]] = [forget_compiled]
         self._watch = GradientWatch(self.layers, self._optimizers)
@@ -172,11 +173,17 @@ class FreezeController:
         self.policy.load_state_dict(state["policy"])
 
     def close(self) -> None:
-        """Let go of what the policy holds. Layers stay as they are; `thaw` them to train them further."""
+        """Let go of what the policy holds. Layers stay as they are; `release` them to train them further."""
         self._teller.close()
         if self._rates is not None:
             self._rates.close()
         self.policy.close()
+
+    def release(self) -> None:
+        """Let the frozen layers go, after the last step; what stood still before the controller came stays so."""
+        for place in self._frozen:
+            thaw(self.layers[place], self.model.training, self._still)
+        settle_containers(self.model, self.layers, ())
 
     def _advance(self) -> FreezeEvent | None:
         self._teller.stepped()
@@ -239,7 +246,7 @@ class FreezeController:
         for place in sorted(wanted - self._frozen):
             freeze(self.layers[place], optimizers)
         for place in sorted(self._frozen - wanted):
-            thaw(self.layers[place], self.model.training)
+            thaw(self.layers[place], self.model.training, self._still)
         settle_containers(self.model, self.layers, wanted)
         self._frozen = wanted
 

@@ -7,7 +7,7 @@ layer's modules are in evaluation mode and stay there through `model.train()`: r
 is off, and the layer's output depends on its input alone. So is what stands around frozen layers only.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
 from torch import nn
@@ -30,10 +30,14 @@ def freeze(layer: Layer, optimizers: Iterable[Optimizer] = ()) -> None:
         module.train = partial(_stay_in_evaluation, module)  # type: ignore[method-assign]
 
 
-def thaw(layer: Layer, training: bool) -> None:
-    """Let a layer train again. `training` is the mode that the rest of the model is in."""
+def thaw(layer: Layer, training: bool, still: Collection[int] = ()) -> None:
+    """Let a layer train again.
+
+    training: the mode that the rest of the model is in. still: ids of parameters that the user wants to stand still.
+    """
     for parameter in layer.parameters():
-        parameter.requires_grad_(True)
+        if id(parameter) not in still:
+            parameter.requires_grad_(True)
     for module in _parts(layer):
         module.__dict__.pop("train", None)
         module.train(training)

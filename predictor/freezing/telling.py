@@ -106,8 +106,11 @@ class Teller:
 
     def _count(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._forget_counting()
+        model = unwrapped(self._model)
+        if model is not self._model and "forward" in vars(model):
+            return  # Lightning leads one call of the wrapped model elsewhere, and a pass in here would be that one
         with contextlib.suppress(Exception):  # it is somebody's model, and no more than a figure hangs on it
-            self.flops = count_flops(unwrapped(self._model), self._layers, args, kwargs)
+            self.flops = count_flops(model, self._layers, args, kwargs)
 
     def _forget_counting(self) -> None:
         if self._counting is not None:

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from predictor.errors import UsageError
 from predictor.freezing.controller import FreezeController
-from predictor.freezing.freeze import settle_containers, thaw
 from predictor.freezing.layers import Layer
 from predictor.policies.base import FreezePolicy
 
@@ -35,6 +34,7 @@ class Adapter:
             )
         self._policy = policy
         self._layers = layers
+        self._running = False
 
     def _start(
         self,
@@ -61,13 +61,13 @@ class Adapter:
             layers=self._layers(model) if callable(self._layers) else self._layers,
             **options,
         )
+        self._running = True
         if done and state is not None:
             self.controller.load_state_dict(state)
 
     def _finish(self) -> None:
-        """Let the frozen layers go."""
-        if self.controller is not None:
-            for place in self.controller.frozen:
-                thaw(self.controller.layers[place], self.controller.model.training)
-            settle_containers(self.controller.model, self.controller.layers, ())
+        """Let the frozen layers go, once: what is frozen by hand between two trainings is not ours."""
+        if self.controller is not None and self._running:
+            self._running = False
+            self.controller.release()
             self.controller.close()

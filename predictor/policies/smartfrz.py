@@ -145,6 +145,12 @@ class SmartFRZPolicy(FreezePolicy):
         """Gradient and motion of the layers that train. A frozen one keeps its last: what its training gained then."""
         if not view.active or not self._model.config.signals[len(CLOCK) :]:
             return
+        if view.step > 0 and all(p.grad is None for place in view.active for p in view.layers[place].parameters()):
+            # Not to be taken for a network in which nothing is left to learn.
+            raise UsageError(
+                f"no layer has a gradient at step {view.step}, and smartfrz looks at them: call controller.step() "
+                "after optimizer.step() and before optimizer.zero_grad()"
+            )
         steps_T = torch.tensor([float(view.step - self._step)])
         move_L = moves_of(now_LK[None], before_LK[None], steps_T, self._size_L)[0]
         gradient_L = gradient_norms(view.layers).cpu()

@@ -126,10 +126,24 @@ def run_smartfrz(path, steps, total_steps=12, **options):
     history = [sorted(frozen)]
     for step in range(1, steps + 1):
         grow(model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
         if policy.due(step, total_steps):
             frozen = policy.decide(View(layers, frozen, step, total_steps))
         history.append(sorted(frozen))
     return policy, history
+
+
+def test_smartfrz_does_not_take_cleared_gradients_for_a_network_that_has_learnt_all():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    policy, layers = make_policy("smartfrz"), layers_of(model)
+    policy.bind(model, torch.optim.SGD(model.parameters(), lr=0.1), layers)
+    policy.decide(View(layers, frozenset(), 0, 60))
+    model(torch.ones(2, 4)).sum().backward()
+    policy.decide(View(layers, frozenset(), 1, 60))
+    model.zero_grad()
+    with pytest.raises(UsageError, match=r"no layer has a gradient at step 2.* before optimizer.zero_grad\(\)"):
+        policy.decide(View(layers, frozenset(), 2, 60))
 
 
 def test_smartfrz_waits_for_a_whole_window_and_then_freezes_what_is_judged_ready(make_predictor_file):
@@ -158,7 +172,10 @@ def test_smartfrz_judges_the_windows_that_it_saw(make_predictor_file):
     seen = {}
     policy._model.forward = lambda windows, signals: seen.update(w=windows, s=signals) or torch.zeros(len(windows))
     grow(policy._optimizer.param_groups[0]["params"])
-    policy.decide(View(layers_of(chain(3)), frozenset({0}), 6, 12))
+    model = chain(3)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    policy.decide(View(layers_of(model), frozenset({0}), 6, 12))
     assert seen["w"].shape == (2, 3, 8)
     # Every weight grew by 0.01 a step, and each of the 12 steps has its snapshot.
     assert torch.allclose(seen["w"].diff(dim=1), torch.full((2, 2, 8), 0.01), atol=1e-6)

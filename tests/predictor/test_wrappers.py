@@ -121,6 +121,19 @@ def test_a_layer_that_the_user_froze_is_not_taken_to_be_lost():
     train(model, {2: {0}})
 
 
+def test_what_the_user_froze_stays_so_when_its_layer_thaws_or_is_let_go():
+    model = Blocks()
+    model.blocks[0].requires_grad_(False)
+    kept = model.blocks[1][0].bias.requires_grad_(False)
+    before = [p.clone() for p in (*model.blocks[0].parameters(), kept)]
+    train(model, {1: {0, 1}, 2: {1}, 3: {0}})
+    _, controller = start(model, {0: {0, 1, 2}})
+    controller.release()
+    still = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert still == [*(f"blocks.0.{name}" for name, _ in model.blocks[0].named_parameters()), "blocks.1.0.bias"]
+    assert all(map(torch.equal, before, (*model.blocks[0].parameters(), kept)))
+
+
 def test_torchs_own_wrapper_is_refused_at_once_where_it_is_reentrant():
     model = Blocks()
     model.blocks[1] = checkpoint_wrapper(model.blocks[1], CheckpointImpl.REENTRANT)

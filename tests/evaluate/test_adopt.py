@@ -3,14 +3,15 @@
 import dataclasses
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
-from evaluate.adopt import ADOPTED, adopt
-from evaluate.plan import Settings, SuiteFolder, make_plan
-from evaluate.results import read_results
+from evaluate.adopt import ADOPTED, adopt, has_result
+from evaluate.plan import Settings, SuiteFolder, make_plan, trial_id
+from evaluate.results import read_results, trial_of
 from evaluate.run import pending, run_suite
-from evaluate.suite import PolicyEntry, Suite, WorkloadEntry
+from evaluate.suite import PolicyEntry, Suite, WorkloadEntry, read_suite
 from predictor.errors import FileFault
 from predictor.files import read_json_lines
 from tests.evaluate.machine import Machine
@@ -76,6 +77,17 @@ def test_trials_of_another_configuration_and_failed_ones_are_left(machine, elsew
     longer = dataclasses.replace(SUITE, workloads=(WorkloadEntry("mlp-digits", "longer", recipe={"epochs": 30}),))
     assert adopt(elsewhere, _plan(longer, folder), folder) == []
     assert len(adopt(elsewhere, _plan(SUITE, folder), folder)) == 3
+
+
+PUBLISHED = sorted((Path(__file__).parents[2] / "evaluate" / "results" / "trials").glob("*.jsonl.gz"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
+def test_what_the_repository_publishes_can_be_taken_over(path):
+    rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    assert read_suite(path.name.partition(".")[0])
+    assert all(has_result(row) and trial_of(row).trial_id == trial_id(row["config"]) for row in rows)
+    assert len({row["trial_id"] for row in rows}) == len(rows) > 0
 
 
 @pytest.mark.parametrize(

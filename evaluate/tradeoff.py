@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
+from evaluate.area import LOSS
 from evaluate.families import MANY, places
 from evaluate.pareto import unbeaten
 from evaluate.results import COST_AXES, Results
@@ -19,6 +20,9 @@ from evaluate.svg import BAND, INK, Plot, colour, drawn, marker
 from evaluate.table import shortened
 
 _HEIGHT = 3.7
+_DEEPEST = 300 * LOSS
+"""Points below what may be lost that the plane still shows. What lost more stands at its edge, so that one policy that
+learnt nothing does not press the others together."""
 # Where a label may stand beside its point: offset in points, horizontal and vertical alignment.
 _SIDES = (
     (7, 0, "left", "center"),
@@ -62,7 +66,7 @@ def overall_plot(results: Results, rows: Sequence[Row]) -> Plot:
         f"front of the means. Shaded: more than {results.suite.margin * 100:g} points lost."
     )
     svg = _draw(points, axes, -results.suite.margin * 100, f"All workloads: {title}")
-    return Plot(title, svg, f"{note} {_looks(points)}".strip())
+    return Plot(title, svg, f"{note} {_looks(points, -results.suite.margin * 100)}".strip())
 
 
 def relative_points(results: Results, rows: Sequence[Row]) -> list[Point]:
@@ -87,8 +91,9 @@ def workload_plot(results: Results, rows: Sequence[Row], workload: str) -> Plot 
     points = _points(results, [row for row in rows if row.workload == workload], fmean(costs), zero)
     title = _unbeaten(points)
     labels = (f"training cost, {COST_AXES[results.suite.cost]}", "test accuracy, %")
-    svg = _draw(points, labels, zero - results.suite.margin * 100, f"{workload}: {title}")
-    return Plot(title, svg, _looks(points))
+    floor = zero - results.suite.margin * 100
+    svg = _draw(points, labels, floor, f"{workload}: {title}")
+    return Plot(title, svg, _looks(points, floor))
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
@@ -96,13 +101,15 @@ def pareto(points: Sequence[Point]) -> list[Point]:
     return unbeaten(points, lambda point: point.cost.value, lambda point: point.accuracy.value)
 
 
-def _looks(points: Sequence[Point]) -> str:
+def _looks(points: Sequence[Point], floor: float) -> str:
     """What the points' looks mean; empty where each has its own and its name."""
     parts = []
     if len({point.place for point in points}) < len(points):
         parts.append("Points that look alike are settings of one policy.")
     if len(points) > MANY:
         parts.append("Named, and with whiskers: those on the front.")
+    if any(_beyond(point, floor) for point in points):
+        parts.append("Hollow, at the edge: lies beyond it.")
     return " ".join(parts)
 
 
@@ -133,23 +140,32 @@ def _points(results: Results, rows: Sequence[Row], cost_unit: float, accuracy_ze
     return points
 
 
+def _beyond(point: Point, floor: float) -> bool:
+    return point.accuracy.value < floor - _DEEPEST
+
+
 def _draw(points: Sequence[Point], labels: tuple[str, str], floor: float, title: str) -> str:
+    shown, beyond = ([p for p in points if _beyond(p, floor) is is_beyond] for is_beyond in (False, True))
+
     def draw(figure: Figure) -> None:
         figure.set_layout_engine("constrained")
         axes = figure.add_subplot()
         axes.set(xlabel=labels[0], ylabel=labels[1])
         if points:
             axes.set_xlim(_limits([point.cost for point in points], 0.0))
-            axes.set_ylim(_limits([point.accuracy for point in points], -math.inf))
+            axes.set_ylim(_limits([point.accuracy for point in shown or points], -math.inf))
             axes.axhspan(min(floor, axes.get_ylim()[0]) - 1.0, floor, color=BAND, linewidth=0)
-        front = pareto(points)
-        told = front if len(points) > MANY else points
+        front = pareto(shown)
+        told = front if len(points) > MANY else shown
         _front(axes, front)
-        for point in points:
+        for point in shown:
             _point(axes, point, whole=point in told)
-        if told is points:
-            _join(axes, points)
-        _label(figure, axes, points, told)
+        for point in beyond:
+            look: dict[str, Any] = {"color": colour(point.place), "marker": marker(point.place), "fillstyle": "none"}
+            axes.plot(point.cost.value, axes.get_ylim()[0], markersize=6, clip_on=False, **look)
+        if told is shown:
+            _join(axes, shown)
+        _label(figure, axes, shown, told)
 
     return drawn(_HEIGHT, draw, title)
 

@@ -128,3 +128,13 @@ def test_of_many_policies_a_timeline_shows_a_family(many_page):
     static = next(plot for plot in plots if plot.title.startswith("static kept "))
     assert re.fullmatch(r"static kept \d+( to \d+)? % of layers x steps frozen", static.title)
     assert [f"static {setting}" in static.svg for setting in (0.3, 0.5, 0.7)] == [True] * 3
+
+
+def test_a_policy_that_learnt_nothing_stands_hollow_at_the_edge_and_leaves_the_others_their_room(write, trial):
+    accuracies = {"none": 0.90, "good": 0.89, "lost": 0.10}
+    rows = [trial("a", name, seed, accuracy=value) for name, value in accuracies.items() for seed in (0, 1)]
+    results = read_results(write(rows))
+    plots = [overall_plot(results, compare(results)), workload_plot(results, compare(results), "a")]
+    assert all(plot.note.endswith("Hollow, at the edge: lies beyond it.") for plot in plots)
+    near = read_results(write([row for row in rows if row["policy"] != "lost"]))
+    assert "Hollow" not in overall_plot(near, compare(near)).note

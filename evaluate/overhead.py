@@ -69,8 +69,8 @@ def overheads(
     warm_up(workload, source, device)
     training, spec = Training(workload, source, seed=0, device=device), SampleSpec()
     training.model.train()
-    hooks = _start_hooks(training, spec)
     batches = _endless(training)
+    hooks = _start_hooks(training, spec, batches)
     spans: dict[str, list[_Span]] = {name: [] for name in ("", *hooks)}
     for _ in range(rounds):
         for name, measured in spans.items():
@@ -84,7 +84,7 @@ def overheads(
     ]
 
 
-def _start_hooks(training: Training, spec: SampleSpec) -> dict[str, list[Hook]]:
+def _start_hooks(training: Training, spec: SampleSpec, batches: Iterator[Batch]) -> dict[str, list[Hook]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "untrained.safetensors"
         # Its judgement costs the same as a trained one's; at this threshold it never freezes, the dearest case.
@@ -98,8 +98,10 @@ def _start_hooks(training: Training, spec: SampleSpec) -> dict[str, list[Hook]]:
     }
     for hook in itertools.chain(*hooks.values()):
         hook.on_start(training)
+    training.take_step(batches)  # its gradients are what the policy looks at
     for _ in range(config.window * training.total_steps // spec.snapshots):
         freezing.on_step(training)  # until its window is full: before, it has nothing to judge
+    training.optimizer.zero_grad()
     return hooks
 
 

@@ -32,9 +32,7 @@ def small():
 
 def test_every_span_has_one_snapshot_and_hooks_run_in_their_own_alone(small, monkeypatch):
     counts = {"first": Count(), "second": Count()}
-    monkeypatch.setattr(
-        overhead, "_start_hooks", lambda training, spec: {name: [hook] for name, hook in counts.items()}
-    )
+    monkeypatch.setattr(overhead, "_start_hooks", lambda *_: {name: [hook] for name, hook in counts.items()})
     ticks = []
     rows = overheads(*small, torch.device("cpu"), 3, lambda: ticks.append(1))
     assert [row.hooks for row in rows] == ["first", "second"]
@@ -55,7 +53,9 @@ def test_every_limit_is_measured_on_real_hooks(small):
 def test_the_policy_is_measured_while_it_judges(small, monkeypatch):
     training = Training(*small, seed=0, device=torch.device("cpu"))
     training.model.train()
-    (freezing,) = overhead._start_hooks(training, SampleSpec())["smartfrz"]
+    batches = overhead._endless(training)
+    (freezing,) = overhead._start_hooks(training, SampleSpec(), batches)["smartfrz"]
+    training.take_step(batches)
     judged = []
     policy = freezing.controller.policy
     monkeypatch.setattr(policy, "_judge", lambda active: judged.append(active) or torch.zeros(len(active)))

@@ -1,7 +1,15 @@
-"""Stands in for the processes that a suite's trials run in."""
+"""A small suite, and what stands in for the processes that its trials run in."""
 
 from evaluate import run as run_module
 from evaluate.results import ACCOUNTING
+from evaluate.suite import PolicyEntry, Suite, WorkloadEntry
+
+SUITE = Suite(
+    "mine",
+    (WorkloadEntry("mlp-digits", "mlp-digits"),),
+    (PolicyEntry("none", "none"), PolicyEntry("linear", "linear")),
+    (0, 1),
+)
 
 
 class Machine:

@@ -11,17 +11,10 @@ from evaluate.adopt import ADOPTED, adopt, has_result
 from evaluate.plan import Settings, SuiteFolder, make_plan, trial_id
 from evaluate.results import read_results, trial_of
 from evaluate.run import pending, run_suite
-from evaluate.suite import PolicyEntry, Suite, WorkloadEntry, read_suite
+from evaluate.suite import PolicyEntry, WorkloadEntry, read_suite
 from predictor.errors import FileFault
 from predictor.files import read_json_lines
-from tests.evaluate.machine import Machine
-
-SUITE = Suite(
-    "mine",
-    (WorkloadEntry("mlp-digits", "mlp-digits"),),
-    (PolicyEntry("none", "none"), PolicyEntry("linear", "linear")),
-    (0, 1),
-)
+from tests.evaluate.machine import SUITE, Machine
 
 
 @pytest.fixture

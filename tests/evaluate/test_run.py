@@ -9,17 +9,10 @@ import pytest
 from evaluate.plan import Settings, SuiteFolder, make_plan
 from evaluate.results import read_results
 from evaluate.run import pending, run_suite
-from evaluate.suite import PolicyEntry, Suite, WorkloadEntry
+from evaluate.suite import PolicyEntry
 from predictor.errors import FileFault, UsageError
 from predictor.files import read_json_lines
-from tests.evaluate.machine import Machine
-
-SUITE = Suite(
-    "mine",
-    (WorkloadEntry("mlp-digits", "mlp-digits"),),
-    (PolicyEntry("none", "none"), PolicyEntry("linear", "linear")),
-    (0, 1),
-)
+from tests.evaluate.machine import SUITE, Machine
 
 
 @pytest.fixture

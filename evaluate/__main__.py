@@ -100,7 +100,7 @@ def _run_suite(flags: argparse.Namespace) -> int:
         adopted = adopt(path, plan, folder)
         print(f"adopted: {len(adopted)} trials of {path}")
     left = pending(plan, folder, adopted)
-    _introduce(plan, len(left), folder.root)
+    _introduce(plan, len(left), folder.root, bool(adopted))
     if flags.dry_run:
         waiting = {job.id for job in left}
         for job in plan.jobs:
@@ -117,7 +117,7 @@ def _run_suite(flags: argparse.Namespace) -> int:
     return 1 if summary.failed else 0
 
 
-def _introduce(plan: "Plan", left: int, root: Path) -> None:
+def _introduce(plan: "Plan", left: int, root: Path, adopted: bool) -> None:
     """Say what is going to happen, and what it will be able to tell."""
     from collect.device import pick_device
 
@@ -126,7 +126,9 @@ def _introduce(plan: "Plan", left: int, root: Path) -> None:
     print(f"suite {suite.name}: {len(plan.jobs)} trials ({grid}); {left} to run, {settings.chosen_slots} at a time")
     for mark, path in plan.predictors.items():
         print(f"predictor: {path} (sha256 {mark})")
-    if settings.sharing == 1:
+    if adopted:
+        print("cost: FLOPs; the seconds of trials that were run elsewhere are not compared")
+    elif settings.sharing == 1:
         print("cost: wall-clock time; one trial runs at a time")
     elif pick_device(settings.device).type == "cpu":
         print(f"cost: CPU time and FLOPs; {settings.sharing} trials share the machine (--slots 1 for wall-clock time)")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from evaluate.plan import Plan, SuiteFolder, trial_id
-from evaluate.results import ACCOUNTING, MALFORMED, trial_of
+from evaluate.results import MALFORMED, has_result, trial_of
 from predictor.errors import FileFault
 from predictor.files import read_json_lines
 
@@ -31,11 +31,6 @@ def adopt(path: Path, plan: Plan, folder: SuiteFolder) -> list[dict[str, Any]]:
     wanted = {job.id for job in plan.jobs} - {row.get("trial_id") for row in own if has_result(row)}
     taken = {row["trial_id"]: row for row in _rows(path) if has_result(row) and _is_one_of(row, wanted)}
     return [{**row, ADOPTED: True} for row in taken.values()]
-
-
-def has_result(row: dict[str, Any]) -> bool:
-    """Whether a line of results.jsonl need not be run again: not of a trial that failed, or was counted otherwise."""
-    return row.get("status") in ("finished", "diverged") and row.get("accounting") == ACCOUNTING
 
 
 def _is_one_of(row: dict[str, Any], wanted: set[str]) -> bool:

@@ -92,12 +92,7 @@ def _brought_to(
         with cache.batch(ids):
             model(inputs)
     policy.frozen = frozen
-    if controller.step() is not None:
-        for _ in range(
-            2
-        ):  # by the second the cache has looked for a new place to cut, be it worth while at once or not
-            with cache.batch(first):
-                model(inputs)
+    controller.step()  # the last of the training, so that no look for another place to cut is in the pass to be counted
     return cache.batch(second)
 
 

@@ -199,6 +199,11 @@ def _suite(path: Path) -> Suite:
     return suite
 
 
+def has_result(row: dict[str, Any]) -> bool:
+    """Whether a line of results.jsonl need not be run again: not of a trial that failed, or was counted otherwise."""
+    return row.get("status") in ("finished", "diverged") and row.get("accounting") == ACCOUNTING
+
+
 def trial_of(row: Any) -> Trial:
     """A line of results.jsonl. Raises one of MALFORMED where it makes no sense."""
     if not isinstance(row, dict):

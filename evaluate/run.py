@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from collect.engines import Job, run_jobs
-from evaluate.adopt import ADOPTED, has_result
+from evaluate.adopt import ADOPTED
 from evaluate.plan import Plan, SuiteFolder
+from evaluate.results import has_result
 from predictor.attention import fingerprint
 from predictor.errors import FileFault
 from predictor.files import append_json_line, held, read_json_lines, write_json, written_whole

@@ -153,11 +153,9 @@ def _beside(controller: FreezeController, training: Training) -> int:
     passes = controller.policy.passes
     if not passes:
         return 0
-    samples = 2
-    forward_L = count_flops(
-        training.model, controller.layers, (training.source.probe(samples, training.device),), {}
-    ).forward_L
-    return sum(sum(forward_L[: place + 1]) * count for place, count in passes.items()) // samples
+    probe = training.source.probe(2, training.device)
+    forward_L = count_flops(training.model, controller.layers, (probe,), {}).forward_L
+    return sum(sum(forward_L[: place + 1]) * samples for place, samples in passes.items()) // len(probe)
 
 
 def _sparse(masks: SparseMasks, controller: FreezeController, training: Training) -> dict[str, Any]:

@@ -177,7 +177,7 @@ class EgeriaPolicy(FreezePolicy):
         then = outputs_of(self._model, layer, batch, weights=reference.weights())
         self.passes[front] += 2 * batch.samples
         if front in now:
-            # The loss is a mean over pairs, of which a few samples far from one another are a greater part.
+            # Times the samples, for it falls with their number, and a last batch may be short.
             self._record(float(preserving_loss(now[front], then[front])) * batch.samples)
         else:
             self._silent.append(front)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from evaluate.adopt import ADOPTED, adopt, has_result
+from evaluate.adopt import ADOPTED, adopt
 from evaluate.plan import Settings, SuiteFolder, make_plan, trial_id
-from evaluate.results import read_results, trial_of
+from evaluate.results import has_result, read_results, trial_of
 from evaluate.run import pending, run_suite
 from evaluate.suite import PolicyEntry, WorkloadEntry, read_suite
 from predictor.errors import FileFault

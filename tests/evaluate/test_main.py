@@ -62,7 +62,9 @@ def test_lost_trials_lose_nothing_else(suite, tmp_path, capsys):
     assert "by FLOPs" in capsys.readouterr().out
     elsewhere = ["run-suite", "--suite", suite, "--out", str(tmp_path / "more"), "--adopt", str(out / "results.jsonl")]
     assert main([*elsewhere, "--device", "cpu", "--dry-run"]) == 0
-    assert "adopted: 4 trials" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "adopted: 4 trials" in said
+    assert "cost: FLOPs;" in said
     assert not (tmp_path / "more").exists()
 
 

@@ -96,9 +96,10 @@ def _run_suite(flags: argparse.Namespace) -> int:
     plan = make_plan(suite, folder, Settings(flags.device, flags.slots, flags.predictor))
     adopted = []
     if flags.adopt is not None:
-        path = _PUBLISHED / f"{suite.name}.jsonl.gz" if flags.adopt == _PUBLISHED else flags.adopt
-        adopted = adopt(path, plan, folder)
-        print(f"adopted: {len(adopted)} trials of {path}")
+        # All that is published: a user's suite may take trials of several, and has a name of its own.
+        paths = sorted(_PUBLISHED.glob("*.jsonl.gz")) if flags.adopt == _PUBLISHED else [flags.adopt]
+        adopted = [row for path in paths for row in adopt(path, plan, folder)]
+        print(f"adopted: {len(adopted)} trials of {flags.adopt}")
     left = pending(plan, folder, adopted)
     _introduce(plan, len(left), folder.root, bool(adopted))
     if flags.dry_run:

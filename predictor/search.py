@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from predictor.attention import PredictorConfig
 from predictor.errors import UsageError
 from predictor.fit import FitConfig, fit_on
@@ -83,11 +85,11 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        """What must be the same for two starts to belong to one study: the runs, how they are judged, what is fixed."""
+        """What must be the same for two starts to belong to one study: runs, labels, judging, what is fixed."""
         fixed = {name: value for name, value in asdict(self.settings).items() if name not in (*SEARCHED, "device")}
         identity = {
             "runs": sorted(run.run_id for run in self.reference.runs),
-            "labels": [self.labels, sorted(self.windows)],
+            "labels": [self.labels, sorted(self.windows), _digest(self.reference)],
             "judged": [self.config.folds, self.config.score, self.widest],
             "fixed": fixed,
         }
@@ -117,3 +119,11 @@ class Task:
         if self.config.score == "auroc":
             return auroc(labels_N, probabilities_N)
         return average_precision(~labels_N, 1 - probabilities_N)
+
+
+def _digest(windows: WindowSet) -> str:
+    """Of every label, in the order of the runs' ids: outcomes that were gathered anew may give others."""
+    digest = hashlib.sha256()
+    for run in sorted(windows.runs, key=lambda run: run.run_id):
+        digest.update(np.ascontiguousarray(run.labels_TL.numpy()).tobytes())
+    return digest.hexdigest()[:16]

@@ -132,11 +132,20 @@ def _open(task: Task, folder: Path) -> "optuna.Study":
     if not study.trials:
         study.set_user_attr("fingerprint", task.fingerprint)
         study.set_user_attr("described", task.described)
-        study.enqueue_trial(_defaults(task))
     # With the seed alone a study that goes on would draw the settings of its first trials again.
     study.sampler = optuna.samplers.TPESampler(seed=task.settings.seed + len(study.trials))
     _fail_stale(study)
+    if not _begun(study):
+        study.enqueue_trial(_defaults(task))
     return study
+
+
+def _begun(study: "optuna.Study") -> bool:
+    """Whether a trial has come to an end or waits: not after a kill in the very first, which had the defaults."""
+    from optuna.trial import TrialState
+
+    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)
+    return bool(study.get_trials(deepcopy=False, states=states))
 
 
 def _fail_stale(study: "optuna.Study") -> None:

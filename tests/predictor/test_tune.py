@@ -115,6 +115,10 @@ def test_a_study_of_other_data_is_refused(make_windows, tmp_path):
         tune(task_of(make_windows(each=4)), tmp_path, progress=False)
     with pytest.raises(UsageError, match="a study of other data or settings"):
         tune(task_of(make_windows(each=3), score="precision_not_yet"), tmp_path, progress=False)
+    first, *rest = make_windows(each=3).runs
+    other = WindowSet((replace(first, labels_TL=~first.labels_TL), *rest), make_windows(each=3).window)
+    with pytest.raises(UsageError, match="a study of other data or settings"):
+        tune(task_of(other), tmp_path, progress=False)
 
 
 def test_trials_that_cannot_work_are_passed_over_and_none_at_all_is_an_error(make_windows, tmp_path):
@@ -143,6 +147,22 @@ def test_a_trial_that_was_killed_at_its_very_start_does_not_run_for_ever(make_wi
     assert states(tmp_path) == ["COMPLETE", "RUNNING"]
     tune(task_of(windows, trials=2), tmp_path, progress=False)
     assert states(tmp_path) == ["COMPLETE", "FAIL", "COMPLETE"]
+
+
+def test_the_default_settings_are_tried_even_if_the_first_trial_was_broken_off(make_windows, tmp_path, monkeypatch):
+    windows = make_windows(each=3)
+
+    def broken_off(trial, task):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("predictor.tune._objective", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            tune(task_of(windows, trials=1), tmp_path, progress=False)
+    assert states(tmp_path) == ["FAIL"]
+    study = tune(task_of(windows, trials=1), tmp_path, progress=False)
+    assert states(tmp_path) == ["FAIL", "COMPLETE"]
+    assert study.trials[1].params["learning_rate"] == FitConfig().learning_rate
 
 
 def test_two_searches_at_once_in_one_folder_are_refused(make_windows, tmp_path):

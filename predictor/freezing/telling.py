@@ -166,6 +166,7 @@ class _Waiting:
         """Call after each step. At the end of the last that is watched: the share of their time spent waiting."""
         if self._handle is None:
             return None
+        _finish(self._model)
         now = time.perf_counter()
         if self._steps < 0:
             self._began, self._waited = now, 0.0
@@ -180,6 +181,13 @@ class _Waiting:
         if self._stepped:
             self._waited += time.perf_counter() - self._stepped
             self._stepped = 0.0  # only the first forward pass of a step has waited
+
+
+def _finish(model: nn.Module) -> None:
+    """Wait for a GPU's queue: while it is still at the last step, nobody waits for data."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if device.type not in ("cpu", "meta"):
+        torch.get_device_module(device).synchronize(device)
 
 
 class _Hook:

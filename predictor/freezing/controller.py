@@ -135,7 +135,10 @@ class FreezeController:
         return self._timed(self._advance)
 
     def on_change(self, callback: Callable[[FreezeEvent], None]) -> None:
-        """Call `callback` after each change, also after one that comes from loading a state."""
+        """Call `callback` after each change, also after one that comes from loading a state.
+
+        And where somebody else had switched layers on: these are in `thawed` and, frozen again, in `froze`.
+        """
         self._listeners.append(callback)
 
     def state_dict(self) -> dict[str, Any]:
@@ -235,9 +238,12 @@ class FreezeController:
         if note:
             self.history.append(event)
             self._teller.changed(event, before)
+        self._tell(event)
+        return event
+
+    def _tell(self, event: FreezeEvent) -> None:
         for listener in self._listeners:
             listener(event)
-        return event
 
     def _apply(self, wanted: frozenset[int]) -> None:
         # Before the first step an optimizer's state can only be one that was loaded to resume, and what the policy
@@ -251,19 +257,21 @@ class FreezeController:
         self._frozen = wanted
 
     def _hold(self) -> None:
-        """Freeze again what the user's code has switched back on, and say so once."""
-        for place in self._frozen:
-            layer = self.layers[place]
-            if all(not parameter.requires_grad and parameter.grad is None for parameter in layer.parameters()):
-                continue
-            freeze(layer, self._optimizers)
-            if not self._reset_seen:
-                self._reset_seen = True
-                warnings.warn(
-                    f"something switched frozen layer {place} ({layer.name}) back on, and it may have moved; it is "
-                    "frozen again. Look for requires_grad_(True) in the training loop",
-                    stacklevel=4,
-                )
+        """Freeze again what the user's code has switched back on, tell the listeners, and say so once."""
+        moved = tuple(place for place in sorted(self._frozen) if _stirred(self.layers[place]))
+        if not moved:
+            return
+        for place in moved:
+            freeze(self.layers[place], self._optimizers)
+        if not self._reset_seen:
+            self._reset_seen = True
+            warnings.warn(
+                f"something switched frozen layer {moved[0]} ({self.layers[moved[0]].name}) back on, and it may have "
+                "moved; it is frozen again. Look for requires_grad_(True) in the training loop",
+                stacklevel=4,
+            )
+        # Whoever keeps what these layers gave keeps it of other weights.
+        self._tell(FreezeEvent(self._step, moved, moved, tuple(sorted(self._frozen)), len(self.layers)))
 
     def _check_optimizers(self) -> None:
         held = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
@@ -280,6 +288,11 @@ class FreezeController:
             return action()
         finally:
             self.seconds += time.perf_counter() - start
+
+
+def _stirred(layer: Layer) -> bool:
+    """Whether a frozen layer could move, or has."""
+    return any(parameter.requires_grad or parameter.grad is not None for parameter in layer.parameters())
 
 
 def _as_it_is(wanted: frozenset[int], layers: int) -> frozenset[int]:

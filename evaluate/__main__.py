@@ -35,6 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--oracles", type=Path, help=text)
     text = "compare by wall-clock time, CPU time or FLOPs (default: as the suite was run)"
     report.add_argument("--cost", choices=_COSTS, help=text)
+    text = "print the policies' curves as a table in Markdown, and nothing else"
+    report.add_argument("--markdown", action="store_true", help=text)
     _add_oracle(commands.add_parser("oracle", help="search the best freezing in hindsight of one workload"))
     bench = commands.add_parser("bench", help="what recording, deciding and frozen layers cost, against the limits")
     bench.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="default: %(default)s")
@@ -141,7 +143,20 @@ def _introduce(plan: "Plan", left: int, root: Path, adopted: bool) -> None:
 def _report(flags: argparse.Namespace) -> None:
     if flags.oracles is not None and not flags.oracles.is_dir():
         raise UsageError(f"--oracles {flags.oracles}: there is no such folder: give one that `oracle` wrote into")
-    _show(flags.folder, flags.oracles, None if flags.cost is None else _COSTS[flags.cost])
+    cost = None if flags.cost is None else _COSTS[flags.cost]
+    if flags.markdown:
+        _print_markdown(flags.folder, flags.oracles, cost)
+    else:
+        _show(flags.folder, flags.oracles, cost)
+
+
+def _print_markdown(folder: Path, oracles: Path | None, cost: str | None) -> None:
+    from evaluate.hindsight import find_oracles, oracles_beside
+    from evaluate.markdown import markdown
+    from evaluate.results import read_results
+
+    results = read_results(folder, cost)
+    print(markdown(results, find_oracles(oracles or oracles_beside(folder), results)[0]))
 
 
 def _oracle(flags: argparse.Namespace) -> None:

@@ -1,0 +1,53 @@
+"""The families' curves as a table in Markdown, a line a family, as a README or an appendix takes it."""
+
+from collections.abc import Mapping
+
+from evaluate.area import areas
+from evaluate.families import Family, rival
+from evaluate.hindsight import Oracle, shares_of_saving
+from evaluate.results import Results
+from evaluate.statistics import Row, compare, overall
+from evaluate.table import area, area_difference, percent, plain
+
+
+def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
+    """Each family's area, that less the area of training for fewer steps, and where its settings lie, dearest first.
+
+    oracles: by workload; where there are any, each setting's share of their saving has a column.
+    """
+    rows = compare(results)
+    by_label = {row.policy: row for row in overall(rows)}
+    shares = shares_of_saving(rows, oracles, results.suite.margin)
+    found = areas(results)
+    other = rival([each.family for each in found])
+    header = ["policy", "area under its curve", "FLOPs: points lost"]
+    if other:
+        header.insert(2, f"less that of `{_escaped(other.name)}`")
+    if shares:
+        header.append("share of the oracle's saving")
+    lines = [header, ["---"] * len(header)]
+    for each in found:
+        members = _settings(each.family, by_label)
+        cells = [_escaped(each.family.name), area(each.area), ", ".join(map(_point, members)) or "-"]
+        if other:
+            cells.insert(2, "-" if each.to_rival is None else area_difference(each.to_rival))
+        if shares:
+            cells.append(", ".join(percent(shares.get((row.workload, row.policy))) for row in members) or "-")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _settings(family: Family, rows: Mapping[str, Row]) -> list[Row]:
+    """A family's rows with a difference and a cost, the dearest first."""
+    own = [rows[label] for label in family.members if label in rows]
+    known = [(row.flops_share, row) for row in own if row.flops_share is not None and row.difference is not None]
+    return [row for _, row in sorted(known, key=lambda pair: -pair[0])]
+
+
+def _point(row: Row) -> str:
+    difference = row.difference.mean * 100 if row.difference else 0.0
+    return f"{percent(row.flops_share)}: {difference:+.1f}"
+
+
+def _escaped(text: str) -> str:
+    return plain(text).replace("|", r"\|")

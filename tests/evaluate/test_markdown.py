@@ -1,0 +1,50 @@
+"""The families' curves as Markdown."""
+
+import pytest
+
+from evaluate.__main__ import main
+from evaluate.hindsight import read_oracle
+from evaluate.markdown import markdown
+from evaluate.results import read_results
+
+
+@pytest.fixture
+def rows(trial):
+    costs = {"none": (1000, 0.9), "static 0.4": (800, 0.895), "static 0.7": (500, 0.88), "shorter 0.7": (700, 0.87)}
+    return [
+        trial("a", policy, seed, flops=flops, accuracy=accuracy)
+        for policy, (flops, accuracy) in costs.items()
+        for seed in (0, 1)
+    ]
+
+
+def test_each_family_has_a_line_with_its_settings_dearest_first(write, rows):
+    lines = markdown(read_results(write(rows), "flops"), {}).splitlines()
+    assert lines[0] == "| policy | area under its curve | less that of `shorter 0.7` | FLOPs: points lost |"
+    assert lines[1] == "| --- | --- | --- | --- |"
+    # 0.8 to 1 at half a point of five lost, and 0.5 to 0.8 at two: .2 x .9 + .3 x .6
+    assert lines[2].startswith("| static | 0.360 [0.360, 0.360] | +0.240 [+0.240, +0.240] | 80 %: -0.5, 50 %: -2.0 |")
+    assert lines[3] == "| shorter 0.7 | 0.120 [0.120, 0.120] | - | 70 %: -3.0 |"
+    assert len(lines) == 4
+
+
+def test_with_an_oracle_there_is_a_column_for_the_share_of_its_saving(write, rows, oracle, tmp_path):
+    results = read_results(write(rows), "flops")
+    lines = markdown(results, {"a": read_oracle(oracle(tmp_path, "a"))}).splitlines()
+    assert lines[0].endswith("| share of the oracle's saving |")
+    assert all(line.count("|") == 6 for line in lines)
+    assert "%" in lines[2].split("|")[5]
+
+
+def test_the_command_prints_the_table_alone(write, rows, capsys):
+    main(["report", str(write(rows)), "--markdown", "--cost", "flops"])
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].startswith("| policy |")
+    assert all(line.startswith("|") for line in out.splitlines())
+
+
+def test_a_label_cannot_break_the_table(write, trial):
+    rows = [trial("a", "none", 0), trial("a", "one | two\n", 0)]
+    lines = markdown(read_results(write(rows)), {}).splitlines()
+    assert len(lines) == 3
+    assert r"one \| two\n" in lines[2]

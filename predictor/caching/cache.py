@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from predictor.caching.ahead import ReadAhead, with_next
 from predictor.caching.compression import CompressedStore, Compression
-from predictor.caching.cut import Cut, replayed
+from predictor.caching.cut import Cut, replayed, uncompiled
 from predictor.caching.fingerprints import Fingerprints, check_alike, kind_of
 from predictor.caching.level import Level, cut_again
 from predictor.caching.levels import Levels
@@ -127,7 +127,7 @@ class FeatureCache:
                 handle.remove()  # one pass a batch, and none of the passes made here to find a cut
                 self._enter(stack, numbers, args, kwargs)
 
-            handle = self._model.register_forward_pre_hook(before, with_kwargs=True)
+            handle = self._model.register_forward_pre_hook(uncompiled(before), with_kwargs=True)
             stack.callback(handle.remove)
             yield
         following, self._following = self._following, None

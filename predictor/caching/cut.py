@@ -1,16 +1,19 @@
 """Where a model's frozen front can be cut off: its calls in order, and running it with the front left out."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from predictor.freezing.tensors import tensors_in
+
+_Hook = TypeVar("_Hook", bound=Callable[..., None])
 
 
 @dataclass(eq=False)
@@ -211,6 +214,14 @@ class _Answering:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         nth, self._calls = self._calls, self._calls + 1
         return self._known[nth] if nth in self._known else self._forward(*args, **kwargs)
+
+
+def uncompiled(hook: _Hook) -> _Hook:
+    """A hook that `torch.compile` leaves as it is: it deals with ids, and would be compiled anew for each batch."""
+    # Only where something compiles already, since to import that takes a second.
+    if "torch._dynamo" not in sys.modules:
+        return hook
+    return cast(_Hook, torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
 
 
 def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from predictor.caching.cut import Call, Cut
+from predictor.caching.cut import Call, Cut, uncompiled
 from predictor.caching.store import FeatureStore
 from predictor.errors import UsageError
 from predictor.freezing.tensors import tensors_in
@@ -47,7 +47,8 @@ class Level:
 
         with ExitStack() as hooks:
             for place, call in enumerate(self.cut.given):
-                hooks.callback(call.module.register_forward_hook(at_call(call.nth, partial(keep, place))).remove)
+                hook = uncompiled(at_call(call.nth, partial(keep, place)))
+                hooks.callback(call.module.register_forward_hook(hook).remove)
             yield
 
     def state_dict(self) -> dict[str, Any]:

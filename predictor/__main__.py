@@ -71,8 +71,8 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-threshold", type=float, default=0.98, help=text)
     text = "how far it may fall below that again (default: %(default)s)"
     parser.add_argument("--label-dip", type=float, default=0.0, help=text)
-    text = "take labels from what freezing really did: a file of `python -m collect gather outcomes` of the same runs"
-    parser.add_argument("--outcomes", type=Path, metavar="PATH", help=text)
+    text = "take labels from what freezing really did: files of `python -m collect gather outcomes` of the same runs"
+    parser.add_argument("--outcomes", nargs="+", type=Path, metavar="PATH", help=text)
     text = "with --outcomes: a layer may freeze where freezing the front up to it costs at most so many percentage "
     text += "points of accuracy (default: %(default)s)"
     parser.add_argument("--tolerance", type=float, default=0.5, help=text)
@@ -204,7 +204,7 @@ def _tune(flags: argparse.Namespace) -> None:
     )
     print("\n".join(f"  {name} {value}" for name, value in sorted(study.best_params.items())))
     print(f"plots: {', '.join(str(path) for path in drawn) or 'none, too few trials'}")
-    outcomes = f" --outcomes {flags.outcomes}" if flags.outcomes else ""
+    outcomes = f" --outcomes {' '.join(map(str, flags.outcomes))}" if flags.outcomes else ""
     print(f"next: python -m predictor train --settings {flags.out / BEST_FILE}{outcomes}")
 
 
@@ -251,7 +251,8 @@ def _rule(flags: argparse.Namespace) -> "Rule":
         raise UsageError(f"--tolerance {flags.tolerance}: give percentage points above 0")
     if getattr(flags, "learn_threshold", None) is not None:
         raise UsageError("--learn-threshold is for labels from CKA: leave it out, or --outcomes")
-    return OutcomeRule(harms_of(read_outcomes(flags.outcomes), _held_out(flags)), flags.tolerance)
+    outcomes = [outcome for path in flags.outcomes for outcome in read_outcomes(path)]
+    return OutcomeRule(harms_of(outcomes, _held_out(flags)), flags.tolerance)
 
 
 def _held_out(flags: argparse.Namespace) -> "HeldOut":

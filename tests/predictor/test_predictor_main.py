@@ -280,8 +280,11 @@ def outcomes_of(path, steps=(0, 8, 16), fronts=(1, 2, 4)):
 
 def test_train_on_outcomes_knows_thresholds_by_risk(write_trajectories, tmp_path, capsys):
     data, out, outcomes = write_trajectories(), tmp_path / "predictor.safetensors", tmp_path / "outcomes.jsonl"
-    write_outcomes(outcomes, outcomes_of(data))
-    train(data, out, "--no-transfer", "--outcomes", str(outcomes), "--tolerance", "0.25")
+    found, others = outcomes_of(data), tmp_path / "others.jsonl"
+    half = len(found) // 2
+    write_outcomes(outcomes, found[:half])
+    write_outcomes(others, found[half:])
+    train(data, out, "--no-transfer", "--outcomes", str(outcomes), str(others), "--tolerance", "0.25")
     printed = capsys.readouterr().out
     assert "What the runs would have lost and saved" in printed
     assert "calibrated on the same judgements: logits times " in printed
@@ -291,6 +294,8 @@ def test_train_on_outcomes_knows_thresholds_by_risk(write_trajectories, tmp_path
     assert sorted((cut for _, cut in file.risks), reverse=True) == [cut for _, cut in file.risks]
     assert "costs at most 0.25 points of accuracy" in show(file)
     assert f"freezes from probability {file.threshold:.4f}, for a risk of 0.5 points" in show(file)
+    with pytest.raises(UsageError, match="comes twice"):
+        train(data, out, "--outcomes", str(outcomes), str(outcomes))
     with pytest.raises(UsageError, match="--learn-threshold is for labels from CKA"):
         train(data, out, "--outcomes", str(outcomes), "--learn-threshold", "0.99")
     with pytest.raises(UsageError, match=r"--tolerance 0\.0"):

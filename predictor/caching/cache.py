@@ -125,7 +125,7 @@ class FeatureCache:
 
             def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 handle.remove()  # one pass a batch, and none of the passes made here to find a cut
-                self._enter(stack, numbers, args, kwargs)
+                self.enter(stack, numbers, args, kwargs)
 
             handle = self._model.register_forward_pre_hook(uncompiled(before), with_kwargs=True)
             stack.callback(handle.remove)
@@ -133,6 +133,14 @@ class FeatureCache:
         following, self._following = self._following, None
         if following is not None:
             self.prefetch(following)
+
+    def enter(self, stack: ExitStack, ids: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Arrange for the model's pass that is about to begin on these arguments; it ends with the stack."""
+        self.taken = Counter()
+        level = self._begin(stack, ids, args, kwargs)
+        self.hits += level is not None
+        self.misses += level is None
+        self.taken[None if level is None else level.frozen] += len(ids) - self.taken.total()
 
     def ahead(self, loader: Iterable[_Batch]) -> Iterator[_Batch]:
         """A loader's batches, of which the first part are the ids: while one is trained on, the next is prefetched."""
@@ -188,14 +196,6 @@ class FeatureCache:
         if event.thawed:
             self.clear()
         self._stale = True
-
-    def _enter(self, stack: ExitStack, ids: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Arrange for the pass that is about to begin."""
-        self.taken = Counter()
-        level = self._begin(stack, ids, args, kwargs)
-        self.hits += level is not None
-        self.misses += level is None
-        self.taken[None if level is None else level.frozen] += len(ids) - self.taken.total()
 
     def _begin(self, stack: ExitStack, ids: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Level | None:
         """The level at which the pass begins; None for the inputs."""

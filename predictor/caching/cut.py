@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from predictor.freezing.tensors import tensors_in
 
-_Hook = TypeVar("_Hook", bound=Callable[..., None])
+_Hook = TypeVar("_Hook", bound=Callable[..., Any])
 
 
 @dataclass(eq=False)

@@ -205,8 +205,11 @@ class _Hook:
 
 
 def _on_forward(model: nn.Module, callback: Callable[[tuple[Any, ...], Mapping[str, Any]], None]) -> RemovableHandle:
-    """Call `callback` with the inputs of each forward pass, until the handle is removed."""
-    return model.register_forward_pre_hook(_Hook(callback), with_kwargs=True)
+    """Call `callback` with the inputs of each forward pass, until the handle is removed.
+
+    Before all other hooks: those of a feature cache make passes of their own, which are not the training's.
+    """
+    return model.register_forward_pre_hook(_Hook(callback), with_kwargs=True, prepend=True)
 
 
 def _ignore(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

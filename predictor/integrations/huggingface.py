@@ -8,6 +8,8 @@ import torch
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import ParallelMode, TrainingArguments
 
+from predictor.caching.argument import IdsArgument
+from predictor.caching.cache import FeatureCache
 from predictor.errors import UsageError
 from predictor.freezing.wrappers import Agreement
 from predictor.integrations import Adapter, Layers
@@ -26,13 +28,27 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
     What it takes to resume is in the Trainer's checkpoints; `trainer.train(resume_from_checkpoint=...)` goes on.
 
     policy: from `make_policy`, or its name and, as `options`, its settings; by name it can also be remade under
-    `restore_callback_states_from_checkpoint=True`. layers: those that may freeze, by default `layers_of(model)`.
+    `restore_callback_states_from_checkpoint=True`. layers: those that may freeze, by default `layers_of(model)`. ids: a
+    column of the data set with a whole number for each sample. With it the frozen front's outputs are kept and its
+    passes skipped: `cache` is then the FeatureCache of the training. It needs `remove_unused_columns=False`, and inputs
+    that are padded to one length. memory_gb: features beyond this go to files.
 
     Raises UsageError at the start of training for what cannot freeze layers while it trains: DeepSpeed, FSDP1, DDP with
     a static graph or without `ddp_find_unused_parameters`, reentrant checkpointing.
     """
 
-    def __init__(self, policy: FreezePolicy | str, *, layers: Layers = None, **options: Any) -> None:
+    cache: FeatureCache | None = None
+    """That of the training which runs, and afterwards, empty, of the last one. None without `ids`."""
+
+    def __init__(
+        self,
+        policy: FreezePolicy | str,
+        *,
+        layers: Layers = None,
+        ids: str | None = None,
+        memory_gb: float = 4.0,
+        **options: Any,
+    ) -> None:
         if policy == "":
             raise UsageError(
                 "restore_callback_states_from_checkpoint=True makes callbacks anew, and this one was made of objects: "
@@ -41,8 +57,11 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
             )
         named = isinstance(policy, str)
         super().__init__(make_policy(policy, **options) if isinstance(policy, str) else policy, layers)
-        self._made_of = {"policy": policy, **options} if named and layers is None else {"policy": ""}
+        cached = {} if ids is None else {"ids": ids, "memory_gb": memory_gb}
+        self._made_of = {"policy": policy, **options, **cached} if named and layers is None else {"policy": ""}
         self._saved = ""
+        self._ids, self._memory_gb = ids, memory_gb
+        self._argument: IdsArgument | None = None
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into its checkpoints, as JSON."""
@@ -59,6 +78,11 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
         many = args.parallel_mode == ParallelMode.DISTRIBUTED
         if many:
             _refuse_unfit(args)
+        if self._ids is not None and args.remove_unused_columns:
+            raise UsageError(
+                f"ids={self._ids!r}: the Trainer takes columns away that the model has no argument for: say "
+                "TrainingArguments(remove_unused_columns=False)"
+            )
         # What the checkpoint says is here, whether or not the Trainer restores callbacks.
         stored: Any = state.stateful_callbacks or {}
         text = stored.get(type(self).__name__, {}).get("attributes", {}).get("_saved", "")
@@ -70,6 +94,10 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
             state=torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True) if text else None,
             agree=Agreement() if many else None,
         )
+        assert self.controller is not None, "it has just been made"
+        if self._ids is not None:
+            self.cache = FeatureCache(self.controller, memory_gb=self._memory_gb)
+            self._argument = IdsArgument(self.cache, self.controller.model, self._ids)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,6 +111,13 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
     ) -> None:
         """Let the frozen layers go."""
         self._finish()
+
+    def _finish(self) -> None:
+        if self._argument is not None and self.cache is not None:
+            self._argument.close()
+            self._argument = None
+            self.cache.close()
+        super()._finish()
 
 
 def _refuse_unfit(args: TrainingArguments) -> None:

@@ -3,6 +3,7 @@
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -157,6 +158,8 @@ def _print_markdown(folder: Path, oracles: Path | None, cost: str | None) -> Non
 
     results = read_results(folder, cost)
     print(markdown(results, find_oracles(oracles or oracles_beside(folder), results)[0]))
+    if missing := len(results.missing()) + len(results.faults):
+        print(f"{missing} trials are missing: {folder} is not complete", file=sys.stderr)
 
 
 def _oracle(flags: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
     shares = shares_of_saving(rows, oracles, results.suite.margin)
     found = areas(results)
     other = rival([each.family for each in found])
-    header = ["policy", "area under its curve", "FLOPs: points lost"]
+    header = ["policy", "area under its curve", f"FLOPs: points to `{_escaped(results.suite.baseline)}`"]
     if other:
         header.insert(2, f"less that of `{_escaped(other.name)}`")
     if shares:

@@ -197,7 +197,8 @@ def _tune(flags: argparse.Namespace) -> None:
     with start_tracker("tune", flags.wandb, flags.out, _told(flags)) as tracker:
         study = tune(task, flags.out, tracker=tracker)
     drawn = plots.study(study, flags.out)
-    default = study.get_trials(deepcopy=False)[0].value
+    # The first that was not broken off has the default settings.
+    default = next(trial.value for trial in study.get_trials(deepcopy=False) if trial.state.name != "FAIL")
     print(
         f"best of {len(study.trials)} trials: {config.score} {study.best_value:.3f} on families left out "
         f"(the default settings: {'n/a' if default is None else f'{default:.3f}'}), by these settings:"
@@ -205,7 +206,9 @@ def _tune(flags: argparse.Namespace) -> None:
     print("\n".join(f"  {name} {value}" for name, value in sorted(study.best_params.items())))
     print(f"plots: {', '.join(str(path) for path in drawn) or 'none, too few trials'}")
     outcomes = f" --outcomes {' '.join(map(str, flags.outcomes))}" if flags.outcomes else ""
-    print(f"next: python -m predictor train --settings {flags.out / BEST_FILE}{outcomes}")
+    data = f" --data {' '.join(map(str, flags.data))}" if flags.data != [_DATA] else ""
+    split = f" --held-out {flags.held_out}" if flags.held_out else ""
+    print(f"next: python -m predictor train --settings {flags.out / BEST_FILE}{data}{outcomes}{split}")
 
 
 def _show(flags: argparse.Namespace) -> None:

@@ -91,6 +91,7 @@ class FeatureCache:
         self._ahead = ReadAhead()
         self._following: Tensor | Iterable[int] | None = None
         controller.on_change(self._front_changed)
+        controller.on_moved(self.clear)
 
     @property
     def cut(self) -> str:

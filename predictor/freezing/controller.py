@@ -100,6 +100,7 @@ class FreezeController:
         self._still = {id(p) for layer in self.layers for p in layer.parameters() if not p.requires_grad}  # the user's
         self._step = 0
         self._listeners: list[Callable[[FreezeEvent], None]] = [forget_compiled]
+        self._moved: list[Callable[[], None]] = []
         self._watch = GradientWatch(self.layers, self._optimizers)
         self._teller = Teller(model, self.layers, say)
         self._reset_seen = False
@@ -135,11 +136,16 @@ class FreezeController:
         return self._timed(self._advance)
 
     def on_change(self, callback: Callable[[FreezeEvent], None]) -> None:
-        """Call `callback` after each change, also after one that comes from loading a state.
-
-        And where somebody else had switched layers on: these are in `thawed` and, frozen again, in `froze`.
-        """
+        """Call `callback` after each change, also after one that comes from loading a state."""
         self._listeners.append(callback)
+
+    def on_moved(self, callback: Callable[[], None]) -> None:
+        """Call `callback` where somebody else had switched frozen layers on, which may have moved."""
+        self._moved.append(callback)
+
+    def hide_argument(self, name: str) -> None:
+        """Say that calls of the model have a keyword argument that a hook takes out before its own `forward`."""
+        self._teller.hidden.add(name)
 
     def state_dict(self) -> dict[str, Any]:
         """Step, frozen layers, history and the policy's state: numbers, strings, tensors, lists and dicts of them."""
@@ -238,12 +244,9 @@ class FreezeController:
         if note:
             self.history.append(event)
             self._teller.changed(event, before)
-        self._tell(event)
-        return event
-
-    def _tell(self, event: FreezeEvent) -> None:
         for listener in self._listeners:
             listener(event)
+        return event
 
     def _apply(self, wanted: frozenset[int]) -> None:
         # Before the first step an optimizer's state can only be one that was loaded to resume, and what the policy
@@ -257,8 +260,8 @@ class FreezeController:
         self._frozen = wanted
 
     def _hold(self) -> None:
-        """Freeze again what the user's code has switched back on, tell the listeners, and say so once."""
-        moved = tuple(place for place in sorted(self._frozen) if _stirred(self.layers[place]))
+        """Freeze again what the user's code has switched back on, tell who keeps its outputs, and say so once."""
+        moved = [place for place in sorted(self._frozen) if _stirred(self.layers[place])]
         if not moved:
             return
         for place in moved:
@@ -270,8 +273,8 @@ class FreezeController:
                 "moved; it is frozen again. Look for requires_grad_(True) in the training loop",
                 stacklevel=4,
             )
-        # Whoever keeps what these layers gave keeps it of other weights.
-        self._tell(FreezeEvent(self._step, moved, moved, tuple(sorted(self._frozen)), len(self.layers)))
+        for callback in self._moved:
+            callback()
 
     def _check_optimizers(self) -> None:
         held = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}

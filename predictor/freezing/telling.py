@@ -62,6 +62,8 @@ class Teller:
         self._counting: RemovableHandle | None = None
         self._uncounted = not any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
         self._waiting = _Waiting(model)
+        self.hidden: set[str] = set()
+        """Arguments of the model's calls that its own `forward` never sees."""
 
     @property
     def busy(self) -> bool:
@@ -109,6 +111,7 @@ class Teller:
         model = unwrapped(self._model)
         if model is not self._model and "forward" in vars(model):
             return  # Lightning leads one call of the wrapped model elsewhere, and a pass in here would be that one
+        kwargs = {name: value for name, value in kwargs.items() if name not in self.hidden}
         with contextlib.suppress(Exception):  # it is somebody's model, and no more than a figure hangs on it
             self.flops = count_flops(model, self._layers, args, kwargs)
 
@@ -186,8 +189,10 @@ class _Waiting:
 def _finish(model: nn.Module) -> None:
     """Wait for a GPU's queue: while it is still at the last step, nobody waits for data."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if device.type not in ("cpu", "meta"):
-        torch.get_device_module(device).synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 class _Hook:

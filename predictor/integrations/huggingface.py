@@ -56,6 +56,11 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
                 "the frozen layers are restored all the same"
             )
         named = isinstance(policy, str)
+        if options and not named:
+            raise UsageError(
+                f"{', '.join(options)}: settings go with a policy's name, FreezeCallback('smartfrz', risk=1.0), or "
+                "into make_policy"
+            )
         super().__init__(make_policy(policy, **options) if isinstance(policy, str) else policy, layers)
         cached = {} if ids is None else {"ids": ids, "memory_gb": memory_gb}
         self._made_of = {"policy": policy, **options, **cached} if named and layers is None else {"policy": ""}
@@ -78,6 +83,10 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
         many = args.parallel_mode == ParallelMode.DISTRIBUTED
         if many:
             _refuse_unfit(args)
+        if self._ids is not None and args.n_gpu > 1:
+            raise UsageError(
+                f"ids={self._ids!r} with {args.n_gpu} GPUs in one process: start one process a GPU, with torchrun"
+            )
         if self._ids is not None and args.remove_unused_columns:
             raise UsageError(
                 f"ids={self._ids!r}: the Trainer takes columns away that the model has no argument for: say "
@@ -97,7 +106,7 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
         assert self.controller is not None, "it has just been made"
         if self._ids is not None:
             self.cache = FeatureCache(self.controller, memory_gb=self._memory_gb)
-            self._argument = IdsArgument(self.cache, self.controller.model, self._ids)
+            self._argument = IdsArgument(self.cache, self.controller, self._ids)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

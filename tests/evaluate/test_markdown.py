@@ -20,7 +20,7 @@ def rows(trial):
 
 def test_each_family_has_a_line_with_its_settings_dearest_first(write, rows):
     lines = markdown(read_results(write(rows), "flops"), {}).splitlines()
-    assert lines[0] == "| policy | area under its curve | less that of `shorter 0.7` | FLOPs: points lost |"
+    assert lines[0] == "| policy | area under its curve | less that of `shorter 0.7` | FLOPs: points to `none` |"
     assert lines[1] == "| --- | --- | --- | --- |"
     # 0.8 to 1 at half a point of five lost, and 0.5 to 0.8 at two: .2 x .9 + .3 x .6
     assert lines[2].startswith("| static | 0.360 [0.360, 0.360] | +0.240 [+0.240, +0.240] | 80 %: -0.5, 50 %: -2.0 |")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from predictor import FeatureCache, FreezeController, make_policy
 from tests.predictor.counted import Counted, X, Y, alike, chain, run
@@ -161,3 +162,27 @@ def test_features_of_a_layer_that_somebody_else_has_moved_are_forgotten():
     again = run(model, cache, torch.arange(12))
     assert torch.equal(again, model(X))
     assert torch.equal(run(model, cache, torch.arange(12)), model(X))
+
+
+class Checkpointed(nn.Module):
+    """Two layers that the backward pass computes once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return checkpoint(lambda x: self.second(self.first(x).relu()), x, use_reentrant=False)
+
+
+def test_no_cut_is_taken_inside_what_the_backward_pass_computes_once_more():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Checkpointed())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    cache = FeatureCache(FreezeController(model, optimizer, make_policy("static", layers=2), total_steps=9))
+    for _ in range(3):
+        out = run(model, cache, torch.arange(12))
+        optimizer.zero_grad()
+        F.cross_entropy(out, Y).backward()
+        assert torch.isfinite(model[2].second.weight.grad).all()
+    assert "activations are checkpointed" in cache.reason

@@ -1,11 +1,14 @@
 """The feature cache in the Trainer: real trainings of a tiny BERT, whose samples have ids."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from predictor.errors import UsageError
 from predictor.integrations.huggingface import FreezeCallback
@@ -58,12 +61,83 @@ def test_a_resumed_training_fills_its_cache_anew(tmp_path):
     assert (used.cache.hits, used.cache.misses) == (6, 6)
 
 
+def test_flops_are_told_though_the_model_has_no_argument_for_ids(tmp_path, capsys):
+    callback = FreezeCallback("static", share=0.5, ids="sample_id")
+    trainer = make_trainer(tmp_path, callback)
+    forward = trainer.model.forward
+
+    def strict(input_ids, labels=None, num_items_in_batch=None):
+        return forward(input_ids=input_ids, labels=labels)
+
+    trainer.model.forward = strict
+    trainer.train()
+    assert "of a full one's FLOPs" in capsys.readouterr().out
+    assert callback.cache.hits
+
+
 def test_samples_without_ids_are_refused(tmp_path):
     callback = FreezeCallback("static", share=0.5, ids="sample_id")
-    with pytest.raises(UsageError, match="called without 'sample_id'"):
+    with pytest.raises(UsageError, match="called in training without 'sample_id'"):
         make_trainer(tmp_path, callback, numbered=False).train()
     with pytest.raises(UsageError, match="remove_unused_columns=False"):
         make_trainer(tmp_path, callback, remove_unused_columns=True).train()
+
+
+def test_settings_beside_a_policy_that_is_made_are_refused():
+    with pytest.raises(UsageError, match="front: settings go with a policy's name"):
+        FreezeCallback(Script({}), front=0.4)
+
+
+def test_a_copy_of_the_model_has_no_part_in_the_cache(tmp_path):
+    copies = []
+
+    class Copying(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            copies.append(copy.deepcopy(model))
+
+    callback = FreezeCallback("static", share=0.5, ids="sample_id")
+    trainer = make_trainer(tmp_path, callback)
+    trainer.add_callback(Copying())
+    trainer.train()
+    hits = callback.cache.hits
+    for model in (copies[-1], pickle.loads(pickle.dumps(copies[-1]))):
+        model.train()
+        model(input_ids=torch.ones(2, 6, dtype=torch.long), sample_id=torch.arange(2))
+    assert callback.cache.hits == hits
+
+
+def test_activations_that_are_checkpointed_are_computed_from_whole_inputs(tmp_path):
+    plain = make_trainer(tmp_path, FreezeCallback(Script({0: FRONT})), numbered=False)
+    plain.train()
+    # The front ends inside the first block, which the backward pass computes once more.
+    callback = FreezeCallback(Script({0: FRONT}), ids="sample_id")
+    cached = make_trainer(
+        tmp_path,
+        callback,
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+    )
+    cached.train()
+    assert "activations are checkpointed" in callback.cache.reason
+    assert all(map(alike, plain.model.state_dict().values(), cached.model.state_dict().values()))
+
+
+def test_a_pass_that_was_interrupted_is_over_at_the_next(tmp_path):
+    callback = FreezeCallback("static", share=0.5, ids="sample_id")
+    trainer = make_trainer(tmp_path, callback)
+    calls = 0
+
+    def interrupt(module, args):
+        nonlocal calls
+        calls += module.training
+        if module.training and calls == 9:
+            raise KeyboardInterrupt
+
+    trainer.model.classifier.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert callback.cache.hits == 12
 
 
 def test_a_pass_that_fails_leaves_nothing_behind(tmp_path):

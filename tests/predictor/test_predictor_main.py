@@ -115,7 +115,7 @@ def test_settings_found_on_outcomes_are_used_with_outcomes(write_trajectories, t
     write_outcomes(outcomes, outcomes_of(data))
     flags = ["--data", str(data), "--outcomes", str(outcomes), "--tolerance", "0.25", "--epochs", "1"]
     main(["tune", *flags, "--out", str(study), "--trials", "2", "--folds", "2"])
-    assert f"next: python -m predictor train --settings {study / 'best.json'} --outcomes {outcomes}" in (
+    assert f"next: python -m predictor train --settings {study / 'best.json'} --data {data} --outcomes {outcomes}" in (
         capsys.readouterr().out
     )
     settings = json.loads((study / "best.json").read_text())["settings"]

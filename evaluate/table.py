@@ -12,6 +12,8 @@ from evaluate.results import COST_AXES, Results, read_results
 from evaluate.statistics import Estimate, Row, compare, headline
 
 _LABEL_WIDTH = 20
+"""Characters of a label in the terminal, or as many more as it takes to tell all labels apart."""
+_WIDEST_LABEL = 60
 _SPEEDUPS = {"train_seconds": "speedup", "cpu_seconds": "CPU speedup", "flops": "by FLOPs"}
 """What the column of cost ratios is called, by the measure of cost."""
 _GAP = "  "
@@ -40,13 +42,14 @@ def table(results: Results, width: int, oracles: Mapping[str, Oracle] | None = N
     shares = shares_of_saving(rows, oracles or {}, results.suite.margin)
     speedup = _SPEEDUPS[results.suite.cost]
     header = ("policy", "accuracy %", "difference", "verdict", speedup, "FLOPs", "own time", "seeds", "div")
+    letters = distinct_length(results.policies, _LABEL_WIDTH)
     blocks: _Blocks = []
     for row in rows:
         title = shortened(row.workload, width) if row.workload is not None else "all workloads"
         if not blocks or blocks[-1][0] != title:
             blocks.append((title, []))
         share = (percent(shares.get((row.workload, row.policy))),) if shares else ()
-        blocks[-1][1].append((*_cells(row), *share))
+        blocks[-1][1].append((*_cells(row, letters), *share))
     lines = [shortened(results.suite.name, width), ""]
     lines += _columns((*header, "of oracle") if shares else header, blocks, width)
     found = areas(results)
@@ -130,15 +133,24 @@ def shortened(text: str, length: int) -> str:
     return f"{text[:head]}…{text[head + 1 - length :]}"
 
 
+def distinct_length(labels: Sequence[str], least: int) -> int:
+    """The length, from `least` on, from which `shortened` leaves different labels different."""
+    lengths = range(least, _WIDEST_LABEL)
+    return next(
+        (length for length in lengths if len({shortened(label, length) for label in labels}) == len(labels)),
+        _WIDEST_LABEL,
+    )
+
+
 def _interval(value: Estimate, scale: float, digits: int, sign: str) -> str:
     if not value.bounded:
         return " [?]"
     return f" [{value.low * scale:{sign}.{digits}f}, {value.high * scale:{sign}.{digits}f}]"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, letters: int) -> tuple[str, ...]:
     return (
-        "  " + shortened(row.policy, _LABEL_WIDTH),
+        "  " + shortened(row.policy, letters),
         accuracy(row),
         points(row.difference) if row.difference else "-",
         row.verdict,

@@ -6,7 +6,7 @@ from evaluate.area import areas
 from evaluate.hindsight import read_oracle
 from evaluate.results import read_results
 from evaluate.statistics import compare
-from evaluate.table import plain, print_table, shortened, table
+from evaluate.table import distinct_length, plain, print_table, shortened, table
 
 
 def line_of(text, policy, after):
@@ -91,6 +91,18 @@ def test_labels_are_cut_in_the_middle():
     assert shortened("policy number 14", 10) == "policy… 14"
     assert len(shortened("x" * 100, 17)) == 17
     assert plain("a\tb") == "a\\tb"
+
+
+def test_labels_are_cut_no_shorter_than_tells_them_apart(write, trial):
+    assert distinct_length(["none", "smartfrz"], 20) == 20
+    labels = ["smartfrz, front 0.4, cached", "smartfrz, front 0.7, cached"]
+    length = distinct_length(labels, 10)
+    assert len({shortened(label, length) for label in labels}) == 2
+    assert len({shortened(label, length - 1) for label in labels}) == 1
+    assert distinct_length(["x" * 99, "x" * 98 + "y" + "x" * 99], 20) == 60
+    text = table(read_results(write([trial("a", "none", 0), *(trial("a", label, 0) for label in labels)])), 200)
+    rows = text[: text.index("area under the front")].splitlines()
+    assert len({line.split("  ")[1] for line in rows if line.startswith("  smartfrz")}) == 2
 
 
 def test_a_terminal_of_another_encoding_is_printed_to(folder, monkeypatch, tmp_path):

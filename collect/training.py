@@ -26,7 +26,7 @@ _TEST_BATCH = 256
 
 class Training:
     """A training under way. Hooks may read all of it, freeze parameters, hold weights at zero, set `around_forward`,
-    `on_answers` and `among`, and call `stop` and `untimed`.
+    `on_answers` and `among`, and call `finish`, `stop` and `untimed`.
 
     Building it seeds all global random generators and makes the model; nothing is trained yet.
 
@@ -135,6 +135,10 @@ class Training:
     def untimed(self) -> contextlib.AbstractContextManager[None]:
         """For a hook's work that is no part of the training: `with training.untimed(): ...` is left out of its time."""
         return self.clock.paused()
+
+    def finish(self) -> None:
+        """For a hook, in `on_step`: let this step be the last, as if the training had been planned so long."""
+        self.total_steps = self.step
 
     def stop(self, reason: str) -> None:
         """For a hook: end the training after this step, with the scores taken so far and the status "stopped"."""

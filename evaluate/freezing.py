@@ -28,14 +28,15 @@ UNDER_AUGMENTATION: tuple[CacheForm, ...] = ("views", "first", "direct")
 class FreezeHook(Hook):
     """Lets a policy freeze layers of the model under training.
 
-    layers: those that may freeze; the training's own by default.
+    layers: those that may freeze; the training's own by default. stop: end the training once all of them are frozen.
     """
 
     controller: FreezeController
 
-    def __init__(self, policy: FreezePolicy, layers: Sequence[Layer] | None = None) -> None:
+    def __init__(self, policy: FreezePolicy, layers: Sequence[Layer] | None = None, stop: bool = False) -> None:
         self._policy = policy
         self._layers = layers
+        self._stop = stop
 
     def on_start(self, training: Training) -> None:
         """Watch the training; a policy that freezes before the first step does so here."""
@@ -51,6 +52,8 @@ class FreezeHook(Hook):
     def on_step(self, training: Training) -> None:
         """Let the policy judge."""
         self.controller.step()
+        if self._stop and self.controller.finished:
+            training.finish()
 
     def on_end(self, training: Training) -> None:
         """Let go of what the policy holds."""

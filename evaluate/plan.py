@@ -153,6 +153,11 @@ def _refuse_unfit(work: _Work, entry: PolicyEntry, policy: FreezePolicy) -> None
             "leave the cache out, or set augment = false in the recipe"
         )
     _refuse_sieve(work, entry)
+    if entry.stop and not policy.freezes:
+        raise UsageError(
+            f"policy {entry.label!r} ends once all layers are frozen (stop = true), and {entry.name} freezes none: "
+            'leave it out, or break off at a fixed time with name = "stopped"'
+        )
     if entry.lora is None:
         return
     if entry.cache or policy.freezes:
@@ -225,6 +230,7 @@ def _job(seed: int, work: _Work, judge: _Judge, folder: SuiteFolder, where: dict
         "workload": {"name": work.entry.name, "source": work.entry.source, "recipe": {**work.entry.recipe, **faster}},
         "policy": {"name": policy.name, "options": judge.options(str(folder.predictor(judge.mark or "")))},
         "cache": policy.cache,
+        "stop": policy.stop,
         "lora": policy.lora,
         "sieve": policy.sieve,
         "sparse": policy.sparse,

@@ -43,6 +43,8 @@ class PolicyEntry:
     cache: bool | CacheForm = False
     """Whether what the frozen front makes of each sample is kept, so that its forward pass is skipped; and, where it is
     not kept as it is, in which form (`evaluate.freezing.CacheHook`)."""
+    stop: bool = False
+    """Whether the training ends once every layer but the head is frozen."""
     lora: int | None = None
     """The rank of the LoRA adapters that are trained in place of the layers; None trains the layers."""
     lr_factor: float = 1.0
@@ -57,7 +59,7 @@ class PolicyEntry:
     @property
     def changes(self) -> dict[str, Any]:
         """What it changes of a training besides freezing; only what is set, so that ids of other trials stay."""
-        names = ("cache", "lora", "lr_factor", "sieve", "sparse")
+        names = ("cache", "stop", "lora", "lr_factor", "sieve", "sparse")
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(type(self), name)}
 
 
@@ -132,13 +134,14 @@ def _workload(entry: str | dict[str, Any], shared: dict[str, Any]) -> WorkloadEn
 
 def _policy(entry: str | dict[str, Any]) -> PolicyEntry:
     table = {"name": entry} if isinstance(entry, str) else entry
-    _only(table, ("name", "label", "options", "cache", "lora", "lr_factor", "sieve", "sparse"), "policies: ")
+    _only(table, ("name", "label", "options", "cache", "stop", "lora", "lr_factor", "sieve", "sparse"), "policies: ")
     name, lora, lr_factor = _typed(table, "name", str), _typed(table, "lora", int, None), _factor(table)
     if lora is not None and lora < 1:
         raise UsageError(f"lora = {lora}: give the adapters' rank, a whole number from 1")
     label, options = _typed(table, "label", str, name), _typed(table, "options", dict, {})
     sieve, sparse = _share(table, "sieve", "training samples to leave out"), _share(table, "sparse", "weights to mask")
-    return PolicyEntry(name, label, options, _cache(table), lora, lr_factor, sieve, sparse)
+    stop = _typed(table, "stop", bool, False)
+    return PolicyEntry(name, label, options, _cache(table), stop, lora, lr_factor, sieve, sparse)
 
 
 def _cache(table: dict[str, Any]) -> bool | CacheForm:

@@ -39,9 +39,9 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
 
     payload: `row`, the facts that are known beforehand and head the result; and what it takes to train: `workload`
         (arguments of `build_workload`), `policy` (name and options of `make_policy`), `cache` (whether, or in which
-        form, the frozen front's features are kept), `lora` (rank of the adapters to train, or None), `sieve` (the share
-        of the samples that each epoch leaves out), `sparse` (the share of the weights that masks hold at zero),
-        `scores` (when to test), `seed` and `device`.
+        form, the frozen front's features are kept), `stop` (whether the training ends once all layers are frozen),
+        `lora` (rank of the adapters to train, or None), `sieve` (the share of the samples that each epoch leaves out),
+        `sparse` (the share of the weights that masks hold at zero), `scores` (when to test), `seed` and `device`.
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
     workload, rank = build_workload(**payload["workload"]), payload["lora"]
@@ -51,7 +51,7 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
     policy = make_policy(payload["policy"]["name"], **payload["policy"]["options"])
     device = pick_device(payload["device"])
     warm_up(workload, source, device)
-    freezing = FreezeHook(policy, layers=None if rank is None else ())
+    freezing = FreezeHook(policy, layers=None if rank is None else (), stop=payload["stop"])
     cache: CacheForm | Literal[False] = "exact" if payload["cache"] is True else payload["cache"]
     caching = CacheHook(freezing, cache) if cache else None
     sieve = Sieve() if payload["sieve"] else None

@@ -123,6 +123,14 @@ class FreezeController:
         return self._frozen
 
     @property
+    def finished(self) -> bool:
+        """Whether nothing but the head is left to train, since some step: a loop may break off here.
+
+        What was frozen as a whole before the first step has learnt nothing, and is not finished.
+        """
+        return 0 < len(self.layers) == len(self._frozen) and bool(self.history) and self.history[-1].step > 0
+
+    @property
     def view(self) -> View:
         """What the policy may look at now."""
         return View(self.layers, self._frozen, self._step, self.total_steps, self._teller.flops)

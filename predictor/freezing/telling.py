@@ -127,6 +127,8 @@ class Teller:
             if places
         ]
         line = f"step {event.step}: {'; '.join(changes)} ({len(event.frozen)} of {len(self._layers)} layers frozen)"
+        if event.step and len(event.frozen) == len(self._layers):
+            line += "; only the head still trains"
         if self.flops is None:
             return line
         now, then = (self.flops.share(frozenset(frozen)) for frozen in (event.frozen, before))

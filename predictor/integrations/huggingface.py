@@ -31,7 +31,8 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
     `restore_callback_states_from_checkpoint=True`. layers: those that may freeze, by default `layers_of(model)`. ids: a
     column of the data set with a whole number for each sample. With it the frozen front's outputs are kept and its
     passes skipped: `cache` is then the FeatureCache of the training. It needs `remove_unused_columns=False`, and inputs
-    that are padded to one length. memory_gb: features beyond this go to files.
+    that are padded to one length. memory_gb: features beyond this go to files. stop: end the training once nothing but
+    the head is left to train, as an EarlyStoppingCallback does.
 
     Raises UsageError at the start of training for what cannot freeze layers while it trains: DeepSpeed, FSDP1, DDP with
     a static graph or without `ddp_find_unused_parameters`, reentrant checkpointing.
@@ -47,6 +48,7 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
         layers: Layers = None,
         ids: str | None = None,
         memory_gb: float = 4.0,
+        stop: bool = False,
         **options: Any,
     ) -> None:
         if policy == "":
@@ -63,9 +65,11 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
             )
         super().__init__(make_policy(policy, **options) if isinstance(policy, str) else policy, layers)
         cached = {} if ids is None else {"ids": ids, "memory_gb": memory_gb}
-        self._made_of = {"policy": policy, **options, **cached} if named and layers is None else {"policy": ""}
+        self._made_of = (
+            {"policy": policy, **options, **cached, "stop": stop} if named and layers is None else {"policy": ""}
+        )
         self._saved = ""
-        self._ids, self._memory_gb = ids, memory_gb
+        self._ids, self._memory_gb, self._stop = ids, memory_gb, stop
         self._argument: IdsArgument | None = None
 
     def state(self) -> dict[str, Any]:
@@ -114,6 +118,8 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
         """Once an optimizer step: gradients stand here, and are gone in `on_step_end`."""
         assert self.controller is not None, "the Trainer steps after it began to train"
         self.controller.step()
+        if self._stop and self.controller.finished:
+            control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

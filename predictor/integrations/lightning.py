@@ -25,15 +25,19 @@ class FreezeCallback(Adapter, pl.Callback):  # type: ignore[misc]
     What it takes to resume is in Lightning's checkpoints; `trainer.fit(module, data, ckpt_path=...)` goes on.
 
     policy: from `make_policy`. layers: those that may freeze, by default `layers_of(module)`. total_steps: batches in
-    which an optimizer steps, of the whole training; needed where it has no end, or where several optimizers step.
+    which an optimizer steps, of the whole training; needed where it has no end, or where several optimizers step. stop:
+    end the training once nothing but the head is left to train, as an EarlyStopping callback does.
 
     Raises UsageError when total_steps is needed and missing, and for what cannot freeze layers while it trains:
     DeepSpeed, FSDP1, DDP with a static graph, reentrant checkpointing.
     """
 
-    def __init__(self, policy: FreezePolicy, *, layers: Layers = None, total_steps: int | None = None) -> None:
+    def __init__(
+        self, policy: FreezePolicy, *, layers: Layers = None, total_steps: int | None = None, stop: bool = False
+    ) -> None:
         super().__init__(policy, layers)
         self._total_steps = total_steps
+        self._stop = stop
         self._loaded: dict[str, Any] = {}
         self._steps_seen = 0
 
@@ -67,6 +71,8 @@ class FreezeCallback(Adapter, pl.Callback):  # type: ignore[misc]
         self._steps_seen = trainer.global_step
         assert self.controller is not None, "Lightning trains after it started"
         self.controller.step()
+        if self._stop and self.controller.finished:
+            trainer.should_stop = True
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Let the frozen layers go."""

@@ -94,7 +94,7 @@ def test_options_make_another_trial(tmp_path):
 
 
 def test_what_an_entry_leaves_out_is_in_no_id(tmp_path):
-    """Results from before there were caches, adapters, factors, sieves and masks keep their ids."""
+    """Results from before there were caches, ends, adapters, factors, sieves and masks keep their ids."""
     config = plan(tmp_path, with_policy("linear")).jobs[1].payload["row"]["config"]
     assert config["policy"] == {"name": "linear", "label": "linear", "options": {}}
     assert type(config["recipe"]["epochs"]) is float  # though the suite says 2: one training, one id
@@ -104,13 +104,17 @@ def test_what_an_entry_leaves_out_is_in_no_id(tmp_path):
     assert ids(tmp_path, with_entry("linear", "linear", sieve=0.0, sparse=0.0))[1] == digest[:16]
 
 
-CHANGES = [{"cache": True}, {"lr_factor": 10.0}, {"lora": 4}, {"sieve": 0.2}, {"sparse": 0.9}]
+CHANGES = [{"cache": True}, {"stop": True}, {"lr_factor": 10.0}, {"sieve": 0.2}, {"sparse": 0.9}]
 
 
 @pytest.mark.parametrize("settings", CHANGES)
 def test_what_an_entry_says_makes_another_trial(tmp_path, settings):
-    plain, changed = (ids(tmp_path, with_entry("shorter", "x", **part))[1] for part in ({}, settings))
+    plain, changed = (ids(tmp_path, with_entry("linear", "x", **part))[1] for part in ({}, settings))
     assert plain != changed
+
+
+def test_adapters_make_another_trial(tmp_path):
+    assert ids(tmp_path, with_entry("shorter", "x", lora=4))[1] != ids(tmp_path, with_entry("shorter", "x"))[1]
 
 
 def test_a_factor_multiplies_the_workloads_own_learning_rate(tmp_path):
@@ -150,6 +154,11 @@ def test_what_does_not_go_together(tmp_path, recipe, settings, message):
     )
     with pytest.raises(UsageError, match=message):
         plan(tmp_path, suite)
+
+
+def test_an_end_that_never_comes(tmp_path):
+    with pytest.raises(UsageError, match=r"'x' ends once all layers are frozen .* shorter freezes none"):
+        plan(tmp_path, with_entry("shorter", "x", stop=True))
 
 
 def test_masks_beside_adapters(tmp_path):

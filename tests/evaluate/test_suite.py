@@ -57,6 +57,7 @@ def test_tables(tmp_path):
         name = "shorter"
         options = { budget = 0.5 }
         cache = true
+        stop = true
         lora = 8
         lr_factor = 10
         sieve = 0.2
@@ -67,10 +68,11 @@ def test_tables(tmp_path):
     assert suite.workloads == (WorkloadEntry("mlp-digits", "small", "fashion", {"epochs": 3, "lr": 0.2}),)
     assert suite.policies == (
         PolicyEntry("none", "plain"),
-        PolicyEntry("shorter", "shorter", {"budget": 0.5}, True, 8, 10.0, 0.2, 0.9),
+        PolicyEntry("shorter", "shorter", {"budget": 0.5}, True, True, 8, 10.0, 0.2, 0.9),
     )
     assert suite.policies[0].changes == {}
-    assert suite.policies[1].changes == {"cache": True, "lora": 8, "lr_factor": 10.0, "sieve": 0.2, "sparse": 0.9}
+    changes = {"cache": True, "stop": True, "lora": 8, "lr_factor": 10.0, "sieve": 0.2, "sparse": 0.9}
+    assert suite.policies[1].changes == changes
 
 
 def test_policies_of_a_seed_and_workload_follow_each_other(tmp_path):
@@ -121,6 +123,7 @@ def test_policies_of_a_seed_and_workload_follow_each_other(tmp_path):
             "cache = 'exact': give true or false, or",
         ),
         ('["none", "linear"]', '["none", { name = "linear", cache = 1 }]', "cache = 1: give true or false, or one of"),
+        ('["none", "linear"]', '["none", { name = "linear", stop = 1 }]', "stop = 1: give true or false"),
         ('["none", "linear"]', '["none", { name = "linear", sieve = "0.2" }]', "sieve = '0.2': give a number"),
         (
             '["none", "linear"]',

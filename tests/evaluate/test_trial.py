@@ -17,7 +17,7 @@ from tests.evaluate import toys
 SIX = "tests.evaluate.toys:six_linear"
 
 
-ENTRY = {"cache": False, "lora": None, "sieve": 0.0, "sparse": 0.0}
+ENTRY = {"cache": False, "stop": False, "lora": None, "sieve": 0.0, "sparse": 0.0}
 """What an entry may say besides its policy."""
 
 
@@ -101,6 +101,16 @@ def test_a_training_that_is_broken_off_is_the_full_one_up_to_there(tmp_path):
     so_far = [row for row in full["curve"] if row["step"] <= 15]
     assert scores(stopped["curve"])[: len(so_far)] == scores(so_far) != []
     assert scores(stopped["curve"])[-1] != scores(trial(tmp_path, "shorter", budget=0.75)["curve"])[-1]
+
+
+def test_a_training_may_end_once_all_layers_are_frozen(tmp_path):
+    fronts = {"fronts": [[0.25, 0.4], [0.7, 1.0]]}
+    full, ended = trial(tmp_path, "schedule", **fronts), trial(tmp_path, "schedule", stop=True, **fronts)
+    assert (ended["steps"], ended["planned_steps"], ended["status"], full["steps"]) == (14, 20, "finished", 20)
+    assert ended["flops"] == sum(p["step_flops"] * p["steps"] for p in full["patterns"] if len(p["frozen"]) < 5)
+    assert ended["curve"][-1]["step"] == ended["step_cost"][-1]["step"] == 14
+    assert scores(ended["curve"])[0] == scores(full["curve"])[0]  # the schedule is the full training's
+    assert ended["shares"][-1] == 1.0
 
 
 def test_a_lost_training_is_recorded_as_such(tmp_path):

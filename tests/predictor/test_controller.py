@@ -84,6 +84,27 @@ def test_all_layers_frozen_leaves_the_head_training(make_toy):
     assert not torch.equal(before, model.head.weight)
 
 
+def test_a_training_is_finished_once_all_layers_are_frozen_after_its_start(make_toy):
+    model = make_toy()
+    optimizer, controller = start(model, Script({1: {0, 1}, 2: {0, 1, 2}, 3: {0}}))
+    finished = []
+    for _ in range(3):
+        step(model, optimizer, controller)
+        finished.append(controller.finished)
+    assert finished == [False, True, False]
+    again = start(make_toy(), Script({}))[1]
+    again.load_state_dict(controller.state_dict() | {"frozen": [0, 1, 2]})
+    assert again.finished
+
+
+@pytest.mark.parametrize("layers", [None, ()])
+def test_what_has_trained_nothing_is_not_finished(make_toy, layers):
+    model = make_toy()
+    optimizer, controller = start(model, make_policy("static", share=1.0), layers=layers)
+    step(model, optimizer, controller)
+    assert not controller.finished
+
+
 @pytest.mark.parametrize("total_steps", [0, -3])
 def test_total_steps_below_one_is_refused(make_toy, total_steps):
     with pytest.raises(UsageError, match=f"total_steps={total_steps}: give the number of optimizer steps"):

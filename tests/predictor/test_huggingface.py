@@ -98,6 +98,14 @@ def test_frozen_layers_stand_still_and_the_others_train(tmp_path):
     assert in_optimizer == {id(p) for p in trainer.model.parameters()}
 
 
+@pytest.mark.parametrize(("stop", "steps"), [(True, 5), (False, STEPS)])
+def test_training_may_end_when_all_layers_are_frozen(stop, steps, tmp_path):
+    layers = range(len(layers_of(make_bert())))
+    trainer = make_trainer(tmp_path, FreezeCallback(WatchingScript({2: FRONT, 5: layers}), stop=stop))
+    trained(trainer)
+    assert trainer.state.global_step == steps
+
+
 @pytest.mark.parametrize("stop", [3, 5])
 def test_resumed_equals_unbroken_bit_for_bit(stop, tmp_path):
     answers = {2: FRONT, 7: {0}}

@@ -90,6 +90,14 @@ def test_frozen_layers_stand_still_through_validation_and_the_others_train(tmp_p
     assert still == {name for name in before if name.startswith(("body.0", "body.1.", "body.3", "body.4"))}
 
 
+@pytest.mark.parametrize(("stop", "steps"), [(True, 5), (False, STEPS)])
+def test_training_may_end_when_all_layers_are_frozen(stop, steps, tmp_path, make_toy):
+    net = make_toy()
+    callback = FreezeCallback(WatchingScript({2: {0, 1}, 5: range(len(layers_of(net)))}), stop=stop)
+    fit(tmp_path, net, callback)
+    assert callback.controller.view.step == steps
+
+
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resumed_equals_unbroken_bit_for_bit(stop, tmp_path, make_toy):
     answers = {2: {0, 1}, 8: {1}}

@@ -79,6 +79,12 @@ def test_linear_grows_evenly_after_its_start():
     expected = [[], [], [0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
     assert answers(make_policy("linear"), 4, 100, [0, 50, 70, 75, 90, 100]) == expected
     assert answers(make_policy("linear", start=0.0, level=0.5), 4, 100, [0, 50, 100]) == [[], [0], [0, 1]]
+    assert answers(make_policy("linear", end=0.9), 4, 100, [50, 61, 89, 90, 95]) == [
+        [],
+        [0],
+        [0, 1, 2],
+        *2 * [[*range(4)]],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +100,7 @@ def test_linear_grows_evenly_after_its_start():
         ("gradual", {"groups": 0}, "groups=0: give a number"),
         ("linear", {"start": 1.0}, "start=1.0"),
         ("linear", {"level": 2}, "level=2"),
+        ("linear", {"end": 0.5}, "end=0.5: give a progress after start=0.5"),
         ("linear", {"begin": 0.5}, "policy 'linear' cannot be made with"),
         ("liner", {}, "no policy 'liner': did you mean 'linear'"),
     ],

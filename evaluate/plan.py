@@ -98,9 +98,15 @@ class _Judge:
     mark: str | None
     """The fingerprint of its predictor file; None for a policy that takes none."""
 
-    def options(self, predictor: str | None) -> dict[str, Any]:
-        """The policy's options, with `predictor` where it takes one."""
-        return {**self.entry.options, **({} if self.mark is None else {"predictor": predictor})}
+    def options(self, predictor: str | None, seed: int) -> dict[str, Any]:
+        """The policy's options, with `predictor` where it takes one, and the trial's seed where it draws by one.
+
+        A policy's own draws are chance as the first weights are, and intervals have to hold it too.
+        """
+        drawn = _takes(self.entry.name).get("seed")
+        by_seed = drawn is not None and drawn.default != seed  # with the default's own id, as ever
+        own = {"seed": seed} if by_seed else {}
+        return {**own, **self.entry.options, **({} if self.mark is None else {"predictor": predictor})}
 
 
 def make_plan(suite: Suite, folder: SuiteFolder, settings: Settings) -> Plan:
@@ -115,7 +121,7 @@ def make_plan(suite: Suite, folder: SuiteFolder, settings: Settings) -> Plan:
     for entry in suite.policies:
         path = _predictor_of(entry, SHIPPED if settings.predictor is None and suite.shipped else settings.predictor)
         judge = judges[entry.label] = _Judge(entry, None if path is None else fingerprint(path))
-        policy = make_policy(entry.name, **judge.options(str(path)))
+        policy = make_policy(entry.name, **judge.options(str(path), suite.seeds[0]))
         if path is not None and judge.mark is not None:
             predictors[judge.mark] = path
         for work in works.values():
@@ -192,7 +198,7 @@ def _refuse_sieve(work: _Work, entry: PolicyEntry) -> None:
 
 def _predictor_of(entry: PolicyEntry, given: Path | None) -> Path | None:
     """The predictor file of a policy, read and found good; None for a policy that takes none."""
-    if "predictor" not in inspect.signature(policy_class(entry.name)).parameters:
+    if "predictor" not in _takes(entry.name):
         return None
     named = entry.options.get("predictor")
     path = find_predictor(given) if named is None else Path(named)
@@ -200,9 +206,14 @@ def _predictor_of(entry: PolicyEntry, given: Path | None) -> Path | None:
     return path
 
 
+def _takes(policy: str) -> Mapping[str, inspect.Parameter]:
+    """The settings that a policy takes."""
+    return inspect.signature(policy_class(policy)).parameters
+
+
 def _job(seed: int, work: _Work, judge: _Judge, folder: SuiteFolder, where: dict[str, Any]) -> Job:
     policy = judge.entry
-    options = judge.options(f"sha256:{judge.mark}")
+    options = judge.options(f"sha256:{judge.mark}", seed)
     faster = {} if policy.lr_factor == 1.0 else {"lr": work.workload.recipe.lr * policy.lr_factor}
     config = {
         "workload": work.entry.name,
@@ -228,7 +239,7 @@ def _job(seed: int, work: _Work, judge: _Judge, folder: SuiteFolder, where: dict
     payload = {
         "row": row,
         "workload": {"name": work.entry.name, "source": work.entry.source, "recipe": {**work.entry.recipe, **faster}},
-        "policy": {"name": policy.name, "options": judge.options(str(folder.predictor(judge.mark or "")))},
+        "policy": {"name": policy.name, "options": judge.options(str(folder.predictor(judge.mark or "")), seed)},
         "cache": policy.cache,
         "stop": policy.stop,
         "lora": policy.lora,

@@ -244,3 +244,15 @@ def test_the_suite_of_spfde_puts_its_three_parts_together(tmp_path):
     assert parts["none"] == ("none", 0.0, 0.0)
     assert parts["sparse, spfde, sieve"] == ("spfde", 0.9, 0.2)
     assert len(made.jobs) == 8 * 2 * 3 == len({job.id for job in made.jobs})
+
+
+@pytest.mark.parametrize("name", ["random", "lisa"])
+def test_what_a_policy_draws_hangs_on_the_trials_seed(tmp_path, name):
+    def drawn(**options):
+        suite = dataclasses.replace(with_policy(name, **options), seeds=(0, 1))
+        rows = [job.payload for job in plan(tmp_path, suite).jobs if job.payload["policy"]["name"] == name]
+        assert all(row["policy"]["options"] == row["row"]["policy_options"] for row in rows)
+        return [row["policy"]["options"] for row in rows]
+
+    assert drawn() == [{}, {"seed": 1}]  # 0 is what it draws by on its own
+    assert drawn(seed=7) == [{"seed": 7}, {"seed": 7}]

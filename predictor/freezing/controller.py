@@ -102,7 +102,7 @@ class FreezeController:
         self._listeners: list[Callable[[FreezeEvent], None]] = [forget_compiled]
         self._moved: list[Callable[[], None]] = []
         self._watch = GradientWatch(self.layers, self._optimizers)
-        self._teller = Teller(model, self.layers, say)
+        self._teller = Teller(model, self.layers, say, whole=layers is None)
         self._reset_seen = False
         self._observing = type(policy).observe is not FreezePolicy.observe
         self._wake = 0
@@ -124,11 +124,13 @@ class FreezeController:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing but the head is left to train, since some step: a loop may break off here.
+        """Whether all layers have become frozen, for good: a training may end here, with only the head still training.
 
-        What was frozen as a whole before the first step has learnt nothing, and is not finished.
+        Never under a policy that thaws, and not where all were frozen before the first step, as for a linear probe.
+        With `layers` that are a part of the model it is about these: the others still train.
         """
-        return 0 < len(self.layers) == len(self._frozen) and bool(self.history) and self.history[-1].step > 0
+        whole = 0 < len(self.layers) == len(self._frozen) and not self.policy.thaws
+        return whole and bool(self.history) and self.history[-1].step > 0
 
     @property
     def view(self) -> View:
@@ -251,7 +253,7 @@ class FreezeController:
         self._watch.start(self.view.active)
         if note:
             self.history.append(event)
-            self._teller.changed(event, before)
+            self._teller.changed(event, before, self.finished)
         for listener in self._listeners:
             listener(event)
         return event

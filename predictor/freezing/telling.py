@@ -49,16 +49,19 @@ class Teller:
     something to tell or `count` was asked for. Where that cannot be, as for a sharded model, lines come without them.
 
     model: as it is called in the loop. say: takes a line; None tells nothing. Where several processes train one model,
-    the first alone speaks.
+    the first alone speaks. whole: whether `layers` are all of the model's but its head.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], say: Callable[[str], None] | None) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], say: Callable[[str], None] | None, whole: bool = True
+    ) -> None:
         self.flops: LayerFlops | None = None
         """What the layers cost; None until it was counted."""
         self._model = model
         self._layers = layers
         self._say = say if _is_first() else None
-        self._open: list[tuple[Change, frozenset[int]]] = []
+        self._open: list[tuple[Change, frozenset[int], bool]] = []
+        self._end = "; only the head still trains" if whole else ""
         self._counting: RemovableHandle | None = None
         self._uncounted = not any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
         self._waiting = _Waiting(model)
@@ -75,20 +78,24 @@ class Teller:
         if self._uncounted and self._counting is None:
             self._counting = _on_forward(self._model, self._count)
 
-    def changed(self, event: Change, before: frozenset[int]) -> None:
-        """The frozen set has become another than `before`."""
-        if self._say is not None:
-            self._open.append((event, before))
-            self._waiting.stop()
-            self.count()
+    def changed(self, event: Change, before: frozenset[int], finished: bool = False) -> None:
+        """The frozen set has become another than `before`. finished: for good, so that no further step need come."""
+        if self._say is None:
+            return
+        self._waiting.stop()
+        if finished and self.flops is not None:
+            self._say(self._line(event, before, finished))
+            return
+        self._open.append((event, before, finished))
+        self.count()
 
     def stepped(self) -> None:
         """An optimizer step has been done, and its forward pass has been seen where that can be."""
         self._forget_counting()
         if self._say is None:
             return
-        for event, before in self._open:
-            self._say(self._line(event, before))
+        for change in self._open:
+            self._say(self._line(*change))
         if self._open and self.flops is not None:
             self._waiting.start()
         self._open.clear()
@@ -120,19 +127,18 @@ class Teller:
             self._counting.remove()
             self._counting, self._uncounted = None, False
 
-    def _line(self, event: Change, before: frozenset[int]) -> str:
+    def _line(self, event: Change, before: frozenset[int], finished: bool) -> str:
         changes = [
             f"{word} {self._named(places)}"
             for word, places in (("froze", event.froze), ("thawed", event.thawed))
             if places
         ]
         line = f"step {event.step}: {'; '.join(changes)} ({len(event.frozen)} of {len(self._layers)} layers frozen)"
-        if event.step and len(event.frozen) == len(self._layers):
-            line += "; only the head still trains"
+        end = self._end if finished else ""
         if self.flops is None:
-            return line
+            return line + end
         now, then = (self.flops.share(frozenset(frozen)) for frozen in (event.frozen, before))
-        return f"{line}: a step takes {now:.0%} of a full one's FLOPs, {then:.0%} before"
+        return f"{line}: a step takes {now:.0%} of a full one's FLOPs, {then:.0%} before{end}"
 
     def _named(self, places: tuple[int, ...]) -> str:
         names = [self._layers[place].name for place in places]

@@ -51,6 +51,8 @@ class FreezePolicy(ABC):
     """Optimizer steps between decisions."""
     freezes: bool = True
     """Whether it may freeze anything."""
+    thaws: bool = False
+    """Whether a layer that it froze may train again, so that a wholly frozen network is not the end of a training."""
     wants_flops: bool = False
     """Whether its views should have FLOPs, which cost a forward pass to count."""
     budget: float = 1.0

@@ -42,6 +42,8 @@ class EgeriaPolicy(FreezePolicy):
     which the reference is made anew. checks: in a whole training, evenly spread.
     """
 
+    thaws = True
+
     def __init__(
         self,
         bootstrap: float = 0.1,

@@ -19,6 +19,8 @@ class GradualPolicy(FreezePolicy):
     but for one layer where they do not divide evenly; one layer each by default.
     """
 
+    thaws = True
+
     def __init__(self, until: float = 0.5, groups: int | None = None) -> None:
         if not 0 < until <= 1:
             raise UsageError(f"until={until}: give a progress above 0 and at most 1")

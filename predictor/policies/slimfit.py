@@ -33,6 +33,8 @@ class SlimFitPolicy(FreezePolicy):
     share: of the layers that are frozen, rounded to whole layers. every: optimizer steps between choices.
     """
 
+    thaws = True
+
     def __init__(self, share: float = 0.5, every: int = 10) -> None:
         if not 0 <= share <= 1:
             raise UsageError(f"share={share}: give a share of the layers, from 0 to 1")

@@ -92,6 +92,11 @@ def test_a_training_is_finished_once_all_layers_are_frozen_after_its_start(make_
         step(model, optimizer, controller)
         finished.append(controller.finished)
     assert finished == [False, True, False]
+    thawing = Script({1: {0, 1, 2}})
+    thawing.thaws = True
+    optimizer, never = start(model := make_toy(), thawing)
+    step(model, optimizer, never)
+    assert (len(never.frozen), never.finished) == (3, False)
     again = start(make_toy(), Script({}))[1]
     again.load_state_dict(controller.state_dict() | {"frozen": [0, 1, 2]})
     assert again.finished

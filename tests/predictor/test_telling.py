@@ -15,7 +15,7 @@ X = torch.linspace(-1, 1, 6 * 64).reshape(6, 1, 8, 8)
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
-def train(model, policy, steps=4, called=None, pause=0.0, **options):
+def train(model, policy, steps=4, called=None, pause=0.0, close=True, **options):
     lines = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     called = model if called is None else called
@@ -27,20 +27,27 @@ def train(model, policy, steps=4, called=None, pause=0.0, **options):
         optimizer.step()
         controller.step()
         optimizer.zero_grad()
-    controller.close()
+    if close:
+        controller.close()
     return lines, controller
 
 
 def test_a_line_names_what_changed_and_its_cost_before_and_after(make_toy):
     lines, controller = train(make_toy(), Script({1: {0}, 2: {0, 1, 2}, 3: {0, 1}}))
     shares = [controller.view.flops.share(frozenset(range(count))) for count in range(4)]
-    say = "(%d of 3 layers frozen)%s: a step takes %.0f%% of a full one's FLOPs, %.0f%% before"
+    say = "(%d of 3 layers frozen): a step takes %.0f%% of a full one's FLOPs, %.0f%% before"
     assert lines == [
-        f"step 1: froze body.0 {say % (1, '', 100 * shares[1], 100)}",
-        f"step 2: froze body.3, body.8 {say % (3, '; only the head still trains', 100 * shares[3], 100 * shares[1])}",
-        f"step 3: thawed body.8 {say % (2, '', 100 * shares[2], 100 * shares[3])}",
+        f"step 1: froze body.0 {say % (1, 100 * shares[1], 100)}",
+        f"step 2: froze body.3, body.8 {say % (3, 100 * shares[3], 100 * shares[1])}; only the head still trains",
+        f"step 3: thawed body.8 {say % (2, 100 * shares[2], 100 * shares[3])}",
     ]
     assert 0 < shares[3] < shares[2] < shares[1] < 1
+
+
+def test_the_end_is_told_though_no_step_follows(make_toy):
+    lines, controller = train(make_toy(), Script({1: {0}, 2: {0, 1, 2}}), steps=2, close=False)
+    assert controller.finished
+    assert lines[-1].endswith("before; only the head still trains")
 
 
 def test_what_freezes_before_the_first_step_is_told_after_it(make_toy):

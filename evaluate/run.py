@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from collect.device import pick_device
 from collect.engines import Job, run_jobs
 from evaluate.adopt import ADOPTED
 from evaluate.plan import Plan, SuiteFolder
@@ -87,12 +88,14 @@ def _sort_results(plan: Plan, folder: SuiteFolder) -> None:
     """Leave in results.jsonl what the plan asks for. The rest goes to earlier.jsonl, from where it can come back."""
     wanted = {job.id for job in plan.jobs}
     rows, earlier = read_json_lines(folder.results), read_json_lines(folder.earlier)
+    # What was counted otherwise is run again, and must not stand beside what is counted as now until then.
+    stay = [row for row in rows if row.get("trial_id") in wanted and (has_result(row) or row.get("status") == "failed")]
     for row in rows:
-        if row.get("trial_id") not in wanted and row not in earlier:
+        if row not in stay and row not in earlier:
             append_json_line(folder.earlier, row)
-    have = {row.get("trial_id") for row in rows if has_result(row)}
+    have = {row["trial_id"] for row in stay if has_result(row)}
     back = {row["trial_id"]: row for row in earlier if row.get("trial_id") in wanted - have and has_result(row)}
-    stay = [*(row for row in rows if row.get("trial_id") in wanted), *back.values()]
+    stay += back.values()
     with written_whole(folder.results) as part:
         part.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in stay), encoding="utf-8")
 
@@ -102,12 +105,14 @@ def _description(plan: Plan, folder: SuiteFolder, left: list[Job]) -> dict[str, 
     suite, rows = plan.suite, read_json_lines(folder.results)
     sharing = {row["slots"] for row in rows} | ({plan.settings.sharing} if left else set())
     seconds = "train_seconds" if sharing <= {1} else "cpu_seconds"
+    elsewhere = any(row.get(ADOPTED) for row in rows)
+    on_gpu = pick_device(plan.settings.device).type != "cpu"
     return {
         "name": suite.name,
         "baseline": suite.baseline,
         "margin": suite.margin,
-        # Seconds of one machine say nothing of another's.
-        "cost": "flops" if any(row.get(ADOPTED) for row in rows) else seconds,
+        # Seconds of one machine say nothing of another's, nor a process's of a GPU that several share.
+        "cost": "flops" if elsewhere or (on_gpu and seconds == "cpu_seconds") else seconds,
         "workloads": [entry.label for entry in suite.workloads],
         "policies": [entry.label for entry in suite.policies],
         "seeds": list(suite.seeds),

@@ -5,9 +5,10 @@ import fcntl
 import json
 
 import pytest
+import torch
 
 from evaluate.plan import Settings, SuiteFolder, make_plan
-from evaluate.results import read_results
+from evaluate.results import ACCOUNTING, read_results
 from evaluate.run import pending, run_suite
 from evaluate.suite import PolicyEntry
 from predictor.errors import FileFault, UsageError
@@ -113,6 +114,23 @@ def test_wall_clock_is_the_cost_where_trials_ran_one_at_a_time(machine, run):
     more = dataclasses.replace(SUITE, seeds=(0, 1, 2))
     assert cost(run(more, slots=2)[1]) == "cpu_seconds"
     assert cost(run(more, slots=1)[1]) == "cpu_seconds"  # two of its trials shared the machine
+
+
+def test_flops_are_the_cost_where_trials_share_a_gpu(machine, run, monkeypatch):
+    monkeypatch.setattr("evaluate.run.pick_device", lambda name: torch.device("cuda"))
+    _, folder, _ = run(slots=2)
+    assert read_results(folder.root).suite.cost == "flops"
+
+
+def test_what_was_counted_otherwise_is_set_aside_before_it_is_run_again(machine, run):
+    _, folder, _ = run()
+    text = folder.results.read_text()
+    folder.results.write_text(text.replace(f'"accounting": {ACCOUNTING}', '"accounting": 1'))
+    machine.dies_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert len(read_results(folder.root).trials) == 2
+    assert len(folder.earlier.read_text().splitlines()) == 4
 
 
 def test_the_description_is_what_the_report_reads(machine, run):

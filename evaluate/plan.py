@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from collect.device import pick_device
 from collect.engines import Job, default_slots, visible_gpus
 from collect.training import steps_per_epoch
-from collect.workloads import Workload
+from collect.workloads import WORKLOADS, Workload
 from data.sources import load_source
 from evaluate.freezing import UNDER_AUGMENTATION
 from evaluate.lora import with_lora
@@ -19,7 +19,8 @@ from evaluate.suite import PolicyEntry, Suite, WorkloadEntry
 from evaluate.trial import build_workload
 from predictor.attention import fingerprint, load_predictor
 from predictor.errors import UsageError
-from predictor.policies import make_policy, policy_class
+from predictor.named import code_of, named
+from predictor.policies import POLICIES, make_policy, policy_class
 from predictor.policies.base import FreezePolicy
 from predictor.policies.smartfrz import SHIPPED
 
@@ -159,10 +160,10 @@ def _refuse_unfit(work: _Work, entry: PolicyEntry, policy: FreezePolicy) -> None
             "leave the cache out, or set augment = false in the recipe"
         )
     _refuse_sieve(work, entry)
-    if entry.stop and not policy.freezes:
+    if entry.stop and (policy.thaws or not policy.freezes):
         raise UsageError(
-            f"policy {entry.label!r} ends once all layers are frozen (stop = true), and {entry.name} freezes none: "
-            'leave it out, or break off at a fixed time with name = "stopped"'
+            f"policy {entry.label!r} ends once all layers are frozen for good (stop = true), and with {entry.name} "
+            'they never are: leave it out, or break off at a fixed time with name = "stopped"'
         )
     if entry.lora is None:
         return
@@ -223,6 +224,7 @@ def _job(seed: int, work: _Work, judge: _Judge, folder: SuiteFolder, where: dict
         "policy": {"name": policy.name, "label": policy.label, "options": options, **policy.changes},
         "seed": seed,
         "device": where["device"],
+        **_own_code(work.entry.name, policy.name),
     }
     row = {
         "trial_id": trial_id(config),
@@ -251,6 +253,16 @@ def _job(seed: int, work: _Work, judge: _Judge, folder: SuiteFolder, where: dict
     }
     title = f"{work.entry.label}, {policy.label}, seed {seed}"
     return Job(row["trial_id"], title, "evaluate.trial:run_trial", payload)
+
+
+def _own_code(workload: str, policy: str) -> dict[str, Any]:
+    """Fingerprints of the user's own code: when it has changed, the trial is another."""
+    found: dict[str, Callable[..., Any]] = {}
+    if policy not in POLICIES:
+        found["policy"] = policy_class(policy)
+    if workload.partition(":")[0] not in WORKLOADS:
+        found["workload"] = named("workload", workload, WORKLOADS)
+    return {"code": {key: code_of(each) for key, each in found.items()}} if found else {}
 
 
 def trial_id(config: Mapping[str, Any]) -> str:

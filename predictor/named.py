@@ -1,7 +1,10 @@
 """What users name from their own code, as package.module:name."""
 
+import hashlib
 import importlib
+import inspect
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from predictor.errors import UsageError, unknown
@@ -28,3 +31,15 @@ def named(what: str, name: str, known: Iterable[str]) -> Callable[..., Any]:
     if not callable(found):
         raise UsageError(f"{what} {name!r}: {module_name} has no function or class {attribute}")
     return found
+
+
+def code_of(found: Callable[..., Any]) -> str:
+    """A fingerprint of the file that holds a user's function or class, so that results of changed code are told apart.
+
+    Empty where there is no file, as in a notebook. What the file imports is not in it.
+    """
+    try:
+        path = inspect.getsourcefile(found)
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if path else ""
+    except (OSError, TypeError):
+        return ""

@@ -157,8 +157,9 @@ def test_what_does_not_go_together(tmp_path, recipe, settings, message):
 
 
 def test_an_end_that_never_comes(tmp_path):
-    with pytest.raises(UsageError, match=r"'x' ends once all layers are frozen .* shorter freezes none"):
-        plan(tmp_path, with_entry("shorter", "x", stop=True))
+    for name in ("shorter", "greentrainer"):
+        with pytest.raises(UsageError, match=f"'x' ends once all layers are frozen .* with {name} they never are"):
+            plan(tmp_path, with_entry(name, "x", stop=True))
 
 
 def test_masks_beside_adapters(tmp_path):
@@ -244,6 +245,20 @@ def test_the_suite_of_spfde_puts_its_three_parts_together(tmp_path):
     assert parts["none"] == ("none", 0.0, 0.0)
     assert parts["sparse, spfde, sieve"] == ("spfde", 0.9, 0.2)
     assert len(made.jobs) == 8 * 2 * 3 == len({job.id for job in made.jobs})
+
+
+def test_changed_code_of_ones_own_makes_another_trial(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine_calm.py").write_text(
+        "from predictor.policies.linear import LinearPolicy\nclass Calm(LinearPolicy): pass"
+    )
+    own = with_policy("mine_calm:Calm")
+    before = ids(tmp_path, own)
+    assert ids(tmp_path, own) == before
+    with (tmp_path / "mine_calm.py").open("a") as file:
+        file.write("\n")
+    after = ids(tmp_path, own)
+    assert (after[0] == before[0], after[1] == before[1]) == (True, False)
 
 
 @pytest.mark.parametrize("name", ["random", "lisa"])

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ from evaluate.results import Results
 from evaluate.statistics import Row
 from evaluate.svg import BAND, Plot, colour, drawn, marker
 from evaluate.table import shortened
-from evaluate.tradeoff import Point, cost_label, relative_points
+from evaluate.tradeoff import PARTIAL, Point, cost_label, relative_points
 
 _PER_FIGURE, _COLUMNS = 12, 3
 _DEAREST = 130.0
@@ -94,6 +95,8 @@ def _plot(plane: _Plane, part: Sequence[Family], labels: tuple[str, str], title:
         f"families.{dashed} Cross: the baseline. Hollow, at an edge: lies beyond it. Shaded: more than "
         f"{plane.margin:g} points lost."
     )
+    if any(not point.whole for family in part for point in plane.curves[family]):
+        note = f"{note} {PARTIAL}"
     return Plot(title, svg, note)
 
 
@@ -124,7 +127,9 @@ def _own(axes: Axes, plane: _Plane, points: Sequence[Point]) -> None:
         if (x, y) == (cost.value, accuracy.value):
             xerr = [[x - cost.low], [cost.high - x]]
             yerr = [[y - accuracy.low], [accuracy.high - y]]
-            axes.errorbar(x, y, xerr=xerr, yerr=yerr, color=look, marker=shape, markersize=4, elinewidth=1.0, zorder=3)
+            fill = "full" if point.whole else "none"
+            kind: dict[str, Any] = {"color": look, "marker": shape, "markersize": 4, "fillstyle": fill}
+            axes.errorbar(x, y, xerr=xerr, yerr=yerr, elinewidth=1.0, zorder=3, **kind)
         else:
             axes.plot(x, y, color=look, marker=shape, markersize=4, markerfacecolor="none", clip_on=False, zorder=3)
 

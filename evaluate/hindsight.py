@@ -67,12 +67,12 @@ def pareto(schedules: list[Schedule]) -> list[Schedule]:
 
 
 def saving(row: Row, oracle: Oracle, margin: float) -> Saving | None:
-    """What a policy saves on the oracle's workload, beside the oracle; None where it was not compared.
+    """What a policy saves on the oracle's workload, beside the oracle; None where not all of it was compared.
 
     A policy that loses no more than the margin is held against the cheapest schedule that loses no more than the
     margin; one that loses more, against the cheapest schedule that loses no more than it does.
     """
-    if row.difference is None or row.flops_share is None:
+    if row.difference is None or row.flops_share is None or row.gap:
         return None
     return Saving(1 - row.flops_share, oracle.saving(min(row.difference.mean, -margin)))
 

@@ -1,11 +1,14 @@
-"""The families' curves as a table in Markdown, a line a family, as a README or an appendix takes it."""
+"""The families' curves as a table in Markdown, a line a family, as a README or an appendix takes it.
+
+Areas and costs are by one measure: the one that the results are compared by.
+"""
 
 from collections.abc import Mapping
 
 from evaluate.area import areas
 from evaluate.families import Family, rival
 from evaluate.hindsight import Oracle, shares_of_saving
-from evaluate.results import Results
+from evaluate.results import COST_AXES, Results
 from evaluate.statistics import Row, compare, overall
 from evaluate.table import area, area_difference, percent, plain
 
@@ -20,17 +23,19 @@ def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
     shares = shares_of_saving(rows, oracles, results.suite.margin)
     found = areas(results)
     other = rival([each.family for each in found])
-    header = ["policy", "area under its curve", f"FLOPs: points to `{_escaped(results.suite.baseline)}`"]
+    points = f"{COST_AXES[results.suite.cost]}: points to `{_escaped(results.suite.baseline)}`"
+    header = ["policy", "settings", "area", points]
     if other:
-        header.insert(2, f"less that of `{_escaped(other.name)}`")
+        header.insert(3, f"difference to `{_escaped(other.name)}`")
     if shares:
         header.append("share of the oracle's saving")
     lines = [header, ["---"] * len(header)]
     for each in found:
         members = _settings(each.family, by_label)
-        cells = [_escaped(each.family.name), area(each.area), ", ".join(map(_point, members)) or "-"]
+        settings = str(len(each.family.members))
+        cells = [_escaped(each.family.name), settings, area(each.area), ", ".join(map(_point, members)) or "-"]
         if other:
-            cells.insert(2, "-" if each.to_rival is None else area_difference(each.to_rival))
+            cells.insert(3, "-" if each.to_rival is None else area_difference(each.to_rival))
         if shares:
             cells.append(", ".join(percent(shares.get((row.workload, row.policy))) for row in members) or "-")
         lines.append(cells)
@@ -40,13 +45,15 @@ def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
 def _settings(family: Family, rows: Mapping[str, Row]) -> list[Row]:
     """A family's rows with a difference and a cost, the dearest first."""
     own = [rows[label] for label in family.members if label in rows]
-    known = [(row.flops_share, row) for row in own if row.flops_share is not None and row.difference is not None]
-    return [row for _, row in sorted(known, key=lambda pair: -pair[0])]
+    known = [(row.speedup.mean, row) for row in own if row.speedup is not None and row.difference is not None]
+    return [row for _, row in sorted(known, key=lambda pair: pair[0])]
 
 
 def _point(row: Row) -> str:
+    """Its cost beside the baseline's and its difference in points; of how many trainings, where some are missing."""
     difference = row.difference.mean * 100 if row.difference else 0.0
-    return f"{percent(row.flops_share)}: {difference:+.1f}"
+    cost = percent(1 / row.speedup.mean if row.speedup else None)
+    return f"{cost}: {difference:+.1f}" + (f" ({row.finished} of {row.planned})" if row.gap else "")
 
 
 def _escaped(text: str) -> str:

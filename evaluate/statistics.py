@@ -61,6 +61,8 @@ class Row:
     verdict: str
     reason: str
     """What kept the verdict from being clear, besides an interval with the margin inside it; else empty."""
+    gap: str
+    """Which trainings its means leave out: lost ones, or whole workloads; empty for a row that can be ranked."""
     speedup: Estimate | None
     """The baseline's cost over the policy's, geometric mean over pairs."""
     flops_share: float | None
@@ -152,7 +154,8 @@ def _row(results: Results, policy: str, workloads: Sequence[str]) -> Row:
     speedup = None if is_baseline else geometric([_ratios(group, lambda trial: trial.cost(axis)) for group in pairs])
     flops = geometric([_ratios(group, lambda trial: trial.flops) for group in pairs])
     accuracy, deviation = _mean_and_deviation(accuracies)
-    judged, reason = _judge(results, policy, workloads, difference)
+    gap = "" if is_baseline else _gap(results, policy, workloads)
+    judged, reason = _judge(results, policy, workloads, difference, gap)
     return Row(
         workload=workloads[0] if len(workloads) == 1 else None,
         policy=policy,
@@ -161,6 +164,7 @@ def _row(results: Results, policy: str, workloads: Sequence[str]) -> Row:
         difference=difference,
         verdict=judged,
         reason=reason,
+        gap=gap,
         speedup=speedup,
         flops_share=1 / flops.mean if flops else None,
         policy_share=_policy_share(trials),
@@ -206,7 +210,17 @@ def _policy_share(trials: Sequence[Trial]) -> float | None:
     return fmean(shares) if shares else None
 
 
-def _judge(results: Results, policy: str, workloads: Sequence[str], difference: Estimate | None) -> tuple[str, str]:
+def _gap(results: Results, policy: str, workloads: Sequence[str]) -> str:
+    lost = sum(_lost(results, name, policy) for name in workloads)
+    if lost:
+        return f"{lost} of its trainings diverged or failed where the baseline's finished"
+    empty = [name for name in workloads if not _differences(_pairs(results, name, policy))]
+    return f"no pair on {', '.join(empty)}" if empty else ""
+
+
+def _judge(
+    results: Results, policy: str, workloads: Sequence[str], difference: Estimate | None, gap: str
+) -> tuple[str, str]:
     """The verdict and what kept it from being clear. Averages must not hide what went wrong.
 
     A policy whose training diverged or failed with a seed with which the baseline's finished is never "as accurate":
@@ -216,15 +230,11 @@ def _judge(results: Results, policy: str, workloads: Sequence[str], difference: 
     if policy == suite.baseline:
         return BASELINE, ""
     judged = verdict(difference, suite.margin)
-    lost = sum(_lost(results, name, policy) for name in workloads)
-    groups = {name: _differences(_pairs(results, name, policy)) for name in workloads}
     if difference is None:
         return CANNOT_TELL, "no seed finished under both this policy and the baseline"
-    if lost and judged != LESS_ACCURATE:
-        return CANNOT_TELL, f"{lost} of its trainings diverged or failed where the baseline's finished"
-    empty = [name for name, group in groups.items() if not group]
-    if empty and judged != LESS_ACCURATE:
-        return CANNOT_TELL, f"no pair on {', '.join(empty)}"
+    if gap:
+        return LESS_ACCURATE if judged == LESS_ACCURATE else CANNOT_TELL, gap
+    groups = {name: _differences(_pairs(results, name, policy)) for name in workloads}
     if not difference.bounded:
         return CANNOT_TELL, f"a single pair on {', '.join(name for name, group in groups.items() if len(group) == 1)}"
     worse = [name for name, group in groups.items() if verdict(estimate([group]), suite.margin) == LESS_ACCURATE]

@@ -23,6 +23,7 @@ _HEIGHT = 3.7
 _DEEPEST = 300 * LOSS
 """Points below what may be lost that the plane still shows. What lost more stands at its edge, so that one policy that
 learnt nothing does not press the others together."""
+PARTIAL = "Hollow: trainings are missing from its means or were lost, so that it has no rank."
 # Where a label may stand beside its point: offset in points, horizontal and vertical alignment.
 _SIDES = (
     (7, 0, "left", "center"),
@@ -54,6 +55,8 @@ class Point:
     label: str
     cost: Span
     accuracy: Span
+    whole: bool = True
+    """Whether its means leave nothing out; otherwise it is shown, and not ranked."""
 
 
 def overall_plot(results: Results, rows: Sequence[Row]) -> Plot:
@@ -97,8 +100,9 @@ def workload_plot(results: Results, rows: Sequence[Row], workload: str) -> Plot 
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
-    """Those points that no other matches in cost and accuracy and beats in one of them, cheapest first."""
-    return unbeaten(points, lambda point: point.cost.value, lambda point: point.accuracy.value)
+    """Those whole points that no other matches in cost and accuracy and beats in one of them, cheapest first."""
+    whole = [point for point in points if point.whole]
+    return unbeaten(whole, lambda point: point.cost.value, lambda point: point.accuracy.value)
 
 
 def _looks(points: Sequence[Point], floor: float) -> str:
@@ -110,6 +114,8 @@ def _looks(points: Sequence[Point], floor: float) -> str:
         parts.append("Named, and with whiskers: those on the front.")
     if any(_beyond(point, floor) for point in points):
         parts.append("Hollow, at the edge: lies beyond it.")
+    if any(not point.whole for point in points):
+        parts.append(PARTIAL)
     return " ".join(parts)
 
 
@@ -136,7 +142,7 @@ def _points(results: Results, rows: Sequence[Row], cost_unit: float, accuracy_ze
             accuracy = Span(*(accuracy_zero + 100 * value for value in span))
         else:
             continue
-        points.append(Point(known[row.policy], row.policy, cost, accuracy))
+        points.append(Point(known[row.policy], row.policy, cost, accuracy, not row.gap))
     return points
 
 
@@ -217,6 +223,7 @@ def _point(axes: Axes, point: Point, *, whole: bool) -> None:
     """A marker; the whole point has its whiskers too, and stands before those that have none."""
     cost, accuracy = point.cost, point.accuracy
     look: dict[str, Any] = {"color": colour(point.place), "marker": marker(point.place)}
+    look |= {} if point.whole else {"fillstyle": "none"}
     if not whole:
         axes.plot(cost.value, accuracy.value, markersize=5, alpha=0.6, zorder=2, **look)
         return

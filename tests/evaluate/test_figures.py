@@ -1,5 +1,6 @@
 """What the figures are drawn from: frozen spans, the Pareto front, colours and markers."""
 
+import dataclasses
 import re
 
 import pytest
@@ -38,6 +39,8 @@ def test_the_pareto_front_holds_what_nothing_beats():
     points = [Point(0, name, Span(x, x, x), Span(y, y, y)) for name, (x, y) in values.items()]
     assert [point.label for point in pareto(points)] == ["cheap", "good", "best"]
     assert pareto([]) == []
+    lost = [dataclasses.replace(point, whole=point.label != "cheap") for point in points]
+    assert [point.label for point in pareto(lost)] == ["good", "best"]
 
 
 def test_forty_two_policies_and_the_baseline_look_different():

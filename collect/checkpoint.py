@@ -23,6 +23,10 @@ _PARTS = {"identity", "training", "hooks"}
 _CURE = "remove the file, and the training starts anew"
 
 
+class CheckpointFault(FileFault):
+    """A checkpoint that a training cannot go on from: unreadable, damaged, or of another training."""
+
+
 class Stateful(Protocol):
     """What has a state to go on from."""
 
@@ -65,7 +69,7 @@ class Checkpoint:
         self._saved_at = time.monotonic()
 
     def load(self, training: Training, hooks: Sequence[Stateful]) -> None:
-        """Take up the state of the file. Raises FileFault when it is broken, or of another training than this."""
+        """Take up the state of the file. Raises CheckpointFault when it is broken, or of another training than this."""
         whole = _read(self.path)
         _compare(self.path, whole["identity"], _identity(training, hooks))
         training.load_state_dict(whole["training"])
@@ -77,18 +81,18 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise FileFault(f"{path}: cannot be read ({error.strerror}): make it readable, or {_CURE}") from error
+        raise CheckpointFault(f"{path}: cannot be read ({error.strerror}): make it readable, or {_CURE}") from error
     head, body = content[: len(_MAGIC)], memoryview(content)[len(_MAGIC) + _DIGEST_BYTES :]
     if head != _MAGIC:
-        raise FileFault(f"{path}: is not a checkpoint of this version: {_CURE}")
+        raise CheckpointFault(f"{path}: is not a checkpoint of this version: {_CURE}")
     if hashlib.sha256(body).digest() != content[len(_MAGIC) : len(_MAGIC) + _DIGEST_BYTES]:
-        raise FileFault(f"{path}: the checkpoint is damaged: {_CURE}")
+        raise CheckpointFault(f"{path}: the checkpoint is damaged: {_CURE}")
     try:
         whole: dict[str, Any] = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
         if set(whole) != _PARTS:
             raise pickle.UnpicklingError(f"its parts are not {_PARTS}")
     except (pickle.UnpicklingError, RuntimeError, TypeError) as error:
-        raise FileFault(f"{path}: holds something else than a checkpoint: {_CURE}") from error
+        raise CheckpointFault(f"{path}: holds something else than a checkpoint: {_CURE}") from error
     return whole
 
 
@@ -112,7 +116,7 @@ def _compare(path: Path, stored: str, ours: str) -> None:
     odd = next((name for name in {**mine, **theirs} if theirs.get(name) != mine.get(name)), None)
     if odd is not None:
         values = "" if odd == "parameters" else f" ({theirs.get(odd)!r} there, {mine.get(odd)!r} here)"
-        raise FileFault(f"{path}: is the checkpoint of another training, whose {odd} differs{values}: {_CURE}")
+        raise CheckpointFault(f"{path}: is the checkpoint of another training, whose {odd} differs{values}: {_CURE}")
 
 
 def _check_plain(state: Any, where: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from collect.checkpoint import CheckpointFault
 from collect.choices import Choices, Continuation, planned
 from collect.device import pick_device
 from collect.grid import RunConfig
@@ -19,7 +20,6 @@ from collect.randomness import seed_everything
 from collect.train import Hook, Training, train
 from data.outcomes import Outcome, OutcomeFolder, Result, outcome_of, read_outcomes, write_outcomes
 from data.sources import load_source
-from predictor.errors import FileFault
 from predictor.files import append_json_line, held, read_json_lines, written_whole
 from predictor.freezing.controller import FreezeController
 from predictor.freezing.flops import count_flops
@@ -38,9 +38,7 @@ def record_outcomes(payload: dict[str, Any], folder: Path, progress: Callable[[f
     with held(files.log(run_id), "another gather", _LOCK_SECONDS):
         try:
             outcomes = _Run(payload, files, progress).finish()
-        except FileFault as fault:
-            if not files.states(run_id):
-                raise
+        except CheckpointFault as fault:  # not a full disk or a missing image: the states outlive those
             print(f"{fault}\nthe run itself starts over; the outcomes so far are kept")
             for path in files.states(run_id):
                 path.unlink()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from collect.checkpoint import CheckpointFault
 from collect.grid import RunConfig
 from collect.provenance import provenance
 from collect.recorder import Recorder
@@ -12,7 +13,6 @@ from collect.train import Training, train
 from data.trajectories.store import GatherFolder
 from data.trajectories.trajectory import Trajectory
 from data.trajectories.writer import write_runs
-from predictor.errors import FileFault
 from predictor.files import held
 
 _LOCK_SECONDS = 20.0
@@ -78,10 +78,8 @@ def remove_checkpoint(files: GatherFolder, run_id: str) -> None:
 def _go_on_or_start_over(attempt: Callable[[], Training], checkpoint: Path) -> Training:
     try:
         return attempt()
-    except FileFault as fault:
-        if not checkpoint.exists():
-            raise
+    except CheckpointFault as fault:  # not a full disk or a missing image: the checkpoint outlives those
         # A checkpoint is worth minutes: what is wrong with it is not worth the user's time.
         print(f"{fault}\nstarting over")
-        checkpoint.unlink()
+        checkpoint.unlink(missing_ok=True)
         return attempt()

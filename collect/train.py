@@ -93,7 +93,8 @@ def train(
     A loss that is no longer finite ends the training with the status "diverged". On a CPU that is seen before the step
     is taken; on a GPU up to 20 steps later, for looking means waiting.
 
-    Raises UsageError for settings that cannot work, FileFault for a checkpoint that cannot be read or written.
+    Raises UsageError for settings that cannot work, CheckpointFault for a checkpoint that it cannot go on from, and
+    FileFault for one that cannot be written.
     """
     torch.set_flush_denormal(True)
     if source is None:

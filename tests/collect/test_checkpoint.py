@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from collect import checkpoint as checkpoints
-from collect.checkpoint import Checkpoint
+from collect.checkpoint import Checkpoint, CheckpointFault
 from collect.train import Hook, Training
 from predictor.errors import FileFault
 from tests.collect.tiny import Losses, PlainNet, break_off, run
@@ -59,14 +59,14 @@ def test_a_flipped_bit(saved: Path, place: float) -> None:
     content = bytearray(saved.read_bytes())
     content[int(place * len(content)) if isinstance(place, float) else place] ^= 4
     saved.write_bytes(content)
-    with pytest.raises(FileFault, match="checkpoint: the checkpoint is damaged: remove the file"):
+    with pytest.raises(CheckpointFault, match="checkpoint: the checkpoint is damaged: remove the file"):
         run(Losses(), path=saved)
 
 
 @pytest.mark.parametrize("length", [22, 40, 54, 1000, -1])
 def test_a_file_cut_short(saved: Path, length: int) -> None:
     saved.write_bytes(saved.read_bytes()[:length])
-    with pytest.raises(FileFault, match="damaged: remove the file, and the training starts anew"):
+    with pytest.raises(CheckpointFault, match="damaged: remove the file, and the training starts anew"):
         run(Losses(), path=saved)
 
 
@@ -75,7 +75,7 @@ def test_a_file_cut_short(saved: Path, length: int) -> None:
 )
 def test_something_else(saved: Path, content: bytes) -> None:
     saved.write_bytes(content)
-    with pytest.raises(FileFault, match="is not a checkpoint of this version: remove the file"):
+    with pytest.raises(CheckpointFault, match="is not a checkpoint of this version: remove the file"):
         run(Losses(), path=saved)
 
 
@@ -87,7 +87,7 @@ def test_a_hostile_file_runs_nothing(saved: Path) -> None:
     for body in (pickle.dumps(Hostile(), protocol=2), _saved({"training": Hostile()}), _saved([1]), _saved({"a": 1})):
         digest = checkpoints.hashlib.sha256(body).digest()
         saved.write_bytes(checkpoints._MAGIC + digest + body)
-        with pytest.raises(FileFault, match="holds something else than a checkpoint"):
+        with pytest.raises(CheckpointFault, match="holds something else than a checkpoint"):
             run(Losses(), path=saved)
     assert not (saved.parent / "run").exists()
 
@@ -107,17 +107,17 @@ def _saved(content: Any) -> bytes:
     ],
 )
 def test_the_checkpoint_of_another_training(saved: Path, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(FileFault, match=message):
+    with pytest.raises(CheckpointFault, match=message):
         run(Losses(), path=saved, **settings)
 
 
 def test_the_checkpoint_of_a_training_with_other_hooks(saved: Path) -> None:
-    with pytest.raises(FileFault, match=r"whose hooks differs \(\['Losses'\] there, \[\] here\)"):
+    with pytest.raises(CheckpointFault, match=r"whose hooks differs \(\['Losses'\] there, \[\] here\)"):
         run(path=saved)
 
 
 def test_the_checkpoint_of_another_network(saved: Path) -> None:
-    with pytest.raises(FileFault, match="another training, whose parameters differs: remove"):
+    with pytest.raises(CheckpointFault, match="another training, whose parameters differs: remove"):
         run(Losses(), path=saved, net=PlainNet)
 
 

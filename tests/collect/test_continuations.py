@@ -19,6 +19,7 @@ from collect.continuations import Branch, record_outcomes
 from collect.grid import RunConfig, read_suite
 from collect.train import Training
 from data.outcomes import OutcomeFolder, read_outcomes
+from predictor.errors import FileFault
 from tests.collect.inline import MLP, SMALL
 from tests.collect.tiny import Losses, Trace, run, same, weights
 
@@ -240,6 +241,23 @@ def test_a_state_that_cannot_be_used_is_made_again(
     assert "damaged" in capsys.readouterr().out
     expected = OutcomeFolder(tmp_path / "whole").run(run_id)
     assert files.run(run_id).read_bytes() == expected.read_bytes()
+
+
+def test_a_full_disk_keeps_the_states_and_the_outcomes_so_far(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        record_outcomes(job, tmp_path / "broken", breaking_off(40))
+    files, run_id = OutcomeFolder(tmp_path / "broken"), job["id"]
+    before = {path: path.read_bytes() for path in (files.state(run_id, 3), files.so_far(run_id))}
+
+    def full(path: Path, content: Any) -> None:
+        raise FileFault(f"{path}: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(continuations, "append_json_line", full)
+    with pytest.raises(FileFault, match="No space left"):
+        record_outcomes(job, tmp_path / "broken", lambda share: None)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_lost_continuation_is_an_outcome_too(

@@ -176,6 +176,25 @@ def test_a_run_that_was_broken_off_goes_on(tmp_path: Path, suite: Callable[..., 
     assert_same_run(tmp_path / "whole" / "trajectories.h5", tmp_path / "out" / "trajectories.h5", run_id)
 
 
+def test_a_full_disk_in_the_middle_of_a_run_keeps_its_checkpoint(
+    tmp_path: Path, suite: Callable[..., str], trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = suite(MLP)
+    with contextlib.suppress(KeyboardInterrupt):
+        record_run_until(3, path, tmp_path / "out" / "trajectories")
+    checkpoint = GatherFolder(tmp_path / "out" / "trajectories").checkpoint(ids_of(path)[0])
+    before = checkpoint.read_bytes()
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("predictor.files._sync", full)
+        with pytest.raises(FileFault, match="the disk is full"):
+            record_run_until(6, path, tmp_path / "out" / "trajectories")
+    assert checkpoint.read_bytes() == before
+
+
 def record_run_until(step: int, suite: str, folder: Path) -> None:
     """Break the suite's first run off after a step's checkpoint."""
     (run, *_) = read_suite(suite).runs

@@ -15,7 +15,7 @@ from data.trajectories.merge import MergeSummary, merge
 from data.trajectories.reader import open_trajectories
 from data.trajectories.store import GatherFolder
 from data.trajectories.trajectory import Trajectory
-from predictor.errors import FileFault, UsageError
+from predictor.errors import DamagedFile, UsageError
 from predictor.tracking import Tracker
 
 _TARGET = "collect.run:record_run"
@@ -151,12 +151,15 @@ def _state(files: GatherFolder, run: RunConfig) -> str:
 
 
 def _finished(files: GatherFolder, run: RunConfig) -> bool:
-    """Whether the run is there and sound. One that is damaged is removed, to be done again."""
+    """Whether the run is there and sound. One that is damaged is removed, to be done again.
+
+    Raises FileFault for one that may be sound but cannot be read: hours of work are not removed for that.
+    """
     if not files.has_run(run.id):
         return False
     try:
         _read(files, run.id)
-    except FileFault as fault:
+    except DamagedFile as fault:
         print(f"{fault}\nwill be gathered again", flush=True)
         files.run(run.id).unlink()
         return False

@@ -12,7 +12,7 @@ from collect.gather import Settings
 from collect.grid import RunConfig, Suite
 from data.outcomes import Outcome, OutcomeFolder, read_outcomes, write_outcomes
 from data.sources import load_source
-from predictor.errors import FileFault
+from predictor.errors import DamagedFile
 from predictor.tracking import Tracker
 
 _TARGET = "collect.continuations:record_outcomes"
@@ -112,13 +112,16 @@ def _state(files: OutcomeFolder, run: RunConfig, choices: Choices) -> str:
 
 
 def _done(files: OutcomeFolder, run: RunConfig, choices: Choices) -> bool:
-    """Whether the run's outcomes are there and sound. A file that is damaged is removed, to be done again."""
+    """Whether the run's outcomes are there and sound. A file that is damaged is removed, to be done again.
+
+    Raises FileFault for one that may be sound but cannot be read: hours of work are not removed for that.
+    """
     path = files.run(run.id)
     if not path.is_file():
         return False
     try:
         done = _has_all(read_outcomes(path), choices)
-    except FileFault as fault:
+    except DamagedFile as fault:
         print(f"{fault}\nwill be gathered again", flush=True)
         path.unlink()
         return False

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.trajectories.store import GatherFolder
-from predictor.errors import FileFault, UsageError
+from predictor.errors import DamagedFile, FileFault, UsageError
 from predictor.files import written_whole
 
 DEFAULT_FOLDER = Path("runs/outcomes")
@@ -19,6 +19,7 @@ frozen; one with a single layer frozen."""
 _STATUSES = ("finished", "diverged")
 _COMMAND = "`python -m collect gather outcomes`"
 _CURE = f"gather it again with {_COMMAND}"
+_CURE_IF_NEWER = f"update the toolkit, or remove the file and {_CURE}"
 Key = tuple[str, int, str, tuple[int, ...]]
 
 
@@ -146,7 +147,8 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
 def read_outcomes(path: Path) -> tuple[Outcome, ...]:
     """The outcomes of a file that gather wrote, in its order.
 
-    Raises FileFault, with the line's number, for a line that is cut short, that makes no sense or that comes twice.
+    Raises FileFault, with the line's number, for a line that makes no sense, as a newer version's may to this one, or
+    that comes twice; DamagedFile for one that is cut short, and for a file that is empty or no text.
     """
     outcomes: dict[Key, Outcome] = {}
     for number, line in enumerate(_text(path).removesuffix("\n").split("\n"), start=1):
@@ -155,9 +157,9 @@ def read_outcomes(path: Path) -> tuple[Outcome, ...]:
             if outcome.key in outcomes:
                 raise ValueError(f"run {outcome.run_id}: comes twice with step, kind and layers the same")
         except json.JSONDecodeError as error:
-            raise FileFault(f"{path}, line {number}: cut short, or not JSON: {_CURE}") from error
+            raise DamagedFile(f"{path}, line {number}: cut short, or not JSON: {_CURE}") from error
         except (ValueError, OverflowError, RecursionError) as error:
-            raise FileFault(f"{path}, line {number}: {error}: {_CURE}") from error
+            raise FileFault(f"{path}, line {number}: {error}: {_CURE_IF_NEWER}") from error
         outcomes[outcome.key] = outcome
     return tuple(outcomes.values())
 
@@ -217,9 +219,9 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise FileFault(f"{path}: cannot be read ({error.strerror}): make it with {_COMMAND}") from error
     except ValueError as error:
-        raise FileFault(f"{path}: not a text of JSON lines ({error}): {_CURE}") from error
+        raise DamagedFile(f"{path}: not a text of JSON lines ({error}): {_CURE}") from error
     if not text:
-        raise FileFault(f"{path}: is empty: {_CURE}")
+        raise DamagedFile(f"{path}: is empty: {_CURE}")
     return text
 
 

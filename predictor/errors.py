@@ -12,6 +12,10 @@ class FileFault(UsageError):
     """A file that is missing, broken, of another version or hostile. The message names the file and the fault."""
 
 
+class DamagedFile(FileFault):
+    """A file whose content is spoilt: making it anew is all that helps. Not one that merely cannot be read."""
+
+
 class DivergedError(ArithmeticError):
     """A loss that is no longer a finite number."""
 

@@ -6,6 +6,7 @@ they lie in the file and decoded here, never past the declared size.
 """
 
 import math
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +20,11 @@ import numpy.typing as npt
 from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t, h5z
 
 from data.trajectories.schema import Field
-from predictor.errors import FileFault
+from predictor.errors import DamagedFile, FileFault
 
 _DAMAGED = "copy it anew, or make it again with `python -m collect gather trajectories`"
 _HOSTILE = "no file of this toolkit holds that; do not use it, and get it anew from where it came"
+_UNREADABLE = "make it readable for this user, or try again when the machine can read it"
 _TYPES = {"|u1": h5t.STD_U8LE, "<i8": h5t.STD_I64LE, "<f4": h5t.IEEE_F32LE, "<f8": h5t.IEEE_F64LE}
 _PIPELINES = ((), (h5z.FILTER_SHUFFLE,), (h5z.FILTER_DEFLATE,), (h5z.FILTER_SHUFFLE, h5z.FILTER_DEFLATE))
 _LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "an external link"}
@@ -42,28 +44,33 @@ class Place:
         """A place further in."""
         return replace(self, run=run or self.run, field=field or self.field)
 
-    def damaged(self, what: str) -> FileFault:
+    def damaged(self, what: str) -> DamagedFile:
         """A fault as a broken disk or an interrupted copy leaves it."""
-        return self._fault(what, _DAMAGED)
+        return DamagedFile(self._told(what, _DAMAGED))
 
     def hostile(self, what: str) -> FileFault:
         """A fault that no accident makes."""
-        return self._fault(what, _HOSTILE)
+        return FileFault(self._told(what, _HOSTILE))
 
-    def _fault(self, what: str, cure: str) -> FileFault:
+    def unreadable(self, what: str) -> FileFault:
+        """A fault of the machine: the file may well be sound."""
+        return FileFault(self._told(what, _UNREADABLE))
+
+    def _told(self, what: str, cure: str) -> str:
         run = f"run {_clip(self.run)}: " if self.run else ""
         field = f"field {_clip(self.field)}: " if self.field else ""
-        return FileFault(f"{self.path}: {run}{field}{what}: {cure}")
+        return f"{self.path}: {run}{field}{what}: {cure}"
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Turn whatever HDF5 raises on a damaged file into a fault of this place."""
+        """Turn whatever HDF5 raises, on a damaged file or where reading fails, into a fault of this place."""
         try:
             yield
         except FileFault:
             raise
         except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError) as error:
-            raise self.damaged(f"HDF5 cannot read it ({' '.join(str(error).split())[:200]})") from error
+            fault = self.unreadable if _of_the_machine(error) else self.damaged
+            raise fault(f"HDF5 cannot read it ({' '.join(str(error).split())[:200]})") from error
 
 
 def open_file(place: Place) -> h5py.File:
@@ -213,6 +220,12 @@ def _type_name(dataset: h5d.DatasetID) -> str:
     kinds = {h5t.VLEN: "variable length", h5t.REFERENCE: "reference", h5t.STRING: "string", h5t.COMPOUND: "compound"}
     kind = dataset.get_type()
     return kinds.get(kind.get_class(), f"{kind.get_size()}-byte number of another kind")
+
+
+def _of_the_machine(error: Exception) -> bool:
+    """Whether memory or the operating system failed, and not the file. HDF5 tells the system's number in its text."""
+    numbered = isinstance(error, OSError) and bool(error.errno)
+    return numbered or isinstance(error, MemoryError) or re.search(r"errno = [1-9]", str(error)) is not None
 
 
 def _clip(name: str) -> str:

@@ -12,7 +12,7 @@ from data.trajectories.checks import content_faults, shape_faults, total_bytes
 from data.trajectories.guard import Place
 from data.trajectories.schema import FIELDS, FORMAT, FORMAT_VERSION, MOST_RUN_BYTES, MOST_RUNS, is_run_id
 from data.trajectories.trajectory import Arrays, Trajectory, checksum, parsed, trajectory_of
-from predictor.errors import FileFault, UsageError
+from predictor.errors import DamagedFile, FileFault, UsageError
 
 _FIELDS = {field.name: field for field in FIELDS}
 _MOST_NAMES = 1_000
@@ -45,7 +45,10 @@ class TrajectoryFile:
         self._known = frozenset(self.run_ids)
 
     def read(self, run_id: str) -> Trajectory:
-        """One run, whole: its shapes, values and checksum have been verified. Raises FileFault."""
+        """One run, whole: its shapes, values and checksum have been verified.
+
+        Raises FileFault, and of those DamagedFile where reading again cannot help.
+        """
         trajectory, faults = self.examine(run_id)
         if trajectory is None or faults:
             raise faults[0]
@@ -124,8 +127,9 @@ class TrajectoryFile:
             raise FileFault(f"{self.path}: an HDF5 file, but not of trajectories: name one that gather or merge wrote")
         version = guard.attribute(place, root, "version")
         if version != FORMAT_VERSION:
-            cure = "update the toolkit" if isinstance(version, int) and version > FORMAT_VERSION else "gather it again"
-            raise FileFault(f"{self.path}: format version {version}, but this toolkit reads {FORMAT_VERSION}: {cure}")
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            kind, cure = (FileFault, "update the toolkit") if newer else (DamagedFile, "gather it again")
+            raise kind(f"{self.path}: format version {version}, but this toolkit reads {FORMAT_VERSION}: {cure}")
         self._note(lambda: guard.check_attributes(place, root, 2))
         for name in guard.names(place, root, _MOST_NAMES):
             if name != b"runs":

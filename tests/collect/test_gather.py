@@ -97,6 +97,23 @@ def test_a_damaged_run_is_gathered_again(
     assert "will be gathered again" in capsys.readouterr().out
 
 
+def test_a_run_that_cannot_be_read_is_kept(
+    tmp_path: Path, suite: Callable[..., str], trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = suite(MLP)
+    gather(tmp_path, path)
+
+    def failing(*_arguments: Any, **_options: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data.trajectories.guard.h5py.File", failing)
+        with pytest.raises(FileFault, match="Input/output error"):
+            gather(tmp_path, path)
+    assert gather(tmp_path, path) == 0
+    assert trained == ids_of(path)
+
+
 def test_a_run_that_diverges_is_recorded_as_such(
     tmp_path: Path, suite: Callable[..., str], trained: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

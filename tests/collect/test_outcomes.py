@@ -104,6 +104,32 @@ def test_a_damaged_file_is_gathered_again(
     assert (tmp_path / "out" / "outcomes.jsonl").read_bytes() == content
 
 
+def test_outcomes_that_cannot_be_read_or_are_of_a_newer_version_are_kept(
+    tmp_path: Path, suite: Callable[..., str], trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = suite()
+    gather(tmp_path, path, *FEW)
+    file = OutcomeFolder(tmp_path / "out" / "outcomes").run(ids_of(path)[0])
+
+    sound, read = file.read_text(), Path.read_text
+
+    def denied(path: Path, encoding: str | None = None) -> str:
+        if path == file:
+            raise PermissionError(13, "Permission denied")
+        return read(path, encoding)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", denied)
+        with pytest.raises(FileFault, match="Permission denied"):
+            gather(tmp_path, path, *FEW)
+    assert file.read_text() == sound
+    newer = sound.replace('"kind": "front"', '"kind": "back"')
+    file.write_text(newer)
+    with pytest.raises(FileFault, match=r"line 2: kind is 'back', .*: update the toolkit, or remove the file"):
+        gather(tmp_path, path, *FEW)
+    assert file.read_text() == newer
+
+
 def test_a_run_that_fails_does_not_stop_the_others(
     tmp_path: Path, suite: Callable[..., str], trained: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from data.outcomes import OutcomeFolder, Result, outcome_of, read_outcomes, write_outcomes
-from predictor.errors import FileFault, UsageError
+from predictor.errors import DamagedFile, FileFault, UsageError
 from tests.data.made_outcomes import ended, made_outcome, made_run
 
 
@@ -71,7 +71,7 @@ def test_extra_loss_is_that_over_the_unfrozen_run():
 )
 def test_a_line_that_makes_no_sense_is_named(tmp_path, line, fault):
     path = written(tmp_path / "o.jsonl", made_run()[0].as_dict(), line, row(step=11))
-    with pytest.raises(FileFault, match=rf"o.jsonl, line 2: {fault}.*: gather it again with"):
+    with pytest.raises(FileFault, match=rf"o.jsonl, line 2: {fault}.* gather it again with"):
         read_outcomes(path)
 
 
@@ -79,6 +79,17 @@ def test_numbers_that_are_too_long(tmp_path):
     text = json.dumps(row()).replace('"flops_share": 0.5', '"flops_share": 1' + "0" * 400)
     with pytest.raises(FileFault, match="line 1"):
         read_outcomes(written(tmp_path / "o.jsonl", text))
+
+
+def test_only_what_nobody_could_have_written_so_is_damage(tmp_path):
+    for content in (b"", b"\xff\xfe{}", json.dumps(row()).encode()[:-9]):
+        (tmp_path / "o.jsonl").write_bytes(content)
+        with pytest.raises(DamagedFile):
+            read_outcomes(tmp_path / "o.jsonl")
+    for path in (written(tmp_path / "newer.jsonl", row(kind="back")), tmp_path):
+        with pytest.raises(FileFault) as caught:
+            read_outcomes(path)
+        assert caught.type is FileFault
 
 
 def test_a_line_that_comes_twice(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from data.trajectories import open_trajectories, write_runs
 from data.trajectories.trajectory import arrays_of
 from data.trajectories.validate import validate
-from predictor.errors import FileFault
+from predictor.errors import DamagedFile, FileFault
 from tests.data.made import assert_same, made_trajectory, write_raw
 
 RUNS = [made_trajectory("mlp-0"), made_trajectory("mlp-1")]
@@ -68,7 +68,7 @@ def test_a_wrong_value_behind_right_hdf5_is_found_by_the_checksum(tmp_path, good
         file["runs/mlp-1/weights"][2, 1, 3] += 1
     with open_trajectories(path) as file:
         assert_same(file.read("mlp-0"), RUNS[0])
-        with pytest.raises(FileFault, match=r"good.h5: run mlp-1: .*checksum.*make it again"):
+        with pytest.raises(DamagedFile, match=r"good.h5: run mlp-1: .*checksum.*make it again"):
             file.read("mlp-1")
 
 
@@ -82,8 +82,9 @@ def test_a_run_under_another_name_is_found_by_the_checksum(tmp_path, good):
 @pytest.mark.parametrize(("version", "cure"), [(2, "update the toolkit"), (0, "gather it again")])
 def test_another_version(tmp_path, version, cure):
     path = write_raw(tmp_path / "t.h5", {"mlp-0": arrays_of(RUNS[0])}, version=version)
-    with pytest.raises(FileFault, match=f"version {version}, but this toolkit reads 1: {cure}"):
+    with pytest.raises(FileFault, match=f"version {version}, but this toolkit reads 1: {cure}") as caught:
         open_trajectories(path)
+    assert isinstance(caught.value, DamagedFile) == (version < 1)
 
 
 @pytest.mark.parametrize("change", ["no format", "another format", "version as text", "no runs", "runs a dataset"])
@@ -124,6 +125,24 @@ def test_a_file_that_may_not_be_read(tmp_path, good, monkeypatch):
     monkeypatch.setattr("pathlib.Path.open", denied)
     with pytest.raises(FileFault, match=r"good.h5: cannot be read \(Permission denied\): make it readable"):
         open_trajectories(tmp_path / "good.h5")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(5, "Input/output error"),
+        MemoryError("Unable to allocate 9 GiB"),
+        KeyError("Unable to open object (file read failed: errno = 5, error message = 'Input/output error')"),
+    ],
+)
+def test_what_the_machine_fails_at_is_no_damage(tmp_path, good, monkeypatch, error):
+    def failing(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr("data.trajectories.guard.h5py.File", failing)
+    with pytest.raises(FileFault, match=r"good.h5: HDF5 cannot read it \(.*try again") as caught:
+        open_trajectories(tmp_path / "good.h5")
+    assert caught.type is FileFault
 
 
 def test_validate_names_every_fault(tmp_path, good):

@@ -1,5 +1,6 @@
 """Gathers outcomes of freezing: the runs of a suite that are not there yet, and one packed file of them all."""
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from collect.choices import Choices
 from collect.engines import Job, run_jobs
 from collect.gather import Settings
 from collect.grid import RunConfig, Suite
-from data.outcomes import Outcome, OutcomeFolder, read_outcomes, write_outcomes
+from data.outcomes import Key, Outcome, OutcomeFolder, outcome_of, read_outcomes, write_outcomes
 from data.sources import load_source
-from predictor.errors import DamagedFile
+from predictor.errors import DamagedFile, UsageError
+from predictor.files import held, read_json_lines
 from predictor.tracking import Tracker
 
 _TARGET = "collect.continuations:record_outcomes"
@@ -120,14 +122,36 @@ def _done(files: OutcomeFolder, run: RunConfig, choices: Choices) -> bool:
     if not path.is_file():
         return False
     try:
-        done = _has_all(read_outcomes(path), choices)
+        outcomes = read_outcomes(path)
     except DamagedFile as fault:
         print(f"{fault}\nwill be gathered again", flush=True)
         path.unlink()
         return False
-    if done:  # left there by a kill between the last two things that a run does
-        shutil.rmtree(files.under_way(run.id), ignore_errors=True)
+    done = _has_all(outcomes, choices)
+    if done:
+        _clear(files, run.id, outcomes)
     return done
+
+
+def _clear(files: OutcomeFolder, run_id: str, finished: Sequence[Outcome]) -> None:
+    """Remove what a kill between the last two things that a run does has left of it.
+
+    What was begun with other choices and broken off stays, and so does what another gather is at.
+    """
+    if not files.under_way(run_id).exists():
+        return
+    with contextlib.suppress(UsageError), held(files.log(run_id), "another gather"):
+        known = {outcome.key for outcome in finished}
+        if all(_key(row) in known for row in read_json_lines(files.so_far(run_id))):
+            shutil.rmtree(files.under_way(run_id), ignore_errors=True)
+
+
+def _key(row: dict[str, Any]) -> Key | None:
+    """What a line of outcomes so far stands for; None where it is of another version."""
+    try:
+        return outcome_of(row).key
+    except ValueError:
+        return None
 
 
 def _has_all(outcomes: Sequence[Outcome], choices: Choices) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from collect import __main__ as program
+from collect import continuations
 from collect import gather as trajectories
 from collect import outcomes as gathering
 from collect.grid import read_suite
@@ -14,7 +15,7 @@ from data.proxy import join
 from data.trajectories.labels import LabelRule
 from data.trajectories.reader import open_trajectories
 from predictor.errors import FileFault, UsageError
-from predictor.files import read_json_lines
+from predictor.files import held, read_json_lines
 from tests.collect.inline import MLP, SMALL, noting, run_inline
 
 HEAD = SMALL + MLP
@@ -88,6 +89,42 @@ def test_what_is_there_is_not_trained_again(tmp_path: Path, suite: Callable[...,
     assert len(packed.read_text().splitlines()) == 2 * (3 + 1)
     rows = read_json_lines(tmp_path / "out" / "outcomes" / "metrics.jsonl")
     assert [row["run"] for row in rows if "run" in row] == ids_of(path) * 2
+
+
+def test_what_was_begun_with_other_choices_outlives_a_gather_that_has_all(
+    tmp_path: Path, suite: Callable[..., str], trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = suite()
+    gather(tmp_path, path, *FEW)
+    (run_id,), files = ids_of(path), OutcomeFolder(tmp_path / "out" / "outcomes")
+    others, append, lines = ("--points", "0,0.5", *FEW[2:]), continuations.append_json_line, iter(range(1))
+
+    def broken_off(file: Path, content: object) -> None:
+        if next(lines, None) is None:
+            raise FileFault("the disk is full")
+        append(file, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(continuations, "append_json_line", broken_off)
+        assert gather(tmp_path, path, *others) == 1
+    begun = files.so_far(run_id).read_text()
+    assert len(begun.splitlines()) == 1
+    assert gather(tmp_path, path, *FEW) == 0
+    assert files.so_far(run_id).read_text() == begun
+    assert gather(tmp_path, path, *others) == 0
+    assert not files.under_way(run_id).exists()
+
+
+def test_what_another_gather_is_at_is_not_removed(
+    tmp_path: Path, suite: Callable[..., str], trained: list[str]
+) -> None:
+    path = suite()
+    gather(tmp_path, path, *FEW)
+    (run_id,), files = ids_of(path), OutcomeFolder(tmp_path / "out" / "outcomes")
+    files.under_way(run_id).mkdir(parents=True)
+    with held(files.log(run_id), "a test"):
+        assert gather(tmp_path, path, *FEW) == 0
+    assert files.under_way(run_id).exists()
 
 
 def test_a_damaged_file_is_gathered_again(

@@ -18,6 +18,9 @@ from predictor.windows import WindowSet
 _WIDEST_WINDOW = 16
 SEARCHED = ("hide_clock", "scaling", "balance", "learning_rate", "weight_decay", "batch_size")
 """Fit settings that a study searches; the others are the user's, and part of what a study is."""
+HANDED_ON = ("epochs", "patience", "epoch_windows", "validation", "test", "split_seed")
+"""Those of the others that `train` must share: the settings were found for such trainings, and by another split the
+runs that chose them would be tested on."""
 
 
 @dataclass(frozen=True)

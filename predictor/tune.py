@@ -9,7 +9,7 @@ import numpy as np
 from predictor.attention import PredictorConfig
 from predictor.errors import DivergedError, FileFault, UsageError
 from predictor.files import held, write_json
-from predictor.search import SEARCHED, Choice, Task
+from predictor.search import HANDED_ON, SEARCHED, Choice, Task
 from predictor.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _write_best(study: "optuna.Study", path: Path, task: Task) -> None:
         raise UsageError(f"no trial of the study in {path.parent} came to an end{reason}") from error
     runs = task.reference.runs
     choice = suggest(optuna.trial.FixedTrial(best.params), task)
-    settings = {name: value for name, value in asdict(choice.settings).items() if name in SEARCHED}
+    settings = {name: value for name, value in asdict(choice.settings).items() if name in (*SEARCHED, *HANDED_ON)}
     write_json(
         path,
         {

@@ -15,12 +15,15 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from predictor import plots
+from predictor import cli, plots
+from predictor.__main__ import _parser
 from predictor.attention import PredictorConfig
 from predictor.errors import FileFault, UsageError
-from predictor.files import read_json_lines
+from predictor.files import read_json_lines, write_json
 from predictor.fit import FitConfig
 from predictor.search import Choice, Task, TuneConfig
+from predictor.settings import flags_in
+from predictor.splits import split_by_run
 from predictor.tracking import start_tracker
 from predictor.tune import suggest, tune
 from predictor.windows import WindowSet
@@ -64,6 +67,29 @@ def test_a_study_ends_with_as_many_trials_as_asked_and_goes_on(make_windows, tmp
     drawn = plots.study(study, tmp_path)
     assert tmp_path / "optimization_history.png" in drawn
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_train_has_the_split_and_the_epochs_of_the_study_unless_a_flag_says_otherwise(make_windows, tmp_path):
+    windows = make_windows(each=3)
+    fixed = replace(FIT, epochs=2, patience=1, epoch_windows=300, validation=0.25, test=0.3, split_seed=7)
+    task = Task({0.98: windows}, 0.98, LABELS, TuneConfig(trials=1, folds=3), fixed)
+    tune(task, tmp_path, progress=False)
+    found = given(*flags_in(tmp_path / "best.json"))
+    for name in ("epochs", "patience", "epoch_windows", "validation", "test", "split_seed"):
+        assert getattr(found, name) == getattr(fixed, name)
+    assert split_by_run(windows.runs, found.validation, found.test, found.split_seed) == task._split
+    assert given(*flags_in(tmp_path / "best.json"), "--split-seed", "8") == replace(found, split_seed=8)
+
+
+def test_every_setting_of_a_training_can_be_handed_on_in_a_file(tmp_path):
+    settings = FitConfig(3, 2, 99, 16, 0.5, 0.0, 0.1, True, "robust", 0.1, 0.3, 0.25, 4, 5, "cpu")
+    assert not any(value == getattr(FitConfig(), name) for name, value in asdict(settings).items())
+    write_json(tmp_path / "best.json", {"settings": asdict(settings)})
+    assert given(*flags_in(tmp_path / "best.json")) == settings
+
+
+def given(*flags):
+    return cli.from_flags(FitConfig, _parser().parse_args(["train", *flags]))
 
 
 def test_the_test_runs_have_no_say(make_windows):

@@ -26,7 +26,8 @@ The validation runs of the families it knows chose each judge's threshold. At ha
 very freezable windows are frozen, which tells about the ranking alone."""
 _REPLAYED = """\
 What the runs would have lost and saved by a growing front, each judged by a predictor that learnt from the other
-families (points of accuracy, as means; FLOPs of full training without a cache):"""
+families (points of accuracy, as means; FLOPs of full training without a cache). The thresholds were chosen on all of
+these runs, the test runs among them:"""
 _NOT_JUDGED = "nothing. This predictor is to be used and not to be judged: no family and no source was kept from it"
 _INPUTS = {"gain": "motion, gain and clock", "motion": "motion and clock", "raw": "raw weights"}
 _COLUMNS = (
@@ -174,7 +175,10 @@ def _risks(card: Any) -> str:
         for row in rows[:_MOST_ROWS]
     ]
     slope, shift = at(card, "calibration", "slope"), at(card, "calibration", "shift")
-    line = f"calibrated on the same judgements: logits times {figure(slope)}, plus {figure(shift)}"
+    # Cards from before test runs were left out say nothing of it.
+    among = "without those" if at(card, "calibration", "on_test_runs") is False else "with those"
+    line = f"calibrated on the same judgements, {among} of test runs: "
+    line += f"logits times {figure(slope)}, plus {figure(shift)}"
     return f"{_REPLAYED}\n{table(head, listed)}" + (f"\n{line}" if slope is not None else "")
 
 

@@ -54,16 +54,20 @@ def with_risks(
 ) -> tuple[FitResult, dict[str, Any]]:
     """A result with thresholds by risk, that of the default one as its own; and what a card says of it.
 
-    Its model is calibrated in place, on the judgements that the thresholds come from. Raises UsageError as
-    `without_own_family` does.
+    Its model is calibrated in place, on the judgements that the thresholds come from, but for those of its test runs:
+    calibration figures on these must not know their labels. The thresholds need every run that there is, and the card
+    says so.
+
+    Raises UsageError as `without_own_family` does.
     """
     probability_N = without_own_family(windows, config, settings, watch)
-    calibration = fit_calibration(windows.labels_N.numpy(), probability_N)
+    learnt_N = ~np.isin(windows.index[:, 0].numpy(), result.split.test)
+    calibration = fit_calibration(windows.labels_N.numpy()[learnt_N], probability_N[learnt_N])
     result.fitted.model.calibrate(calibration.slope, calibration.shift)
     found = thresholds_for(windows, calibration(probability_N))
     own = next(row.threshold for row in found if row.risk == DEFAULT_RISK)
     pairs = tuple((row.risk, row.threshold) for row in found)
-    told = {"calibration": asdict(calibration), "risks": [asdict(row) for row in found]}
+    told = {"calibration": {**asdict(calibration), "on_test_runs": False}, "risks": [asdict(row) for row in found]}
     return replace(result, threshold=own, risks=pairs), told
 
 

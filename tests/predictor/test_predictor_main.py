@@ -287,7 +287,8 @@ def test_train_on_outcomes_knows_thresholds_by_risk(write_trajectories, tmp_path
     train(data, out, "--no-transfer", "--outcomes", str(outcomes), str(others), "--tolerance", "0.25")
     printed = capsys.readouterr().out
     assert "What the runs would have lost and saved" in printed
-    assert "calibrated on the same judgements: logits times " in printed
+    assert "calibrated on the same judgements, without those of test runs: logits times " in printed
+    assert "chosen on all of\nthese runs, the test runs among them" in printed
     file = load_predictor(out)
     assert [risk for risk, _ in file.risks] == [0.1, 0.25, 0.5, 1.0, 2.0]
     assert file.threshold == file.threshold_for(0.5)

@@ -8,8 +8,9 @@ import torch
 
 from predictor.attention import PredictorConfig
 from predictor.errors import UsageError
-from predictor.fit import FitConfig
-from predictor.risks import thresholds_for, without_own_family
+from predictor.fit import FitConfig, fit
+from predictor.risks import thresholds_for, with_risks, without_own_family
+from predictor.sampling import SampleSpec
 from predictor.windows import RunWindows, WindowSet
 
 
@@ -78,6 +79,39 @@ def test_of_unmeasured_runs_there_is_no_risk(make_windows):
     windows = make_windows(each=1)
     with pytest.raises(UsageError, match="not known what freezing costs"):
         thresholds_for(windows, np.zeros(len(windows)), [0.5])
+
+
+def test_the_calibration_does_not_know_the_labels_of_test_runs(make_windows, monkeypatch):
+    windows = measured(make_windows(each=3))
+    config, settings = PredictorConfig(window=6, weights=32, hidden=8, key=4), FitConfig(epochs=1, epoch_windows=256)
+    noise_N = torch.rand(len(windows), generator=torch.Generator().manual_seed(0)).numpy()
+    probability_N = 0.1 + 0.5 * windows.labels_N.numpy() + 0.3 * noise_N
+    monkeypatch.setattr("predictor.risks.without_own_family", lambda *_: probability_N)
+    result = fit(windows, SampleSpec(weights=32, snapshots=23), config, settings, progress=False)
+
+    def calibration_of(windows):
+        return with_risks(result, windows, config, settings)[1]["calibration"]
+
+    found = calibration_of(windows)
+    assert found["slope"] not in (0, 1)
+    assert found["on_test_runs"] is False
+    assert calibration_of(spoilt(windows, result.split.test)) == found
+    assert calibration_of(spoilt(windows, result.split.train[:1])) != found
+
+
+def measured(windows):
+    """Freezing too early costs two points in each of these runs."""
+    flops_F = torch.linspace(1, 0.4, 5).double()
+    runs = (replace(run, harm_TL=2.0 * (~run.labels_TL).double(), flops_F=flops_F) for run in windows.runs)
+    return replace(windows, runs=tuple(runs))
+
+
+def spoilt(windows, places):
+    """The labels of some runs are the other way round."""
+    runs = (
+        replace(run, labels_TL=~run.labels_TL) if place in places else run for place, run in enumerate(windows.runs)
+    )
+    return replace(windows, runs=tuple(runs))
 
 
 def test_each_family_is_judged_by_the_others_alone(make_windows):

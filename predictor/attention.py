@@ -293,13 +293,17 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _build(kind: type[Any], content: Any) -> Any:
-    """A configuration from JSON: exactly its fields, each of the type of its default, no width beyond reason."""
+    """A configuration from JSON: exactly its fields, each of the type of its default, no width beyond reason.
+
+    A seed is no width; `kind` itself bounds it.
+    """
     known = {field.name: type(field.default) for field in fields(kind)}
     if not isinstance(content, dict) or set(content) != set(known):
         raise UsageError(f"{kind.__name__} needs {sorted(known)}")
     for name, value in content.items():
         wanted = (int, float) if known[name] is float else known[name]
-        if not isinstance(value, wanted) or isinstance(value, bool) or (isinstance(value, int) and value > 1 << 16):
+        huge = isinstance(value, int) and value > 1 << 16 and name != "seed"
+        if not isinstance(value, wanted) or isinstance(value, bool) or huge:
             raise UsageError(f"{kind.__name__}.{name}={value!r}")
     return kind(**content)
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from predictor.errors import UsageError
 from predictor.freezing.layers import Layer
 
+_SEEDS = 1 << 32
+
 
 @dataclass(frozen=True)
 class SampleSpec:
@@ -19,11 +21,13 @@ class SampleSpec:
     snapshots: int = 60
     """Snapshots over a whole training, evenly spread, besides the one before the first step."""
     seed: int = 0
-    """Seed of the sampled positions."""
+    """Seed of the sampled positions, from 0 to below 2**32."""
 
     def __post_init__(self) -> None:
         if self.weights < 1 or self.snapshots < 1:
             raise UsageError(f"{self}: weights and snapshots count from 1")
+        if not 0 <= self.seed < _SEEDS:
+            raise UsageError(f"seed={self.seed}: give a whole number from 0 to {_SEEDS - 1}")
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a snapshot is taken after `step` optimizer steps of `total_steps`. True at step 0."""

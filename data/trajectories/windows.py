@@ -113,8 +113,14 @@ def trajectories_in(sources: Sources) -> Iterator[Trajectory]:
 
 
 def spec_of(trajectory: Trajectory) -> SampleSpec:
-    """How a run was sampled; a predictor that is trained on it must be used with the same."""
-    return SampleSpec(**{name: trajectory.config["sampling"][name] for name in ("weights", "snapshots", "seed")})
+    """How a run was sampled; a predictor that is trained on it must be used with the same.
+
+    Raises UsageError for a run that cannot have been sampled so.
+    """
+    try:
+        return SampleSpec(**{name: trajectory.config["sampling"][name] for name in ("weights", "snapshots", "seed")})
+    except UsageError as error:
+        raise UsageError(f"run {trajectory.run_id}: its sampling is none ({error}): leave it out") from error
 
 
 def _by_similarity(trajectory: Trajectory, rule: LabelRule) -> RunWindows:

@@ -156,6 +156,7 @@ def test_shards_are_all_runs_and_each_once(tmp_path: Path) -> None:
         (MLP + "[samplings]\nweights = 1", r"no setting 'samplings': did you mean 'sampling'\?"),
         (MLP + "[sampling]\nweight = 1", r"sampling: there is no setting 'weight': did you mean 'weights'\?"),
         (MLP + "[sampling]\nweights = 0", "count from 1"),
+        (MLP + "[sampling]\nseed = -1", "seed=-1: give a whole number from 0 to"),
         ("sampling = 3\n" + MLP, "sampling = 3: give a table"),
         (MLP + "lr = ", "Invalid value"),
         (MLP + "[probe]\nsamples = 2", "at least 4 samples"),

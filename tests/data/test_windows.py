@@ -95,6 +95,14 @@ def test_how_a_run_was_sampled():
     assert spec_of(made_trajectory()) == SampleSpec(weights=4, snapshots=4, seed=0)
 
 
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"seed": 10**30}, {"snapshots": 0}])
+def test_a_run_that_cannot_have_been_sampled_so_is_named(wrong):
+    run = made_trajectory("a")
+    run.config["sampling"].update(wrong)
+    with pytest.raises(UsageError, match=r"run a: its sampling is none \(.*\): leave it out"):
+        windows_from([run], 2)
+
+
 def test_a_fault_names_the_file(tmp_path):
     with pytest.raises(FileFault, match=r"none.h5: there is no such file"):
         windows_from(tmp_path / "none.h5", 2)

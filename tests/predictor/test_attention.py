@@ -135,7 +135,7 @@ def saved(path, **changes):
         tensors = {name: tensor.clone() for name, tensor in make().state_dict().items()}
         meta = {
             "format": "smartfrz-predictor",
-            "version": 1,
+            "version": 2,
             "config": {"inputs": "gain", "window": 4, "weights": 8, "hidden": 8, "key": 4, "dropout": 0.1},
             "spec": {"weights": 8, "snapshots": 60, "seed": 0},
             "threshold": 0.7,
@@ -153,6 +153,12 @@ def test_save_and_load_give_the_same_answers(tmp_path):
     assert (file.spec, file.threshold, file.card) == (SampleSpec(weights=8), 0.7, {"figures": {"auroc": 0.9}})
 
 
+def test_any_seed_that_samples_can_be_loaded(tmp_path):
+    spec = SampleSpec(weights=8, seed=2**32 - 1)
+    save_predictor(tmp_path / "p.safetensors", PredictorFile(make(), spec, 0.7, {}))
+    assert load_predictor(tmp_path / "p.safetensors").spec == spec
+
+
 CONFIG = {"inputs": "gain", "window": 4, "weights": 8, "hidden": 8, "key": 4, "dropout": 0.1}
 BAD = {
     "another format": {"format": "something"},
@@ -168,6 +174,8 @@ BAD = {
     "a risk that is no pair": {"risks": [[0.5]]},
     "a threshold that is none": {"threshold": float("nan")},
     "more weights than its sampling": {"spec": {"weights": 4, "snapshots": 60, "seed": 0}},
+    "a seed beyond the generator's": {"spec": {"weights": 8, "snapshots": 60, "seed": 10**400}},
+    "a seed below 0": {"spec": {"weights": 8, "snapshots": 60, "seed": -1}},
     "weights that are not numbers": {"tensors": {"output.2.bias": torch.tensor([float("nan")])}},
     "weights of another type": {"tensors": {"output.2.bias": torch.zeros(1, dtype=torch.float64)}},
     "a tensor too many": {"tensors": {"extra": torch.zeros(1)}},

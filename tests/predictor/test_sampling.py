@@ -88,6 +88,14 @@ def test_a_spec_that_samples_nothing_is_refused(wrong):
         SampleSpec(**wrong)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
+def test_a_seed_beyond_the_generators_is_refused(seed):
+    with pytest.raises(UsageError, match=f"seed={seed}: give a whole number from 0 to 4294967295"):
+        SampleSpec(seed=seed)
+    sampler = LayerSampler([layer_of((10, 10))], SampleSpec(weights=16, seed=2**32 - 1))
+    assert len(sampler.sample(0).unique()) == 16
+
+
 def test_fewer_weights_are_of_all_matrices_alike():
     values = LayerSampler([layer_of((20, 30), (20, 10))], SampleSpec(weights=200)).sample_all()
     share = float((values < 600).double().mean())

@@ -12,6 +12,8 @@ from predictor.windows import RunWindows, WindowSet
 
 # Tokens of more windows than this say nothing more about their mean and deviation.
 _SAMPLE_WINDOWS = 8192
+# Weights in the windows that stand in memory at once: a file of a megabyte can declare windows of ten gigabytes.
+_MOST_WEIGHTS = 1 << 24
 _QUARTILES_TO_DEVIATION = 1.349  # between the quartiles of a normal distribution lie so many deviations
 
 
@@ -50,10 +52,14 @@ class Tokens:
 
 
 def kept_tokens(windows: WindowSet, config: PredictorConfig) -> Tensor:
-    """The tokens of every window, of a predictor that does not look at raw weights: tokens_NTF."""
+    """The tokens of every window, of a predictor that does not look at raw weights: tokens_NTF.
+
+    The windows themselves take memory for some _MOST_WEIGHTS weights at a time, however many a run has.
+    """
     maker = _maker(replace(config, window=windows.window))
     long_enough = (run for run in windows.runs if len(run.labels_TL) >= windows.window)
-    return torch.cat([maker.tokens(*_cut(run, windows.window, config.weights)) for run in long_enough])
+    pieces = (piece for run in long_enough for piece in _pieces(run, windows.window, config.weights))
+    return torch.cat([maker.tokens(*piece) for piece in pieces])
 
 
 @torch.no_grad()
@@ -75,8 +81,10 @@ def _maker(config: PredictorConfig) -> FreezePredictor:
         return FreezePredictor(config)
 
 
-def _cut(run: RunWindows, window: int, weights: int) -> tuple[Tensor, Tensor]:
-    """Every window of a run in the order of WindowSet.index: by snapshot, then by layer."""
+def _pieces(run: RunWindows, window: int, weights: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every window of a run, in pieces, in the order of WindowSet.index: by snapshot, then by layer."""
     both = (thinned(run.weights_TLK, weights), run.signals_TLS)
-    windows_NWK, signals_NWS = (part.unfold(0, window, 1).flatten(0, 1).transpose(1, 2) for part in both)
-    return windows_NWK, signals_NWS
+    # Views: contiguous snapshots unfold and flatten without a copy.
+    views = (part.contiguous().unfold(0, window, 1).flatten(0, 1).transpose(1, 2) for part in both)
+    size = max(1, _MOST_WEIGHTS // (window * weights))
+    return zip(*(torch.split(view_NWX, size) for view_NWX in views), strict=True)

@@ -17,7 +17,7 @@ from predictor.heldout import JUDGES, known, panel_of, transfer
 from predictor.metrics import auroc
 from predictor.sampling import SampleSpec
 from predictor.signals import SIGNALS
-from predictor.tokens import Tokens, fit_scaling, kept_tokens
+from predictor.tokens import fit_scaling
 from predictor.tracking import start_tracker
 from predictor.windows import WindowSet
 
@@ -155,24 +155,6 @@ def test_robust_scaling_by_hand():
     assert model.deviation[0] == pytest.approx(50 / 1.349)
     assert model.deviation[1] == 0
     assert model.judge(tokens[:, :6]).isfinite().all()  # a feature that never changes divides by an epsilon
-
-
-@pytest.mark.parametrize("inputs", ["gain", "motion", "raw"])
-def test_tokens_are_those_of_the_windows_one_by_one(make_windows, inputs):
-    windows = make_windows(each=1)
-    config = replace(CONFIG, inputs=inputs, weights=16)
-    tokens = Tokens(windows, config)
-    places = torch.tensor([0, 5, len(windows) - 1, 17])
-    cut, signals, labels = windows.batch(places)
-    assert torch.allclose(tokens[places], FreezePredictor(config).tokens(cut, signals), atol=1e-6)
-    assert torch.equal(tokens.labels_N[places], labels)
-    assert sum(len(part) for part in tokens.chunks(100)) == len(windows) == len(tokens)
-
-
-def test_tokens_pass_over_runs_that_are_too_short(make_windows):
-    short = make_windows(each=1, snapshots=12, window=6)
-    mixed = WindowSet((*make_windows(each=1, first=9).runs, *short.runs), 20)
-    assert len(kept_tokens(mixed, replace(CONFIG, weights=32))) == len(mixed) == 3 * 5 * 4
 
 
 def test_baselines(make_windows):

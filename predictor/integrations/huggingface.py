@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import ParallelMode, TrainingArguments
 
 from predictor.caching.argument import IdsArgument
@@ -32,7 +33,7 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
     column of the data set with a whole number for each sample. With it the frozen front's outputs are kept and its
     passes skipped: `cache` is then the FeatureCache of the training. It needs `remove_unused_columns=False`, and inputs
     that are padded to one length. memory_gb: features beyond this go to files. stop: end the training once nothing but
-    the head is left to train, as an EarlyStoppingCallback does.
+    the head is left to train, as an EarlyStoppingCallback does, but with the last evaluation and checkpoint.
 
     Raises UsageError at the start of training for what cannot freeze layers while it trains: DeepSpeed, FSDP1, DDP with
     a static graph or without `ddp_find_unused_parameters`, reentrant checkpointing.
@@ -118,8 +119,17 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
         """Once an optimizer step: gradients stand here, and are gone in `on_step_end`."""
         assert self.controller is not None, "the Trainer steps after it began to train"
         self.controller.step()
-        if self._stop and self.controller.finished:
-            control.should_training_stop = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End the training where that is wanted, with the evaluation and the checkpoint of an end at `max_steps`."""
+        assert self.controller is not None, "the Trainer steps after it began to train"
+        if not (self._stop and self.controller.finished):
+            return
+        control.should_training_stop = True
+        # The Trainer asks for these at the last step that it planned, which is not reached. By epoch it asks all the
+        # same: an epoch that is broken off ends too.
+        control.should_evaluate |= args.eval_strategy == IntervalStrategy.STEPS and args.eval_delay <= state.global_step
+        control.should_save |= args.save_strategy == SaveStrategy.STEPS
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

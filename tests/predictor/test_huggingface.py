@@ -53,15 +53,15 @@ def make_trainer(folder, callback, seed=0, stop=None, **options):
         per_device_train_batch_size=3,
         gradient_accumulation_steps=2,
         learning_rate=0.01,
-        save_strategy="no",
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
         logging_strategy="no",
-        **options,
+        **{"save_strategy": "no", **options},
     )
     callbacks = [callback, *([StopAt(stop)] if stop else [])]
-    return Trainer(make_bert(seed), arguments, train_dataset=sentences(), callbacks=callbacks)
+    data = sentences()
+    return Trainer(make_bert(seed), arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks)
 
 
 def trained(trainer, **options):
@@ -74,6 +74,7 @@ def equal(first, second):
 
 
 FRONT = frozenset(range(5))  # of the layers: embeddings, and what the first block begins with
+ALL = range(len(layers_of(make_bert())))
 
 
 def test_policies_are_asked_once_an_optimizer_step_while_gradients_stand(tmp_path):
@@ -100,10 +101,41 @@ def test_frozen_layers_stand_still_and_the_others_train(tmp_path):
 
 @pytest.mark.parametrize(("stop", "steps"), [(True, 5), (False, STEPS)])
 def test_training_may_end_when_all_layers_are_frozen(stop, steps, tmp_path):
-    layers = range(len(layers_of(make_bert())))
-    trainer = make_trainer(tmp_path, FreezeCallback(WatchingScript({2: FRONT, 5: layers}), stop=stop))
+    trainer = make_trainer(tmp_path, FreezeCallback(WatchingScript({2: FRONT, 5: ALL}), stop=stop))
     trained(trainer)
     assert trainer.state.global_step == steps
+
+
+def test_an_early_end_leaves_the_checkpoint_and_the_evaluation_of_an_end(tmp_path):
+    answers = {2: FRONT, 5: ALL}
+    often = {"save_strategy": "steps", "save_steps": 99, "eval_strategy": "steps", "eval_steps": 99}
+    trainer = make_trainer(
+        tmp_path, FreezeCallback(WatchingScript(answers), stop=True), load_best_model_at_end=True, **often
+    )
+    trained(trainer)
+    assert [row["step"] for row in trainer.state.log_history if "eval_loss" in row] == [5]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-5")
+    # Whoever wants the rest after all goes on from there. An evaluation draws random numbers, so all make that one.
+    unbroken = FreezeCallback(WatchingScript(answers))
+    expected = trained(make_trainer(tmp_path / "unbroken", unbroken, eval_strategy="steps", eval_steps=5))
+    resumed = make_trainer(tmp_path, FreezeCallback(WatchingScript(answers)), seed=1)
+    assert equal(expected, trained(resumed, resume_from_checkpoint=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "evaluated", "saved"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 99, "eval_delay": 6}, [], []),
+        ({"eval_strategy": "steps", "eval_steps": 5}, [5], []),  # once, though it was due
+        ({"eval_strategy": "epoch", "save_strategy": "epoch"}, [4, 5], ["checkpoint-4", "checkpoint-5"]),
+        ({}, [], []),
+    ],
+)
+def test_an_early_end_evaluates_and_saves_no_more_than_an_end_would(options, evaluated, saved, tmp_path):
+    trainer = make_trainer(tmp_path, FreezeCallback(WatchingScript({5: ALL}), stop=True), **options)
+    trained(trainer)
+    assert [row["step"] for row in trainer.state.log_history if "eval_loss" in row] == evaluated
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == saved
 
 
 @pytest.mark.parametrize("stop", [3, 5])

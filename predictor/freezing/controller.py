@@ -200,8 +200,7 @@ class FreezeController:
 
     def release(self) -> None:
         """Let the frozen layers go, after the last step; what stood still before the controller came stays so."""
-        for place in self._frozen:
-            thaw(self.layers[place], self.model.training, self._still)
+        thaw([self.layers[place] for place in self._frozen], self.model, self._still)
         settle_containers(self.model, self.layers, ())
 
     def _advance(self) -> FreezeEvent | None:
@@ -264,8 +263,7 @@ class FreezeController:
         optimizers = self._optimizers if self._step else ()
         for place in sorted(wanted - self._frozen):
             freeze(self.layers[place], optimizers)
-        for place in sorted(self._frozen - wanted):
-            thaw(self.layers[place], self.model.training, self._still)
+        thaw([self.layers[place] for place in sorted(self._frozen - wanted)], self.model, self._still)
         settle_containers(self.model, self.layers, wanted)
         self._frozen = wanted
 

@@ -4,11 +4,13 @@ A frozen layer's parameters want no gradient and have none, so that no optimizer
 weight decay. They stay in their parameter group, so that the optimizer's state loads on resume and no scheduler
 notices. Their optimizer state is dropped, which returns its memory; a thawed layer starts with fresh state. The
 layer's modules are in evaluation mode and stay there through `model.train()`: running statistics stand still, dropout
-is off, and the layer's output depends on its input alone. So is what stands around frozen layers only.
+is off, and the layer's output depends on its input alone. So is what stands around frozen layers only. What the user
+holds in evaluation mode, by giving a module a `train` of its own, stays there when layers thaw.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -25,22 +27,23 @@ def freeze(layer: Layer, optimizers: Iterable[Optimizer] = ()) -> None:
             optimizer.state.pop(parameter, None)
     for module in _parts(layer):
         module.eval()
-        # An attribute of the instance, found before the class's method: no cost in the forward pass, nothing to
-        # recompile, and copies and pickles of the module keep it. nn.Module.train calls it on every child.
-        module.train = partial(_stay_in_evaluation, module)  # type: ignore[method-assign]
+        _hold(module)
 
 
-def thaw(layer: Layer, training: bool, still: Collection[int] = ()) -> None:
-    """Let a layer train again.
+def thaw(layers: Iterable[Layer], model: nn.Module, still: Collection[int] = ()) -> None:
+    """Let layers of `model` train again, in the mode that it is in.
 
-    training: the mode that the rest of the model is in. still: ids of parameters that the user wants to stand still.
+    still: ids of parameters that the user wants to stand still.
     """
-    for parameter in layer.parameters():
-        if id(parameter) not in still:
-            parameter.requires_grad_(True)
-    for module in _parts(layer):
-        module.__dict__.pop("train", None)
-        module.train(training)
+    theirs = _held_by_user(model)
+    for layer in layers:
+        for parameter in layer.parameters():
+            if id(parameter) not in still:
+                parameter.requires_grad_(True)
+        for module in _parts(layer):
+            _let_go(module)
+            if module not in theirs:
+                module.train(model.training)
 
 
 def settle_containers(model: nn.Module, layers: Sequence[Layer], frozen: Iterable[int]) -> None:
@@ -50,15 +53,17 @@ def settle_containers(model: nn.Module, layers: Sequence[Layer], frozen: Iterabl
     """
     frozen = set(frozen)
     parts = {part for layer in layers for part in _parts(layer)}
+    theirs = _held_by_user(model)
     still = {id(p) for place, layer in enumerate(layers) if place in frozen for p in layer.parameters()}
     for module in model.modules():
         if module in parts:
             continue
         own = [id(parameter) for parameter in module.parameters()]
         if own and still.issuperset(own):
-            module.training = False
-            module.train = partial(_stay_in_evaluation, module)  # type: ignore[method-assign]
-        elif module.__dict__.pop("train", None) is not None:
+            if module not in theirs:
+                module.training = False
+                _hold(module)
+        elif _let_go(module) and module not in theirs:
             module.training = model.training
 
 
@@ -71,6 +76,44 @@ def _parts(layer: Layer) -> list[nn.Module]:
     return [part for module in layer.modules for part in module.modules()]
 
 
-def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Takes the place of a frozen module's `train`."""
+def _hold(module: nn.Module) -> None:
+    """Have a module stay in the mode that it is in."""
+    if _holds(module):
+        return
+    # An attribute of the instance, found before the class's method: no cost in the forward pass, nothing to
+    # recompile, and copies and pickles of the module keep it. nn.Module.train calls it on every child.
+    former = module.__dict__.get("train")
+    module.train = partial(_stay_in_evaluation, module, former=former)  # type: ignore[method-assign]
+
+
+def _let_go(module: nn.Module) -> bool:
+    """Undo `_hold`, and say whether there was something to undo."""
+    if not _holds(module):
+        return False
+    former = _users(module)
+    del module.train
+    if former is not None:
+        module.train = former  # type: ignore[method-assign]
+    return True
+
+
+def _holds(module: nn.Module) -> bool:
+    """Whether a module's `train` is ours."""
+    return getattr(module.__dict__.get("train"), "func", None) is _stay_in_evaluation
+
+
+def _users(module: nn.Module) -> Callable[..., Any] | None:
+    """The user's own `train` of a module, as `encoder.train = disabled_train`, also while ours stands before it."""
+    own: Any = module.__dict__.get("train")
+    train: Callable[..., Any] | None = own.keywords.get("former") if _holds(module) else own
+    return train
+
+
+def _held_by_user(model: nn.Module) -> set[nn.Module]:
+    """Modules in whose modes `model.train()` has no say: those with a `train` of the user's, and all inside them."""
+    return {inside for module in model.modules() if _users(module) is not None for inside in module.modules()}
+
+
+def _stay_in_evaluation(module: nn.Module, mode: bool = True, *, former: object = None) -> nn.Module:
+    """Takes the place of a frozen module's `train`. former: that of the user, if there was one."""
     return module

@@ -74,7 +74,7 @@ def test_thaw_gives_gradients_and_training_mode_back(make_toy):
     model = make_toy()
     layer = layers_of(model)[1]
     freeze(layer)
-    thaw(layer, training=True)
+    thaw([layer], model)
     assert model.body[4].training
     assert not is_frozen(layer)
     model.eval()
@@ -121,7 +121,7 @@ def test_a_copy_of_a_frozen_model_is_frozen_by_itself(make_toy):
     model = make_toy()
     freeze(layers_of(model)[0])
     twin = copy.deepcopy(model)
-    thaw(layers_of(model)[0], training=True)
+    thaw([layers_of(model)[0]], model)
     twin.train()
     assert model.body[1].training
     assert not twin.body[1].training
@@ -178,12 +178,61 @@ def test_a_module_around_frozen_layers_alone_is_in_evaluation_mode_too():
         (set(), [True, True, True, True]),
     ]:
         for place, layer in enumerate(layers):
-            freeze(layer) if place in frozen else thaw(layer, training=True)
+            freeze(layer) if place in frozen else thaw([layer], model)
         settle_containers(model, layers, frozen)
         assert modes() == expected
         model.eval()
         settle_containers(model, layers, frozen)
         assert not any(module.training for module in model.modules())
+
+
+def disabled_train(mode=True):
+    """As many switch off a pretrained encoder's `train`, after its `eval`."""
+
+
+def test_what_the_user_holds_in_evaluation_mode_stays_there_through_freezing_and_thawing():
+    model = nn.Sequential(Attending(), Attending(), nn.Linear(8, 2)).train()
+    layers = layers_of(model, torch.ones(3, 8))
+    model[0].eval().train = disabled_train  # a container of two layers
+    model[1].value.eval().train = disabled_train  # a layer by itself
+    for frozen in (range(4), (), {0, 3}, {1}, ()):
+        for place in frozen:
+            freeze(layers[place])
+        thaw([layer for place, layer in enumerate(layers) if place not in frozen], model)
+        settle_containers(model, layers, frozen)
+        model.train()
+        held = [*model[0].modules(), model[1].value]
+        assert not any(module.training for module in held)
+        assert model[0].train is disabled_train
+    assert model[1].value.train is disabled_train
+    assert model[1].training
+    assert model[1].query.training
+
+
+def test_what_the_user_holds_in_training_mode_keeps_its_mode_around_frozen_layers():
+    model = nn.Sequential(Attending(), nn.Linear(8, 2)).train()
+    layers = layers_of(model, torch.ones(3, 8))
+    model[0].train = disabled_train
+    for layer in layers:
+        freeze(layer)
+    settle_containers(model, layers, {0, 1})
+    assert model[0].training
+    model.eval()
+    thaw(layers, model)
+    settle_containers(model, layers, ())
+    assert model[0].training
+
+
+def test_freezing_twice_keeps_the_users_train_too():
+    model = nn.Sequential(Attending(), nn.Linear(8, 2)).train()
+    model[0].query.train = disabled_train
+    layer = layers_of(model, torch.ones(3, 8))[0]
+    freeze(layer)
+    freeze(layer)
+    twin = copy.deepcopy(model)
+    thaw([layers_of(twin, torch.ones(3, 8))[0]], twin)
+    assert twin[0].query.train is disabled_train
+    assert model[0].query.train is not disabled_train
 
 
 def test_a_frozen_front_with_dropout_around_its_layers_gives_the_same_each_time():

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from predictor.errors import UsageError
-from predictor.freezing.freeze import freeze, is_frozen, settle_containers, thaw
+from predictor.freezing.freeze import freeze, is_frozen, settle_containers, thaw, warn_of_left
 from predictor.freezing.layers import Layer, layers_of
 from predictor.freezing.parts import unwrapped
 from predictor.freezing.rates import LayerRates
@@ -56,7 +56,8 @@ class FreezeController:
             controller.step()
             optimizer.zero_grad()
 
-    A policy that freezes before the first step does so here, in the constructor.
+    A policy that freezes before the first step does so here, in the constructor. Warns of layers that an earlier
+    controller left frozen, which stay so: `release` them before the optimizer is made.
 
     To resume: make model, optimizer (over all parameters) and controller as at the start, then load the state of each.
 
@@ -97,6 +98,7 @@ class FreezeController:
         """Wall-clock seconds spent in here so far, decisions included."""
         self.agree: Callable[[frozenset[int], int], frozenset[int]] = _as_it_is
         self._frozen: frozenset[int] = frozenset()
+        warn_of_left(self.layers)
         self._still = {id(p) for layer in self.layers for p in layer.parameters() if not p.requires_grad}  # the user's
         self._step = 0
         self._listeners: list[Callable[[FreezeEvent], None]] = [forget_compiled]

@@ -8,6 +8,7 @@ is off, and the layer's output depends on its input alone. So is what stands aro
 holds in evaluation mode, by giving a module a `train` of its own, stays there when layers thaw.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -67,6 +68,18 @@ def settle_containers(model: nn.Module, layers: Sequence[Layer], frozen: Iterabl
             module.training = model.training
 
 
+def warn_of_left(layers: Sequence[Layer]) -> None:
+    """Warn where a controller that never let them go has frozen layers already: they look like the user's choice."""
+    left = [layer.name for layer in layers if _is_held(layer)]
+    if left:
+        warnings.warn(
+            f"{len(left)} of {len(layers)} layers, the first {left[0]!r}, were left frozen by an earlier controller, "
+            "as in a training that was interrupted, and will not train: call release() of that controller before the "
+            "optimizer is made, or make the model anew",
+            stacklevel=3,
+        )
+
+
 def is_frozen(layer: Layer) -> bool:
     """Whether every parameter of the layer stands still."""
     return not any(parameter.requires_grad for parameter in layer.parameters())
@@ -100,6 +113,12 @@ def _let_go(module: nn.Module) -> bool:
 def _holds(module: nn.Module) -> bool:
     """Whether a module's `train` is ours."""
     return getattr(module.__dict__.get("train"), "func", None) is _stay_in_evaluation
+
+
+def _is_held(layer: Layer) -> bool:
+    """Whether `freeze` has been at a layer; parameters alone may stand still by the user's wish."""
+    parts = _parts(layer)
+    return bool(parts) and all(map(_holds, parts))
 
 
 def _users(module: nn.Module) -> Callable[..., Any] | None:

@@ -120,6 +120,7 @@ def test_samples_that_come_in_another_length_run_as_ever():
     assert (cache.hits, cache.misses, model[0].calls) == (0, 2, calls + 2)
     torch.testing.assert_close(train(cache, long), model(long))
     assert cache.hits == 1
+    cache._controller.release()
     resumed = cached(model, layers=2)
     resumed.load_state_dict(cache.state_dict())
     torch.testing.assert_close(train(resumed, short), model(short))

@@ -158,6 +158,34 @@ def test_what_user_code_switches_on_is_frozen_again_and_said_once(make_toy):
     assert not model.body[0].weight.requires_grad
 
 
+def test_layers_that_an_earlier_controller_left_frozen_are_warned_of(make_toy):
+    model = make_toy()
+    earlier = start(model, make_policy("static", layers=2))[1]
+    message = r"2 of 3 layers, the first 'body\.0', were left frozen by an earlier controller.* call release\(\)"
+    with pytest.warns(UserWarning, match=message):
+        start(model, make_policy("none"))
+    earlier.release()
+    start(model, make_policy("none"))  # a warning would be an error here, and below
+
+
+def test_what_the_user_holds_still_is_no_left_over(make_toy):
+    model = make_toy()
+    model.body[:6].eval().requires_grad_(False)
+    earlier = start(model, make_policy("static", layers=1))[1]
+    earlier.release()
+    start(model, make_policy("none"))
+
+
+def test_released_layers_that_the_optimizer_does_not_hold_are_refused(make_toy):
+    model = make_toy()
+    earlier = start(model, make_policy("static", layers=2))[1]
+    # As Transformers' Trainer makes it.
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    earlier.release()
+    with pytest.raises(UsageError, match=r"'body\.0' has parameters that no optimizer holds"):
+        FreezeController(model, optimizer, make_policy("none"), total_steps=4)
+
+
 def test_state_of_another_model_or_length_is_refused(make_toy):
     model = make_toy()
     _, controller = start(model, make_policy("none"))

@@ -210,6 +210,32 @@ def test_one_callback_serves_one_training_after_another(tmp_path):
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
 
 
+class Interrupt(TrainerCallback):
+    """Ctrl-C in a notebook."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_what_an_interrupted_training_left_frozen_is_warned_of_until_it_is_released(tmp_path):
+    trainer = make_trainer(tmp_path, FreezeCallback(WatchingScript({2: FRONT})))
+    trainer.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+    def again():
+        other = make_trainer(tmp_path, FreezeCallback(WatchingScript({})))
+        other.model = other.model_wrapped = trainer.model
+        trained(other)
+
+    with pytest.warns(UserWarning, match="5 of 16 layers, the first .*, were left frozen by an earlier controller"):
+        again()
+    freezing = next(c for c in trainer.callback_handler.callbacks if isinstance(c, FreezeCallback))
+    freezing.controller.release()
+    again()
+
+
 def test_layers_can_be_named(tmp_path):
     callback = FreezeCallback(
         make_policy("static", layers=1),

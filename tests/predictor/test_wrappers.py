@@ -52,6 +52,7 @@ def train(model, answers, steps=6, cleared_before=False):
             optimizer.zero_grad()
         controller.step()
         optimizer.zero_grad()
+    controller.release()
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,8 +67,10 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
             )
         super().__init__(make_policy(policy, **options) if isinstance(policy, str) else policy, layers)
         cached = {} if ids is None else {"ids": ids, "memory_gb": memory_gb}
+        # The Trainer writes it as JSON, which knows no paths; a policy takes either.
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
         self._made_of = (
-            {"policy": policy, **options, **cached, "stop": stop} if named and layers is None else {"policy": ""}
+            {"policy": policy, **settings, **cached, "stop": stop} if named and layers is None else {"policy": ""}
         )
         self._saved = ""
         self._ids, self._memory_gb, self._stop = ids, memory_gb, stop

@@ -164,9 +164,12 @@ def test_a_policy_with_tensors_in_its_state_resumes_too(tmp_path, make_predictor
     assert equal(expected, trained(trainer, resume_from_checkpoint=True))
 
 
-def test_by_name_it_is_remade_when_the_trainer_restores_callbacks(tmp_path):
+@pytest.mark.parametrize("name", ["linear", "smartfrz"])
+def test_by_name_it_is_remade_when_the_trainer_restores_callbacks(name, tmp_path, make_predictor_file):
+    settings = {"linear": {"start": 0.25, "level": 0.5}, "smartfrz": {"predictor": make_predictor_file()}}
+
     def make(seed=0, **options):
-        callback = FreezeCallback("linear", start=0.25, level=0.5)
+        callback = FreezeCallback(name, **settings[name])
         return make_trainer(tmp_path, callback, seed, restore_callback_states_from_checkpoint=True, **options)
 
     expected = trained(make())

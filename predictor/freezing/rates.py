@@ -52,7 +52,7 @@ class LayerRates:
         self._timed = timed
         self._kept: dict[int, list[_Kept]] = {}
         self._handles = []
-        for number, optimizer in enumerate(map(_innermost, optimizers)):
+        for number, optimizer in enumerate(map(innermost, optimizers)):
             own = [_held_by(optimizer, layer) for layer in layers]
             self._handles += [
                 optimizer.register_step_pre_hook(partial(self._before_step, number, own)),
@@ -91,7 +91,7 @@ class LayerRates:
             torch._foreach_copy_(kept.parameters, scaled)
 
 
-def _innermost(optimizer: Optimizer) -> Optimizer:
+def innermost(optimizer: Optimizer) -> Optimizer:
     """The optimizer itself, where Accelerate has put its own around it: only the inner one calls hooks."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner

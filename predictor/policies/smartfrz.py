@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from predictor.attention import load_predictor
 from predictor.errors import UsageError
 from predictor.freezing.layers import Layer
+from predictor.freezing.rates import innermost
 from predictor.policies.base import FreezePolicy, View
 from predictor.policies.measure import gradient_norms
 from predictor.sampling import LayerSampler
@@ -72,10 +74,14 @@ class SmartFRZPolicy(FreezePolicy):
         self._signals: deque[Tensor] = deque(maxlen=file.model.config.window)  # signals_LS
         self._peak_lr = 0.0
         self._step = 0  # of the newest snapshot
+        self._lr: float | Tensor | None = None  # of the newest step, if there was one since the newest snapshot
+        self._noting: RemovableHandle | None = None
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         """Draw the positions to watch."""
+        self.close()
         self._optimizer = optimizer
+        self._noting = innermost(optimizer).register_step_post_hook(self._note_lr)
         self._sampler = LayerSampler(layers, self._spec)
         self._size_L = torch.tensor([float(layer.size) for layer in layers])
         self._first_LK: Tensor | None = None  # the weights at the first snapshot
@@ -119,6 +125,21 @@ class SmartFRZPolicy(FreezePolicy):
         self._step, self._peak_lr = state["step"], state["peak_lr"]
         self._votes = dict(state["votes"])
 
+    def close(self) -> None:
+        """Look at no more steps."""
+        if self._noting is not None:
+            self._noting.remove()
+        self._noting = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the hook: a handle leads to all hooks of the optimizer, which need not bear to be copied.
+        return {**self.__dict__, "_noting": None}
+
+    def _note_lr(self, optimizer: Optimizer, *_: object) -> None:
+        """Note the rate of the step just taken: in some loops the schedule has gone on when the policy is asked."""
+        lr = optimizer.param_groups[0]["lr"]
+        self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # a tensor is written over, and reading it waits
+
     @torch.inference_mode()
     def _take(self, view: View) -> None:
         # Frozen layers are read too: a stack of one shape, and they cost one small gather each.
@@ -127,7 +148,8 @@ class SmartFRZPolicy(FreezePolicy):
             self._first_LK = now_LK
         before_LK = self._snapshots[-1] if self._snapshots else now_LK
         self._watch(view, now_LK, before_LK)
-        lr = float(self._optimizer.param_groups[0]["lr"])
+        lr = float(self._optimizer.param_groups[0]["lr"] if self._lr is None else self._lr)
+        self._lr = None
         self._peak_lr = max(self._peak_lr, lr)
         signals_TLS = signals_of(
             torch.tensor([view.step]),

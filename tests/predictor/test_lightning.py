@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from predictor import layers_of, make_policy
 from predictor.errors import UsageError
 from predictor.integrations.lightning import FreezeCallback
+from predictor.signals import SIGNALS, log_lr
 from tests.predictor.scripted import WatchingScript
 
 EPOCHS, STEPS = 3, 9  # 24 images in batches of 4, gradients of two batches added up
@@ -119,6 +120,22 @@ def test_a_policy_with_tensors_in_its_state_resumes_too(tmp_path, make_toy, make
     assert 0 < unbroken.controller.history[0].step <= 3
     path = tmp_path / "unbroken" / "epoch=0.ckpt"
     assert equal(expected, fit(tmp_path / "resumed", make_toy(seed=1), make(), ckpt_path=path))
+
+
+def test_smartfrz_sees_the_rates_of_the_steps_though_the_schedule_has_gone_on(tmp_path, make_toy, make_predictor_file):
+    policy = make_policy("smartfrz", predictor=make_predictor_file(probability=0.1, window=STEPS + 1))
+    callback = FreezeCallback(policy)
+    fit(tmp_path, make_toy(), callback)
+    optimizer = torch.optim.SGD(make_toy().parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=STEPS)
+    rates = schedule.get_last_lr()  # at step 0
+    for _ in range(STEPS):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step() if len(rates) <= STEPS else None
+    expected = [log_lr(rate, max(rates[: place + 1])) for place, rate in enumerate(rates)]
+    seen = [float(signals[0, SIGNALS.index("log_lr")]) for signals in callback.controller.policy._signals]
+    assert seen == pytest.approx(expected)
 
 
 def test_a_checkpoint_from_before_the_callback_is_refused(tmp_path, make_toy):

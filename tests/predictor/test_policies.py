@@ -205,11 +205,11 @@ def test_smartfrz_sees_while_training_what_was_recorded_for_learning(make_predic
         x = torch.randn(16, 4)
         nn.functional.cross_entropy(model(x), (x.sum(1) > 0).long()).backward()
         optimizer.step()
+        rates.append(optimizer.param_groups[0]["lr"])
         schedule.step()
         policy.decide(View(layers, frozenset(), step, 12))
         weights.append(sampler.sample_all())
         gradients.append(gradient_norms(layers))
-        rates.append(optimizer.param_groups[0]["lr"])
         optimizer.zero_grad()
     recorded = recorded_signals(
         torch.stack(weights),

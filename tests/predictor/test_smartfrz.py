@@ -1,0 +1,111 @@
+"""What SmartFRZ takes for the state of a training, in loops of every kind."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from predictor import FreezeController, layers_of, make_policy
+from predictor.policies.base import View
+from predictor.signals import SIGNALS, log_lr
+
+LR = SIGNALS.index("log_lr")
+STEPS = 12
+RATES = [1 - step / STEPS for step in range(STEPS)]
+X = torch.linspace(-1, 1, 64).reshape(16, 4)
+
+
+class Training:
+    """A small network under a schedule. Every step has its snapshot."""
+
+    def __init__(self, policy, wrapped=lambda optimizer: optimizer, as_lr=float):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=as_lr(1.0))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / STEPS)
+        optimizer = wrapped(self.optimizer)
+        self.controller = FreezeController(self.model, optimizer, policy, total_steps=STEPS, say=None)
+
+    def step(self, schedule_first=False):
+        self.model(X).square().mean().backward()
+        self.optimizer.step()
+        actions = [self.controller.step, self.schedule.step]
+        for action in reversed(actions) if schedule_first else actions:
+            action()
+        self.optimizer.zero_grad()
+
+    def rates(self):
+        """The rates of the newest snapshots, over the highest."""
+        return [math.exp(signals[0, LR]) for signals in self.controller.policy._signals]
+
+
+@pytest.fixture
+def make(make_predictor_file):
+    """The policy; it freezes nothing."""
+    path = make_predictor_file(probability=0.1, window=STEPS)
+    return lambda: make_policy("smartfrz", predictor=path)
+
+
+@pytest.mark.parametrize("as_lr", [float, torch.tensor])
+@pytest.mark.parametrize("schedule_first", [False, True])
+def test_the_rate_is_that_of_the_step_just_taken_wherever_the_schedule_goes_on(make, schedule_first, as_lr):
+    training = Training(make(), as_lr=as_lr)
+    for _ in range(4):
+        training.step(schedule_first)
+    assert training.rates() == pytest.approx([1, *RATES[:4]])
+
+
+def test_a_plain_loop_sees_the_optimizers_rate_to_the_bit(make):
+    training = Training(make())
+    expected = [0.0]
+    for _ in range(4):
+        expected.append(log_lr(training.optimizer.param_groups[0]["lr"], 1.0))
+        training.step()
+    signals = [signals[0, LR] for signals in training.controller.policy._signals]
+    assert signals == [torch.tensor(rate, dtype=torch.float32) for rate in expected]
+
+
+def test_the_rate_is_seen_through_accelerates_optimizer(make):
+    accelerate = pytest.importorskip("accelerate")
+    training = Training(make(), wrapped=accelerate.Accelerator(cpu=True).prepare_optimizer)
+    training.step(schedule_first=True)
+    training.step(schedule_first=True)
+    assert training.rates() == pytest.approx([1, *RATES[:2]])
+
+
+def test_a_resumed_training_sees_the_same_rates(make):
+    training = Training(make())
+    for _ in range(3):
+        training.step(schedule_first=True)
+    resumed = Training(make())
+    for part in ("model", "optimizer", "schedule", "controller"):
+        getattr(resumed, part).load_state_dict(copy.deepcopy(getattr(training, part).state_dict()))
+    for each in (training, resumed):
+        each.step(schedule_first=True)
+    assert resumed.rates() == training.rates() == pytest.approx([1, *RATES[:4]])
+
+
+def test_a_policy_that_watches_steps_can_be_copied_pickled_bound_again_and_closed(make):
+    policy = make()
+    training = Training(policy)
+    training.optimizer.register_step_post_hook(lambda *_: None)  # which no pickle takes
+    hooks = len(training.optimizer._optimizer_step_post_hooks)
+    copy.deepcopy(policy).close()
+    assert pickle.loads(pickle.dumps(policy)).state_dict().keys() == policy.state_dict().keys()
+    policy.bind(training.model, training.optimizer, training.controller.layers)
+    assert len(training.optimizer._optimizer_step_post_hooks) == hooks
+    training.controller.close()
+    assert len(training.optimizer._optimizer_step_post_hooks) == hooks - 1
+    training.step()  # without the hook the rate is that of now
+
+
+def test_without_a_step_the_rate_is_that_of_now(make):
+    policy = make()
+    training = Training(policy)
+    training.schedule.optimizer.param_groups[0]["lr"] = 0.5
+    policy._watch = lambda *_: None
+    policy.decide(View(layers_of(training.model), frozenset(), 1, STEPS))
+    assert training.rates() == pytest.approx([1, 0.5])

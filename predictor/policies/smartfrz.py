@@ -15,11 +15,13 @@ from predictor.errors import UsageError
 from predictor.freezing.layers import Layer
 from predictor.freezing.rates import innermost
 from predictor.policies.base import FreezePolicy, View
-from predictor.policies.measure import gradient_norms
+from predictor.policies.measure import gradient_norms, gradients
 from predictor.sampling import LayerSampler
 from predictor.signals import CLOCK, distance_of, log_lr, moves_of, signals_of
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "smartfrz.safetensors"
+_PATIENCE = 2
+"""Snapshots without gradients after which they are taken to be cleared too early."""
 
 
 class SmartFRZPolicy(FreezePolicy):
@@ -87,6 +89,7 @@ class SmartFRZPolicy(FreezePolicy):
         self._first_LK: Tensor | None = None  # the weights at the first snapshot
         self._gradient_L = torch.zeros(len(layers))
         self._move_L = torch.zeros(len(layers))
+        self._missed = 0  # snapshots in a row without any gradient
 
     def due(self, step: int, total_steps: int) -> bool:
         """At every snapshot."""
@@ -164,22 +167,36 @@ class SmartFRZPolicy(FreezePolicy):
         self._step = view.step
 
     def _watch(self, view: View, now_LK: Tensor, before_LK: Tensor) -> None:
-        """Gradient and motion of the layers that train. A frozen one keeps its last: what its training gained then."""
+        """Gradient and motion of the layers that train. A frozen one keeps its last: what its training gained then.
+
+        All keep them where gradients are missing or not finite.
+        """
         if not view.active or not self._model.config.signals[len(CLOCK) :]:
             return
-        if view.step > 0 and all(p.grad is None for place in view.active for p in view.layers[place].parameters()):
-            # Not to be taken for a network in which nothing is left to learn.
-            raise UsageError(
-                f"no layer has a gradient at step {view.step}, and smartfrz looks at them: call controller.step() "
-                "after optimizer.step() and before optimizer.zero_grad()"
-            )
+        trained = [place for place in view.active if gradients(view.layers[place])]
+        if view.step > 0 and not trained:
+            self._miss(view.step)
+            return
+        self._missed = 0
+        gradient_L = gradient_norms(view.layers).cpu()
+        if not gradient_L[trained].isfinite().all():
+            return  # an overflow, whose step a GradScaler leaves out: it says nothing of what is left to learn
         steps_T = torch.tensor([float(view.step - self._step)])
         move_L = moves_of(now_LK[None], before_LK[None], steps_T, self._size_L)[0]
-        gradient_L = gradient_norms(view.layers).cpu()
         # A frozen layer has no gradient.
-        still_L = gradient_L.isnan()
+        still_L = ~gradient_L.isfinite()
         self._move_L = self._move_L.where(still_L, move_L)
         self._gradient_L = self._gradient_L.where(still_L, gradient_L)
+
+    def _miss(self, step: int) -> None:
+        """Nothing has a gradient: once that may be a batch that was left out, as Lightning allows it."""
+        self._missed += 1
+        if self._missed == _PATIENCE:
+            # Not to be taken for a network in which nothing is left to learn.
+            raise UsageError(
+                f"no layer has a gradient at step {step}, nor had one when smartfrz looked before: call "
+                "controller.step() after optimizer.step() and before optimizer.zero_grad()"
+            )
 
     @torch.inference_mode()
     def _judge(self, active: list[int]) -> Tensor:

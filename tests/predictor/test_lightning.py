@@ -138,6 +138,20 @@ def test_smartfrz_sees_the_rates_of_the_steps_though_the_schedule_has_gone_on(tm
     assert seen == pytest.approx(expected)
 
 
+class LeavesOneOut(Module):
+    """Has nothing to learn from one of the batches, of which each is a step."""
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx == 3 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None.")
+def test_smartfrz_goes_on_after_a_batch_that_was_left_out(tmp_path, make_toy, make_predictor_file):
+    callback = FreezeCallback(make_policy("smartfrz", predictor=make_predictor_file(probability=0.1)))
+    fit(tmp_path, make_toy(), callback, epochs=1, accumulate=1, module=LeavesOneOut)
+    assert callback.controller.view.step == 6
+
+
 def test_a_checkpoint_from_before_the_callback_is_refused(tmp_path, make_toy):
     fit(tmp_path / "without", make_toy(), pl.Callback())
     with pytest.raises(UsageError, match="checkpoint at step 3 was written without this callback"):

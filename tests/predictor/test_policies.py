@@ -149,8 +149,9 @@ def test_smartfrz_does_not_take_cleared_gradients_for_a_network_that_has_learnt_
     model(torch.ones(2, 4)).sum().backward()
     policy.decide(View(layers, frozenset(), 1, 60))
     model.zero_grad()
-    with pytest.raises(UsageError, match=r"no layer has a gradient at step 2.* before optimizer.zero_grad\(\)"):
-        policy.decide(View(layers, frozenset(), 2, 60))
+    policy.decide(View(layers, frozenset(), 2, 60))
+    with pytest.raises(UsageError, match=r"no layer has a gradient at step 3.* before optimizer.zero_grad\(\)"):
+        policy.decide(View(layers, frozenset(), 3, 60))
 
 
 def test_smartfrz_waits_for_a_whole_window_and_then_freezes_what_is_judged_ready(make_predictor_file):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from predictor import FreezeController, layers_of, make_policy
+from predictor.errors import UsageError
 from predictor.policies.base import View
 from predictor.signals import SIGNALS, log_lr
 
@@ -29,9 +30,11 @@ class Training:
         optimizer = wrapped(self.optimizer)
         self.controller = FreezeController(self.model, optimizer, policy, total_steps=STEPS, say=None)
 
-    def step(self, schedule_first=False):
+    def step(self, schedule_first=False, spoil=lambda model: None):
         self.model(X).square().mean().backward()
-        self.optimizer.step()
+        spoil(self.model)
+        if all(p.grad is None or p.grad.isfinite().all() for p in self.model.parameters()):  # as a GradScaler
+            self.optimizer.step()
         actions = [self.controller.step, self.schedule.step]
         for action in reversed(actions) if schedule_first else actions:
             action()
@@ -109,3 +112,47 @@ def test_without_a_step_the_rate_is_that_of_now(make):
     policy._watch = lambda *_: None
     policy.decide(View(layers_of(training.model), frozenset(), 1, STEPS))
     assert training.rates() == pytest.approx([1, 0.5])
+
+
+def overflow(model):
+    model[1].weight.grad.fill_(math.inf)
+
+
+def cancel(model):
+    model[0].bias.grad.fill_(math.nan)
+
+
+def leave_out(model):
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("spoil", [overflow, cancel, leave_out])
+def test_a_step_without_good_gradients_leaves_gradient_and_motion_as_they_were(make, spoil):
+    training = Training(make())
+    policy = training.controller.policy
+    training.step()
+    training.step()
+    before = policy._gradient_L.clone(), policy._move_L.clone()
+    training.step(spoil=spoil)
+    assert torch.equal(policy._gradient_L, before[0])
+    assert torch.equal(policy._move_L, before[1])
+    training.step()
+    assert not (policy._gradient_L == before[0]).any()
+    assert not (policy._move_L == before[1]).any()
+    training.step(spoil=spoil)  # not two in a row
+
+
+def test_a_layer_without_a_gradient_among_others_keeps_its_own_alone(make):
+    training = Training(make())
+    policy = training.controller.policy
+    training.step()
+    before = policy._gradient_L.clone()
+    training.step(spoil=lambda model: model[1].zero_grad())
+    assert (policy._gradient_L == before).tolist() == [False, True, False]
+
+
+def test_without_gradients_twice_in_a_row_it_says_that_they_were_cleared(make):
+    training = Training(make())
+    training.step(spoil=leave_out)
+    with pytest.raises(UsageError, match="no layer has a gradient at step 2, nor had one when smartfrz looked before"):
+        training.step(spoil=leave_out)

@@ -101,8 +101,8 @@ class _Looking:
         try:
             with replayed(cut, cut.leaves(), self._batch):
                 return same(self._result, self._model(*self._args, **self._kwargs))
-        except RuntimeError:
-            return False  # a stand-in was written to, which it does not allow
+        except Exception:
+            return False  # a stand-in was written to, which it does not allow, or the model itself refuses its NaN
 
 
 def _rows_alone(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> bool:

@@ -56,6 +56,21 @@ class Overwritten(nn.Module):
         return self.head(self.second(self.first(x).relu_()))
 
 
+class Guarded(nn.Module):
+    """Refuses features that are no numbers, as those of a layer that a cut skips."""
+
+    def __init__(self, refuse):
+        super().__init__()
+        self.first, self.second, self.head = (Counted(64, 64) for _ in range(3))
+        self.refuse = refuse
+
+    def forward(self, x):
+        features = self.first(x)
+        if not torch.isfinite(features).all():
+            self.refuse()
+        return self.head(self.second(features) + features)
+
+
 def cached(model, layers):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     policy = make_policy("static", layers=layers)
@@ -91,6 +106,25 @@ def test_no_more_is_computed_or_kept_than_is_needed(make, layers, kept, computed
     assert cache.hits == 1
     assert torch.allclose(hit, model(X[mixed]), rtol=1e-6)
     assert cache.bytes == 12 * (len(kept) * 64 * 4 + 4)
+
+
+def refuse_by_assertion():
+    raise AssertionError
+
+
+def refuse_by_value():
+    raise ValueError("no numbers")
+
+
+@pytest.mark.parametrize("refuse", [refuse_by_assertion, refuse_by_value])
+def test_a_model_that_refuses_stand_ins_is_cut_where_it_sees_none(refuse):
+    torch.manual_seed(0)
+    model = Guarded(refuse)
+    cache = cached(model, 2)
+    expected = model(X)
+    for _ in range(2):
+        assert torch.equal(run(model, cache, torch.arange(12)), expected)
+    assert (cache.kept, cache.hits, cache.reason) == (("first", "second"), 1, "")
 
 
 def test_a_front_that_grows_inside_a_block_is_filled_from_the_old_features():

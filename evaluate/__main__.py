@@ -101,7 +101,8 @@ def _run_suite(flags: argparse.Namespace) -> int:
     if flags.adopt is not None:
         # All that is published: a user's suite may take trials of several, and has a name of its own.
         paths = sorted(_PUBLISHED.glob("*.jsonl.gz")) if flags.adopt == _PUBLISHED else [flags.adopt]
-        adopted = [row for path in paths for row in adopt(path, plan, folder)]
+        # Published suites share trials.
+        adopted = list({row["trial_id"]: row for path in paths for row in adopt(path, plan, folder)}.values())
         print(f"adopted: {len(adopted)} trials of {flags.adopt}")
     left = pending(plan, folder, adopted)
     _introduce(plan, len(left), folder.root, bool(adopted))

@@ -3,8 +3,9 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,23 @@ class _Work:
     entry: WorkloadEntry
     workload: Workload
 
+    @cached_property
+    def code(self) -> str:
+        """A fingerprint of the user's own file; empty for a workload of the toolkit's."""
+        ours = self.entry.name.partition(":")[0] in WORKLOADS
+        return "" if ours else code_of(named("workload", self.entry.name, WORKLOADS))
+
 
 @dataclass(frozen=True)
 class _Judge:
     entry: PolicyEntry
     mark: str | None
     """The fingerprint of its predictor file; None for a policy that takes none."""
+
+    @cached_property
+    def code(self) -> str:
+        """A fingerprint of the user's own file; empty for a policy of the toolkit's."""
+        return "" if self.entry.name in POLICIES else code_of(policy_class(self.entry.name))
 
     def options(self, predictor: str | None, seed: int) -> dict[str, Any]:
         """The policy's options, with `predictor` where it takes one, and the trial's seed where it draws by one.
@@ -215,6 +227,7 @@ def _takes(policy: str) -> Mapping[str, inspect.Parameter]:
 def _job(seed: int, work: _Work, judge: _Judge, folder: SuiteFolder, where: dict[str, Any]) -> Job:
     policy = judge.entry
     options = judge.options(f"sha256:{judge.mark}", seed)
+    code = {key: each.code for key, each in (("policy", judge), ("workload", work)) if each.code}
     faster = {} if policy.lr_factor == 1.0 else {"lr": work.workload.recipe.lr * policy.lr_factor}
     config = {
         "workload": work.entry.name,
@@ -224,7 +237,7 @@ def _job(seed: int, work: _Work, judge: _Judge, folder: SuiteFolder, where: dict
         "policy": {"name": policy.name, "label": policy.label, "options": options, **policy.changes},
         "seed": seed,
         "device": where["device"],
-        **_own_code(work.entry.name, policy.name),
+        **({"code": code} if code else {}),  # changed code of the user's makes another trial
     }
     row = {
         "trial_id": trial_id(config),
@@ -253,16 +266,6 @@ def _job(seed: int, work: _Work, judge: _Judge, folder: SuiteFolder, where: dict
     }
     title = f"{work.entry.label}, {policy.label}, seed {seed}"
     return Job(row["trial_id"], title, "evaluate.trial:run_trial", payload)
-
-
-def _own_code(workload: str, policy: str) -> dict[str, Any]:
-    """Fingerprints of the user's own code: when it has changed, the trial is another."""
-    found: dict[str, Callable[..., Any]] = {}
-    if policy not in POLICIES:
-        found["policy"] = policy_class(policy)
-    if workload.partition(":")[0] not in WORKLOADS:
-        found["workload"] = named("workload", workload, WORKLOADS)
-    return {"code": {key: code_of(each) for key, each in found.items()}} if found else {}
 
 
 def trial_id(config: Mapping[str, Any]) -> str:

@@ -88,11 +88,15 @@ def _sort_results(plan: Plan, folder: SuiteFolder) -> None:
     """Leave in results.jsonl what the plan asks for. The rest goes to earlier.jsonl, from where it can come back."""
     wanted = {job.id for job in plan.jobs}
     rows, earlier = read_json_lines(folder.results), read_json_lines(folder.earlier)
-    # What was counted otherwise is run again, and must not stand beside what is counted as now until then.
-    stay = [row for row in rows if row.get("trial_id") in wanted and (has_result(row) or row.get("status") == "failed")]
+
+    def stays(row: dict[str, Any]) -> bool:
+        # What was counted otherwise is run again, and must not stand beside what is counted as now until then.
+        return row.get("trial_id") in wanted and (has_result(row) or row.get("status") == "failed")
+
     for row in rows:
-        if row not in stay and row not in earlier:
+        if not stays(row) and row not in earlier:
             append_json_line(folder.earlier, row)
+    stay = [row for row in rows if stays(row)]
     have = {row["trial_id"] for row in stay if has_result(row)}
     back = {row["trial_id"]: row for row in earlier if row.get("trial_id") in wanted - have and has_result(row)}
     stay += back.values()

@@ -225,7 +225,7 @@ def test_only_the_unbeaten_of_many_are_named_in_the_overall_plot(many_page, many
 def test_areas_stand_in_a_table_the_largest_first(many_page, many):
     (table,) = re.findall(r'<table class="areas sortable">.*?</table>', many, flags=re.DOTALL)
     cells = Elements(table).cells
-    assert cells[:4] == ["Policy", "Settings", "Area", "Less that of shorter"]
+    assert cells[:4] == ["Policy", "Settings", "Area", "Difference to shorter"]
     found = areas(read_results(many_page.parent))
     assert cells[4::4] == [row.family.name for row in found]
     assert cells[5::4] == [str(len(row.family.members)) for row in found]

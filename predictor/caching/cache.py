@@ -16,7 +16,7 @@ from predictor.caching.cut import Cut, replayed, uncompiled
 from predictor.caching.fingerprints import Fingerprints, check_alike, kind_of
 from predictor.caching.level import Level, cut_again
 from predictor.caching.levels import Levels
-from predictor.caching.proving import gpus_of, proven_cut, refuse_sharded, run_front, seen_calls
+from predictor.caching.proving import called_part, gpus_of, proven_cut, run_front, seen_calls
 from predictor.caching.store import FeatureStore, Precision, numbers_of
 from predictor.errors import UsageError
 from predictor.freezing.controller import FreezeController, FreezeEvent
@@ -46,9 +46,10 @@ class FeatureCache:
     is raised, unless `check_inputs=False` says that the features of the first time shall stand for all; an
     `AugmentedCache` keeps several. Inputs of another shape than the first batch's, as by padding, run as ever.
 
-    memory_gb: features beyond this go to memory-mapped files. directory: where those are, by default the system's
-    temporary folder. compression: rounds features to fewer bytes; by default they are kept as they are. Of rounded ones
-    a front that grows is filled too, but for its first batch, by which its new cut is proved.
+    model: the part of the controller's model that is called within `batch`, by default the whole; UsageError where it
+    is no part. memory_gb: features beyond this go to memory-mapped files. directory: where those are, by default the
+    system's temporary folder. compression: rounds features to fewer bytes; by default they are kept as they are. Of
+    rounded ones a front that grows is filled too, but for its first batch, by which its new cut is proved.
     """
 
     _completes = True  # what one sample gives does not depend on the batch that it comes in
@@ -57,6 +58,7 @@ class FeatureCache:
         self,
         controller: FreezeController,
         *,
+        model: nn.Module | None = None,
         memory_gb: float = 4.0,
         directory: Path | str | None = None,
         check_inputs: bool = True,
@@ -75,9 +77,8 @@ class FeatureCache:
         self.taken: Counter[frozenset[int] | None] = Counter()
         """Samples of the last batch, by the layers that were frozen when the place was found from whose features their
         pass began; by None, where it began from the inputs."""
-        refuse_sharded(controller.model)
         self._controller = controller
-        self._model = controller.model
+        self._model = called_part(controller.model, model)
         self._memory_bytes = int(memory_gb * 1e9)
         self._directory = directory
         self._check_inputs = check_inputs

@@ -111,13 +111,23 @@ def _rows_alone(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> bo
     return all(tensor.dim() and tensor.shape[0] == batch for tensor in tensors)
 
 
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise UsageError for a model in pieces on several machines: each would have to run the front as often."""
+def called_part(model: nn.Module, part: nn.Module | None) -> nn.Module:
+    """What a cache is for: this part of the model, or the model.
+
+    Raises UsageError for a part of something else, and for a model in pieces on several machines: each would have to
+    run the front as often.
+    """
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise UsageError(
             "a sharded model (FSDP2) is put together by all processes at once, and a cache that knows other samples in "
             "each would leave some of them waiting: use DDP with the cache, or FSDP2 without"
         )
+    if part is not None and all(part is not module for module in model.modules()):
+        raise UsageError(
+            f"model={type(part).__name__}: this is no part of the {type(model).__name__} that the controller freezes: "
+            "give the controller's model or a module in it"
+        )
+    return model if part is None else part
 
 
 def run_front(

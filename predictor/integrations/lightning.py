@@ -1,7 +1,12 @@
 """Freezing in Lightning's Trainer."""
 
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
+from torch import Tensor, nn
+
+from predictor.caching.cache import FeatureCache
 from predictor.errors import UsageError
 from predictor.integrations import Adapter, Layers
 from predictor.policies.base import FreezePolicy
@@ -25,18 +30,35 @@ class FreezeCallback(Adapter, pl.Callback):  # type: ignore[misc]
     What it takes to resume is in Lightning's checkpoints; `trainer.fit(module, data, ckpt_path=...)` goes on.
 
     policy: from `make_policy`. layers: those that may freeze, by default `layers_of(module)`. total_steps: batches in
-    which an optimizer steps, of the whole training; needed where it has no end, or where several optimizers step. stop:
-    end the training once nothing but the head is left to train, as an EarlyStopping callback does.
+    which an optimizer steps, of the whole training; needed where it has no end, or where several optimizers step. ids:
+    gives the whole numbers of a batch's samples, as `lambda batch: batch[0]` does of (ids, x, y). With it the frozen
+    front's outputs are kept and its passes skipped: `cache` is then the FeatureCache of the training. network: the
+    attribute of the module that `training_step` calls on the batch, such as "net"; empty for `self(x)`. memory_gb:
+    features beyond this go to files. stop: end the training once nothing but the head is left to train, as an
+    EarlyStopping callback does.
 
-    Raises UsageError when total_steps is needed and missing, and for what cannot freeze layers while it trains:
-    DeepSpeed, FSDP1, DDP with a static graph, reentrant checkpointing.
+    Raises UsageError when total_steps is needed and missing, for a network that the step does not call, and for what
+    cannot freeze layers while it trains: DeepSpeed, FSDP1, DDP with a static graph, reentrant checkpointing.
     """
 
+    cache: FeatureCache | None = None
+    """That of the training which runs, and afterwards, empty, of the last one. None without `ids`."""
+
     def __init__(
-        self, policy: FreezePolicy, *, layers: Layers = None, total_steps: int | None = None, stop: bool = False
+        self,
+        policy: FreezePolicy,
+        *,
+        layers: Layers = None,
+        total_steps: int | None = None,
+        ids: Callable[[Any], Tensor | Iterable[int]] | None = None,
+        network: str = "",
+        memory_gb: float = 4.0,
+        stop: bool = False,
     ) -> None:
         super().__init__(policy, layers)
         self._total_steps = total_steps
+        self._ids, self._network, self._memory_gb = ids, network, memory_gb
+        self._pass = ExitStack()  # of the model, within the cache
         self._stop = stop
         self._loaded: dict[str, Any] = {}
         self._steps_seen = 0
@@ -61,11 +83,34 @@ class FreezeCallback(Adapter, pl.Callback):  # type: ignore[misc]
             done=trainer.global_step,
             state=self.state_dict() or None,
         )
+        assert self.controller is not None, "it has just been made"
+        if self._ids is not None:
+            network = self._named_network(pl_module)
+            self.cache = FeatureCache(self.controller, model=network, memory_gb=self._memory_gb)
+
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Let what is kept of these samples stand for the front's pass."""
+        self._pass.close()  # of a batch that was broken off
+        if self._ids is not None and self.cache is not None:
+            self._pass.enter_context(self.cache.batch(self._ids(batch)))
+
+    def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
+        """The model has been called."""
+        self._pass.close()
+        if self.cache is not None and not self.cache.hits + self.cache.misses:
+            named = f"self.{self._network}(...)" if self._network else "self(...)"
+            raise UsageError(
+                f"network={self._network!r}: training_step did not call {named}, whose front was to be skipped: name "
+                "the attribute that it calls, FreezeCallback(..., network='net')"
+            )
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Once an optimizer step."""
+        self._pass.close()  # of a step that gave no loss
         if trainer.global_step == self._steps_seen:
             return  # a batch whose gradients are only added up
         self._steps_seen = trainer.global_step
@@ -77,6 +122,26 @@ class FreezeCallback(Adapter, pl.Callback):  # type: ignore[misc]
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Let the frozen layers go."""
         self._finish()
+
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        """Take what stands for the front's pass off the model; what is frozen stays, to go on from."""
+        self._pass.close()
+
+    def _finish(self) -> None:
+        self._pass.close()
+        if self.cache is not None:
+            self.cache.close()
+        super()._finish()
+
+    def _named_network(self, module: "pl.LightningModule") -> nn.Module:
+        try:
+            network: nn.Module = module.get_submodule(self._network)
+        except AttributeError as error:
+            raise UsageError(
+                f"network={self._network!r}: {type(module).__name__} has no module of this name: give the attribute "
+                "that training_step calls"
+            ) from error
+        return network
 
 
 def _total_steps(trainer: "pl.Trainer") -> int:

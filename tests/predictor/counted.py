@@ -32,9 +32,9 @@ def chain():
     )
 
 
-def cached(model, layers=2, **options):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    controller = FreezeController(model, optimizer, make_policy("static", layers=layers), total_steps=9)
+def cached(whole, layers=2, **options):
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    controller = FreezeController(whole, optimizer, make_policy("static", layers=layers), total_steps=9)
     return FeatureCache(controller, **options)
 
 

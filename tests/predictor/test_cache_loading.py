@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from predictor import FreezeController, make_policy
 from predictor.caching.cache import FeatureCache
-from tests.predictor.counted import Counted, CountedConv, cached
+from predictor.errors import UsageError
+from tests.predictor.counted import Counted, CountedConv, X, cached, chain
 
 SAMPLES, BATCH, EPOCHS = 24, 6, 3
 FEATURES = 16
@@ -126,3 +127,16 @@ def test_samples_that_come_in_another_length_run_as_ever():
     torch.testing.assert_close(train(resumed, short), model(short))
     torch.testing.assert_close(train(resumed, long), model(long))
     assert (resumed.hits, resumed.misses) == (2, 3)
+
+
+def test_a_part_of_the_model_can_be_what_is_called():
+    whole = nn.Sequential(chain(), nn.Identity())
+    cache = cached(whole, model=whole[0])
+    for _ in range(2):
+        with cache.batch(range(4)):
+            out = whole[0](X[:4])  # not `whole`
+    assert (cache.hits, cache.misses) == (1, 1)
+    assert whole[0][1].calls < whole[0][-1].calls
+    assert torch.equal(out, whole(X[:4]))
+    with pytest.raises(UsageError, match="model=Linear: this is no part of the Sequential"):
+        cached(chain(), model=nn.Linear(1, 1))

@@ -54,9 +54,9 @@ def images():
     return [(torch.randn(1, 8, 8, generator=draw), place % 3) for place in range(24)]
 
 
-def fit(folder, net, callback, epochs=EPOCHS, ckpt_path=None, accumulate=2, module=Module):
+def fit(folder, net, callback, epochs=EPOCHS, ckpt_path=None, accumulate=2, module=Module, data=None):
     """Train; leaves a checkpoint of each epoch in `folder`."""
-    loader = DataLoader(images(), 4)
+    loader = DataLoader(images() if data is None else data, 4)
     trainer = pl.Trainer(
         default_root_dir=folder,
         max_epochs=epochs,

@@ -36,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--oracles", type=Path, help=text)
     text = "compare by wall-clock time, CPU time or FLOPs (default: as the suite was run)"
     report.add_argument("--cost", choices=_COSTS, help=text)
+    text = "policies whose area the others' are compared with, as the table calls them (default: fewer steps)"
+    report.add_argument("--against", default="", metavar="FAMILY", help=text)
     text = "print the policies' curves as a table in Markdown, and nothing else"
     report.add_argument("--markdown", action="store_true", help=text)
     _add_oracle(commands.add_parser("oracle", help="search the best freezing in hindsight of one workload"))
@@ -147,17 +149,17 @@ def _report(flags: argparse.Namespace) -> None:
         raise UsageError(f"--oracles {flags.oracles}: there is no such folder: give one that `oracle` wrote into")
     cost = None if flags.cost is None else _COSTS[flags.cost]
     if flags.markdown:
-        _print_markdown(flags.folder, flags.oracles, cost)
+        _print_markdown(flags.folder, flags.oracles, cost, flags.against)
     else:
-        _show(flags.folder, flags.oracles, cost)
+        _show(flags.folder, flags.oracles, cost, flags.against)
 
 
-def _print_markdown(folder: Path, oracles: Path | None, cost: str | None) -> None:
+def _print_markdown(folder: Path, oracles: Path | None, cost: str | None, against: str) -> None:
     from evaluate.hindsight import find_oracles, oracles_beside
     from evaluate.markdown import markdown
     from evaluate.results import read_results
 
-    results = read_results(folder, cost)
+    results = read_results(folder, cost, against)
     print(markdown(results, find_oracles(oracles or oracles_beside(folder), results)[0]))
     if missing := len(results.missing()) + len(results.faults):
         print(f"{missing} trials are missing: {folder} is not complete", file=sys.stderr)
@@ -176,13 +178,13 @@ def _oracle(flags: argparse.Namespace) -> None:
     print(f"\nThe best of {oracle.tried} on the test set: an upper limit, part of it luck.\n{path.resolve()}")
 
 
-def _show(folder: Path, oracles: Path | None = None, cost: str | None = None) -> None:
+def _show(folder: Path, oracles: Path | None = None, cost: str | None = None, against: str = "") -> None:
     from evaluate.report import make_report
     from evaluate.table import print_table
 
     print()
-    print_table(folder, oracles, cost)
-    print(f"\nreport: {make_report(folder, oracles, cost).resolve()}")
+    print_table(folder, oracles, cost, against)
+    print(f"\nreport: {make_report(folder, oracles, cost, against).resolve()}")
 
 
 def _bench(flags: argparse.Namespace) -> int:

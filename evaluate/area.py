@@ -32,8 +32,9 @@ class FamilyArea:
     family: Family
     area: Estimate
     to_rival: Estimate | None
-    """The area less that of simply training for fewer steps, in the better of the ways that were tried, over pairs of a
-    workload and seed; None for that family itself, and where there is no pair."""
+    """The area less that of the family that all are compared with, by default simply training for fewer steps in the
+    better of the ways that were tried, over pairs of a workload and seed; None for that family itself, and where there
+    is no pair."""
     workloads: int
     """On how many workloads there is an area."""
 
@@ -77,7 +78,7 @@ def areas(results: Results) -> list[FamilyArea]:
     known = {family: {name: seed_areas(results, family, name) for name in results.workloads} for family in found}
     own = {family: estimate([list(by_seed.values()) for by_seed in of.values()]) for family, of in known.items()}
     ranked = sorted(((family, area) for family, area in own.items() if area is not None), key=lambda row: -row[1].mean)
-    other = rival([family for family, _ in ranked])
+    other = rival([family for family, _ in ranked], results.suite.against)
     rows = []
     for family, area in ranked:
         to_rival = estimate(_differences(known[family], known[other])) if other not in (None, family) else None
@@ -85,9 +86,8 @@ def areas(results: Results) -> list[FamilyArea]:
     return rows
 
 
-def area_headline(found: Sequence[FamilyArea]) -> str:
-    """Which families are shown to do better than simply training for fewer steps, in one sentence; empty without it."""
-    other = rival([row.family for row in found])
+def area_headline(found: Sequence[FamilyArea], other: Family | None) -> str:
+    """Which families are shown to do better than the one they are compared with, in one sentence; empty without it."""
     if other is None:
         return ""
     better = [row.family.name for row in found if row.to_rival is not None and row.to_rival.low > 0]

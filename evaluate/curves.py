@@ -45,8 +45,9 @@ def curve_plots(results: Results, rows: Sequence[Row], areas: Sequence[FamilyAre
     if not curves:
         return []
     ranked = [row.family for row in areas]
+    other = rival(ranked, results.suite.against) if ranked else rival(list(curves))
     order = [*(family for family in ranked if family in curves), *(family for family in curves if family not in ranked)]
-    plane = _plane(curves, rival(order), results.suite.margin * 100)
+    plane = _plane(curves, other, results.suite.margin * 100)
     figures = -(-len(order) // _PER_FIGURE)
     lines = -(-len(order) // (figures * _COLUMNS))
     size = lines * _COLUMNS if figures > 1 else len(order)

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from evaluate.results import Results
+from predictor.errors import unknown
 
 MANY = 12
 """Policies up to which each of them is drawn and named on its own; where there are more, families are."""
@@ -45,11 +46,17 @@ def families(results: Results) -> tuple[Family, ...]:
     return tuple(found)
 
 
-def rival(found: Sequence[Family]) -> Family | None:
-    """Simply training for fewer steps, which freezing has to beat; None where nobody tried.
+def rival(found: Sequence[Family], against: str = "") -> Family | None:
+    """The family of this name; by default simply training for fewer steps, which freezing has to beat.
 
-    Of families in the order of their areas it is the better way to do so.
+    Of families in the order of their areas it is the better way to do so. None where nobody tried. Raises UsageError
+    for a name that no family has.
     """
+    if against:
+        named = next((family for family in found if family.name == against), None)
+        if named is None:
+            raise unknown("family of policies", against, [family.name for family in found])
+        return named
     return next((family for family in found if family.policy in _FEWER_STEPS and not family.changes), None)
 
 

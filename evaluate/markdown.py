@@ -14,7 +14,7 @@ from evaluate.table import area, area_difference, percent, plain
 
 
 def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
-    """Each family's area, that less the area of training for fewer steps, and where its settings lie, dearest first.
+    """Each family's area, that less the area of the one compared with, and where its settings lie, dearest first.
 
     oracles: by workload; where there are any, each setting's share of their saving has a column.
     """
@@ -22,7 +22,7 @@ def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
     by_label = {row.policy: row for row in overall(rows)}
     shares = shares_of_saving(rows, oracles, results.suite.margin)
     found = areas(results)
-    other = rival([each.family for each in found])
+    other = rival([each.family for each in found], results.suite.against)
     points = f"{COST_AXES[results.suite.cost]}: points to `{_escaped(results.suite.baseline)}`"
     header = ["policy", "settings", "area", points]
     if other:

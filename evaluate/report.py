@@ -26,16 +26,17 @@ _HERE = Path(__file__).parent
 _SYMBOLS = {AS_ACCURATE: "✓", LESS_ACCURATE: "▼", CANNOT_TELL: "?", BASELINE: ""}
 
 
-def make_report(folder: Path, oracles: Path | None = None, cost: str | None = None) -> Path:
+def make_report(folder: Path, oracles: Path | None = None, cost: str | None = None, against: str = "") -> Path:
     """Read `folder`/suite.json and results.jsonl and write `folder`/report.html, whole or not at all.
 
     oracles: the folder of the files that `python -m evaluate oracle` wrote; by default `oracle` beside `folder`. They
         need not be there, and one that does not fit is named in the page.
     cost: the measure to compare by, a key of COST_AXES; the suite's own by default.
+    against: the family whose area and curve the others are compared with; training for fewer steps by default.
 
-    Raises FileFault where the results cannot be read or the page cannot be written.
+    Raises FileFault where the results cannot be read or the page cannot be written, UsageError for an unknown family.
     """
-    results = read_results(folder, cost)
+    results = read_results(folder, cost, against)
     page = render(results, *find_oracles(oracles or oracles_beside(folder), results))
     path = folder / "report.html"
     with written_whole(path) as part:
@@ -49,6 +50,7 @@ def render(results: Results, oracles: Mapping[str, Oracle] | None = None, refuse
     oracles: by workload. refused: why others were not used.
     """
     rows, found = compare(results), areas(results)
+    other = rival([row.family for row in found], results.suite.against)
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -65,9 +67,9 @@ def render(results: Results, oracles: Mapping[str, Oracle] | None = None, refuse
         policies=results.policies,
         crowded=len(results.policies) > MANY,
         areas=found,
-        area_headline=area_headline(found),
+        area_headline=area_headline(found, other),
         area_loss=LOSS,
-        rival=rival([row.family for row in found]),
+        rival=other,
         curves=curve_plots(results, rows, found),
         oracles=oracles or {},
         oracle_shares=shares_of_saving(rows, oracles or {}, results.suite.margin),

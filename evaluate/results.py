@@ -34,6 +34,8 @@ class Suite:
     workloads: tuple[str, ...]
     policies: tuple[str, ...]
     seeds: tuple[int, ...]
+    against: str = ""
+    """The family whose area the others' are compared with; empty for that of training for fewer steps."""
 
 
 @dataclass(frozen=True)
@@ -146,17 +148,17 @@ class Results:
         ]
 
 
-def read_results(folder: Path, cost: str | None = None) -> Results:
+def read_results(folder: Path, cost: str | None = None, against: str = "") -> Results:
     """Read what `python -m evaluate run-suite` left in `folder`.
 
-    cost: the measure to compare by, a key of COST_AXES; the suite's own by default.
+    cost: the measure to compare by, a key of COST_AXES; the suite's own by default. against: a Suite's.
 
     A line of results.jsonl that is cut short or makes no sense is left out and named in `faults`. Of several lines with
     the same workload, policy and seed the last one counts: it is the trial that was run again. Raises FileFault where
     one of the two files is missing or suite.json is broken.
     """
     suite = _suite(folder / "suite.json")
-    suite = suite if cost is None else replace(suite, cost=cost)
+    suite = replace(suite, cost=suite.cost if cost is None else cost, against=against)
     path = folder / "results.jsonl"
     trials: dict[tuple[str, str, int], Trial] = {}
     faults = []

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaluate.area import LOSS, FamilyArea, areas
-from evaluate.families import rival
+from evaluate.families import Family, rival
 from evaluate.hindsight import Oracle, find_oracles, oracles_beside, shares_of_saving
 from evaluate.results import COST_AXES, Results, read_results
 from evaluate.statistics import Estimate, Row, compare, headline
@@ -20,13 +20,14 @@ _GAP = "  "
 _Blocks = list[tuple[str, list[tuple[str, ...]]]]
 
 
-def print_table(folder: Path, oracles: Path | None = None, cost: str | None = None) -> None:
+def print_table(folder: Path, oracles: Path | None = None, cost: str | None = None, against: str = "") -> None:
     """Print the results in `folder` as a table, with what was left out of it.
 
     oracles: the folder of the files that `python -m evaluate oracle` wrote; by default `oracle` beside `folder`.
     cost: the measure to compare by, a key of COST_AXES; the suite's own by default.
+    against: the family whose area the others' are compared with; that of training for fewer steps by default.
     """
-    results = read_results(folder, cost)
+    results = read_results(folder, cost, against)
     found, _ = find_oracles(oracles or oracles_beside(folder), results)
     text = table(results, shutil.get_terminal_size((120, 24)).columns, found)
     encoding = sys.stdout.encoding or "utf-8"
@@ -53,7 +54,7 @@ def table(results: Results, width: int, oracles: Mapping[str, Oracle] | None = N
     lines = [shortened(results.suite.name, width), ""]
     lines += _columns((*header, "of oracle") if shares else header, blocks, width)
     found = areas(results)
-    lines += _area_lines(found, width) if found else []
+    lines += _area_lines(found, rival([row.family for row in found], results.suite.against), width) if found else []
     more = [_area_note(results)] if found else []
     more += [oracle_note(oracle) for oracle in (oracles or {}).values()]
     return "\n".join([*lines, *notes(results), *map(plain, more), "", plain(headline(results, rows))])
@@ -162,9 +163,8 @@ def _cells(row: Row, letters: int) -> tuple[str, ...]:
     )
 
 
-def _area_lines(found: Sequence[FamilyArea], width: int) -> list[str]:
+def _area_lines(found: Sequence[FamilyArea], other: Family | None, width: int) -> list[str]:
     """A line for each family, the largest area first."""
-    other = rival([row.family for row in found])
     header = ("family", "settings", "area", *([f"to {shortened(other.name, _LABEL_WIDTH)}"] if other else []))
     cells: list[tuple[str, ...]] = []
     for row in found:

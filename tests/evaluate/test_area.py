@@ -1,12 +1,14 @@
 """Areas under fronts, worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from evaluate.area import area_headline, area_under, areas, seed_areas
 from evaluate.families import families
 from evaluate.results import read_results
+from predictor.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_families_stand_by_area_beside_training_for_fewer_steps(suite):
     assert (fast.to_rival.mean, fast.to_rival.low, fast.to_rival.high) == pytest.approx((0.27, 0.27, 0.27))
     assert shorter.to_rival is None
     assert slow.to_rival.mean == pytest.approx(-0.4)
-    assert area_headline(found) == "Shown to have a larger area than shorter 0.5: fast."
+    assert area_headline(found, shorter.family) == "Shown to have a larger area than shorter 0.5: fast."
 
 
 def test_the_better_way_to_train_for_fewer_steps_is_the_rival(suite):
@@ -107,16 +109,29 @@ def test_the_better_way_to_train_for_fewer_steps_is_the_rival(suite):
     assert (stopped.family.name, stopped.to_rival) == ("stopped 0.5", None)
     assert fast.to_rival.mean == pytest.approx(0.6 * 0.6 - 0.6 * 0.5)  # 2 points less for 40 and for 50 % of the cost
     assert shorter.to_rival.mean == pytest.approx(-0.3)
-    assert area_headline([fast, stopped, shorter]).startswith("Shown to have a larger area than stopped 0.5: ")
+    assert area_headline([fast, stopped, shorter], stopped.family).startswith(
+        "Shown to have a larger area than stopped 0.5: "
+    )
+
+
+def test_any_family_can_be_the_one_that_the_others_are_compared_with(suite):
+    known = {"shorter 0.5": [(0.80, 50), (0.70, 100)], "slow": [(0.91, 101), (0.81, 203)]}
+    results = suite(a=FULL | CHEAP | known)
+    fast, shorter, slow = areas(replace(results, suite=replace(results.suite, against="fast 1")))
+    assert fast.to_rival is None
+    assert shorter.to_rival.mean == pytest.approx(shorter.area.mean - fast.area.mean)
+    assert slow.to_rival.mean == pytest.approx(-fast.area.mean)
+    with pytest.raises(UsageError, match="there is no family of policies 'fats 1': did you mean 'fast 1'"):
+        areas(replace(results, suite=replace(results.suite, against="fats 1")))
 
 
 def test_the_interval_is_students_over_seeds(suite):
     found = areas(suite(a=FULL | {"fast 1": [(0.90, 50), (0.80, 120)], "shorter 0.5": [(0.90, 50), (0.80, 100)]}))
-    fast = next(row for row in found if row.family.name == "fast 1")
+    shorter, fast = sorted(found, key=lambda row: row.family.name, reverse=True)
     half = 12.706205 * 0.05  # t(0.975, 1); the areas are 0.5 and 0.4, so s / sqrt(2) = 0.05
     assert (fast.area.mean, fast.area.low, fast.area.high) == pytest.approx((0.45, 0.45 - half, 0.45 + half))
     assert fast.to_rival.mean == pytest.approx(-0.05)
-    assert area_headline(found) == "No family's area is shown to be larger than that of shorter 0.5."
+    assert area_headline(found, shorter.family) == "No family's area is shown to be larger than that of shorter 0.5."
 
 
 def test_one_seed_gives_no_interval_and_without_a_rival_nothing_is_said(suite):
@@ -124,4 +139,4 @@ def test_one_seed_gives_no_interval_and_without_a_rival_nothing_is_said(suite):
     assert row.area.mean == pytest.approx(0.4)
     assert row.area.low == -math.inf
     assert row.to_rival is None
-    assert area_headline([row]) == ""
+    assert area_headline([row], None) == ""

@@ -60,6 +60,9 @@ def test_lost_trials_lose_nothing_else(suite, tmp_path, capsys):
     assert "report:" in capsys.readouterr().out
     assert main(["report", str(out), "--cost", "flops"]) is None
     assert "by FLOPs" in capsys.readouterr().out
+    assert main(["report", str(out), "--against", "static"]) is None
+    assert "to static" in capsys.readouterr().out
+    assert "Difference to static" in (out / "report.html").read_text()
     elsewhere = ["run-suite", "--suite", suite, "--out", str(tmp_path / "more"), "--adopt", str(out / "results.jsonl")]
     assert main([*elsewhere, "--device", "cpu", "--dry-run"]) == 0
     said = capsys.readouterr().out

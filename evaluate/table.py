@@ -69,14 +69,23 @@ def notes(results: Results) -> list[str]:
         f"{_SPEEDUPS[suite.cost]}: ratio of {COST_AXES[suite.cost]}, geometric mean [95 % interval]; "
         "own time: the policy's share of the training time",
     ]
-    for status in ("diverged", "failed"):
-        trials = [trial for trial in results.trials if trial.status == status]
-        for trial in trials:
-            why = f": {plain(trial.error.strip().splitlines()[-1])}" if trial.error.strip() else ""
-            lines.append(f"{status}: {plain(f'{trial.workload}, {trial.policy}, seed {trial.seed}')}{why}")
+    lines += _lost(results)
     if missing := results.missing():
         lines.append(f"not run: {len(missing)} of the suite's trials; the same run-suite command goes on with them")
     return lines + [f"left out: {plain(fault)}" for fault in results.faults]
+
+
+def _lost(results: Results) -> list[str]:
+    """Trials that diverged or failed and why, those that differ in their seed alone in one line."""
+    seeds: dict[tuple[str, str, str], list[str]] = {}
+    for status in ("diverged", "failed"):
+        for trial in results.trials:
+            if trial.status == status:
+                why = f": {plain(trial.error.strip().splitlines()[-1])}" if trial.error.strip() else ""
+                what = plain(f"{trial.workload}, {trial.policy}")
+                seeds.setdefault((status, what, why), []).append(str(trial.seed))
+    named = ((*key, f"seed{'s' if len(own) > 1 else ''} {', '.join(own)}") for key, own in seeds.items())
+    return [f"{status}: {what}, {which}{why}" for status, what, why, which in named]
 
 
 def oracle_note(oracle: Oracle) -> str:

@@ -69,6 +69,15 @@ def test_what_was_left_out_is_listed(folder):
     assert line_of(text, "linear", "glosses-transformer").split()[-2:] == ["2/4", "1"]
 
 
+def test_trials_lost_for_one_reason_are_one_line(write, trial):
+    lost = [trial("a", "spfde", seed, status="failed", error=f"Traceback\n{why}") for seed, why in enumerate("xxy")]
+    text = table(read_results(write([trial("a", "none", 0), *lost])), 200)
+    assert [line for line in text.splitlines() if line.startswith("failed: ")] == [
+        "failed: a, spfde, seeds 0, 1: x",
+        "failed: a, spfde, seed 2: y",
+    ]
+
+
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_a_narrow_terminal_gets_the_columns_below_each_other(folder, width):
     text = table(read_results(folder), width)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from predictor.policies import make_policy as make_policy
     from predictor.policies.base import FreezePolicy as FreezePolicy
     from predictor.policies.base import View as View
+    from predictor.sieving import SieveSampler as SieveSampler
 
 _HOME = {
     "AugmentedCache": "predictor.caching.augmented",
@@ -27,6 +28,7 @@ _HOME = {
     "FreezeEvent": "predictor.freezing.controller",
     "FreezePolicy": "predictor.policies.base",
     "Layer": "predictor.freezing.layers",
+    "SieveSampler": "predictor.sieving",
     "View": "predictor.policies.base",
     "chunked_order": "predictor.caching.order",
     "layers_of": "predictor.freezing.layers",

@@ -42,6 +42,11 @@ def test_the_five_lines_and_the_cache(tmp_path):
     run(f"{SHORT}{block('# after the optimizer')}{cache}", tmp_path)
 
 
+def test_samples_are_sieved(tmp_path):
+    data = "data, epochs = [(place, *(part[0] for part in row)) for place, row in enumerate(loader)], 3\n"
+    run(f"{SHORT}{data}{block('SieveSampler(')}assert len(loader) == 1 and len(sampler) == 5\n", tmp_path)
+
+
 def test_the_complete_loop_freezes(tmp_path):
     assert "layers frozen)" in run(block('digits = load_source("digits")'), tmp_path)
 

@@ -45,7 +45,7 @@ class ByHand:
 
     @property
     def queue(self) -> list[int]:
-        return self.sieve.queue.tolist()
+        return self.sieve.samples.queue.tolist()
 
     def epoch(self, answers: dict[int, str]) -> None:
         """An epoch in which samples are looked at so often: r for right, w for wrong."""
@@ -97,9 +97,9 @@ def test_an_interval_of_several_epochs() -> None:
     hand = ByHand(every=2)
     a, b, c, d = before = hand.among
     hand.epoch({a: "r", b: "r", c: "r", d: "r"})
-    assert (hand.among, hand.sieve.exchanges) == (before, 0)
+    assert (hand.among, hand.sieve.samples.exchanges) == (before, 0)
     hand.epoch({a: "r", b: "wr", c: "r", d: "wr"})
-    assert hand.sieve.exchanges == 1
+    assert hand.sieve.samples.exchanges == 1
     assert set(hand.queue[-2:]) == {a, c}
 
 
@@ -108,13 +108,13 @@ def test_more_in_the_queue_than_in_the_epochs() -> None:
     training = Training(tiny_workload(batch_size=2), tiny_source(8), seed=0, device=cpu, left_out=0.75)
     sieve = Sieve(moved=1.0)
     sieve.on_start(training)
-    head, before = sieve.queue[:2].tolist(), training.among
+    head, before = sieve.samples.queue[:2].tolist(), training.among
     training.step, training.total_steps = 1, 100
     sieve.on_step(training)
     assert training.among is not None
     assert before is not None
     assert training.among.tolist() == sorted(head)
-    assert sorted(sieve.queue[-2:].tolist()) == before.tolist()
+    assert sorted(sieve.samples.queue[-2:].tolist()) == before.tolist()
 
 
 class Seen(Hook):

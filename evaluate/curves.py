@@ -61,7 +61,7 @@ def _plane(curves: dict[Family, list[Point]], other: Family | None, margin: floa
     points = [point for own in curves.values() for point in own]
     right = min(max(100.0, *(point.cost.value for point in points)), _DEAREST) * 1.05
     gains = [0.0, *(point.accuracy.value for point in points)]
-    low, high = max(min(gains), -3 * LOSS * 100), max(gains)
+    low, high = max(min(gains), -1.5 * LOSS * 100), max(gains)
     room = 0.12 * max(high - low, margin, 0.1)
     return _Plane(curves, other, margin, right, low - room, high + room)
 

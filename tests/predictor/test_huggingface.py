@@ -2,8 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from predictor import layers_of, make_policy
 from predictor.errors import UsageError
 from predictor.integrations.huggingface import FreezeCallback
 from tests.predictor.scripted import WatchingScript
+from tests.predictor.twins import run_both
 
 STEPS = 8  # 24 sentences, two epochs; batches of 3, gradients of two added up
 
@@ -283,22 +282,7 @@ def one_of_two(folder):
 
 
 def test_two_processes_stay_in_step(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    here = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "PYTHONWARNINGS": "ignore"}
-    environments = [{**os.environ, **here, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    command = [sys.executable, "-m", "tests.predictor.test_huggingface", str(tmp_path)]
-    checkout = Path(__file__).parents[2]
-    processes = [
-        subprocess.Popen(command, cwd=checkout, env=env, stderr=subprocess.PIPE, text=True) for env in environments
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(error[-3000:] for error in errors)
+    run_both("tests.predictor.test_huggingface", tmp_path)
     first, second = (torch.load(tmp_path / f"seen-{main}.pt", weights_only=True) for main in (True, False))
     assert first["frozen"] == second["frozen"] == [[0], sorted(FRONT), [0]]
     assert equal(first["weights"], second["weights"])

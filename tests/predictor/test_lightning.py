@@ -54,8 +54,8 @@ def images():
     return [(torch.randn(1, 8, 8, generator=draw), place % 3) for place in range(24)]
 
 
-def fit(folder, net, callback, epochs=EPOCHS, ckpt_path=None, accumulate=2, module=Module, data=None):
-    """Train; leaves a checkpoint of each epoch in `folder`."""
+def fit(folder, net, callback, epochs=EPOCHS, ckpt_path=None, accumulate=2, module=Module, data=None, devices=1):
+    """Train; leaves a checkpoint of each epoch in `folder`. devices: processes that train together."""
     loader = DataLoader(images() if data is None else data, 4)
     trainer = pl.Trainer(
         default_root_dir=folder,
@@ -63,6 +63,7 @@ def fit(folder, net, callback, epochs=EPOCHS, ckpt_path=None, accumulate=2, modu
         accumulate_grad_batches=accumulate,
         callbacks=[callback, ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1)],
         accelerator="cpu",
+        devices=devices,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -1,16 +1,23 @@
 """The feature cache in Lightning's Trainer: real trainings whose batches carry their samples' ids."""
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 
 pytest.importorskip("lightning")
 from torch.nn import functional as F
 
 from predictor.errors import UsageError
 from predictor.integrations.lightning import FreezeCallback
+from tests.conftest import ToyNet
 from tests.predictor.counted import alike
 from tests.predictor.scripted import Script
-from tests.predictor.test_lightning import Module, TwoOptimizers, fit, images
+from tests.predictor.test_lightning import Module, TwoOptimizers, equal, fit, images
 from tests.predictor.test_lightning import pytestmark as pytestmark
+from tests.predictor.twins import run_both
 
 FRONT = {0, 1}
 
@@ -93,3 +100,26 @@ def test_a_network_that_is_not_there_or_not_called_is_refused(tmp_path, make_toy
         train(tmp_path, make_toy(), network="model")
     with pytest.raises(UsageError, match=r"training_step did not call self\(\.\.\.\)"):
         train(tmp_path, make_toy(), network="")
+
+
+def one_of_two(folder):
+    """What one of two processes under DDP sees; the second's policy wants something else."""
+    main = os.environ["RANK"] == "0"
+    torch.manual_seed(0)
+    callback = FreezeCallback(Script({0: FRONT} if main else {1: {1}}), ids=numbers, network="net")
+    data = [(place, *sample) for place, sample in enumerate(images())]
+    weights = fit(folder / str(main), ToyNet(), callback, module=Numbered, data=data, accumulate=1, devices=2)
+    frozen = [list(event.frozen) for event in callback.controller.history]
+    torch.save({"weights": weights, "frozen": frozen, "hits": callback.cache.hits}, folder / f"seen-{main}.pt")
+
+
+def test_two_processes_stay_in_step_and_have_a_cache_each(tmp_path):
+    run_both("tests.predictor.test_lightning_cache", tmp_path)
+    first, second = (torch.load(tmp_path / f"seen-{main}.pt", weights_only=True) for main in (True, False))
+    assert first["frozen"] == second["frozen"] == [sorted(FRONT)]
+    assert equal(first["weights"], second["weights"])
+    assert min(first["hits"], second["hits"]) > 0
+
+
+if __name__ == "__main__":
+    one_of_two(Path(sys.argv[1]))

@@ -70,15 +70,15 @@ class SampleQueue:
         return {
             "among": self.among,
             "queue": self.queue,
-            "right": self._right_N.cpu(),
-            "forgotten": self._forgotten_N.cpu(),
+            "right": self._right_N.to("cpu", copy=True),
+            "forgotten": self._forgotten_N.to("cpu", copy=True),
             "exchanges": self.exchanges,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         self.among, self.queue = state["among"], state["queue"]
-        self._right_N, self._forgotten_N = state["right"], state["forgotten"]
+        self._right_N, self._forgotten_N = state["right"].clone(), state["forgotten"].clone()  # written to in place
         self.exchanges = state["exchanges"]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from predictor.caching.cache import FeatureCache
 from predictor.errors import UsageError
 from predictor.freezing.controller import FreezeController
 from predictor.freezing.layers import Layer
@@ -25,6 +26,8 @@ class Adapter:
 
     controller: FreezeController | None = None
     """That of the training which runs, and afterwards of the last one. None before the first."""
+    cache: FeatureCache | None = None
+    """That of the training which runs, and afterwards, empty, of the last one. None without `ids`."""
 
     def __init__(self, policy: FreezePolicy, layers: Layers) -> None:
         if policy.budget != 1.0:
@@ -69,5 +72,7 @@ class Adapter:
         """Let the frozen layers go, once: what is frozen by hand between two trainings is not ours."""
         if self.controller is not None and self._running:
             self._running = False
+            if self.cache is not None:
+                self.cache.close()
             self.controller.release()
             self.controller.close()

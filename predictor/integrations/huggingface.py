@@ -40,9 +40,6 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
     a static graph or without `ddp_find_unused_parameters`, reentrant checkpointing.
     """
 
-    cache: FeatureCache | None = None
-    """That of the training which runs, and afterwards, empty, of the last one. None without `ids`."""
-
     def __init__(
         self,
         policy: FreezePolicy | str,
@@ -141,10 +138,9 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
         self._finish()
 
     def _finish(self) -> None:
-        if self._argument is not None and self.cache is not None:
+        if self._argument is not None:
             self._argument.close()
             self._argument = None
-            self.cache.close()
         super()._finish()
 
 

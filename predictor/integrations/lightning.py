@@ -41,9 +41,6 @@ class FreezeCallback(Adapter, pl.Callback):  # type: ignore[misc]
     cannot freeze layers while it trains: DeepSpeed, FSDP1, DDP with a static graph, reentrant checkpointing.
     """
 
-    cache: FeatureCache | None = None
-    """That of the training which runs, and afterwards, empty, of the last one. None without `ids`."""
-
     def __init__(
         self,
         policy: FreezePolicy,
@@ -129,8 +126,6 @@ class FreezeCallback(Adapter, pl.Callback):  # type: ignore[misc]
 
     def _finish(self) -> None:
         self._pass.close()
-        if self.cache is not None:
-            self.cache.close()
         super()._finish()
 
     def _named_network(self, module: "pl.LightningModule") -> nn.Module:

@@ -5,7 +5,7 @@ then look at it.
 """
 
 import itertools
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from predictor import FeatureCache, FreezeController
 from predictor.errors import UsageError
 from predictor.freezing.wrappers import follow
 from tests.predictor.scripted import Script
+from tests.predictor.twins import run_both
 
 STEPS = 8
 PHASES = {2: {0, 1}, 4: {0, 1, 2}, 6: {1}, 7: ()}
@@ -181,18 +182,7 @@ def main(rank, folder):
 def seen(tmp_path_factory):
     """What each process saw, by case."""
     folder = tmp_path_factory.mktemp("ddp")
-    checkout = Path(__file__).parents[2]
-    command = [sys.executable, "-W", "ignore", "-m", "tests.predictor.test_ddp"]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder)], cwd=checkout, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(error[-3000:] for error in errors)
+    run_both("tests.predictor.test_ddp", folder)
     return [torch.load(folder / f"seen-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -281,4 +271,4 @@ def test_it_is_the_training_of_one_process_on_both_batches(seen, case):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(os.environ["RANK"]), Path(sys.argv[1]))

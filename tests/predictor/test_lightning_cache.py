@@ -53,9 +53,10 @@ def numbers(batch):
     return batch[0]
 
 
-def train(folder, net, ids=numbers, network="net", module=Numbered, total_steps=None, **options):
+def train(folder, net, ids=numbers, network="net", module=Numbered, script=None, total_steps=None, **options):
     """Three epochs of six batches, cached after the first."""
-    callback = FreezeCallback(Script({0: FRONT}), ids=ids, network=network, total_steps=total_steps)
+    policy = Script({0: FRONT} if script is None else script)
+    callback = FreezeCallback(policy, ids=ids, network=network, total_steps=total_steps)
     data = [(place, *sample) for place, sample in enumerate(images())]
     return callback, fit(folder, net, callback, module=module, data=data, **options)
 
@@ -106,9 +107,8 @@ def one_of_two(folder):
     """What one of two processes under DDP sees; the second's policy wants something else."""
     main = os.environ["RANK"] == "0"
     torch.manual_seed(0)
-    callback = FreezeCallback(Script({0: FRONT} if main else {1: {1}}), ids=numbers, network="net")
-    data = [(place, *sample) for place, sample in enumerate(images())]
-    weights = fit(folder / str(main), ToyNet(), callback, module=Numbered, data=data, accumulate=1, devices=2)
+    script = {0: FRONT} if main else {1: {1}}
+    callback, weights = train(folder / str(main), ToyNet(), script=script, accumulate=1, devices=2)
     frozen = [list(event.frozen) for event in callback.controller.history]
     torch.save({"weights": weights, "frozen": frozen, "hits": callback.cache.hits}, folder / f"seen-{main}.pt")
 

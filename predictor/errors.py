@@ -28,4 +28,5 @@ def unknown(what: str, name: object, known: Iterable[str], more: str = "") -> Us
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return UsageError(f"there is no {what} {name!r}: {hint}there are {', '.join([*known, *([more] if more else [])])}")
+    listed = [repr(each) if "," in each else each for each in known]  # else nobody sees where a name ends
+    return UsageError(f"there is no {what} {name!r}: {hint}there are {', '.join([*listed, *([more] if more else [])])}")

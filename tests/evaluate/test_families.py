@@ -4,6 +4,7 @@ import pytest
 
 from evaluate.families import families, places, policy_names, rival
 from evaluate.results import read_results
+from predictor.errors import UsageError
 
 
 @pytest.fixture
@@ -89,3 +90,6 @@ def test_the_rival_trains_for_fewer_steps_and_changes_nothing_else(suite):
     found = families(suite(**{"fewer, kept": {"name": "shorter", "cache": True}, "fewer": {"name": "shorter"}}))
     assert rival(found).name == "fewer"
     assert rival(found[:1]) is None
+    assert rival(found, "fewer, kept").name == "fewer, kept"
+    with pytest.raises(UsageError, match=r"there are 'fewer, kept', fewer$"):  # quoted, for a comma ends no name
+        rival(found, "few")

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from collect.workloads import Workload
 from data.sources.base import Source
 from predictor.caching.cache import FeatureCache
-from predictor.freezing.controller import FreezeController, FreezeEvent
+from predictor.freezing.controller import FreezeController
+from predictor.freezing.event import FreezeEvent
 from predictor.freezing.layers import layers_of
 from predictor.policies.base import FreezePolicy, View
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from predictor.caching.compression import Compression as Compression
     from predictor.caching.order import chunked_order as chunked_order
     from predictor.freezing.controller import FreezeController as FreezeController
-    from predictor.freezing.controller import FreezeEvent as FreezeEvent
+    from predictor.freezing.event import FreezeEvent as FreezeEvent
     from predictor.freezing.layers import Layer as Layer
     from predictor.freezing.layers import layers_of as layers_of
     from predictor.policies import make_policy as make_policy
@@ -25,7 +25,7 @@ _HOME = {
     "Compression": "predictor.caching.compression",
     "FeatureCache": "predictor.caching.cache",
     "FreezeController": "predictor.freezing.controller",
-    "FreezeEvent": "predictor.freezing.controller",
+    "FreezeEvent": "predictor.freezing.event",
     "FreezePolicy": "predictor.policies.base",
     "Layer": "predictor.freezing.layers",
     "SieveSampler": "predictor.sieving",

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from predictor.caching.ahead import ReadAhead, with_next
-from predictor.caching.compression import CompressedStore, Compression
-from predictor.caching.cut import Cut, replayed, uncompiled
+from predictor.caching.compression import CompressedStore, Compression, precision_for
+from predictor.caching.cut import Cut, uncompiled
 from predictor.caching.fingerprints import Fingerprints, check_alike, kind_of
 from predictor.caching.level import Level, cut_again
 from predictor.caching.levels import Levels
 from predictor.caching.proving import called_part, gpus_of, proven_cut, run_front, seen_calls
 from predictor.caching.store import FeatureStore, Precision, numbers_of
 from predictor.errors import UsageError
-from predictor.freezing.controller import FreezeController, FreezeEvent
+from predictor.freezing.controller import FreezeController
+from predictor.freezing.event import FreezeEvent
 
 _Batch = TypeVar("_Batch", bound=Sequence[Any])
 
@@ -33,10 +34,10 @@ class FeatureCache:
                 loss = loss_fn(model(x), y)
 
     The model is left as it is. Inside `batch`, on a hit, modules before the cut return a stand-in of the right shape,
-    and the module at the cut returns what was stored; so do others behind it, where a connection leads around them, as
-    in a residual block of which only the first layers are frozen. A cut is taken only after a real forward pass gave
+    and the module at the cut what was stored; so do others behind it, where a connection leads around them, as in a
+    residual block of which only the first layers are frozen. A cut is taken only after a real forward pass gave
     the same outputs as one with the cut, also with another batch in between; the one that skips most is used, and where
-    none is right the cache is off and `reason` says why: slower, never wrong. Where most samples of a batch are known
+    none is right the cache is off and `reason` says why: slower, never wrong. Where most samples of a batch are known,
     the front is run on the others alone.
 
     A front that grows is filled from the features at the old cut, not from the inputs; a front that shrinks forgets. To
@@ -44,7 +45,8 @@ class FeatureCache:
 
     A sample's inputs must be the same each time it comes. Where they are not, as under random augmentation, UsageError
     is raised, unless `check_inputs=False` says that the features of the first time shall stand for all; an
-    `AugmentedCache` keeps several. Inputs of another shape than the first batch's, as by padding, run as ever.
+    `AugmentedCache` keeps several. Inputs of another shape than the first batch's, as by padding, run as ever. When the
+    front's weights are written to, as by loading a checkpoint, all is forgotten.
 
     model: the part of the controller's model that is called within `batch`, by default the whole; UsageError where it
     is no part. memory_gb: features beyond this go to memory-mapped files. directory: where those are, by default the
@@ -204,6 +206,8 @@ class FeatureCache:
         key, rows = self._ahead.take()  # at once: no reading goes on while features are stored
         if 0 not in self._controller.frozen:
             return None
+        if any(level.outdated for level in self._levels):
+            self.clear()
         kind = kind_of(args, kwargs)
         if (self._levels or self._pending) and kind != self._kind:
             return None  # padded to another length, say: what is kept of these samples is not theirs
@@ -259,14 +263,12 @@ class FeatureCache:
         self, stack: ExitStack, level: Level, ids: list[int], prints: Tensor, rows: list[Tensor] | None = None
     ) -> None:
         """Arrange for the next pass to begin from what the level holds of these samples. rows: read ahead."""
-        if rows is None:
-            rows = self._fetching(level, ids)()
-        else:
-            rows = [row.to(prints.device, non_blocking=row.is_pinned()) for row in rows]
+        rows = self._fetching(level, ids)() if rows is None else rows
+        rows = [row.to(prints.device, non_blocking=row.is_pinned()) for row in rows]
         *leaves, prints_then = self._unpacked(level, rows, prints.device)
         if self._check_inputs:
             check_alike(ids, prints, prints_then)
-        stack.enter_context(replayed(level.cut, leaves, len(ids)))
+        level.replay(stack, self._model, leaves, len(ids), self._give_up)
 
     def _fetching(self, level: Level, ids: list[int]) -> Callable[[], list[Tensor]]:
         """What reads these samples' rows, in any thread; all that is to be chosen is chosen here."""
@@ -282,9 +284,7 @@ class FeatureCache:
         return CompressedStore(like, memory_bytes, self._directory, precision=self._precision(frozen))
 
     def _precision(self, frozen: frozenset[int]) -> Precision:
-        layers = len(self._controller.layers)
-        front = next((place for place in range(layers) if place not in frozen), layers)
-        return "full" if self._compression is None else self._compression.precision(front / layers)
+        return precision_for(frozen, len(self._controller.layers), self._compression)
 
     def _find_cut(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the cut that skips most among those that change nothing."""

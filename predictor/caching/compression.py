@@ -51,6 +51,12 @@ class Compression:
         return "half" if share >= self.half_from else "full"
 
 
+def precision_for(frozen: frozenset[int], layers: int, compression: Compression | None) -> Precision:
+    """How features are kept when these of so many layers are frozen."""
+    front = next((place for place in range(layers) if place not in frozen), layers)
+    return "full" if compression is None else compression.precision(front / layers)
+
+
 class CompressedStore(FeatureStore):
     """A FeatureStore whose rows come back rounded. Outputs that are no floating-point numbers, or one number a sample,
     are kept as they are.

@@ -186,15 +186,20 @@ def keepable(batch: int) -> Callable[[Call], bool]:
 
 
 @contextmanager
-def replayed(cut: Cut, leaves: Sequence[Tensor], batch: int) -> Iterator[None]:
-    """Within it, the model's next pass skips what the cut skips and takes what it is given from `leaves`."""
+def replayed(cut: Cut, leaves: Sequence[Tensor], batch: int) -> Iterator[Callable[[], bool]]:
+    """Within it, the model's next pass skips what the cut skips and takes what it is given from `leaves`.
+
+    Yields what says, after the pass, whether it asked for all of that. One that did not, as where layers are left out
+    at random, gave nothing that can be used.
+    """
     answers = cut.answers(leaves, batch)
     before = {module: module.__dict__.get("forward") for module in answers}
-    for module, known in answers.items():
+    answering = [_Answering(module.forward, known) for module, known in answers.items()]
+    for module, answer in zip(answers, answering, strict=True):
         # Not by setattr, which looks for parameters and submodules of that name first.
-        module.__dict__["forward"] = _Answering(module.forward, known)
+        module.__dict__["forward"] = answer
     try:
-        yield
+        yield lambda: all(each.asked for each in answering)
     finally:
         for module, forward in before.items():
             if forward is None:
@@ -210,6 +215,11 @@ class _Answering:
         self._forward = forward
         self._known = known
         self._calls = 0
+
+    @property
+    def asked(self) -> bool:
+        """Whether all that is known has been asked for."""
+        return self._calls > max(self._known)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         nth, self._calls = self._calls, self._calls + 1

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from predictor.caching.cut import Call, Cut, uncompiled
+from predictor.caching.cut import Call, Cut, replayed, uncompiled
 from predictor.caching.store import FeatureStore
 from predictor.errors import UsageError
 from predictor.freezing.tensors import tensors_in
 
 _TOLERANCE = 1e-5
+_LEFT_OUT = "parts of the frozen front are left out of some passes in training, as by LayerDrop"
 
 
 class Level:
@@ -28,16 +29,26 @@ class Level:
         self.used = False
         """Whether a pass has begun here."""
         self._expected = expected  # what the first batch gave in evaluation mode, until it was compared
+        self._front = [p for call in (*cut.given, *cut.skipped) for p in call.module.parameters()]
+        self._versions = [parameter._version for parameter in self._front]
 
     @property
     def proved(self) -> bool:
         """Whether a pass in training has given the features that one in evaluation mode gave."""
         return not self._expected
 
+    @property
+    def outdated(self) -> bool:
+        """Whether somebody has written to the front's weights since, as by loading a checkpoint."""
+        return [parameter._version for parameter in self._front] != self._versions
+
     @contextmanager
     def kept(self, ids: list[int], prints_B: Tensor, give_up: Any) -> Iterator[None]:
         """Within it, the next pass's outputs at the cut are stored."""
         outputs: dict[int, Any] = {}
+        end = max(call.end for call in self.cut.given)
+        coming = [call for call in self.cut.skipped if call.end < end]
+        came: list[Any] = []
 
         def keep(place: int, output: Any) -> None:
             if _checkpointed():
@@ -48,14 +59,36 @@ class Level:
                 return
             outputs[place] = output
             if len(outputs) == len(self.cut.given):
+                if len(came) < len(coming):
+                    give_up(_LEFT_OUT)
+                    return
                 leaves = [outputs[place] for place in range(len(outputs))]
                 self._store(ids, list(tensors_in(leaves)), prints_B, give_up)
 
+        def come(_: Any) -> None:
+            came.append(None)
+
+        acts: list[tuple[Call, Callable[[Any], None]]] = [(call, come) for call in coming]
+        acts += [(call, partial(keep, place)) for place, call in enumerate(self.cut.given)]
         with ExitStack() as hooks:
-            for place, call in enumerate(self.cut.given):
-                hook = uncompiled(at_call(call.nth, partial(keep, place)))
+            for call, act in acts:
+                hook = uncompiled(at_call(call.nth, act))
                 hooks.callback(call.module.register_forward_hook(hook).remove)
             yield
+
+    def replay(self, stack: ExitStack, model: nn.Module, leaves: Sequence[Tensor], batch: int, give_up: Any) -> None:
+        """Arrange that the model's next pass begins here; it is made once more, whole, where that gave nothing."""
+        asked = stack.enter_context(replayed(self.cut, leaves, batch))
+
+        def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if asked():
+                return output
+            stack.close()
+            give_up(_LEFT_OUT)
+            return module.forward(*args, **kwargs)
+
+        handle = model.register_forward_hook(uncompiled(check), prepend=True, with_kwargs=True)
+        stack.callback(handle.remove)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the cut is, and all that is kept there."""

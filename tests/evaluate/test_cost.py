@@ -6,7 +6,7 @@ import torch
 from data.sources import load_source
 from evaluate.cost import StepFlops, steps_by_pattern
 from evaluate.lora import with_lora
-from predictor.freezing.controller import FreezeEvent
+from predictor.freezing.event import FreezeEvent
 from tests.evaluate import toys
 
 UNIT = 10 * 2 * 64 * 64

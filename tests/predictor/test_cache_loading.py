@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from predictor import FreezeController, make_policy
 from predictor.caching.cache import FeatureCache
 from predictor.errors import UsageError
-from tests.predictor.counted import Counted, CountedConv, X, cached, chain
+from tests.predictor.counted import Counted, CountedConv, X, alike, cached, chain, run
 
 SAMPLES, BATCH, EPOCHS = 24, 6, 3
 FEATURES = 16
@@ -96,6 +96,16 @@ def test_features_of_another_precision_are_not_mixed_with_the_first():
     assert cache.bytes == 12 * (FEATURES * 2 + 4)
 
 
+def test_weights_that_are_loaded_in_between_make_it_forget():
+    model = chain()
+    cache = cached(model)
+    run(model, cache, torch.arange(6))
+    model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()})
+    assert alike(run(model, cache, torch.arange(6)), model(X[:6]))
+    assert alike(run(model, cache, torch.arange(6)), model(X[:6]))
+    assert (cache.hits, cache.misses) == (1, 2)
+
+
 class Mean(nn.Module):
     """The mean over a text's places."""
 
@@ -121,9 +131,10 @@ def test_samples_that_come_in_another_length_run_as_ever():
     assert (cache.hits, cache.misses, model[0].calls) == (0, 2, calls + 2)
     torch.testing.assert_close(train(cache, long), model(long))
     assert cache.hits == 1
+    state = cache.state_dict()
     cache._controller.release()
     resumed = cached(model, layers=2)
-    resumed.load_state_dict(cache.state_dict())
+    resumed.load_state_dict(state)
     torch.testing.assert_close(train(resumed, short), model(short))
     torch.testing.assert_close(train(resumed, long), model(long))
     assert (resumed.hits, resumed.misses) == (2, 3)

@@ -85,7 +85,7 @@ def layers_of(
 
     Names are those inside DDP and `torch.compile`. Warns when a model of timm or Transformers cannot be run. Raises
     UsageError when there is no layer before the head, when weights are not made yet, when `model` cannot be called with
-    `example`, and when a pattern matches nothing or nothing is left to train.
+    `example`, and when a pattern matches nothing, nothing is left to train, or a layer shares a parameter with what is.
     """
     model = unwrapped(model)
     if any(is_lazy(parameter) for parameter in model.parameters()):
@@ -133,7 +133,7 @@ def _order_of(model: nn.Module, parts: Iterable[nn.Module], example: object) -> 
 
 def _by_pattern(model: nn.Module, patterns: Sequence[str]) -> tuple[Layer, ...]:
     layers: list[Layer] = []
-    parameters, modules = set[int](), set[nn.Module]()
+    parameters, modules, named_by_any = set[int](), set[nn.Module](), set[nn.Module]()
     for pattern in patterns:
         named = [m for name, m in model.named_modules() if name and fnmatch.fnmatchcase(name, pattern)]
         parts = dict.fromkeys(part for module in named for part in module.modules())
@@ -146,7 +146,22 @@ def _by_pattern(model: nn.Module, patterns: Sequence[str]) -> tuple[Layer, ...]:
             )
         parameters |= own.keys()
         modules.update(inside)
+        named_by_any.update(parts)
         layers.append(Layer(pattern, tuple(inside), tuple(own.values())))
     if all(id(parameter) in parameters for parameter in model.parameters()):
         raise UsageError("the patterns name all of the model: leave out its head, which has to train on")
+    _refuse_shared(model, layers, named_by_any)
     return tuple(layers)
+
+
+def _refuse_shared(model: nn.Module, layers: Sequence[Layer], named: set[nn.Module]) -> None:
+    """What no pattern names never freezes: nor does a weight that it shares with a layer, such as a tied head's."""
+    home = {id(parameter): layer.name for layer in layers for parameter in layer.parameters()}
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if module not in named and id(parameter) in home:
+                sharer = name or type(model).__name__
+                raise UsageError(
+                    f"{home[id(parameter)]!r} shares a parameter with {sharer!r} ({own}), which no pattern names: "
+                    "leave that layer out, or name both"
+                )

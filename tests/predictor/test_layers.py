@@ -1,5 +1,7 @@
 """Which layers a model has."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -95,6 +97,14 @@ def test_what_a_pattern_before_has_named_is_not_named_again():
 def test_patterns_that_leave_nothing_to_train_are_refused():
     with pytest.raises(UsageError, match="leave out its head"):
         layers_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), patterns=["*"])
+
+
+def test_a_layer_that_shares_a_weight_with_what_no_pattern_names_is_refused():
+    model = nn.Sequential(OrderedDict(words=nn.Embedding(4, 4), body=nn.Linear(4, 4), head=nn.Linear(4, 4)))
+    model.head.weight = model.words.weight
+    with pytest.raises(UsageError, match=r"'words' shares a parameter with 'head' \(weight\), which no pattern names"):
+        layers_of(model, patterns=["words", "body"])
+    assert [layer.name for layer in layers_of(model, patterns=["body"])] == ["body"]
 
 
 def test_patterns_with_an_example_or_blocks_are_refused():

@@ -3,13 +3,13 @@
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from predictor.errors import UsageError
+from predictor.freezing.event import FreezeEvent
 from predictor.freezing.freeze import freeze, is_frozen, settle_containers, thaw, warn_of_left
 from predictor.freezing.layers import Layer, layers_of
 from predictor.freezing.parts import unwrapped
@@ -20,30 +20,6 @@ from predictor.policies.base import FreezePolicy, View
 
 _FAR = 1000
 """Steps to look ahead for the next decision."""
-
-
-@dataclass(frozen=True)
-class FreezeEvent:
-    """One change of the frozen set."""
-
-    step: int
-    """Optimizer steps done when it happened."""
-    froze: tuple[int, ...]
-    """Places of the layers that froze."""
-    thawed: tuple[int, ...]
-    """Places of the layers that train again."""
-    frozen: tuple[int, ...]
-    """Places of all layers frozen from here on."""
-    layers: int
-    """How many layers could be frozen."""
-
-    def __str__(self) -> str:
-        parts = [
-            f"{word} {', '.join(map(str, places))}"
-            for word, places in (("froze", self.froze), ("thawed", self.thawed))
-            if places
-        ]
-        return f"step {self.step}: {'; '.join(parts)} ({len(self.frozen)} of {self.layers} layers frozen)"
 
 
 class FreezeController:
@@ -66,7 +42,8 @@ class FreezeController:
     those that may freeze, front to back; by default `layers_of(model)`. agree: where several processes train one model,
     makes one process's answer that of all, given the answer and the number of layers; by default that of the first
     process where `model` is DDP or sharded. say: takes one line at each freeze, with what froze and what a step costs
-    before and after, and one where data loading has become the bound; None for silence.
+    before and after, and one where data loading has become the bound; None for silence. The cost is counted once, in a
+    pass forward of its own; with silence, and no policy that asks for it, there is none.
 
     Raises UsageError when total_steps is below 1, when a layer's parameter belongs to no optimizer, when the policy
     names a layer that does not exist, when what is around the model cannot freeze layers while it trains (DeepSpeed,
@@ -105,7 +82,7 @@ class FreezeController:
         self._moved: list[Callable[[], None]] = []
         self._watch = GradientWatch(self.layers, self._optimizers)
         self._teller = Teller(model, self.layers, say, whole=layers is None)
-        self._reset_seen = False
+        self._reset_seen = self._overran = False
         self._observing = type(policy).observe is not FreezePolicy.observe
         self._wake = 0
         self._check_optimizers()
@@ -166,7 +143,7 @@ class FreezeController:
             "total_steps": self.total_steps,
             "layers": [layer.name for layer in self.layers],
             "frozen": sorted(self._frozen),
-            "history": [_plain(event) for event in self.history],
+            "history": [event.as_dict() for event in self.history],
             "policy": self.policy.state_dict(),
         }
 
@@ -184,29 +161,40 @@ class FreezeController:
             )
         if state["total_steps"] != self.total_steps:
             raise UsageError(
-                f"this state is of a training of {state['total_steps']} steps, and total_steps={self.total_steps}"
+                f"this state is of a training of {state['total_steps']} steps, and total_steps={self.total_steps}: "
+                "make the controller with the former, or begin anew: what froze was right for that length"
             )
         self._step = state["step"]
         self._wake = 0
-        self.history = [FreezeEvent(**_tuples(event)) for event in state["history"]]
+        self.history = [FreezeEvent.from_dict(event) for event in state["history"]]
         if self._frozen != frozenset(state["frozen"]):
             self._change(frozenset(state["frozen"]))
         self.policy.load_state_dict(state["policy"])
 
     def close(self) -> None:
-        """Let go of what the policy holds. Layers stay as they are; `release` them to train them further."""
+        """Take the hooks off the model and let go of what the policy holds. Layers stay as they are."""
         self._teller.close()
         if self._rates is not None:
             self._rates.close()
         self.policy.close()
 
     def release(self) -> None:
-        """Let the frozen layers go, after the last step; what stood still before the controller came stays so."""
-        thaw([self.layers[place] for place in self._frozen], self.model, self._still)
-        settle_containers(self.model, self.layers, ())
+        """Let the frozen layers train again, after the last step; what stood still before the controller came stays so.
+
+        What is wrapped around the model, a cache and whoever listens are told. Take states, the cache's too, before.
+        """
+        if self._frozen:
+            self._change(frozenset())
 
     def _advance(self) -> FreezeEvent | None:
         self._teller.stepped()
+        if self._step > self.total_steps and not self._overran:
+            self._overran = True
+            warnings.warn(
+                f"this is step {self._step}, and total_steps={self.total_steps}: layers have frozen too early for a "
+                "training that goes on. Give the optimizer steps of all epochs: len(loader) * epochs // accumulation",
+                stacklevel=4,
+            )
         self._hold()
         view = self.view
         if self._watch.watching:
@@ -224,6 +212,8 @@ class FreezeController:
     def _next_due(self) -> int:
         """The next step at which a decision is due, or one before that where it is far off."""
         step, far = self._step + 1, self._step + _FAR
+        if step <= self.total_steps:
+            far = min(far, self.total_steps + 1)
         while step < far and not self.policy.due(step, self.total_steps):
             step += 1
         return step
@@ -310,11 +300,3 @@ def _stirred(layer: Layer) -> bool:
 
 def _as_it_is(wanted: frozenset[int], layers: int) -> frozenset[int]:
     return wanted
-
-
-def _plain(event: FreezeEvent) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(event).items()}
-
-
-def _tuples(event: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in event.items()}

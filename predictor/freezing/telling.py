@@ -48,8 +48,9 @@ class Teller:
     FLOPs are counted in a forward pass of its own, on the inputs of the training's next one, and only when there is
     something to tell or `count` was asked for. Where that cannot be, as for a sharded model, lines come without them.
 
-    model: as it is called in the loop. say: takes a line; None tells nothing. Where several processes train one model,
-    the first alone speaks. whole: whether `layers` are all of the model's but its head.
+    model: as it is called in the loop. say: takes a line; None tells nothing. Where there are several processes, the
+    first alone speaks, but all count, also those with nothing to say: a `forward` may send to the others and wait for
+    them. whole: whether `layers` are all of the model's but its head.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class Teller:
     def changed(self, event: Change, before: frozenset[int], finished: bool = False) -> None:
         """The frozen set has become another than `before`. finished: for good, so that no further step need come."""
         if self._say is None:
+            if _several():
+                self.count()
             return
         self._waiting.stop()
         if finished and self.flops is not None:
@@ -227,6 +230,10 @@ def _on_forward(model: nn.Module, callback: Callable[[tuple[Any, ...], Mapping[s
 
 def _ignore(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Does nothing."""
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _is_first() -> bool:

@@ -14,7 +14,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """In here the model is in evaluation mode, records no gradients and runs eagerly, part by part.
 
     Afterwards every module's mode, every buffer (the object and what is in it) and the state of the random generators
-    (Python's, NumPy's, torch's on the CPU and on the model's devices) are what they were.
+    (Python's, NumPy's, torch's on the CPU and on the model's devices) are what they were. Parameters are too, unless
+    the model's own `forward` writes to them, as one with a momentum encoder may.
     """
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"}
     with ExitStack() as stack:

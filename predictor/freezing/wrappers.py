@@ -8,7 +8,7 @@
 - AMP: nothing, but for an optimizer that has become wholly frozen: see `has_gradients`.
 - Activation checkpointing: `use_reentrant=False`. The other kind is refused, at the start where it can be seen, and
   otherwise once gradients stay away: see `GradientWatch`.
-- FSDP1, DeepSpeed and DDP with `static_graph=True` cannot follow, and are refused.
+- FSDP1, DeepSpeed, LBFGS and DDP with `static_graph=True` cannot follow, and are refused.
 """
 
 import sys
@@ -35,6 +35,7 @@ _REFUSED = {
     "DeepSpeedEngine": "DeepSpeed fixes what trains when it starts: use DDP or FSDP2 (fully_shard)",
     "DeepSpeedZeroOptimizer": "DeepSpeed fixes what trains when it starts: use DDP or FSDP2 (fully_shard)",
     "DeepSpeedOptimizerWrapper": "DeepSpeed fixes what trains when it starts: use DDP or FSDP2 (fully_shard)",
+    "LBFGS": "it moves all parameters along the steps before, those without a gradient too: use SGD or AdamW",
 }
 _REENTRANT = (
     "reentrant activation checkpointing gives no gradients to a layer that trains behind a frozen one: checkpoint with "
@@ -214,6 +215,8 @@ def _rebuild(ddp: DistributedDataParallel, event: object = None) -> None:
     In place, since others hold this one (Lightning and Accelerate in their own objects, a user in a variable), and
     without sending the whole model once more: it is the same everywhere.
     """
+    if not dist.is_initialized():  # the processes have parted, and a model is released
+        return
     inner: Any = ddp
     hooks: list[tuple[Any, object]] = inner._comm_hooks
     parameters, sparse = inner._build_params_for_reducer()

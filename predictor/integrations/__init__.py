@@ -25,7 +25,7 @@ class Adapter:
     """A FreezeController that lives from the start of a trainer's training to its end."""
 
     controller: FreezeController | None = None
-    """That of the training which runs, and afterwards of the last one. None before the first."""
+    """That of the training which runs, and afterwards of the last one, whose `history` says what froze. None before."""
     cache: FeatureCache | None = None
     """That of the training which runs, and afterwards, empty, of the last one. None without `ids`."""
 

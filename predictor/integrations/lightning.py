@@ -62,7 +62,7 @@ class FreezeCallback(Adapter, pl.Callback):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """What Lightning writes into its checkpoints."""
-        return self._loaded if self.controller is None else self.controller.state_dict()
+        return self.controller.state_dict() if self._running and self.controller else self._loaded
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what a checkpoint says until the optimizers are there."""
@@ -126,6 +126,7 @@ class FreezeCallback(Adapter, pl.Callback):  # type: ignore[misc]
 
     def _finish(self) -> None:
         self._pass.close()
+        self._loaded = self.state_dict()  # with what was frozen: Lightning may write a checkpoint after the end
         super()._finish()
 
     def _named_network(self, module: "pl.LightningModule") -> nn.Module:

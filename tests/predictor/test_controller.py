@@ -168,6 +168,26 @@ def test_layers_that_an_earlier_controller_left_frozen_are_warned_of(make_toy):
     start(model, make_policy("none"))  # a warning would be an error here, and below
 
 
+def test_those_who_listen_are_told_of_a_release(make_toy):
+    controller = start(make_toy(), make_policy("static", layers=2))[1]
+    heard = []
+    controller.on_change(heard.append)
+    controller.release()
+    controller.release()
+    assert [(event.thawed, event.frozen) for event in heard] == [((0, 1), ())]
+    assert controller.frozen == frozenset()
+
+
+def test_steps_beyond_those_that_were_announced_are_warned_of_once(make_toy):
+    model = make_toy()
+    optimizer, controller = start(model, make_policy("none"), total_steps=2)
+    step(model, optimizer, controller)
+    step(model, optimizer, controller)
+    with pytest.warns(UserWarning, match=r"this is step 3, and total_steps=2.* len\(loader\) \* epochs"):
+        step(model, optimizer, controller)
+    step(model, optimizer, controller)  # a second warning would be an error
+
+
 def test_what_the_user_holds_still_is_no_left_over(make_toy):
     model = make_toy()
     model.body[:6].eval().requires_grad_(False)

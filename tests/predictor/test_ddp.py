@@ -53,14 +53,14 @@ def compiled_ddp(net):
 class Process:
     """One of the two: a training and what it saw."""
 
-    def __init__(self, net, answers, wrap=DistributedDataParallel, **options):
+    def __init__(self, net, answers, wrap=DistributedDataParallel, say=print, **options):
         self.net, self.sent, self.seen = net, 0, {"weights": [], "bytes": [], "frozen": []}
         self.model = wrap(net, **options)
         ddp = getattr(self.model, "_orig_mod", self.model)
         if isinstance(ddp, DistributedDataParallel):
             ddp.register_comm_hook(self, Process.count)
         self.optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-        self.controller = FreezeController(self.model, self.optimizer, Script(answers), total_steps=STEPS)
+        self.controller = FreezeController(self.model, self.optimizer, Script(answers), total_steps=STEPS, say=say)
 
     @staticmethod
     def count(process, bucket):
@@ -142,6 +142,30 @@ def resumes(folder):
     return second.run(range(3, STEPS)).seen
 
 
+def released(folder):
+    """Two layers of three are frozen from the start, and let go for another training with the same DDP."""
+    training = Process(make_net(), {0: {0, 1}}).run(range(4))
+    training.controller.close()
+    training.controller.release()
+    training.seen["frozen"][-1] = sorted(training.controller.frozen)
+    training.controller = FreezeController(training.model, training.optimizer, Script({}), total_steps=STEPS)
+    return training.run(range(4, STEPS)).seen
+
+
+class Gathering(nn.Sequential):
+    """Waits in its forward pass for what the other process sends, as contrastive models do."""
+
+    def forward(self, x):
+        got = [torch.zeros(1), torch.zeros(1)]
+        dist.all_gather(got, torch.ones(1))
+        return super().forward(x) * torch.stack(got).mean()
+
+
+def gathers_in_forward(folder):
+    """What the layers cost is counted by both, though one alone has something to say."""
+    return Process(Gathering(*make_net()), PHASES, say=print if dist.get_rank() == 0 else None).run().seen
+
+
 def sharded(folder):
     """FSDP2."""
     from torch.distributed.fsdp import fully_shard
@@ -167,6 +191,8 @@ CASES = (
     wrapped_later,
     finds_unused_by_itself,
     resumes,
+    released,
+    gathers_in_forward,
     sharded,
 )
 
@@ -224,6 +250,8 @@ def test_they_train(seen, case):
         ("compiled", ()),
         ("wrapped_later", (0,)),
         ("resumes", (0, 1)),
+        ("released", (0, 1)),
+        ("gathers_in_forward", ()),
     ],
 )
 def test_only_gradients_of_what_trains_are_sent(seen, case, first):

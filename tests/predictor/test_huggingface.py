@@ -147,7 +147,7 @@ def test_resumed_equals_unbroken_bit_for_bit(stop, tmp_path):
     trainer = make_trainer(tmp_path / "run", resumed, seed=1)
     assert equal(expected, trained(trainer, resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}")))
     assert resumed.controller.history == unbroken.controller.history
-    assert resumed.controller.frozen == {0}
+    assert resumed.controller.history[-1].frozen == (0,)
 
 
 def test_a_policy_with_tensors_in_its_state_resumes_too(tmp_path, make_predictor_file):
@@ -177,7 +177,7 @@ def test_by_name_it_is_remade_when_the_trainer_restores_callbacks(name, tmp_path
     assert equal(expected, trained(trainer, resume_from_checkpoint=True))
     remade = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, FreezeCallback)]
     assert len(remade) == 1
-    assert remade[0].controller.frozen
+    assert remade[0].controller.history[-1].frozen
 
 
 def test_made_of_an_object_it_says_that_it_cannot_be_remade(tmp_path):
@@ -207,7 +207,7 @@ def test_one_callback_serves_one_training_after_another(tmp_path):
     first = trained(make_trainer(tmp_path, callback))
     trainer = make_trainer(tmp_path, callback)
     assert equal(first, trained(trainer))
-    assert callback.controller.frozen == FRONT
+    assert set(callback.controller.history[-1].frozen) == FRONT
     # The model is let go when training ends, and trains on as a whole.
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
 

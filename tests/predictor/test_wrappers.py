@@ -164,6 +164,12 @@ def test_ddp_keeps_its_settings_and_its_hooks(one_process):
     assert not model.training
 
 
+def test_an_optimizer_that_moves_what_has_no_gradient_is_refused():
+    model = Blocks()
+    with pytest.raises(UsageError, match=r"LBFGS cannot freeze layers while it trains: .* use SGD or AdamW"):
+        FreezeController(model, torch.optim.LBFGS(model.parameters()), Script({}), total_steps=4)
+
+
 def test_ddp_with_a_static_graph_is_refused(one_process):
     with pytest.raises(
         UsageError, match="static_graph=True cannot freeze layers while it trains: leave static_graph out"

@@ -72,7 +72,7 @@ def signals_of(
     layers = gradient_TL.shape[1]
     rate_TL = gradient_TL * move_TL.numpy()
     front_TL = rate_TL.cumsum(axis=1)
-    remaining_T1 = (total_steps - step_T1) / 2 + 1
+    remaining_T1 = np.maximum(total_steps - step_T1, 0) / 2 + 1
     log_distance_TL = np.log(distance_TL.numpy() + _SMALL_DISTANCE)
     columns = (
         step_T1 / total_steps,

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from predictor.attention import load_predictor
 from predictor.errors import UsageError
+from predictor.freezing.freeze import is_frozen
 from predictor.freezing.layers import Layer
 from predictor.freezing.rates import innermost
 from predictor.policies.base import FreezePolicy, View
@@ -174,8 +175,9 @@ class SmartFRZPolicy(FreezePolicy):
         if not view.active or not self._model.config.signals[len(CLOCK) :]:
             return
         trained = [place for place in view.active if gradients(view.layers[place])]
-        if view.step > 0 and not trained:
-            self._miss(view.step)
+        if not trained:
+            if view.step > 0 and not all(is_frozen(view.layers[place]) for place in view.active):
+                self._miss(view.step)  # else all that is left is what the user lets stand still
             return
         self._missed = 0
         gradient_L = gradient_norms(view.layers).cpu()

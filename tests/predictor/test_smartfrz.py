@@ -154,5 +154,13 @@ def test_a_layer_without_a_gradient_among_others_keeps_its_own_alone(make):
 def test_without_gradients_twice_in_a_row_it_says_that_they_were_cleared(make):
     training = Training(make())
     training.step(spoil=leave_out)
+    assert training.controller.frozen == frozenset()
     with pytest.raises(UsageError, match="no layer has a gradient at step 2, nor had one when smartfrz looked before"):
         training.step(spoil=leave_out)
+
+
+def test_where_the_user_lets_all_but_the_head_stand_still_nothing_is_missed(make):
+    training = Training(make())
+    training.model[:3].requires_grad_(False)
+    for _ in range(STEPS):
+        training.step()

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from evaluate.plan import Plan, SuiteFolder, trial_id
-from evaluate.results import MALFORMED, has_result, trial_of
+from evaluate.results import ADOPTED, MALFORMED, has_result, trial_of
 from predictor.errors import FileFault
 from predictor.files import read_json_lines
 
-ADOPTED = "adopted"
-"""The key of a result that says that it was taken over: its seconds are another machine's."""
 _LONGEST_LINE = 1 << 20
 """Bytes; a trial's line has some thousands. A packed file of a few kilobytes may unpack to any length."""
 
@@ -34,9 +32,11 @@ def adopt(path: Path, plan: Plan, folder: SuiteFolder) -> list[dict[str, Any]]:
 
 
 def _is_one_of(row: dict[str, Any], wanted: set[str]) -> bool:
-    """Whether a line from elsewhere is what it says: of a wanted configuration, and a trial."""
+    """Whether a line from elsewhere is what it says: of a wanted configuration, and a trial of just that."""
     try:
-        return trial_of(row).trial_id == trial_id(row["config"]) in wanted and isinstance(row["slots"], int)
+        trial, config = trial_of(row), row["config"]
+        told = config["label"], config["policy"]["label"], config["seed"]
+        return trial.trial_id == trial_id(config) in wanted and (trial.workload, trial.policy, trial.seed) == told
     except MALFORMED:
         return False
 

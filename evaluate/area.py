@@ -86,11 +86,17 @@ def areas(results: Results) -> list[FamilyArea]:
     return rows
 
 
-def area_headline(found: Sequence[FamilyArea], other: Family | None) -> str:
-    """Which families are shown to do better than the one they are compared with, in one sentence; empty without it."""
+def area_headline(found: Sequence[FamilyArea], other: Family | None, workloads: int) -> str:
+    """Which families are shown to do better than the one they are compared with, in one sentence; empty without it.
+
+    workloads: how many the results have. An area, or a rival's, that leaves some of them out may be large for that
+    alone, so no such family is named.
+    """
     if other is None:
         return ""
-    better = [row.family.name for row in found if row.to_rival is not None and row.to_rival.low > 0]
+    whole = {row.family for row in found if row.workloads == workloads}
+    compared = [row for row in found if {row.family, other} <= whole]
+    better = [row.family.name for row in compared if row.to_rival is not None and row.to_rival.low > 0]
     if not better:
         return f"No family's area is shown to be larger than that of {other.name}."
     return f"Shown to have a larger area than {other.name}: {'; '.join(better)}."

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from evaluate.results import Results
 from predictor.errors import unknown
@@ -69,6 +70,13 @@ def places(results: Results) -> dict[str, int]:
 def policy_names(results: Results) -> list[str]:
     """The names of the policies that were run, each once, the baseline's first."""
     return list(dict.fromkeys(_kind(results, label)[0] for label in results.policies))
+
+
+def is_full_training(entry: Any) -> bool:
+    """Whether a policy, as a trial's configuration tells it, freezes nothing and changes nothing of the training."""
+    if not isinstance(entry, Mapping) or entry.get("options"):
+        return False
+    return entry.get("name") == "none" and not any(key not in _NO_CHANGE for key in entry)
 
 
 def _kind(results: Results, label: str) -> tuple[str, tuple[str, ...]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluate.families import is_full_training
 from evaluate.pareto import unbeaten
 from evaluate.results import Results
 from evaluate.statistics import Row
@@ -44,6 +45,10 @@ class Oracle:
     tried: int
     """Different schedules that it is the best of."""
     front: tuple[Schedule, ...]
+    name: str | None = None
+    """What the workload is found by, where `workload` is what a suite calls it; None in files of before."""
+    code: str = ""
+    """A fingerprint of the user's own code of it; empty for a workload of the toolkit's."""
 
     def saving(self, difference: float) -> float:
         """The largest share of the FLOPs that a schedule saves that loses no more accuracy; 0 where none does."""
@@ -126,11 +131,35 @@ def find_oracles(folder: Path, results: Results) -> tuple[dict[str, Oracle], lis
             refused.append(str(fault))
             continue
         trained = [trial.config for trial in results.cell(name, results.suite.baseline).values()]
-        if all(config.get("recipe") == oracle.recipe and config.get("source") == oracle.source for config in trained):
-            found[name] = oracle
+        if why := _unfit(oracle, trained, results.suite.baseline):
+            refused.append(f"{paths[name]}: {why}")
         else:
-            refused.append(f"{paths[name]}: the oracle of another recipe or source: search again with --suite")
+            found[name] = oracle
     return found, refused
+
+
+def _unfit(oracle: Oracle, trained: Sequence[Mapping[str, Any]], baseline: str) -> str:
+    """Why an oracle says nothing beside these trainings, the baseline's; empty where it fits.
+
+    What it saves, it saves of full training of one network, and shares of that are taken of the baseline's cost.
+    """
+    if not trained:
+        return f"no training under {baseline} to hold an oracle against: run the suite first"
+    if not all(is_full_training(config.get("policy")) for config in trained):
+        return f"an oracle is held against full training, and the baseline {baseline} is another: take none as baseline"
+    if any(config.get("recipe") != oracle.recipe or config.get("source") != oracle.source for config in trained):
+        return "the oracle of another recipe or source: search again with --suite"
+    if not all(_same_network(oracle, config) for config in trained):
+        return "the oracle of another network, or of other code of it: search again with --suite"
+    return ""
+
+
+def _same_network(oracle: Oracle, config: Mapping[str, Any]) -> bool:
+    if oracle.name is None:
+        return config.get("workload") == oracle.workload
+    code = config.get("code")
+    own = code.get("workload", "") if isinstance(code, Mapping) else ""
+    return bool(config.get("workload") == oracle.name and own == oracle.code)
 
 
 def read_oracle(path: Path) -> Oracle:
@@ -144,6 +173,8 @@ def read_oracle(path: Path) -> Oracle:
             seeds=tuple(int(seed) for seed in content["seeds"]),
             tried=int(content["tried"]),
             front=tuple(_schedule(each) for each in content["front"]),
+            name=content.get("name"),
+            code=content.get("code", ""),
         )
     except OSError as error:
         raise FileFault(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -10,7 +10,7 @@ from evaluate.families import Family, rival
 from evaluate.hindsight import Oracle, shares_of_saving
 from evaluate.results import COST_AXES, Results
 from evaluate.statistics import Row, compare, overall
-from evaluate.table import area, area_difference, percent, plain
+from evaluate.table import area, area_difference, percent, plain, where_area
 
 
 def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
@@ -33,7 +33,8 @@ def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
     for each in found:
         members = _settings(each.family, by_label)
         settings = str(len(each.family.members))
-        cells = [_escaped(each.family.name), settings, area(each.area), ", ".join(map(_point, members)) or "-"]
+        own = ", ".join(filter(None, [area(each.area), where_area(each, len(results.workloads))]))
+        cells = [_escaped(each.family.name), settings, own, ", ".join(map(_point, members)) or "-"]
         if other:
             cells.insert(3, "-" if each.to_rival is None else area_difference(each.to_rival))
         if shares:
@@ -53,7 +54,7 @@ def _point(row: Row) -> str:
     """Its cost beside the baseline's and its difference in points; of how many trainings, where some are missing."""
     difference = row.difference.mean * 100 if row.difference else 0.0
     cost = percent(1 / row.speedup.mean if row.speedup else None)
-    return f"{cost}: {difference:+.1f}" + (f" ({row.finished} of {row.planned})" if row.gap else "")
+    return f"{cost}: {difference:+.1f}" + (f" ({row.finished} of {row.planned})" if row.finished < row.planned else "")
 
 
 def _escaped(text: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from collect.workloads import own_code
 from evaluate.hindsight import Schedule, pareto
 from evaluate.plan import Settings, SuiteFolder, make_plan
 from evaluate.results import Results, Trial, read_results
@@ -178,6 +179,8 @@ def _content(search: Search, tried: list[Schedule]) -> Mapping[str, Any]:
     workload = build_workload(search.workload.name, search.workload.source, search.workload.recipe)
     return {
         "workload": search.workload.label,
+        "name": search.workload.name,
+        **({"code": code} if (code := own_code(search.workload.name)) else {}),
         "recipe": asdict(workload.recipe),
         "source": workload.source,
         "seeds": list(search.seeds),

@@ -12,7 +12,7 @@ from typing import Any
 from collect.device import pick_device
 from collect.engines import Job, default_slots, visible_gpus
 from collect.training import steps_per_epoch
-from collect.workloads import WORKLOADS, Workload
+from collect.workloads import Workload, own_code
 from data.sources import load_source
 from evaluate.freezing import UNDER_AUGMENTATION
 from evaluate.lora import with_lora
@@ -20,7 +20,7 @@ from evaluate.suite import PolicyEntry, Suite, WorkloadEntry
 from evaluate.trial import build_workload
 from predictor.attention import fingerprint, load_predictor
 from predictor.errors import UsageError
-from predictor.named import code_of, named
+from predictor.named import code_of
 from predictor.policies import POLICIES, make_policy, policy_class
 from predictor.policies.base import FreezePolicy
 from predictor.policies.smartfrz import SHIPPED
@@ -96,8 +96,7 @@ class _Work:
     @cached_property
     def code(self) -> str:
         """A fingerprint of the user's own file; empty for a workload of the toolkit's."""
-        ours = self.entry.name.partition(":")[0] in WORKLOADS
-        return "" if ours else code_of(named("workload", self.entry.name, WORKLOADS))
+        return own_code(self.entry.name)
 
 
 @dataclass(frozen=True)

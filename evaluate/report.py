@@ -17,6 +17,7 @@ from evaluate.cards import cards
 from evaluate.curves import curve_plots
 from evaluate.families import MANY, families, places, policy_names, rival
 from evaluate.hindsight import Oracle, find_oracles, oracles_beside, shares_of_saving
+from evaluate.protocol import protocol
 from evaluate.results import COST_AXES, Results, Trial, read_results
 from evaluate.statistics import AS_ACCURATE, BASELINE, CANNOT_TELL, LESS_ACCURATE, Row, compare, headline, overall
 from evaluate.svg import Plot, swatch
@@ -62,12 +63,13 @@ def render(results: Results, oracles: Mapping[str, Oracle] | None = None, refuse
         suite=results.suite,
         headline=headline(results, rows),
         cost_axis=COST_AXES[results.suite.cost],
+        protocol=protocol(results),
         groups=_grouped(results, rows),
         overall=_grouped(results, overall(rows)),
         policies=results.policies,
         crowded=len(results.policies) > MANY,
         areas=found,
-        area_headline=area_headline(found, other),
+        area_headline=area_headline(found, other, len(results.workloads)),
         area_loss=LOSS,
         rival=other,
         curves=curve_plots(results, rows, found),

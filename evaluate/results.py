@@ -12,12 +12,15 @@ from predictor.errors import FileFault
 
 COST_AXES = {"train_seconds": "wall-clock seconds", "cpu_seconds": "CPU seconds", "flops": "FLOPs"}
 """The measures of what a training costs, and how they are called."""
+ADOPTED = "adopted"
+"""The key of a result that says that it was taken over: its seconds are another machine's."""
 ACCOUNTING = 3
 """Grows when what is counted into a trial's costs changes, so that trials counted otherwise are run again."""
 MALFORMED = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
 """What reading nonsense raises."""
 _STATUSES = ("finished", "diverged", "failed")
-_NUMBERS = ("accuracy", "loss", "train_seconds", "cpu_seconds", "policy_seconds", "flops", "peak_memory_bytes")
+_COSTS = ("train_seconds", "cpu_seconds", "policy_seconds", "flops", "peak_memory_bytes")
+_MOST = 1 << 53  # of steps and the like: beyond it, floating-point arithmetic loses count
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,10 @@ class Trial:
     step_cost: tuple[StepCost, ...]
     hit_share: float | None
     """Share of the samples for which a cache skipped the frozen front; None without a cache."""
+    slots: int
+    """Trials that shared the machine's cores, or the GPU, at a time."""
+    adopted: bool
+    """Whether it was taken over from elsewhere: its seconds are another machine's."""
     config: Mapping[str, Any]
     versions: Mapping[str, Any]
     hardware: Mapping[str, Any]
@@ -202,15 +209,19 @@ def _suite(path: Path) -> Suite:
 
 
 def has_result(row: dict[str, Any]) -> bool:
-    """Whether a line of results.jsonl need not be run again: not of a trial that failed, or was counted otherwise."""
-    return row.get("status") in ("finished", "diverged") and row.get("accounting") == ACCOUNTING
+    """Whether a line of results.jsonl need not be run again: not of a trial that failed, or was counted otherwise.
+
+    Nor is it a result without the id of its trial, or without how many ran at a time.
+    """
+    told = isinstance(row.get("trial_id"), str) and type(row.get("slots")) is int
+    return told and row.get("status") in ("finished", "diverged") and row.get("accounting") == ACCOUNTING
 
 
 def trial_of(row: Any) -> Trial:
     """A line of results.jsonl. Raises one of MALFORMED where it makes no sense."""
     if not isinstance(row, dict):
         raise ValueError("not an object")
-    parts: dict[str, Any] = {key: _number(row, key) for key in _NUMBERS}
+    parts: dict[str, Any] = {key: _number(row, key, 0) for key in _COSTS}
     parts |= {key: dict(row.get(key) or {}) for key in ("config", "versions", "hardware")}
     trial = Trial(
         trial_id=_string(row, "trial_id"),
@@ -219,11 +230,15 @@ def trial_of(row: Any) -> Trial:
         seed=_whole(row, "seed"),
         status=_string(row, "status"),
         error=str(row.get("error") or ""),
-        steps=_whole(row, "steps", 0),
-        planned_steps=_whole(row, "planned_steps", 0),
+        accuracy=_number(row, "accuracy", 0, 1),
+        loss=_number(row, "loss"),
+        steps=_count(row, "steps", 0),
+        planned_steps=_count(row, "planned_steps", 0),
+        slots=_count(row, "slots", 1),
+        adopted=bool(row.get(ADOPTED)),
         curve=tuple(_reading(point) for point in row.get("curve") or ()),
         layers=tuple(str(name) for name in row.get("layers") or ()),
-        freezes=tuple(Freeze(_whole(f, "step"), frozenset(map(int, f["frozen"]))) for f in row.get("freezes") or ()),
+        freezes=tuple(Freeze(_count(f, "step"), frozenset(map(int, f["frozen"]))) for f in row.get("freezes") or ()),
         step_cost=tuple(_step_cost(point) for point in row.get("step_cost") or ()),
         hit_share=_hit_share(row.get("cache")),
         **parts,
@@ -236,33 +251,46 @@ def trial_of(row: Any) -> Trial:
 
 
 def _reading(row: Any) -> Reading:
-    return Reading(_whole(row, "step"), *(_number(row, key) for key in ("train_loss", "test_loss", "test_accuracy")))
+    train_loss, test_loss = _number(row, "train_loss"), _number(row, "test_loss")
+    return Reading(_count(row, "step"), train_loss, test_loss, _number(row, "test_accuracy", 0, 1))
 
 
 def _step_cost(row: Any) -> StepCost:
-    return StepCost(_whole(row, "step"), _number(row, "seconds"), _number(row, "cpu_seconds"))
+    return StepCost(_count(row, "step"), _number(row, "seconds", 0), _number(row, "cpu_seconds", 0))
 
 
 def _hit_share(row: Any) -> float | None:
     if row is None:
         return None
-    hits, misses = _whole(row, "hits"), _whole(row, "misses")
+    hits, misses = _count(row, "hits"), _count(row, "misses")
     return hits / max(hits + misses, 1)
 
 
-def _number(row: Any, key: str) -> float | None:
-    """A finite number; None for null, NaN and infinity."""
+def _number(row: Any, key: str, least: float = -math.inf, most: float = math.inf) -> float | None:
+    """A finite number from `least` to `most`; None for null, NaN and infinity."""
     value = row.get(key)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{key} is {value!r}, not a number")
-    return float(value) if math.isfinite(value) else None
+    if not math.isfinite(value):
+        return None
+    if not least <= value <= most:
+        raise ValueError(f"{key} is {value!r}, not from {least:g} to {most:g}")
+    return float(value)
 
 
 def _need(value: float | None, key: str) -> float:
     if value is None:
         raise ValueError(f"{key} is missing")
+    return value
+
+
+def _count(row: Any, key: str, default: int | None = None) -> int:
+    """A whole number of steps or the like."""
+    value = _whole(row, key, default)
+    if not 0 <= value <= _MOST:
+        raise ValueError(f"{key} is {value}, not from 0 to {_MOST}")
     return value
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 from collect.device import pick_device
 from collect.engines import Job, run_jobs
-from evaluate.adopt import ADOPTED
 from evaluate.plan import Plan, SuiteFolder
-from evaluate.results import has_result
+from evaluate.results import ADOPTED, has_result
 from predictor.attention import fingerprint
 from predictor.errors import FileFault
 from predictor.files import append_json_line, held, read_json_lines, write_json, written_whole
@@ -91,22 +90,26 @@ def _sort_results(plan: Plan, folder: SuiteFolder) -> None:
 
     def stays(row: dict[str, Any]) -> bool:
         # What was counted otherwise is run again, and must not stand beside what is counted as now until then.
-        return row.get("trial_id") in wanted and (has_result(row) or row.get("status") == "failed")
+        return (has_result(row) or _failed(row)) and row["trial_id"] in wanted
 
     for row in rows:
         if not stays(row) and row not in earlier:
             append_json_line(folder.earlier, row)
     stay = [row for row in rows if stays(row)]
     have = {row["trial_id"] for row in stay if has_result(row)}
-    back = {row["trial_id"]: row for row in earlier if row.get("trial_id") in wanted - have and has_result(row)}
+    back = {row["trial_id"]: row for row in earlier if has_result(row) and row["trial_id"] in wanted - have}
     stay += back.values()
     with written_whole(folder.results) as part:
         part.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in stay), encoding="utf-8")
 
 
+def _failed(row: dict[str, Any]) -> bool:
+    return row.get("status") == "failed" and isinstance(row.get("trial_id"), str)
+
+
 def _description(plan: Plan, folder: SuiteFolder, left: list[Job]) -> dict[str, Any]:
     """What the report needs to know of the suite."""
-    suite, rows = plan.suite, read_json_lines(folder.results)
+    suite, rows = plan.suite, [row for row in read_json_lines(folder.results) if has_result(row)]
     sharing = {row["slots"] for row in rows} | ({plan.settings.sharing} if left else set())
     seconds = "train_seconds" if sharing <= {1} else "cpu_seconds"
     elsewhere = any(row.get(ADOPTED) for row in rows)

@@ -27,6 +27,8 @@ BASELINE = "baseline"
 CONFIDENCE = 0.95
 # Differences of accuracies carry rounding errors of this size at most: one that equals the margin is within it.
 _ROUNDING = 1e-12
+# No ratio of costs lies farther from 1, but for nonsense in a file; and further on, what is made of it overflows.
+_FARTHEST = 1e300
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,22 @@ def estimate(groups: Sequence[Sequence[float]]) -> Estimate | None:
 
 def geometric(groups: Sequence[Sequence[float]]) -> Estimate | None:
     """`estimate` on logarithms: the geometric mean of ratios with its interval."""
-    logs = estimate([[math.log(ratio) for ratio in group] for group in groups])
+    logs = estimate([[_log(ratio) for ratio in group] for group in groups])
     if logs is None:
         return None
-    low, high = (math.exp(logs.low), math.exp(logs.high)) if logs.bounded else (-math.inf, math.inf)
-    return Estimate(math.exp(logs.mean), low, high, logs.count)
+    low, high = (_exp(logs.low), _exp(logs.high)) if logs.bounded else (-math.inf, math.inf)
+    return Estimate(_exp(logs.mean), low, high, logs.count)
+
+
+def _log(ratio: float) -> float:
+    """The logarithm; of a quotient so large or small that it became infinity or zero, that of the farthest ratio."""
+    return math.log(min(max(ratio, 1 / _FARTHEST), _FARTHEST))
+
+
+def _exp(log: float) -> float:
+    """The ratio of a logarithm, which as the end of a wide interval may be larger than any that went in."""
+    farthest = math.log(_FARTHEST)
+    return math.exp(min(max(log, -farthest), farthest))
 
 
 def verdict(difference: Estimate | None, margin: float) -> str:
@@ -129,19 +142,23 @@ def overall(rows: Sequence[Row]) -> list[Row]:
 
 
 def headline(results: Results, rows: Sequence[Row]) -> str:
-    """What the suite shows, in one sentence: the fastest policy that is as accurate as the baseline."""
+    """What the suite shows, in one sentence: the fastest policy that is shown to be as accurate as the baseline and
+    faster.
+
+    One whose mean is larger still, with an interval that reaches to 1, is not shown to be faster at all.
+    """
     suite = results.suite
-    good = [row for row in overall(rows) if row.verdict == AS_ACCURATE and row.speedup]
     within = f"as accurate as {suite.baseline} within {suite.margin * 100:g} points"
+    good = [(row.policy, row.speedup) for row in overall(rows) if row.verdict == AS_ACCURATE and row.speedup]
     if not good:
         return f"No policy is shown to be {within}."
-    best = max(good, key=lambda row: row.speedup.mean if row.speedup else 0.0)
-    assert best.speedup is not None
     more, most, gain = ("cheaper", "Cheapest", "cheap") if suite.cost == "flops" else ("faster", "Fastest", "fast")
-    if best.speedup.low <= 1.0:
-        return f"{best.policy} is {within}, but no such policy is shown to be {more}."
-    interval = f"[{best.speedup.low:.2f}, {best.speedup.high:.2f}]"
-    return f"{most} of those {within}: {best.policy}, {best.speedup.mean:.2f} times as {gain} {interval}."
+    shown = [(policy, speedup) for policy, speedup in good if speedup.low > 1.0]
+    policy, speedup = max(shown or good, key=lambda each: each[1].mean)
+    if not shown:
+        return f"{policy} is {within}, but no such policy is shown to be {more}."
+    interval = f"[{speedup.low:.2f}, {speedup.high:.2f}]"
+    return f"{most} of those {within}: {policy}, {speedup.mean:.2f} times as {gain} {interval}."
 
 
 def _row(results: Results, policy: str, workloads: Sequence[str]) -> Row:

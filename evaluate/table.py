@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaluate.area import LOSS, FamilyArea, areas
-from evaluate.families import Family, rival
+from evaluate.families import rival
 from evaluate.hindsight import Oracle, find_oracles, oracles_beside, shares_of_saving
+from evaluate.protocol import protocol
 from evaluate.results import COST_AXES, Results, read_results
 from evaluate.statistics import Estimate, Row, compare, headline
 
@@ -54,7 +55,7 @@ def table(results: Results, width: int, oracles: Mapping[str, Oracle] | None = N
     lines = [shortened(results.suite.name, width), ""]
     lines += _columns((*header, "of oracle") if shares else header, blocks, width)
     found = areas(results)
-    lines += _area_lines(found, rival([row.family for row in found], results.suite.against), width) if found else []
+    lines += _area_lines(results, found, width) if found else []
     more = [_area_note(results)] if found else []
     more += [oracle_note(oracle) for oracle in (oracles or {}).values()]
     return "\n".join([*lines, *notes(results), *map(plain, more), "", plain(headline(results, rows))])
@@ -69,6 +70,8 @@ def notes(results: Results) -> list[str]:
         f"{_SPEEDUPS[suite.cost]}: ratio of {COST_AXES[suite.cost]}, geometric mean [95 % interval]; "
         "own time: the policy's share of the training time",
     ]
+    told = protocol(results)
+    lines += [told.sentence] if told.warning else []
     lines += _lost(results)
     if missing := results.missing():
         lines.append(f"not run: {len(missing)} of the suite's trials; the same run-suite command goes on with them")
@@ -109,6 +112,11 @@ def times(ratio: Estimate) -> str:
 def area(value: Estimate) -> str:
     """An area under a front with its interval."""
     return f"{value.mean:.3f}" + _interval(value, 1, 3, "")
+
+
+def where_area(row: FamilyArea, workloads: int) -> str:
+    """On how many of the workloads there is an area; empty for all of them."""
+    return "" if row.workloads >= workloads else f"on {row.workloads} of {workloads} workloads"
 
 
 def area_difference(value: Estimate) -> str:
@@ -172,14 +180,18 @@ def _cells(row: Row, letters: int) -> tuple[str, ...]:
     )
 
 
-def _area_lines(found: Sequence[FamilyArea], other: Family | None, width: int) -> list[str]:
-    """A line for each family, the largest area first."""
-    header = ("family", "settings", "area", *([f"to {shortened(other.name, _LABEL_WIDTH)}"] if other else []))
+def _area_lines(results: Results, found: Sequence[FamilyArea], width: int) -> list[str]:
+    """A line for each family, the largest area first; the last column says which areas leave out workloads, if any."""
+    other = rival([row.family for row in found], results.suite.against)
+    where = [where_area(row, len(results.workloads)) for row in found]
+    header = ["family", "settings", "area", *([f"to {shortened(other.name, _LABEL_WIDTH)}"] if other else [])]
+    header += ["workloads"] if any(where) else []
     cells: list[tuple[str, ...]] = []
-    for row in found:
+    for row, place in zip(found, where, strict=True):
         to_rival = [area_difference(row.to_rival) if row.to_rival else "-"] if other else []
         name = "  " + shortened(row.family.name, _LABEL_WIDTH)
-        cells.append((name, str(len(row.family.members)), area(row.area), *to_rival))
+        last = [place or "all"] if any(where) else []
+        cells.append((name, str(len(row.family.members)), area(row.area), *to_rival, *last))
     return _columns(header, [("area under the front", cells)], width)
 
 

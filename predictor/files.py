@@ -54,14 +54,14 @@ def append_json_line(path: Path, content: Any) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, in order; lines that a kill cut short are passed over."""
+    """The objects of a JSON-lines file, in order; lines that a kill cut short, or nothing of ours, are passed over."""
     if not path.exists():
         return []
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # also whole numbers too long to read, and brackets too deep
             continue
         if isinstance(row, dict):
             rows.append(row)

@@ -100,7 +100,7 @@ def test_families_stand_by_area_beside_training_for_fewer_steps(suite):
     assert (fast.to_rival.mean, fast.to_rival.low, fast.to_rival.high) == pytest.approx((0.27, 0.27, 0.27))
     assert shorter.to_rival is None
     assert slow.to_rival.mean == pytest.approx(-0.4)
-    assert area_headline(found, shorter.family) == "Shown to have a larger area than shorter 0.5: fast."
+    assert area_headline(found, shorter.family, 2) == "Shown to have a larger area than shorter 0.5: fast."
 
 
 def test_the_better_way_to_train_for_fewer_steps_is_the_rival(suite):
@@ -109,7 +109,7 @@ def test_the_better_way_to_train_for_fewer_steps_is_the_rival(suite):
     assert (stopped.family.name, stopped.to_rival) == ("stopped 0.5", None)
     assert fast.to_rival.mean == pytest.approx(0.6 * 0.6 - 0.6 * 0.5)  # 2 points less for 40 and for 50 % of the cost
     assert shorter.to_rival.mean == pytest.approx(-0.3)
-    assert area_headline([fast, stopped, shorter], stopped.family).startswith(
+    assert area_headline([fast, stopped, shorter], stopped.family, 1).startswith(
         "Shown to have a larger area than stopped 0.5: "
     )
 
@@ -131,7 +131,7 @@ def test_the_interval_is_students_over_seeds(suite):
     half = 12.706205 * 0.05  # t(0.975, 1); the areas are 0.5 and 0.4, so s / sqrt(2) = 0.05
     assert (fast.area.mean, fast.area.low, fast.area.high) == pytest.approx((0.45, 0.45 - half, 0.45 + half))
     assert fast.to_rival.mean == pytest.approx(-0.05)
-    assert area_headline(found, shorter.family) == "No family's area is shown to be larger than that of shorter 0.5."
+    assert area_headline(found, shorter.family, 1) == "No family's area is shown to be larger than that of shorter 0.5."
 
 
 def test_one_seed_gives_no_interval_and_without_a_rival_nothing_is_said(suite):
@@ -139,4 +139,23 @@ def test_one_seed_gives_no_interval_and_without_a_rival_nothing_is_said(suite):
     assert row.area.mean == pytest.approx(0.4)
     assert row.area.low == -math.inf
     assert row.to_rival is None
-    assert area_headline([row], None) == ""
+    assert area_headline([row], None, 1) == ""
+
+
+NONE_LARGER = "No family's area is shown to be larger than that of shorter 0.5."
+
+
+def test_no_family_is_praised_for_an_area_that_leaves_out_a_workload(suite):
+    half = {"shorter 0.5": [(0.89, 50), (0.79, 100)]}
+    found = areas(suite(a=FULL | CHEAP | SAFE | half, b=FULL | half))
+    fast, shorter = found
+    assert (fast.workloads, shorter.workloads, fast.to_rival.low > 0) == (1, 2, True)
+    assert area_headline(found, shorter.family, 2) == NONE_LARGER
+
+
+def test_nor_beside_a_rival_whose_area_leaves_one_out(suite):
+    half = {"shorter 0.5": [(0.86, 50), (0.76, 100)]}
+    found = areas(suite(a=FULL | CHEAP | half, b=FULL | CHEAP))
+    fast, shorter = found
+    assert (fast.workloads, shorter.workloads, fast.to_rival.low > 0) == (2, 1, True)
+    assert area_headline(found, shorter.family, 2) == NONE_LARGER

@@ -1,6 +1,7 @@
 """How much of an oracle's saving a policy reaches, by hand, and which oracles a report takes."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +92,62 @@ def test_a_workload_whose_name_is_no_file_name_has_no_oracle(write, trial, oracl
     names = ("../oracle/a", "\0", "x" * 400, "a.json")
     results = read_results(write([trial(name, "none", 0) for name in names]))
     assert find_oracles(tmp_path / "oracle", results) == ({}, [])
+
+
+@pytest.fixture
+def refusal(write, trial, oracle, tmp_path):
+    """Why an oracle of the workload "a" with these changes is not used beside a baseline's trial with those."""
+
+    def make(changes, kept=(), **config):
+        row = trial("a", "none", 0)
+        row["config"] |= config
+        results = read_results(write([row, trial("a", "fast", 0)], **changes))
+        oracle(tmp_path / "oracle", "a", **dict(kept))
+        found, refused = find_oracles(tmp_path / "oracle", results)
+        assert bool(found) is not bool(refused)
+        return "".join(refused)
+
+    return make
+
+
+def test_an_oracle_is_held_against_full_training_alone(refusal, told):
+    assert refusal({}) == ""
+    for entry in (
+        told("none", sieve=0.2),
+        told("none", cache=True),
+        told("shorter 0.7"),
+        told("none", options={"a": 1}),
+        7,
+    ):
+        assert "held against full training, and the baseline none is another" in refusal({}, policy=entry)
+    assert "the baseline fast is another" in refusal({"baseline": "fast"})
+
+
+def test_without_a_training_of_the_baseline_there_is_nothing_to_hold_it_against(refusal):
+    assert "no training under full to hold an oracle against" in refusal({"baseline": "full"})
+
+
+def test_an_oracle_is_of_the_same_network(refusal):
+    other = "the oracle of another network, or of other code of it"
+    assert other in refusal({}, workload="b")  # of before, when files did not name it: what is called a is b here
+    assert refusal({}, {"name": "mine:a"}, workload="mine:a") == ""
+    assert other in refusal({}, {"name": "mine:a"}, workload="mine:b")
+    code = {"name": "mine:a", "code": "12ab"}
+    assert refusal({}, code, workload="mine:a", code={"workload": "12ab", "policy": "77"}) == ""
+    assert other in refusal({}, code, workload="mine:a", code={"workload": "34cd"})
+    assert other in refusal({}, code, workload="mine:a")
+    assert other in refusal({}, {"name": "mine:a"}, workload="mine:a", code={"workload": "12ab"})
+
+
+PUBLISHED = Path(__file__).parents[2] / "evaluate" / "results" / "oracle"
+
+
+def test_the_oracles_that_the_repository_publishes_are_read_and_fit(write, trial):
+    rows = []
+    for path in sorted(PUBLISHED.glob("*.json")):
+        known = read_oracle(path)
+        row = trial(known.workload, "none", 0)
+        rows.append(row | {"config": row["config"] | {"recipe": known.recipe, "source": known.source}})
+    found, refused = find_oracles(PUBLISHED, read_results(write(rows)))
+    assert (len(found), refused) == (len(rows), [])
+    assert rows

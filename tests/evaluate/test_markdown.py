@@ -62,3 +62,15 @@ def test_a_label_cannot_break_the_table(write, trial):
     lines = markdown(read_results(write(rows)), {}).splitlines()
     assert len(lines) == 3
     assert r"one \| two\n" in lines[2]
+
+
+def test_an_area_that_leaves_out_a_workload_says_so(write, rows, trial):
+    more = [trial("b", policy, seed) for policy in ("none", "shorter 0.7") for seed in (0, 1)]
+    static, shorter = sorted(markdown(read_results(write(rows + more), "flops"), {}).splitlines()[2:], reverse=True)
+    assert ", on 1 of 2 workloads | " in static
+    assert "workloads" not in shorter
+
+
+def test_trainings_that_are_not_run_yet_are_missing_too(write, rows):
+    left = [row for row in rows if (row["policy"], row["seed"]) != ("static 0.7", 1)]
+    assert "80 %: -0.5, 50 %: -2.0 (1 of 2) |" in markdown(read_results(write(left), "flops"), {})

@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from collect.workloads import own_code
 from evaluate.__main__ import main
-from evaluate.hindsight import read_oracle
+from evaluate.hindsight import find_oracles, read_oracle
 from evaluate.oracle import find_oracle, fronts_at, make_search, written
 from evaluate.plan import Settings
+from evaluate.results import read_results
 from evaluate.suite import SUITES
 from predictor.errors import UsageError
 
@@ -48,6 +50,9 @@ def test_a_search_ends_with_a_front_and_the_same_search_trains_nothing_again(tmp
     same = [row for row in rows.values() if row["policy_options"] == {"fronts": [list(f) for f in cheapest.fronts]}]
     assert [row["accuracy"] for row in same] == [cheapest.accuracy]
     assert same[0]["flops"] / rows["none"]["flops"] == cheapest.flops_share
+    # It is told by the network's own code, so that it is not used beside trainings of changed code.
+    assert (oracle.name, oracle.code) == (SIX, own_code(SIX))
+    assert find_oracles(out, read_results(out / SIX)) == ({SIX: oracle}, [])
     main(command)
     assert lines(out) == first
     assert read_oracle(out / f"{SIX}.json") == oracle

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evaluate.results import read_results
+from evaluate.results import ACCOUNTING, has_result, read_results
 from predictor.errors import FileFault
 
 
@@ -46,6 +46,15 @@ def test_of_two_lines_for_one_trial_the_last_counts(write, trial):
         ({"policy": None}, "line 2: policy is None, not a name"),
         ({"accuracy": "high"}, "line 2: accuracy is 'high', not a number"),
         ({"status": "perhaps"}, "line 2: status 'perhaps' is unknown"),
+        ({"accuracy": 1.01}, "line 2: accuracy is 1.01, not from 0 to 1"),
+        ({"accuracy": -0.1}, "line 2: accuracy is -0.1, not from 0 to 1"),
+        ({"curve": [{"step": 1, "test_accuracy": 93.0}]}, "line 2: test_accuracy is 93.0, not from 0 to 1"),
+        ({"flops": -1}, "line 2: flops is -1, not from 0 to inf"),
+        ({"cpu_seconds": -0.5}, "line 2: cpu_seconds is -0.5, not from 0 to inf"),
+        ({"steps": 2**53 + 1}, "line 2: steps is 9007199254740993, not from 0 to 9007199254740992"),
+        ({"planned_steps": -1}, "line 2: planned_steps is -1, not from 0"),
+        ({"slots": 10**30}, "line 2: slots is 1000000000000000000000000000000, not from 0"),
+        ({"slots": None}, "line 2: slots is None, not a whole number"),
         ({"accuracy": None}, "line 2: finished without an accuracy"),
         ({"accuracy": float("nan")}, "line 2: finished without an accuracy"),
         ({"flops": 10**400}, "line 2: "),
@@ -113,3 +122,16 @@ def test_the_share_of_batches_that_hit_the_cache(write, trial):
     results = read_results(write(rows))
     assert [trial.hit_share for trial in results.trials] == [None, 0.75, 0.0]
     assert results.faults == ("results.jsonl, line 4: hits is 'many', not a whole number",)
+
+
+def test_how_many_ran_at_a_time_and_where_is_kept(write, trial):
+    known = trial("a", "none", 0, slots=3, adopted=True)
+    unknown = {key: value for key, value in trial("a", "none", 1).items() if key != "slots"}
+    assert [(row.slots, row.adopted) for row in read_results(write([known, unknown])).trials] == [(3, True), (1, False)]
+
+
+@pytest.mark.parametrize("change", [{"trial_id": ["a"]}, {"trial_id": None}, {"slots": None}, {"slots": "2"}])
+def test_a_line_without_its_trials_id_or_company_is_no_result(trial, change):
+    row = trial("a", "none", 0, accounting=ACCOUNTING)
+    assert has_result(row)
+    assert not has_result(row | change)

@@ -153,3 +153,19 @@ def test_a_folder_that_cannot_be_written_to(machine, run, tmp_path):
     with pytest.raises(FileFault, match="choose another place with --out"):
         run()
     assert machine.ran == []
+
+
+def test_lines_of_nonsense_are_no_results(machine, run):
+    _, folder, plan = run()
+    rows = read_json_lines(folder.results)
+    broken = {key: value for key, value in rows[0].items() if key != "slots"}
+    nonsense = [broken, rows[1] | {"trial_id": ["a"]}, {"status": "failed", "trial_id": {}}]
+    deep = ["[" * 100_000, '{"trial_id": ' + "9" * 5_000 + "}"]
+    folder.results.write_text("\n".join([*map(json.dumps, [*nonsense, *rows[2:]]), *deep, ""]))
+    assert [job.title for job in pending(plan, folder)] == TITLES[:2]
+    run()
+    assert machine.ran == [*TITLES, *TITLES[:2]]
+    assert len(read_results(folder.root).trials) == 4
+    assert read_results(folder.root).faults == ()
+    run()
+    assert len(machine.ran) == 6

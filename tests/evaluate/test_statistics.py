@@ -227,3 +227,27 @@ def test_the_headline_claims_no_speed_that_is_not_shown(write, trial):
         row["cpu_seconds"] = seconds
     results = read_results(write(rows))
     assert "no such policy is shown to be faster" in headline(results, compare(results))
+
+
+def test_the_headline_passes_over_a_larger_mean_that_is_not_shown(write, trial):
+    seconds = {"none": (100.0, 100.0), "wide": (20.0, 90.0), "steady": (70.0, 71.0), "slow": (99.0, 80.0)}
+    rows = [
+        trial("a", name, seed, accuracy=0.9, cpu_seconds=own[seed]) for name, own in seconds.items() for seed in (0, 1)
+    ]
+    results = read_results(write(rows))
+    found = compare(results)
+    assert only(found, "wide", "a").speedup.mean > only(found, "steady", "a").speedup.mean
+    assert headline(results, found).startswith(
+        "Fastest of those as accurate as none within 0.5 points: steady, 1.42 times"
+    )
+
+
+def test_ratios_of_nonsense_do_not_overflow(write, trial):
+    assert geometric([[0.0, math.inf]]).mean == pytest.approx(1.0)
+    assert geometric([[1e-300], [1e300]]).mean == pytest.approx(1.0)
+    wide = geometric([[1e-200, 1e300]])
+    assert 0 < wide.low < 1e-200 < 1e300 <= wide.high * 1.001 < math.inf
+    rows = [trial("a", name, seed, flops=cost) for seed in (0, 1) for name, cost in (("none", 1e300), ("tiny", 1e-300))]
+    row = only(compare(read_results(write(rows, cost="flops"))), "tiny", "a")
+    assert row.speedup.mean == pytest.approx(1e300)
+    assert row.flops_share == pytest.approx(1e-300)

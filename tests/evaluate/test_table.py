@@ -37,7 +37,7 @@ def test_a_row_says_what_was_found(write, trial):
 
 
 def test_with_one_trial_at_a_time_the_speedup_is_that_of_the_clock(write, rows):
-    text = table(read_results(write(rows, cost="train_seconds")), 200)
+    text = table(read_results(write([row | {"slots": 1} for row in rows], cost="train_seconds")), 200)
     assert "CPU" not in text
     assert "ratio of wall-clock seconds" in text
 
@@ -147,3 +147,20 @@ def test_the_share_of_an_oracles_saving_has_a_column_where_there_is_an_oracle(wr
     assert line_of(text, "none", "a").split()[-1] == "-"
     assert "Oracle of a: the best of 60 freezing schedules, found on the test set: an upper limit" in text
     assert "racle" not in table(results, 200)
+
+
+def test_an_area_that_leaves_out_workloads_says_so(write, trial):
+    rows = [trial(name, label, 0) for name in ("a", "b") for label in ("none", "fast", "shorter 0.7")]
+    whole = table(read_results(write(rows)), 200)
+    assert "workloads" not in whole[whole.index("family ") :].splitlines()[0]
+    text = table(read_results(write([row for row in rows if row["trial_id"] != "b-fast-0"])), 200)
+    assert text[text.index("family ") :].splitlines()[0].endswith("  workloads")
+    assert line_of(text, "fast", "area under the front").endswith("  on 1 of 2 workloads")
+    assert line_of(text, "shorter 0.7", "area under the front").endswith("  all")
+
+
+def test_what_makes_times_untrustworthy_is_a_note(write, rows):
+    assert "Trials ran side by side" in table(read_results(write(rows, cost="train_seconds")), 120)
+    assert "Trials ran" not in table(read_results(write(rows)), 120)  # CPU seconds of trials side by side are sound
+    rows[0]["adopted"] = True
+    assert "Seconds of different machines" in table(read_results(write(rows)), 120)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from collect.similarity import ProbeSpec
-from collect.workloads import Recipe, Workload, load_workload
+from collect.workloads import Recipe, Workload, load_workload, own_code
 from predictor.errors import FileFault, UsageError, unknown
 from predictor.sampling import SampleSpec
 
@@ -46,6 +46,9 @@ class RunConfig:
     """Which weights are recorded, and when."""
     probe: ProbeSpec
     """What the networks are compared on."""
+    code: str = ""
+    """A fingerprint of the user's own code of the workload, as it was when the run was planned; empty for a workload
+    of the toolkit's."""
 
     def as_dict(self) -> dict[str, Any]:
         """The configuration as JSON can say it."""
@@ -57,6 +60,7 @@ class RunConfig:
             "seed": self.seed,
             "sampling": asdict(self.sampling),
             "probe": asdict(self.probe),
+            **({"code": self.code} if self.code else {}),  # changed code of the user's makes another run
         }
 
     @classmethod
@@ -66,7 +70,7 @@ class RunConfig:
             load_workload(config["workload"]), source=config["source"], recipe=Recipe(**config["recipe"])
         )
         sampling, probe = SampleSpec(**config["sampling"]), ProbeSpec(**config["probe"])
-        return cls(config["workload"], workload, config["seed"], sampling, probe)
+        return cls(config["workload"], workload, config["seed"], sampling, probe, config.get("code", ""))
 
     @property
     def id(self) -> str:
@@ -159,7 +163,8 @@ def _run(table: dict[str, Any], sampling: SampleSpec, probe: ProbeSpec) -> RunCo
     source = _checked("source", table.get("source", workload.source), str)
     changes = {key: value for key, value in table.items() if key not in ("workload", "seed", "source")}
     recipe = _built(Recipe, {**asdict(workload.recipe), **changes}, "runs")
-    return RunConfig(reference, replace(workload, source=source, recipe=recipe), seed, sampling, probe)
+    changed = replace(workload, source=source, recipe=recipe)
+    return RunConfig(reference, changed, seed, sampling, probe, own_code(reference))
 
 
 def _built(kind: type[Config], table: Any, where: str) -> Config:

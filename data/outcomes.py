@@ -17,6 +17,7 @@ KINDS = ("unfrozen", "noise", "front", "single")
 """The run itself; a continuation of it with nothing frozen and the samples in another order; one with the first layers
 frozen; one with a single layer frozen."""
 _STATUSES = ("finished", "diverged")
+_MOST = 1 << 53  # of steps and layers, as in a trajectory: beyond it, floating-point progress loses count
 _COMMAND = "`python -m collect gather outcomes`"
 _CURE = f"gather it again with {_COMMAND}"
 _CURE_IF_NEWER = f"update the toolkit, or remove the file and {_CURE}"
@@ -170,8 +171,10 @@ def outcome_of(row: Any) -> Outcome:
     layers = tuple(_whole(place, "layers") for place in _list(row, "layers"))
     names = tuple(_string({"layer_names": name}, "layer_names") for name in _list(row, "layer_names"))
     parts: dict[str, Any] = {name: _string(row, name) for name in ("run_id", "workload", "family", "source", "kind")}
-    for name in ("seed", "step", "total_steps", "layer_count", "order_seed"):
+    for name in ("step", "total_steps", "layer_count"):
         parts[name] = _whole(row.get(name), name)
+    for name in ("seed", "order_seed"):  # which torch takes larger ones of, and nobody counts with
+        parts[name] = _whole(row.get(name), name, math.inf)
     outcome = Outcome(
         layers=layers,
         layer_names=names,
@@ -245,9 +248,10 @@ def _string(row: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _whole(value: Any, name: str) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{name} is {value!r:.60}, not a whole number from 0")
+def _whole(value: Any, name: str, most: float = _MOST) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        end = f" to {most}" if type(value) is int and value > most else ""
+        raise ValueError(f"{name} is {value!r:.60}, not a whole number from 0{end}")
     return value
 
 

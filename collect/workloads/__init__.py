@@ -23,9 +23,9 @@ from collect.workloads import (
 )
 from collect.workloads.recipe import Recipe, Workload
 from predictor.errors import UsageError
-from predictor.named import named
+from predictor.named import code_of, named
 
-__all__ = ["WORKLOADS", "Recipe", "Workload", "load_workload"]
+__all__ = ["WORKLOADS", "Recipe", "Workload", "load_workload", "own_code"]
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "mlp-fashion": mlp.mlp_fashion,
@@ -93,6 +93,12 @@ def load_workload(name: str) -> Workload:
     elif rest:
         raise UsageError(f"{name}: {known} takes nothing behind a colon")
     return _documented(workload, WORKLOADS[known])
+
+
+def own_code(name: str) -> str:
+    """A fingerprint of the user's own file that holds the workload called `name`; empty for one of the toolkit's."""
+    ours = name.partition(":")[0] in WORKLOADS
+    return "" if ours else code_of(named("workload", name, WORKLOADS))
 
 
 def _own(name: str) -> Workload:

@@ -128,6 +128,30 @@ def test_a_workload_of_the_users_own(tmp_path: Path) -> None:
     assert RunConfig.from_dict(run.as_dict()).workload.family == "mine"
 
 
+def test_ids_of_the_toolkits_own_runs_are_what_they_were() -> None:
+    """Trajectories and outcomes that were gathered and published are found by them."""
+    known = {"trajectories": "61d94acdc6b7", "outcomes": "1048099603b2", "paper": "317d8368cac5"}
+    assert {name: read_suite(name).runs[0].id for name in known} == known
+    assert all("code" not in run.as_dict() for name in known for run in read_suite(name).runs)
+
+
+def test_changed_code_of_ones_own_makes_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = tmp_path / "mine_in_grid.py"
+    text = '[[runs]]\nworkload = "mine_in_grid:tiny"\n'
+    mine.write_text(f"from {__name__} import my_workload\ndef tiny(): return my_workload()\n")
+    (before,) = suite_of(tmp_path, text).runs
+    assert [run.id for run in suite_of(tmp_path, text).runs] == [before.id]
+    again = RunConfig.from_dict(json.loads(json.dumps(before.as_dict())))
+    with mine.open("a") as file:
+        file.write("# changed\n")
+    (after,) = suite_of(tmp_path, text).runs
+    assert before.id != after.id
+    assert again.id == before.id  # what is under way keeps its name
+    older = {key: value for key, value in before.as_dict().items() if key != "code"}
+    assert RunConfig.from_dict(older).as_dict() == older
+
+
 def test_shards_are_all_runs_and_each_once(tmp_path: Path) -> None:
     suite = suite_of(tmp_path, MLP + f"seed = {list(range(7))}")
     shards = [suite.shard(number, 3) for number in (1, 2, 3)]

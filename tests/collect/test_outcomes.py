@@ -227,3 +227,25 @@ def test_what_cannot_work_is_said_before_anything_is_trained(
     with pytest.raises(FileFault, match=r"cannot be written .* choose another place with --out"):
         gather(tmp_path / "way", path)
     assert not trained
+
+
+def test_changed_code_of_ones_own_is_gathered_again(
+    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    mine, path = tmp_path / "mine_in_outcomes.py", tmp_path / "mine.toml"
+    mine.write_text("from collect.workloads.mlp import mlp_digits\ndef tiny(): return mlp_digits()\n")
+    path.write_text(HEAD.replace("mlp-digits", "mine_in_outcomes:tiny") + "seed = 4")
+    (before,) = ids_of(str(path))
+    for what, flags in (("trajectories", ()), ("outcomes", FEW)):
+        assert gather(tmp_path, str(path), *flags, what=what) == 0
+    with mine.open("a") as file:
+        file.write("# changed\n")
+    (after,) = ids_of(str(path))
+    assert before != after
+    for what, flags in (("trajectories", ()), ("outcomes", FEW)):
+        assert gather(tmp_path, str(path), *flags, what=what) == 0
+    assert trained == [before, after]
+    assert {outcome.run_id for outcome in read_outcomes(tmp_path / "out" / "outcomes.jsonl")} == {after}
+    with open_trajectories(tmp_path / "out" / "trajectories.h5") as file:
+        assert list(file.run_ids) == [after]

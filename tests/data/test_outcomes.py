@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from data.harm import harms_of
 from data.outcomes import OutcomeFolder, Result, outcome_of, read_outcomes, write_outcomes
 from predictor.errors import DamagedFile, FileFault, UsageError
 from tests.data.made_outcomes import ended, made_outcome, made_run
@@ -51,6 +52,8 @@ def test_extra_loss_is_that_over_the_unfrozen_run():
         (row(step=-1), "step is -1, not a whole number from 0"),
         (row(step=True), "step is True, not a whole number"),
         (row(step=40), "step is 40, and the training has 40"),
+        (row(total_steps=10**30), "total_steps is 10{30}, not a whole number from 0 to 9007199254740992"),
+        (row(layer_count=2**53 + 1), "layer_count is 9007199254740993, not a whole number from 0 to"),
         (row(kind="back"), "kind is 'back', not one of unfrozen, noise, front, single"),
         (row(kind="noise"), "2 frozen layers in an outcome of the kind 'noise'"),
         (row(layers=[1, 0]), r"layers are \[1, 0\], not rising places among 3 layers"),
@@ -122,3 +125,16 @@ def test_where_things_lie(tmp_path):
     assert files.state("a1", 7).parent == files.so_far("a1").parent == files.under_way("a1")
     with pytest.raises(UsageError, match=r"run_id='\.\./a'"):
         files.run("../a")
+
+
+def test_a_seed_may_be_as_large_as_torch_takes_them(tmp_path):
+    large = made_outcome(seed=2**63, order_seed=2**63 + 1)
+    write_outcomes(tmp_path / "o.jsonl", [large])
+    assert read_outcomes(tmp_path / "o.jsonl") == (large,)
+
+
+def test_harm_of_all_that_can_be_read_can_be_worked_out(tmp_path):
+    front = made_outcome(step=2**53 - 1, total_steps=2**53, layer_count=2**53)
+    write_outcomes(tmp_path / "o.jsonl", [front])
+    (harm,) = harms_of(read_outcomes(tmp_path / "o.jsonl")).values()
+    assert harm.step_P.tolist() == [2**53 - 1, 2**53]

@@ -206,7 +206,7 @@ class FeatureCache:
         key, rows = self._ahead.take()  # at once: no reading goes on while features are stored
         if 0 not in self._controller.frozen:
             return None
-        if any(level.outdated for level in self._levels):
+        if any(level.outdated() for level in self._levels):
             self.clear()
         kind = kind_of(args, kwargs)
         if (self._levels or self._pending) and kind != self._kind:

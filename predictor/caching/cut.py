@@ -104,7 +104,7 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         nonlocal clock
         clock += 1
         call = stack.pop()
-        call.end, call.output, call.versions = clock, output, _versions(list(tensors_in(output)))
+        call.end, call.output, call.versions = clock, output, versions_of(list(tensors_in(output)))
 
     handles = [module.register_forward_pre_hook(enter(name)) for name, module in model.named_modules()]
     handles += [module.register_forward_hook(leave) for module in model.modules()]
@@ -180,7 +180,7 @@ def keepable(batch: int) -> Callable[[Call], bool]:
     def check(call: Call) -> bool:
         tensors = list(tensors_in(call.output))
         fit = all(tensor.dim() and tensor.shape[0] == batch for tensor in tensors)
-        return bool(tensors) and fit and _versions(tensors) == call.versions
+        return bool(tensors) and fit and versions_of(tensors) == call.versions
 
     return check
 
@@ -234,7 +234,8 @@ def uncompiled(hook: _Hook) -> _Hook:
     return cast(_Hook, torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
 
 
-def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+def versions_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """How often each of these tensors has been written to."""
     return tuple(tensor._version for tensor in tensors)
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from predictor.caching.cut import Call, Cut, replayed, uncompiled
+from predictor.caching.cut import Call, Cut, replayed, uncompiled, versions_of
 from predictor.caching.store import FeatureStore
 from predictor.errors import UsageError
 from predictor.freezing.tensors import tensors_in
 
 _TOLERANCE = 1e-5
+_SUMMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LEFT_OUT = "parts of the frozen front are left out of some passes in training, as by LayerDrop"
 
 
@@ -29,18 +30,26 @@ class Level:
         self.used = False
         """Whether a pass has begun here."""
         self._expected = expected  # what the first batch gave in evaluation mode, until it was compared
-        self._front = [p for call in (*cut.given, *cut.skipped) for p in call.module.parameters()]
-        self._versions = [parameter._version for parameter in self._front]
+        front = [parameter for call in (*cut.given, *cut.skipped) for parameter in call.module.parameters()]
+        self._front = [parameter for parameter in front if parameter.dtype in _SUMMED]
+        self._versions, self._sums = versions_of(self._front), _sums(self._front)
 
     @property
     def proved(self) -> bool:
         """Whether a pass in training has given the features that one in evaluation mode gave."""
         return not self._expected
 
-    @property
     def outdated(self) -> bool:
-        """Whether somebody has written to the front's weights since, as by loading a checkpoint."""
-        return [parameter._version for parameter in self._front] != self._versions
+        """Whether the front's weights are others now, as after loading a checkpoint.
+
+        They are looked at where they have been written to, which an average of weights does that stands in for them
+        while a model is tested, and they come back as they were.
+        """
+        versions = versions_of(self._front)
+        if versions == self._versions:
+            return False
+        self._versions = versions
+        return _sums(self._front) != self._sums
 
     @contextmanager
     def kept(self, ids: list[int], prints_B: Tensor, give_up: Any) -> Iterator[None]:
@@ -138,6 +147,14 @@ def same(first: Any, second: Any) -> bool:
     return bool(pairs) and all(
         torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE * float(a.abs().max())) for a, b in pairs
     )
+
+
+@torch.no_grad()
+def _sums(parameters: Sequence[Tensor]) -> list[float]:
+    """The sum and the norm of each: other weights have others."""
+    sums = [parameter.sum(dtype=torch.float32) for parameter in parameters]
+    norms = [torch.linalg.vector_norm(parameter, dtype=torch.float32) for parameter in parameters]
+    return torch.stack([number.cpu() for number in (*sums, *norms)]).tolist() if parameters else []
 
 
 def _checkpointed() -> bool:

@@ -106,6 +106,18 @@ def test_weights_that_are_loaded_in_between_make_it_forget():
     assert (cache.hits, cache.misses) == (1, 2)
 
 
+def test_weights_that_come_back_as_they_were_are_no_others():
+    """As those of the training do after a test of their average."""
+    model = chain()
+    cache = cached(model)
+    run(model, cache, torch.arange(6))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict({name: 0.9 * value for name, value in weights.items()})
+    model.load_state_dict(weights)
+    assert alike(run(model, cache, torch.arange(6)), model(X[:6]))
+    assert (cache.hits, cache.misses) == (1, 1)
+
+
 class Mean(nn.Module):
     """The mean over a text's places."""
 

@@ -27,6 +27,8 @@ _BATCHES = 4
 _SECONDS = 0.1
 """How long a measurement should at least take."""
 _MOST_STEPS = 200
+_ENDLESS = 1_000_000
+"""Steps of a training that lasts as long as anybody measures."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def _new_training(workload: Workload, source: Source, device: torch.device) -> T
 def _controller(training: Training, count: int) -> FreezeController:
     policy = make_policy("static", layers=count)
     return FreezeController(
-        training.model, training.optimizer, policy, total_steps=training.total_steps, layers=training.layers, say=None
+        training.model, training.optimizer, policy, total_steps=_ENDLESS, layers=training.layers, say=None
     )
 
 

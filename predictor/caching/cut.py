@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -231,7 +232,17 @@ def uncompiled(hook: _Hook) -> _Hook:
     # Only where something compiles already, since to import that takes a second.
     if "torch._dynamo" not in sys.modules:
         return hook
-    return cast(_Hook, torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
+    return cast(_Hook, partial(_uncompiled_call(), hook))
+
+
+@cache
+def _uncompiled_call() -> Callable[..., Any]:
+    """Calls a hook, out of sight of `torch.compile`; made once, since that takes longer than a small network's pass."""
+
+    def call(hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs)
+
+    return cast(Callable[..., Any], torch.compiler.disable(call))  # type: ignore[no-untyped-call]
 
 
 def versions_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:

@@ -203,6 +203,10 @@ class PredictorFile:
     risks: tuple[tuple[float, float], ...] = ()
     """Pairs, rising: percentage points of accuracy that may be lost, and the threshold for that; empty where nothing is
     known of what freezing costs."""
+    weighed: bool = False
+    """Whether the thresholds were chosen for doubt weighed against saving (`predictor.weighing`), in a replay in which
+    what frozen layers would still gain falls on. Files made before that was known were not, and are used as they
+    were meant."""
 
     def threshold_for(self, risk: float) -> float:
         """The threshold for a risk, linear between those of the file. Raises UsageError for a risk outside of them."""
@@ -231,6 +235,7 @@ def save_predictor(path: Path, file: PredictorFile) -> None:
         "spec": asdict(file.spec),
         "threshold": file.threshold,
         "risks": file.risks,
+        "weighed": file.weighed,
         "card": file.card,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in file.model.state_dict().items()}
@@ -262,7 +267,9 @@ def load_predictor(path: Path | str) -> PredictorFile:
         raise _fault(path, f"it wants {model.config.weights} weights a layer and its sampling gives {spec.weights}")
     if not all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise _fault(path, "some of its weights are not finite numbers of 32 bits")
-    return PredictorFile(model.eval(), spec, threshold, meta.get("card", {}), risks)
+    if not isinstance(meta.get("weighed", False), bool):
+        raise _fault(path, f"weighed={meta['weighed']!r:.80} is neither true nor false")
+    return PredictorFile(model.eval(), spec, threshold, meta.get("card", {}), risks, meta.get("weighed", False))
 
 
 def fingerprint(path: Path | str) -> str:

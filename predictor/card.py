@@ -90,7 +90,7 @@ def show(file: PredictorFile) -> str:
         ("input", f"{inputs}: the last {config['window']} snapshots of {config['weights']} weights of a layer"),
         ("network", f"{parameters:,} parameters; hidden {config['hidden']}, key {config['key']}"),
         ("sampling", f"{spec.weights} weights a layer, {spec.snapshots} snapshots a training, seed {spec.seed}"),
-        ("threshold", f"freezes from probability {file.threshold:.4f}{why(file.card)}"),
+        ("threshold", f"freezes from probability {file.threshold:.4f}{why(file.card)}{_weighed(file)}"),
         *_told(file.card),
     ]
     lines = [f"{name:<11} {told}" for name, told in rows]
@@ -144,6 +144,10 @@ def why(card: Any) -> str:
         return f", for a risk of {DEFAULT_RISK:g} points"
     allowed = at(card, "training", "false_freeze")
     return "" if allowed is None else f", the lowest with at most {percent(allowed)} false freezes on validation runs"
+
+
+def _weighed(file: PredictorFile) -> str:
+    return "; that is for all layers: a front has to be the surer the less it saves" if file.weighed else ""
 
 
 def _overall(card: Any) -> str:

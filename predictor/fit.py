@@ -98,7 +98,8 @@ class FitResult:
 
     def file(self, card: dict[str, Any]) -> PredictorFile:
         """What `save_predictor` writes."""
-        return PredictorFile(self.fitted.model.cpu().eval(), self.spec, self.threshold, card, self.risks)
+        model = self.fitted.model.cpu().eval()
+        return PredictorFile(model, self.spec, self.threshold, card, self.risks, weighed=bool(self.risks))
 
 
 def fit(

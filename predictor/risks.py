@@ -13,6 +13,7 @@ from predictor.errors import UsageError
 from predictor.fit import FitConfig, FitResult, fit_on
 from predictor.metrics import Floats
 from predictor.splits import places_of, split_by_run
+from predictor.weighing import front_of, saved_by
 from predictor.windows import RunWindows, WindowSet
 
 RISKS = (0.1, 0.25, 0.5, 1.0, 2.0)
@@ -28,7 +29,7 @@ class RiskThreshold:
     risk: float
     """Percentage points of accuracy that may be lost, as a mean over trainings."""
     threshold: float
-    """Probability from which a layer freezes; 1 where no lower one keeps to the risk."""
+    """Probability from which all layers freeze, a smaller front from a higher one; 1 where none keeps to the risk."""
     points: float
     """Points that were lost, as a mean over the runs."""
     flops: float
@@ -96,8 +97,9 @@ def without_own_family(
 def thresholds_for(windows: WindowSet, probability_N: Floats, risks: Sequence[float] = RISKS) -> list[RiskThreshold]:
     """For each risk the lowest threshold at which, and above which everywhere, the mean loss of accuracy keeps to it.
 
-    The runs are replayed: at each snapshot a front grows by the layers whose probability reaches the threshold, and
-    growing it costs what freezing the larger front from there on costs, less what the smaller one does.
+    The runs are replayed: at each snapshot a front grows to the largest that may freeze at the threshold (see
+    `predictor.weighing`), and growing it costs what freezing the larger front from there on costs, less what the
+    smaller one does.
     """
     threshold_H = np.unique(np.quantile(probability_N, np.linspace(0, 1, _THRESHOLDS)))[::-1]
     run_N = windows.index[:, 0].numpy()
@@ -151,12 +153,11 @@ def _replay(run: RunWindows, window: int, probability_n: Floats, threshold_H: Fl
     harm_TF = np.pad(run.harm_TL.numpy(), ((0, 0), (1, 0)))
     flops_F = run.flops_F.numpy()
     probability_TL = probability_n.reshape(-1, layers)
+    saved_L = saved_by(flops_F)
     front_H = np.zeros(len(threshold_H), dtype=int)
     points_H, flops_H = np.zeros(len(threshold_H)), np.full(len(threshold_H), float(window - 1))
     for row, snapshot in enumerate(range(window - 1, snapshots)):
-        ready_HL = probability_TL[row] >= threshold_H[:, None]
-        ready_HL |= np.arange(layers) < front_H[:, None]
-        grown_H = ready_HL.cumprod(axis=1).sum(axis=1)
+        grown_H = np.maximum(front_of(probability_TL[row], saved_L, threshold_H), front_H)
         points_H += harm_TF[snapshot, grown_H] - harm_TF[snapshot, front_H]
         front_H = grown_H
         if snapshot < snapshots - 1:  # after the last one no step follows

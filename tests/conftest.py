@@ -56,17 +56,21 @@ def make_toy() -> Callable[..., ToyNet]:
 def make_predictor_file(tmp_path: Path) -> Callable[..., Path]:
     """Write a small untrained predictor whose answer is always the same probability."""
 
-    def make(probability: float = 0.9, threshold: float = 0.5, **config: int) -> Path:
+    def make(
+        probability: float = 0.9,
+        threshold: float = 0.5,
+        risks: tuple[tuple[float, float], ...] = (),
+        **config: int,
+    ) -> Path:
         torch.manual_seed(0)
         model = FreezePredictor(PredictorConfig(**{"window": 3, "weights": 8, "hidden": 4, "key": 4, **config}))
         last = model.output[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
         nn.init.constant_(last.bias, torch.tensor(probability).logit().item())
-        path = tmp_path / f"predictor-{probability}-{threshold}.safetensors"
-        save_predictor(
-            path, PredictorFile(model, SampleSpec(weights=8, snapshots=12), threshold, {"note": "untrained"})
-        )
+        path = tmp_path / f"predictor-{probability}-{threshold}-{len(risks)}.safetensors"
+        spec = SampleSpec(weights=8, snapshots=12)
+        save_predictor(path, PredictorFile(model, spec, threshold, {"note": "untrained"}, risks, weighed=bool(risks)))
         return path
 
     return make

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,10 +16,12 @@ from predictor.errors import UsageError
 from predictor.freezing.freeze import is_frozen
 from predictor.freezing.layers import Layer
 from predictor.freezing.rates import innermost
+from predictor.metrics import Floats
 from predictor.policies.base import FreezePolicy, View
 from predictor.policies.measure import gradient_norms, gradients
 from predictor.sampling import LayerSampler
 from predictor.signals import CLOCK, distance_of, log_lr, moves_of, signals_of
+from predictor.weighing import front_of, saved_by
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "smartfrz.safetensors"
 _PATIENCE = 2
@@ -30,12 +33,14 @@ class SmartFRZPolicy(FreezePolicy):
 
     Paper: SmartFRZ (Li et al., ICLR 2023, arXiv 2401.16720). Rule: at every snapshot, each active layer's last W
     snapshots of K sampled weights go through the attention model; the layer freezes when its probability reaches the
-    threshold, and stays frozen. Signal: the weights' own motion, how far they are from where they began, gradient times
-    motion, learning rate, progress and depth. Differs: the paper's predictor sees the raw weights alone, which in our
-    measurements does not carry over to another architecture; ours has learnt what freezing a front did to the loss,
-    the paper's how alike activations are; `prefix` keeps the frozen set a front, where freezing saves most, which is an
-    option of third parties. Cost: one gather and one gradient norm a layer and one small batch through the predictor
-    at each of about 60 snapshots a run.
+    threshold, and stays frozen. With a predictor file that says so, a front has to be the surer the less it saves
+    (`predictor.weighing`), and the threshold is that of a front that saves a whole step. Signal: the weights' own
+    motion, how far they are from where they began, gradient times motion, learning rate, progress and depth. Differs:
+    the paper's predictor sees the raw weights alone, which in our measurements does not carry over to another
+    architecture; ours has learnt what freezing a front did to the loss, the paper's how alike activations are; the
+    paper weighs no FLOPs; `prefix` keeps the frozen set a front, where freezing saves most, which is an option of third
+    parties. Cost: one gather and one gradient norm a layer and one small batch through the predictor at each of about
+    60 snapshots a run; where it weighs, one pass forward in which FLOPs are counted.
 
     predictor: a file from `python -m predictor train`; the one that ships by default. threshold: the probability from
     which a layer freezes; the file's own by default. risk: the percentage points of accuracy that may be lost, in place
@@ -68,6 +73,8 @@ class SmartFRZPolicy(FreezePolicy):
             threshold = file.threshold_for(risk)
         self.threshold = file.threshold if threshold is None else threshold
         self.prefix = prefix
+        self.wants_flops = self._weighs = prefix and file.weighed
+        self._fades = file.weighed
         self.votes = votes
         self.front = front
         self._votes: dict[int, int] = {}  # decisions in a row at which an active layer was judged ready
@@ -91,6 +98,7 @@ class SmartFRZPolicy(FreezePolicy):
         self._gradient_L = torch.zeros(len(layers))
         self._move_L = torch.zeros(len(layers))
         self._missed = 0  # snapshots in a row without any gradient
+        self._saved_L: Floats | None = None
 
     def due(self, step: int, total_steps: int) -> bool:
         """At every snapshot."""
@@ -168,7 +176,7 @@ class SmartFRZPolicy(FreezePolicy):
         self._step = view.step
 
     def _watch(self, view: View, now_LK: Tensor, before_LK: Tensor) -> None:
-        """Gradient and motion of the layers that train. A frozen one keeps its last: what its training gained then.
+        """Gradient and motion of the layers that train; in a frozen one they fade with those, or keep their last.
 
         All keep them where gradients are missing or not finite.
         """
@@ -185,10 +193,10 @@ class SmartFRZPolicy(FreezePolicy):
             return  # an overflow, whose step a GradScaler leaves out: it says nothing of what is left to learn
         steps_T = torch.tensor([float(view.step - self._step)])
         move_L = moves_of(now_LK[None], before_LK[None], steps_T, self._size_L)[0]
-        # A frozen layer has no gradient.
-        still_L = ~gradient_L.isfinite()
-        self._move_L = self._move_L.where(still_L, move_L)
-        self._gradient_L = self._gradient_L.where(still_L, gradient_L)
+        frozen_L = torch.tensor([self._fades and place in view.frozen for place in range(len(view.layers))])
+        trained_L = gradient_L.isfinite()
+        self._move_L = _brought_up(self._move_L, move_L, trained_L, frozen_L)
+        self._gradient_L = _brought_up(self._gradient_L, gradient_L, trained_L, frozen_L)
 
     def _miss(self, step: int) -> None:
         """Nothing has a gradient: once that may be a batch that was left out, as Lightning allows it."""
@@ -209,12 +217,42 @@ class SmartFRZPolicy(FreezePolicy):
         return probability_B
 
     def _choose(self, view: View, probability_B: Tensor) -> set[int]:
-        judged = zip(view.active, probability_B.tolist(), strict=True)
-        self._votes = {place: self._votes.get(place, 0) + 1 for place, p in judged if p >= self.threshold}
-        ready = {place for place, votes in self._votes.items() if votes >= self.votes}
+        ready = self._ready(view, dict(zip(view.active, probability_B.tolist(), strict=True)))
+        self._votes = {place: self._votes.get(place, 0) + 1 for place in ready}
+        chosen = {place for place, votes in self._votes.items() if votes >= self.votes}
         if not self.prefix:
-            return ready
+            return chosen
         front = 0
-        while front in ready or front in view.frozen:
+        while front in chosen or front in view.frozen:
             front += 1
-        return {place for place in ready if place < front}
+        return {place for place in chosen if place < front}
+
+    def _ready(self, view: View, probability: dict[int, float]) -> list[int]:
+        """The layers that are judged ready, of those whose probabilities are given by their places."""
+        if not self._weighs:
+            return [place for place, p in probability.items() if p >= self.threshold]
+        if self._saved_L is None:
+            self._saved_L = _saved_by_fronts(view)
+        front = front_of(
+            [probability.get(place, 1.0) for place in range(len(view.layers))], self._saved_L, self.threshold
+        )
+        return [place for place in probability if place < front]
+
+
+def _saved_by_fronts(view: View) -> Floats:
+    """What each front saves; where FLOPs cannot be counted, every layer is taken to cost the same."""
+    count = len(view.layers)
+    if view.flops is None:
+        return saved_by(np.linspace(1, 0, count + 1))
+    return saved_by([view.flops.share(frozenset(range(front))) for front in range(count + 1)])
+
+
+def _brought_up(before_L: Tensor, now_L: Tensor, trained_L: Tensor, frozen_L: Tensor) -> Tensor:
+    """What is now where a layer trains; before, times the others' change, where it is frozen; before, elsewhere.
+
+    In the runs that the predictor has learnt from nothing was frozen, and what a front would still have gained fell
+    with the rest. Kept as it was when it froze, it would stand against all layers behind it for good.
+    """
+    both_L = trained_L & (before_L > 0)
+    change = now_L[both_L].norm() / before_L[both_L].norm() if both_L.any() else now_L.new_ones(())
+    return now_L.where(trained_L, before_L.where(~frozen_L, before_L * change))

@@ -108,6 +108,19 @@ def test_risks_travel_with_the_file_and_between_them_the_threshold_is_linear(tmp
             file.threshold_for(risk)
 
 
+@pytest.mark.parametrize("weighed", [True, False])
+def test_a_file_says_whether_its_thresholds_are_weighed(tmp_path, weighed):
+    path = tmp_path / "p.safetensors"
+    save_predictor(path, PredictorFile(make(), SampleSpec(weights=8), 0.7, {}, RISKS, weighed))
+    assert load_predictor(path).weighed is weighed
+
+
+def test_a_file_that_does_not_say_so_was_made_before_and_other_answers_are_refused(tmp_path):
+    assert load_predictor(saved(tmp_path / "p.safetensors", risks=RISKS)).weighed is False
+    with pytest.raises(FileFault, match="weighed='yes' is neither true nor false"):
+        load_predictor(saved(tmp_path / "p.safetensors", weighed="yes"))
+
+
 def test_without_risks_a_risk_is_refused(tmp_path):
     with pytest.raises(UsageError, match="does not know what freezing costs"):
         load_predictor(saved(tmp_path / "p.safetensors")).threshold_for(0.5)

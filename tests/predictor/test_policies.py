@@ -223,17 +223,17 @@ def test_smartfrz_sees_while_training_what_was_recorded_for_learning(make_predic
     assert torch.allclose(torch.stack(list(policy._signals)), recorded[-3:], atol=1e-4)
 
 
-def test_smartfrz_keeps_for_a_frozen_layer_what_its_training_gained_last(make_predictor_file):
-    policy, _ = run_smartfrz(make_predictor_file(probability=0.1), steps=5)
+def test_smartfrz_lets_a_frozen_layers_gradient_and_motion_fall_with_those_of_the_others(make_predictor_file):
+    policy, _ = run_smartfrz(make_predictor_file(probability=0.1, risks=((0.5, 0.5),)), steps=5)
     layers = layers_of(chain(3))
     policy._move_L, policy._gradient_L = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0])
     for layer in layers[1:]:
         for parameter in layer.parameters():
             parameter.grad = torch.ones_like(parameter)
     policy.decide(View(layers, frozenset({0}), 6, 12))
-    assert policy._move_L[0] == 1
-    assert policy._gradient_L[0] == 4
-    assert policy._gradient_L[1] == pytest.approx(6**0.5)
+    assert policy._gradient_L[1] == policy._gradient_L[2] == pytest.approx(6**0.5)
+    assert policy._gradient_L[0] == pytest.approx(4 * (12 / 61) ** 0.5)
+    assert policy._move_L.tolist() == [0, 0, 0]  # the others stood still
 
 
 def test_smartfrz_takes_a_risk_in_place_of_a_threshold(make_predictor_file):

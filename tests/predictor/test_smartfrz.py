@@ -164,3 +164,39 @@ def test_where_the_user_lets_all_but_the_head_stand_still_nothing_is_missed(make
     training.model[:3].requires_grad_(False)
     for _ in range(STEPS):
         training.step()
+
+
+def test_what_a_frozen_layer_would_still_gain_falls_with_that_of_the_others(make_predictor_file):
+    path = make_predictor_file(probability=0.1, window=STEPS, risks=((0.5, 0.5),))
+    training = Training(make_policy("smartfrz", predictor=path))
+    policy = training.controller.policy
+    for _ in range(3):
+        training.step()
+    before = policy._gradient_L.clone(), policy._move_L.clone()
+    training.controller._change(frozenset({0}))
+    training.step()
+    for (first, *others), now in zip(before, (policy._gradient_L, policy._move_L), strict=True):
+        change = torch.linalg.vector_norm(now[1:]) / torch.linalg.vector_norm(torch.stack(others))
+        assert 0 < change < 1  # this training converges
+        assert float(now[0]) == pytest.approx(float(first * change))
+
+
+def test_by_a_file_from_before_a_frozen_layer_keeps_what_its_training_gained_last(make):
+    training = Training(make())
+    policy = training.controller.policy
+    for _ in range(3):
+        training.step()
+    before = policy._gradient_L[0].clone(), policy._move_L[0].clone()
+    training.controller._change(frozenset({0}))
+    training.step()
+    assert (policy._gradient_L[0], policy._move_L[0]) == before
+
+
+def test_a_layer_that_was_frozen_before_it_ever_trained_has_nothing_to_gain(make_predictor_file):
+    policy = make_policy("smartfrz", predictor=make_predictor_file(probability=0.1, window=STEPS), front=0.3)
+    training = Training(policy)
+    for _ in range(4):
+        training.step()
+    assert training.controller.frozen == {0}
+    assert policy._gradient_L[0] == policy._move_L[0] == 0
+    assert (policy._gradient_L[1:] > 0).all()

@@ -1,14 +1,17 @@
 """The surface of harm: figures worked by hand, the shape that it must have, and what is refused."""
 
+import gzip
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data.harm import harms_of, points_per_loss
 from data.outcomes import Result, read_outcomes, write_outcomes
+from data.trajectories.windows import SHIPPED_SPLIT
 from predictor.errors import UsageError
-from predictor.splits import HeldOut
+from predictor.splits import HeldOut, read_held_out
 from tests.data.made_outcomes import ended, made_outcome, made_run
 
 UNFROZEN = Result("finished", 0.0, 0.5, 0.0)
@@ -193,3 +196,12 @@ def test_outcomes_that_do_not_fit_together_are_refused():
         harms_of([*run, made_outcome()])
     with pytest.raises(UsageError, match=r"run mlp-0: layers \(1, 2\) are called a front"):
         harms_of([*run, made_outcome(layers=(1, 2))])
+
+
+@pytest.mark.parametrize(("name", "runs"), [("shipped", 46), ("varied", 117)])
+def test_the_published_outcomes_say_what_the_first_layer_does_alone(tmp_path, name, runs):
+    packed = Path(__file__).parents[2] / "evaluate" / "results" / "outcomes" / f"{name}.jsonl.gz"
+    (tmp_path / "outcomes.jsonl").write_bytes(gzip.decompress(packed.read_bytes()))
+    harms = harms_of(read_outcomes(tmp_path / "outcomes.jsonl"), read_held_out(SHIPPED_SPLIT))
+    assert len(harms) == runs
+    assert all(harm.front_F[:2].tolist() == [0, 1] and harm.front_F[-1] == harm.layer_count for harm in harms.values())

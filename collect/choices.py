@@ -14,8 +14,9 @@ class Choices:
 
     points: tuple[float, ...] = (0.0, 0.1, 0.25, 0.4, 0.6, 0.8)
     """Progress of the run at those moments, from 0 to below 1."""
-    fronts: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    """Shares of the layers that are frozen together, from the input on; at least one layer."""
+    fronts: tuple[float, ...] = (0.01, 0.25, 0.5, 0.75, 1.0)
+    """Shares of the layers that are frozen together, from the input on; at least one layer. The first layer alone is
+    among them, for what it does cannot be told from what a quarter does."""
     singles: int = 2
     """Layers that are each frozen alone, drawn by the run's seed, the same ones at all points."""
 

@@ -179,10 +179,12 @@ def _auroc(harmless_N: npt.NDArray[np.bool_], score_N: npt.NDArray[np.generic]) 
 
 
 def _what(outcome: Outcome) -> str:
-    """Fronts by the quarter of the layers that they come nearest to."""
+    """Fronts by the quarter of the layers that they come nearest to, those nearest to none apart."""
     if outcome.kind == "single":
         return "a single layer"
-    quarters = max(1, round(4 * len(outcome.layers) / outcome.layer_count))
+    quarters = round(4 * len(outcome.layers) / outcome.layer_count)
+    if quarters == 0:
+        return "a smaller front"
     return "all layers" if quarters == 4 else f"a front of about {quarters}/4"
 
 

@@ -267,9 +267,10 @@ def load_predictor(path: Path | str) -> PredictorFile:
         raise _fault(path, f"it wants {model.config.weights} weights a layer and its sampling gives {spec.weights}")
     if not all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise _fault(path, "some of its weights are not finite numbers of 32 bits")
-    if not isinstance(meta.get("weighed", False), bool):
-        raise _fault(path, f"weighed={meta['weighed']!r:.80} is neither true nor false")
-    return PredictorFile(model.eval(), spec, threshold, meta.get("card", {}), risks, meta.get("weighed", False))
+    weighed = meta.get("weighed", False)
+    if not isinstance(weighed, bool):
+        raise _fault(path, f"weighed={weighed!r:.80} is neither true nor false")
+    return PredictorFile(model.eval(), spec, threshold, meta.get("card", {}), risks, weighed)
 
 
 def fingerprint(path: Path | str) -> str:

@@ -73,7 +73,7 @@ class SmartFRZPolicy(FreezePolicy):
             threshold = file.threshold_for(risk)
         self.threshold = file.threshold if threshold is None else threshold
         self.prefix = prefix
-        self.wants_flops = self._weighs = prefix and file.weighed
+        self.wants_flops = prefix and file.weighed  # to weigh them against doubt
         self._fades = file.weighed
         self.votes = votes
         self.front = front
@@ -229,13 +229,12 @@ class SmartFRZPolicy(FreezePolicy):
 
     def _ready(self, view: View, probability: dict[int, float]) -> list[int]:
         """The layers that are judged ready, of those whose probabilities are given by their places."""
-        if not self._weighs:
+        if not self.wants_flops:
             return [place for place, p in probability.items() if p >= self.threshold]
         if self._saved_L is None:
             self._saved_L = _saved_by_fronts(view)
-        front = front_of(
-            [probability.get(place, 1.0) for place in range(len(view.layers))], self._saved_L, self.threshold
-        )
+        sure_L = [probability.get(place, 1.0) for place in range(len(view.layers))]
+        front = front_of(sure_L, self._saved_L, self.threshold)
         return [place for place in probability if place < front]
 
 

@@ -18,7 +18,7 @@ from predictor.sampling import SampleSpec, thinned
 from predictor.signals import CLOCK, SIGNALS, rms
 
 _FORMAT = "smartfrz-predictor"
-_VERSION = 2
+_VERSION = 3
 _EPS = 1e-8
 _LARGEST_FILE_BYTES = 64 << 20
 MOTION = ("log_step", "cosine", "log_displacement", "straightness", "change_of_log_step", "evenness")
@@ -203,10 +203,11 @@ class PredictorFile:
     risks: tuple[tuple[float, float], ...] = ()
     """Pairs, rising: percentage points of accuracy that may be lost, and the threshold for that; empty where nothing is
     known of what freezing costs."""
-    weighed: bool = False
-    """Whether the thresholds were chosen for doubt weighed against saving (`predictor.weighing`), in a replay in which
-    what frozen layers would still gain falls on. Files made before that was known were not, and are used as they
-    were meant."""
+
+    @property
+    def weighs(self) -> bool:
+        """Whether doubt is weighed against saving (`predictor.weighing`), for which thresholds by risk are chosen."""
+        return bool(self.risks)
 
     def threshold_for(self, risk: float) -> float:
         """The threshold for a risk, linear between those of the file. Raises UsageError for a risk outside of them."""
@@ -235,7 +236,6 @@ def save_predictor(path: Path, file: PredictorFile) -> None:
         "spec": asdict(file.spec),
         "threshold": file.threshold,
         "risks": file.risks,
-        "weighed": file.weighed,
         "card": file.card,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in file.model.state_dict().items()}
@@ -267,10 +267,7 @@ def load_predictor(path: Path | str) -> PredictorFile:
         raise _fault(path, f"it wants {model.config.weights} weights a layer and its sampling gives {spec.weights}")
     if not all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise _fault(path, "some of its weights are not finite numbers of 32 bits")
-    weighed = meta.get("weighed", False)
-    if not isinstance(weighed, bool):
-        raise _fault(path, f"weighed={weighed!r:.80} is neither true nor false")
-    return PredictorFile(model.eval(), spec, threshold, meta.get("card", {}), risks, weighed)
+    return PredictorFile(model.eval(), spec, threshold, meta.get("card", {}), risks)
 
 
 def fingerprint(path: Path | str) -> str:

@@ -147,7 +147,7 @@ def why(card: Any) -> str:
 
 
 def _weighed(file: PredictorFile) -> str:
-    return "; that is for all layers: a front has to be the surer the less it saves" if file.weighed else ""
+    return "; that is for all layers: a front has to be the surer the less it saves" if file.weighs else ""
 
 
 def _overall(card: Any) -> str:

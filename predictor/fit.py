@@ -99,7 +99,7 @@ class FitResult:
     def file(self, card: dict[str, Any]) -> PredictorFile:
         """What `save_predictor` writes."""
         model = self.fitted.model.cpu().eval()
-        return PredictorFile(model, self.spec, self.threshold, card, self.risks, weighed=bool(self.risks))
+        return PredictorFile(model, self.spec, self.threshold, card, self.risks)
 
 
 def fit(

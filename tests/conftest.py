@@ -70,7 +70,7 @@ def make_predictor_file(tmp_path: Path) -> Callable[..., Path]:
         nn.init.constant_(last.bias, torch.tensor(probability).logit().item())
         path = tmp_path / f"predictor-{probability}-{threshold}-{len(risks)}.safetensors"
         spec = SampleSpec(weights=8, snapshots=12)
-        save_predictor(path, PredictorFile(model, spec, threshold, {"note": "untrained"}, risks, weighed=bool(risks)))
+        save_predictor(path, PredictorFile(model, spec, threshold, {"note": "untrained"}, risks))
         return path
 
     return make

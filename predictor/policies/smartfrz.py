@@ -33,14 +33,14 @@ class SmartFRZPolicy(FreezePolicy):
 
     Paper: SmartFRZ (Li et al., ICLR 2023, arXiv 2401.16720). Rule: at every snapshot, each active layer's last W
     snapshots of K sampled weights go through the attention model; the layer freezes when its probability reaches the
-    threshold, and stays frozen. With a predictor file that says so, a front has to be the surer the less it saves
-    (`predictor.weighing`), and the threshold is that of a front that saves a whole step. Signal: the weights' own
-    motion, how far they are from where they began, gradient times motion, learning rate, progress and depth. Differs:
-    the paper's predictor sees the raw weights alone, which in our measurements does not carry over to another
-    architecture; ours has learnt what freezing a front did to the loss, the paper's how alike activations are; the
-    paper weighs no FLOPs; `prefix` keeps the frozen set a front, where freezing saves most, which is an option of third
-    parties. Cost: one gather and one gradient norm a layer and one small batch through the predictor at each of about
-    60 snapshots a run; where it weighs, one pass forward in which FLOPs are counted.
+    threshold, and stays frozen. Where the predictor has learnt what freezing costs, as the one that ships has, a front
+    has to be the surer the less it saves (`predictor.weighing`), and the threshold is that of a front that saves a
+    whole step. Signal: the weights' own motion, how far they are from where they began, gradient times motion, learning
+    rate, progress and depth. Differs: the paper's predictor sees the raw weights alone, which in our measurements does
+    not carry over to another architecture; ours has learnt what freezing a front did to the loss, the paper's how alike
+    activations are; the paper weighs no FLOPs; `prefix` keeps the frozen set a front, where freezing saves most, which
+    is an option of third parties. Cost: one gather and one gradient norm a layer and one small batch through the
+    predictor at each of about 60 snapshots a run; where it weighs, one pass forward in which FLOPs are counted.
 
     predictor: a file from `python -m predictor train`; the one that ships by default. threshold: the probability from
     which a layer freezes; the file's own by default. risk: the percentage points of accuracy that may be lost, in place
@@ -73,8 +73,8 @@ class SmartFRZPolicy(FreezePolicy):
             threshold = file.threshold_for(risk)
         self.threshold = file.threshold if threshold is None else threshold
         self.prefix = prefix
-        self.wants_flops = prefix and file.weighed  # to weigh them against doubt
-        self._fades = file.weighed
+        self.wants_flops = prefix and file.weighs  # to weigh them against doubt
+        self._fades = file.weighs
         self.votes = votes
         self.front = front
         self._votes: dict[int, int] = {}  # decisions in a row at which an active layer was judged ready
@@ -178,7 +178,8 @@ class SmartFRZPolicy(FreezePolicy):
     def _watch(self, view: View, now_LK: Tensor, before_LK: Tensor) -> None:
         """Gradient and motion of the layers that train; in a frozen one they fade with those, or keep their last.
 
-        All keep them where gradients are missing or not finite.
+        They fade where the predictor has learnt from outcomes, which are of whole fronts. All keep them where gradients
+        are missing or not finite.
         """
         if not view.active or not self._model.config.signals[len(CLOCK) :]:
             return

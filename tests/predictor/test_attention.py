@@ -108,17 +108,14 @@ def test_risks_travel_with_the_file_and_between_them_the_threshold_is_linear(tmp
             file.threshold_for(risk)
 
 
-@pytest.mark.parametrize("weighed", [True, False])
-def test_a_file_says_whether_its_thresholds_are_weighed(tmp_path, weighed):
-    path = tmp_path / "p.safetensors"
-    save_predictor(path, PredictorFile(make(), SampleSpec(weights=8), 0.7, {}, RISKS, weighed))
-    assert load_predictor(path).weighed is weighed
+def test_a_predictor_that_knows_what_freezing_costs_weighs(tmp_path):
+    assert load_predictor(saved(tmp_path / "p.safetensors", risks=RISKS)).weighs
+    assert not load_predictor(saved(tmp_path / "q.safetensors")).weighs
 
 
-def test_a_file_that_does_not_say_so_was_made_before_and_other_answers_are_refused(tmp_path):
-    assert load_predictor(saved(tmp_path / "p.safetensors", risks=RISKS)).weighed is False
-    with pytest.raises(FileFault, match="weighed='yes' is neither true nor false"):
-        load_predictor(saved(tmp_path / "p.safetensors", weighed="yes"))
+def test_a_file_from_before_thresholds_were_weighed_is_refused(tmp_path):
+    with pytest.raises(FileFault, match="of version 2, and this program reads version 3; make one with"):
+        load_predictor(saved(tmp_path / "p.safetensors", risks=RISKS, version=2))
 
 
 def test_without_risks_a_risk_is_refused(tmp_path):
@@ -148,7 +145,7 @@ def saved(path, **changes):
         tensors = {name: tensor.clone() for name, tensor in make().state_dict().items()}
         meta = {
             "format": "smartfrz-predictor",
-            "version": 2,
+            "version": 3,
             "config": {"inputs": "gain", "window": 4, "weights": 8, "hidden": 8, "key": 4, "dropout": 0.1},
             "spec": {"weights": 8, "snapshots": 60, "seed": 0},
             "threshold": 0.7,

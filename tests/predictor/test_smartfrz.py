@@ -181,7 +181,7 @@ def test_what_a_frozen_layer_would_still_gain_falls_with_that_of_the_others(make
         assert float(now[0]) == pytest.approx(float(first * change))
 
 
-def test_by_a_file_from_before_a_frozen_layer_keeps_what_its_training_gained_last(make):
+def test_without_outcomes_a_frozen_layer_keeps_what_its_training_gained_last(make):
     training = Training(make())
     policy = training.controller.policy
     for _ in range(3):

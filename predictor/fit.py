@@ -98,8 +98,7 @@ class FitResult:
 
     def file(self, card: dict[str, Any]) -> PredictorFile:
         """What `save_predictor` writes."""
-        model = self.fitted.model.cpu().eval()
-        return PredictorFile(model, self.spec, self.threshold, card, self.risks)
+        return PredictorFile(self.fitted.model.cpu().eval(), self.spec, self.threshold, card, self.risks)
 
 
 def fit(

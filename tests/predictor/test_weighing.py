@@ -51,7 +51,7 @@ def chosen(policy, probability, frozen=frozenset(), flops=None):
     return policy._choose(View(layers, frozen, 1, 12, flops), torch.tensor(probability))
 
 
-def test_smartfrz_weighs_doubt_against_saving_where_its_file_says_so(make_predictor_file):
+def test_smartfrz_weighs_doubt_against_saving_where_its_file_knows_risks(make_predictor_file):
     policy = make_policy("smartfrz", predictor=make_predictor_file(risks=RISKS))
     assert policy.wants_flops
     # Each of three layers is taken to save a third where their FLOPs are not known.
@@ -66,7 +66,7 @@ def test_smartfrz_weighs_doubt_against_saving_where_its_file_says_so(make_predic
     assert chosen(policy, [0.8, 0.4, 0.4], flops=flops) == {0}
 
 
-def test_smartfrz_weighs_nothing_without_such_a_file_and_where_any_layer_may_freeze(make_predictor_file):
+def test_smartfrz_weighs_nothing_without_risks_and_where_any_layer_may_freeze(make_predictor_file):
     for policy in (
         make_policy("smartfrz", predictor=make_predictor_file()),
         make_policy("smartfrz", predictor=make_predictor_file(risks=RISKS), prefix=False),

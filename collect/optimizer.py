@@ -9,6 +9,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from collect.workloads.recipe import Recipe
 
+_DROPS = (0.5, 0.75)
+"""Shares of the steps after the warm-up at which the schedule "steps" drops, as in He et al., 2016."""
+
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     """One group over all parameters, in the model's order.
@@ -38,4 +41,6 @@ def lr_share(step: int, total_steps: int, recipe: Recipe) -> float:
     done = (step - warm_steps) / max(total_steps - warm_steps, 1)
     if recipe.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
+    if recipe.schedule == "steps":
+        return 0.1 ** sum(done >= drop for drop in _DROPS)
     return 1 - done if recipe.schedule == "linear" else 1.0

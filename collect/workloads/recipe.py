@@ -41,8 +41,9 @@ class Recipe:
     """Weight decay, of all parameters alike."""
     warmup: float = 0.1
     """Share of the steps over which the learning rate climbs in a straight line to `lr`."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate goes on after the warm-up: to zero by a half cosine or a straight line, or not at all."""
+    schedule: Literal["cosine", "linear", "steps", "constant"] = "cosine"
+    """How the learning rate goes on after the warm-up: to zero by a half cosine or a straight line; down to a tenth at
+    half of the steps and again at three quarters; or not at all."""
     accumulate: int = 1
     """Batches whose gradients are averaged for one optimizer step."""
     clip_norm: float | None = None
@@ -69,7 +70,7 @@ class Recipe:
         for name in ("augment", "amp", "channels_last"):
             _check(name, getattr(self, name), bool, "true or false")
         _check_choice("optimizer", self.optimizer, ("sgd", "adamw"))
-        _check_choice("schedule", self.schedule, ("cosine", "linear", "constant"))
+        _check_choice("schedule", self.schedule, ("cosine", "linear", "steps", "constant"))
 
     def _make_float(self, name: str, wanted: str, fits: Callable[[float], bool]) -> None:
         """A run's id is the hash of its recipe, so that 1 and 1.0 must not be two recipes."""

@@ -18,6 +18,8 @@ def test_schedules_by_hand() -> None:
     assert linear == pytest.approx([0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
     constant = [lr_share(step, 4, Recipe(warmup=0, schedule="constant")) for step in range(4)]
     assert constant == [1, 1, 1, 1]
+    steps = [lr_share(step, 10, Recipe(warmup=0.2, schedule="steps")) for step in range(10)]
+    assert steps == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.99])

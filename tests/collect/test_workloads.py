@@ -195,7 +195,7 @@ def test_a_folder_is_named_behind_a_colon() -> None:
         ("weight_decay", -1, "give 0 or more"),
         ("augment", "yes", "give true or false"),
         ("optimizer", "adam", "did you mean 'adamw'"),
-        ("schedule", "step", "there are cosine, linear, constant"),
+        ("schedule", "step", "did you mean 'steps'"),
     ],
 )
 def test_a_recipe_that_cannot_work(field: str, value: Any, cure: str) -> None:

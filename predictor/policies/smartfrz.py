@@ -20,12 +20,14 @@ from predictor.metrics import Floats
 from predictor.policies.base import FreezePolicy, View
 from predictor.policies.measure import gradient_norms, gradients
 from predictor.sampling import LayerSampler
-from predictor.signals import CLOCK, distance_of, log_lr, moves_of, signals_of
+from predictor.signals import CLOCK, SIGNALS, distance_of, log_lr, moves_of, signals_of
 from predictor.weighing import front_of, saved_by
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "smartfrz.safetensors"
 _PATIENCE = 2
 """Snapshots without gradients after which they are taken to be cleared too early."""
+_DROP = 1 / 3
+"""A learning rate that stood still has dropped where it falls below this share of itself."""
 
 
 class SmartFRZPolicy(FreezePolicy):
@@ -39,7 +41,8 @@ class SmartFRZPolicy(FreezePolicy):
     rate, progress and depth. Differs: the paper's predictor sees the raw weights alone, which in our measurements does
     not carry over to another architecture; ours has learnt what freezing a front did to the loss, the paper's how alike
     activations are; the paper weighs no FLOPs; `prefix` keeps the frozen set a front, where freezing saves most, which
-    is an option of third parties. Cost: one gather and one gradient norm a layer and one small batch through the
+    is an option of third parties; where the learning rate drops, from which a network gains most, ours waits until all
+    of the window lies behind the drop. Cost: one gather and one gradient norm a layer and one small batch through the
     predictor at each of about 60 snapshots a run; where it weighs, one pass forward in which FLOPs are counted.
 
     predictor: a file from `python -m predictor train`; the one that ships by default. threshold: the probability from
@@ -163,6 +166,10 @@ class SmartFRZPolicy(FreezePolicy):
         lr = float(self._optimizer.param_groups[0]["lr"] if self._lr is None else self._lr)
         self._lr = None
         self._peak_lr = max(self._peak_lr, lr)
+        if self._has_dropped(log_lr(lr, self._peak_lr)):
+            self._snapshots.clear()
+            self._signals.clear()
+            self._votes.clear()
         signals_TLS = signals_of(
             torch.tensor([view.step]),
             torch.tensor([log_lr(lr, self._peak_lr)]),
@@ -174,6 +181,17 @@ class SmartFRZPolicy(FreezePolicy):
         self._snapshots.append(now_LK)
         self._signals.append(signals_TLS[0])
         self._step = view.step
+
+    def _has_dropped(self, log: float) -> bool:
+        """Whether the learning rate, of whose share of its peak this is the log, has dropped since the last snapshot.
+
+        Weights then move and gradients count by so much less that the predictor, which has learnt from schedules that
+        fall steadily or not at all, takes all layers to have learnt, where they are about to gain.
+        """
+        if len(self._signals) < 2:
+            return False
+        before, last = (float(signals_LS[0, SIGNALS.index("log_lr")]) for signals_LS in list(self._signals)[-2:])
+        return before == last and log < last + np.log(_DROP)
 
     def _watch(self, view: View, now_LK: Tensor, before_LK: Tensor) -> None:
         """Gradient and motion of the layers that train; in a frozen one they fade with those, or keep their last.

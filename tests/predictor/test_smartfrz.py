@@ -22,11 +22,11 @@ X = torch.linspace(-1, 1, 64).reshape(16, 4)
 class Training:
     """A small network under a schedule. Every step has its snapshot."""
 
-    def __init__(self, policy, wrapped=lambda optimizer: optimizer, as_lr=float):
+    def __init__(self, policy, wrapped=lambda optimizer: optimizer, as_lr=float, rate=lambda step: 1 - step / STEPS):
         torch.manual_seed(0)
         self.model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=as_lr(1.0))
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / STEPS)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
         optimizer = wrapped(self.optimizer)
         self.controller = FreezeController(self.model, optimizer, policy, total_steps=STEPS, say=None)
 
@@ -190,6 +190,24 @@ def test_without_outcomes_a_frozen_layer_keeps_what_its_training_gained_last(mak
     training.controller._change(frozenset({0}))
     training.step()
     assert (policy._gradient_L[0], policy._move_L[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("rate", "frozen_at"),
+    [
+        (lambda step: 1.0, 5),
+        (lambda step: 1 - step / STEPS, 5),
+        (lambda step: 0.5 ** (step // 3), 5),  # steps so small are a steady fall
+        (lambda step: 0.7**step, 5),
+        (lambda step: 0.1 if step >= 3 else 1.0, 9),  # the first snapshot behind the drop is the fourth
+        (lambda step: 0.1 ** (step // 4), None),  # it drops before the window is full, each time
+    ],
+)
+def test_where_the_learning_rate_drops_the_window_begins_anew(make_predictor_file, rate, frozen_at):
+    policy = make_policy("smartfrz", predictor=make_predictor_file(probability=0.9, window=6))
+    training = Training(policy, rate=rate)
+    frozen = [bool(training.controller.frozen) for _ in range(STEPS) if training.step() is None]
+    assert (frozen.index(True) + 1 if True in frozen else None) == frozen_at
 
 
 def test_a_layer_that_was_frozen_before_it_ever_trained_has_nothing_to_gain(make_predictor_file):

@@ -1,5 +1,6 @@
 """SmartFRZ: an attention model judges each layer by how its weights have been moving."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,13 +167,14 @@ class SmartFRZPolicy(FreezePolicy):
         lr = float(self._optimizer.param_groups[0]["lr"] if self._lr is None else self._lr)
         self._lr = None
         self._peak_lr = max(self._peak_lr, lr)
-        if self._has_dropped(log_lr(lr, self._peak_lr)):
+        rate = log_lr(lr, self._peak_lr)
+        if self._has_dropped(rate):
             self._snapshots.clear()
             self._signals.clear()
             self._votes.clear()
         signals_TLS = signals_of(
             torch.tensor([view.step]),
-            torch.tensor([log_lr(lr, self._peak_lr)]),
+            torch.tensor([rate]),
             distance_of(now_LK, self._first_LK)[None],
             self._gradient_L[None],
             self._move_L[None],
@@ -182,16 +184,17 @@ class SmartFRZPolicy(FreezePolicy):
         self._signals.append(signals_TLS[0])
         self._step = view.step
 
-    def _has_dropped(self, log: float) -> bool:
-        """Whether the learning rate, of whose share of its peak this is the log, has dropped since the last snapshot.
+    def _has_dropped(self, rate: float) -> bool:
+        """Whether the learning rate, given as the signal log_lr, has dropped since the last snapshot.
 
         Weights then move and gradients count by so much less that the predictor, which has learnt from schedules that
         fall steadily or not at all, takes all layers to have learnt, where they are about to gain.
         """
         if len(self._signals) < 2:
             return False
-        before, last = (float(signals_LS[0, SIGNALS.index("log_lr")]) for signals_LS in list(self._signals)[-2:])
-        return before == last and log < last + np.log(_DROP)
+        place = SIGNALS.index("log_lr")
+        before, last = (float(signals_LS[0, place]) for signals_LS in (self._signals[-2], self._signals[-1]))
+        return before == last and rate < last + math.log(_DROP)
 
     def _watch(self, view: View, now_LK: Tensor, before_LK: Tensor) -> None:
         """Gradient and motion of the layers that train; in a frozen one they fade with those, or keep their last.

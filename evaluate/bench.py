@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -55,7 +56,7 @@ def _fronts(device: torch.device) -> tuple[list[FrontCost], list[FrontMemory], l
     left_out: list[str] = []
     with tqdm(total=len(FRONTS_ON), unit="workload", disable=None, dynamic_ncols=True) as bar:
         for name, rounds in FRONTS_ON.items():
-            bar.set_description(f"frozen fronts: {name}")
+            _announce(bar, f"frozen fronts: {name}")
             found = _loaded(name)
             if isinstance(found, str):
                 left_out.append(found)
@@ -65,6 +66,13 @@ def _fronts(device: torch.device) -> tuple[list[FrontCost], list[FrontMemory], l
                 memory += front_memory(*found, device, bar.refresh)
             bar.update()
     return costs, memory, left_out
+
+
+def _announce(bar: "tqdm[NoReturn]", doing: str) -> None:
+    """Say what is measured: in the bar, or, where the output goes to a file and there is none, on a line."""
+    bar.set_description(doing)
+    if bar.disable:
+        print(doing, flush=True)
 
 
 def _loaded(name: str) -> tuple[Workload, Source] | str:
@@ -85,7 +93,7 @@ def _shares(device: torch.device) -> list[Overhead]:
     total = sum(rounds * (len(LIMITS) + 1) for rounds in HOOKS_ON.values())
     with tqdm(total=total, unit="span", disable=None, dynamic_ncols=True) as bar:
         for name, rounds in HOOKS_ON.items():
-            bar.set_description(f"hooks: {name}")
+            _announce(bar, f"hooks: {name}")
             workload = load_workload(name)
             shares += overheads(workload, load_source(workload.source), device, rounds, bar.update)
     return shares

@@ -40,6 +40,7 @@ def test_limits_that_hold(tmp_path, monkeypatch, capsys):
     made_up(monkeypatch)
     assert bench.run_bench(tmp_path / "new" / "bench.json", "cpu")
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[:2] == ["frozen fronts: mlp-digits", "hooks: mlp-digits"]  # where no bar can be drawn
     assert "mlp-digits recorder 1.20% [0.60%, 2.40%] 2.0% ok 1.000 [0.980, 1.020]" in lines
     times = "1.030 [0.900, 1.100] ok 1.000 [0.980, 1.020] ok"
     assert f"mlp-digits 2/4 {times} 1.00x 1.00x 0.25 0.50 body" in lines

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from collect.choices import Choices
-from predictor import cli
-from predictor.tracking import add_wandb_flag
+from collect.gather.continuation_plan import Choices
+from predictor.shared import flags as cli
+from predictor.shared.tracking import add_wandb_flag
 
 if TYPE_CHECKING:
-    from collect.gather import Settings
+    from collect.gather.trajectories import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -101,10 +101,10 @@ _PRETRAIN = (
 
 
 def _gather(flags: argparse.Namespace) -> int:
-    from collect.gather import describe_plan, gather, summary_table
-    from collect.grid import read_suite
-    from data.trajectories.store import GatherFolder
-    from predictor.tracking import start_tracker
+    from collect.gather.plan import read_suite
+    from collect.gather.trajectories import describe_plan, gather, summary_table
+    from data.trajectories.folder import GatherFolder
+    from predictor.shared.tracking import start_tracker
 
     suite, files = read_suite(flags.suite), GatherFolder(flags.out / "trajectories")
     settings = _settings(flags)
@@ -121,10 +121,10 @@ def _gather(flags: argparse.Namespace) -> int:
 
 
 def _gather_outcomes(flags: argparse.Namespace) -> int:
-    from collect.grid import read_suite
-    from collect.outcomes import describe_plan, gather_outcomes
-    from data.outcomes import OutcomeFolder
-    from predictor.tracking import start_tracker
+    from collect.gather.outcomes import describe_plan, gather_outcomes
+    from collect.gather.plan import read_suite
+    from data.outcomes.records import OutcomeFolder
+    from predictor.shared.tracking import start_tracker
 
     suite, files = read_suite(flags.suite), OutcomeFolder(flags.out / "outcomes")
     settings, choices = _settings(flags), Choices(flags.points, flags.fronts, flags.singles)
@@ -141,7 +141,7 @@ def _gather_outcomes(flags: argparse.Namespace) -> int:
 
 
 def _settings(flags: argparse.Namespace) -> "Settings":
-    from collect.gather import Settings
+    from collect.gather.trajectories import Settings
 
     return Settings(flags.device, flags.slots, flags.shard)
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from collect.train import Hook, Training, train
+from collect.training.loop import Hook, Training, train
 from collect.workloads.recipe import Workload
 from collect.workloads.transfer import TRANSFERS, WEIGHTS, first, weights_of
 from data.sources import Source, load_source
 from predictor.errors import UsageError, unknown
-from predictor.files import written_whole
+from predictor.shared.files import written_whole
 
 _SEED = 0
 _CARD = "smartfrz"

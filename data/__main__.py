@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.outcomes import DEFAULT_OUTCOMES
-from data.trajectories.store import DEFAULT_FILE, trajectory_files
-from predictor import cli
+from data.outcomes.records import DEFAULT_OUTCOMES
+from data.trajectories.folder import DEFAULT_FILE, trajectory_files
+from predictor.shared import flags as cli
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -82,7 +82,7 @@ def _inspect(flags: argparse.Namespace) -> int:
 
 
 def _card(flags: argparse.Namespace) -> int:
-    from data.card import data_card
+    from data.dataset.card import data_card
     from data.trajectories.labels import LabelRule
 
     print(data_card(flags.paths or [DEFAULT_FILE], cli.from_flags(LabelRule, flags)), end="")
@@ -110,8 +110,8 @@ def _merge(flags: argparse.Namespace) -> int:
 
 
 def _outcomes(flags: argparse.Namespace) -> int:
-    from data.outcomes import read_outcomes
-    from data.proxy import describe_outcomes
+    from data.dataset.cka_agreement import describe_outcomes
+    from data.outcomes.records import read_outcomes
 
     print(describe_outcomes(read_outcomes(flags.path), flags.trajectories, flags.times), end="")
     return 0

@@ -14,9 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from data.places import PLACES, Place, data_root
+from data.locations import PLACES, Place, data_root
 from predictor.errors import FileFault
-from predictor.files import written_whole
+from predictor.shared.files import written_whole
 
 _EMBEDDED = {
     "fashion": "Fashion-MNIST, a slice of 10,000 + 2,000 images of 28x28, 10 classes (MIT)",

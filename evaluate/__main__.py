@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from predictor import cli
 from predictor.errors import UsageError
-from predictor.tracking import add_wandb_flag, start_tracker
+from predictor.shared import flags as cli
+from predictor.shared.tracking import add_wandb_flag, start_tracker
 
 if TYPE_CHECKING:
-    from evaluate.plan import Plan
+    from evaluate.trials.plan import Plan
 
 _RUNS = Path("runs/evaluate")
 _COSTS = {"wall": "train_seconds", "cpu": "cpu_seconds", "flops": "flops"}
-"""What `--cost` takes, and the measure in `evaluate.results.COST_AXES` that it stands for."""
+"""What `--cost` takes, and the measure in `evaluate.trials.records.COST_AXES` that it stands for."""
 _PUBLISHED = Path(__file__).parent / "results" / "trials"
 
 
@@ -91,10 +91,10 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_suite(flags: argparse.Namespace) -> int:
-    from evaluate.adopt import adopt
-    from evaluate.plan import Settings, SuiteFolder, make_plan
-    from evaluate.run import pending, run_suite
-    from evaluate.suite import read_suite
+    from evaluate.trials.adopt import adopt
+    from evaluate.trials.plan import Settings, SuiteFolder, make_plan
+    from evaluate.trials.run import pending, run_suite
+    from evaluate.trials.suite import read_suite
 
     suite = read_suite(flags.suite)
     folder = SuiteFolder(flags.out or _RUNS / suite.name)
@@ -126,7 +126,7 @@ def _run_suite(flags: argparse.Namespace) -> int:
 
 def _introduce(plan: "Plan", left: int, root: Path, adopted: bool) -> None:
     """Say what is going to happen, and what it will be able to tell."""
-    from collect.device import pick_device
+    from collect.training.device import pick_device
 
     suite, settings = plan.suite, plan.settings
     grid = f"workloads: {len(suite.workloads)}, policies: {len(suite.policies)}, seeds: {len(suite.seeds)}"
@@ -155,9 +155,9 @@ def _report(flags: argparse.Namespace) -> None:
 
 
 def _print_markdown(folder: Path, oracles: Path | None, cost: str | None, against: str) -> None:
-    from evaluate.hindsight import find_oracles, oracles_beside
-    from evaluate.markdown import markdown
-    from evaluate.results import read_results
+    from evaluate.analysis.oracle_file import find_oracles, oracles_beside
+    from evaluate.report.markdown import markdown
+    from evaluate.trials.records import read_results
 
     results = read_results(folder, cost, against)
     print(markdown(results, find_oracles(oracles or oracles_beside(folder), results)[0]))
@@ -166,9 +166,9 @@ def _print_markdown(folder: Path, oracles: Path | None, cost: str | None, agains
 
 
 def _oracle(flags: argparse.Namespace) -> None:
-    from evaluate.hindsight import read_oracle
-    from evaluate.oracle import find_oracle, make_search, written
-    from evaluate.plan import Settings
+    from evaluate.analysis.oracle import find_oracle, make_search, written
+    from evaluate.analysis.oracle_file import read_oracle
+    from evaluate.trials.plan import Settings
 
     search = make_search(flags.workload, flags.suite, flags.seeds, flags.trials)
     print(f"oracle of {flags.workload}: {search.trials} schedules, seeds {list(search.seeds)}", flush=True)
@@ -179,8 +179,8 @@ def _oracle(flags: argparse.Namespace) -> None:
 
 
 def _show(folder: Path, oracles: Path | None = None, cost: str | None = None, against: str = "") -> None:
-    from evaluate.report import make_report
-    from evaluate.table import print_table
+    from evaluate.report.page import make_report
+    from evaluate.report.table import print_table
 
     print()
     print_table(folder, oracles, cost, against)
@@ -188,7 +188,7 @@ def _show(folder: Path, oracles: Path | None = None, cost: str | None = None, ag
 
 
 def _bench(flags: argparse.Namespace) -> int:
-    from evaluate.bench import run_bench
+    from evaluate.bench.bench import run_bench
 
     return 0 if run_bench(flags.out, flags.device) else 1
 

@@ -7,31 +7,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from predictor.caching.augmented import AugmentedCache as AugmentedCache
-    from predictor.caching.cache import FeatureCache as FeatureCache
-    from predictor.caching.compression import Compression as Compression
-    from predictor.caching.order import chunked_order as chunked_order
-    from predictor.freezing.controller import FreezeController as FreezeController
+    from predictor.cache.augmented import AugmentedCache as AugmentedCache
+    from predictor.cache.compression import Compression as Compression
+    from predictor.cache.feature_cache import FeatureCache as FeatureCache
+    from predictor.cache.order import chunked_order as chunked_order
+    from predictor.controller import FreezeController as FreezeController
     from predictor.freezing.event import FreezeEvent as FreezeEvent
-    from predictor.freezing.layers import Layer as Layer
-    from predictor.freezing.layers import layers_of as layers_of
+    from predictor.layers.layer import Layer as Layer
+    from predictor.layers.layer import layers_of as layers_of
     from predictor.policies import make_policy as make_policy
     from predictor.policies.base import FreezePolicy as FreezePolicy
     from predictor.policies.base import View as View
     from predictor.sieving import SieveSampler as SieveSampler
 
 _HOME = {
-    "AugmentedCache": "predictor.caching.augmented",
-    "Compression": "predictor.caching.compression",
-    "FeatureCache": "predictor.caching.cache",
-    "FreezeController": "predictor.freezing.controller",
+    "AugmentedCache": "predictor.cache.augmented",
+    "Compression": "predictor.cache.compression",
+    "FeatureCache": "predictor.cache.feature_cache",
+    "FreezeController": "predictor.controller",
     "FreezeEvent": "predictor.freezing.event",
     "FreezePolicy": "predictor.policies.base",
-    "Layer": "predictor.freezing.layers",
+    "Layer": "predictor.layers.layer",
     "SieveSampler": "predictor.sieving",
     "View": "predictor.policies.base",
-    "chunked_order": "predictor.caching.order",
-    "layers_of": "predictor.freezing.layers",
+    "chunked_order": "predictor.cache.order",
+    "layers_of": "predictor.layers.layer",
     "make_policy": "predictor.policies",
 }
 __all__ = list(_HOME)

@@ -7,18 +7,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from predictor import cli
 from predictor.errors import DivergedError, UsageError
-from predictor.settings import LABEL_FLAGS, NOTHING, TOLERANCE_FLAG, check_settings, flags_in
-from predictor.tracking import add_wandb_flag, start_tracker
+from predictor.shared import flags as cli
+from predictor.shared.tracking import add_wandb_flag, start_tracker
+from predictor.training.settings import LABEL_FLAGS, NOTHING, TOLERANCE_FLAG, check_settings, flags_in
 
 if TYPE_CHECKING:
-    from data.trajectories.windows import Rule
-    from predictor.attention import PredictorConfig
-    from predictor.fit import FitConfig, FitResult
-    from predictor.sampling import SampleSpec
-    from predictor.splits import HeldOut
-    from predictor.windows import WindowSet
+    from data.dataset.windows import Rule
+    from predictor.model.network import PredictorConfig
+    from predictor.model.sampling import SampleSpec
+    from predictor.training.fit import FitConfig, FitResult
+    from predictor.training.splits import HeldOut
+    from predictor.training.windows import WindowSet
 
 _DATA = Path("runs/trajectories.h5")
 _OUT = Path("runs/predictor.safetensors")
@@ -52,13 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--transfer", action=argparse.BooleanOptionalAction, default=True, help=text)
     text = "learn from labels of this CKA, but be judged by the others"
     train.add_argument("--learn-threshold", type=float, help=text)
-    cli.add_fields(train, "predictor/attention.py", "PredictorConfig")
-    cli.add_fields(train, "predictor/fit.py", "FitConfig")
+    cli.add_fields(train, "predictor/model/network.py", "PredictorConfig")
+    cli.add_fields(train, "predictor/training/fit.py", "FitConfig")
     tune = commands.add_parser("tune", help="search for better settings with Optuna; going on where it was killed")
     _add_data_flags(tune)
     tune.add_argument("--out", type=Path, default=_STUDY, help="folder of the study (default: %(default)s)")
-    cli.add_fields(tune, "predictor/search.py", "TuneConfig")
-    cli.add_fields(tune, "predictor/fit.py", "FitConfig", only=_FIXED)
+    cli.add_fields(tune, "predictor/training/objective.py", "TuneConfig")
+    cli.add_fields(tune, "predictor/training/fit.py", "FitConfig", only=_FIXED)
     show = commands.add_parser("show", help="what a predictor file is and how well it does")
     show.add_argument("file", type=Path, nargs="?", default=_OUT, help="(default: %(default)s)")
     return parser
@@ -77,7 +77,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     text += "points of accuracy (default: %(default)s)"
     parser.add_argument("--tolerance", type=float, default=0.5, help=text)
     text = "families and sources that are not learnt from but judged on: a TOML file, or `none` for a predictor to be "
-    text += "used and not judged (default: data/held_out.toml)"
+    text += "used and not judged (default: data/dataset/held_out.toml)"
     parser.add_argument("--held-out", metavar="PATH", help=text)
     add_wandb_flag(parser)
 
@@ -85,10 +85,10 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
 def _train(flags: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from predictor.attention import PredictorConfig
-    from predictor.fit import FitConfig, fit
-    from predictor.heldout import known, panel_of, unseen
-    from predictor.risks import families_of, with_risks
+    from predictor.model.network import PredictorConfig
+    from predictor.training.evaluation import known, panel_of, unseen
+    from predictor.training.fit import FitConfig, fit
+    from predictor.training.thresholds import families_of, with_risks
 
     if flags.out.suffix != _OUT.suffix:
         raise UsageError(f"--out {flags.out}: name a file that ends in {_OUT.suffix}")
@@ -132,11 +132,11 @@ def _finish(
     """Write, draw and print. The file is written before the long part, so that breaking it off loses nothing."""
     from tqdm import tqdm
 
-    from predictor import plots
-    from predictor.attention import save_predictor
-    from predictor.card import figures_text, why
-    from predictor.files import write_json
-    from predictor.heldout import transfer
+    from predictor.model.file import save_predictor
+    from predictor.shared.files import write_json
+    from predictor.training import plots
+    from predictor.training.card import figures_text, why
+    from predictor.training.evaluation import transfer
 
     folder = flags.out.with_suffix("")
     save_predictor(flags.out, result.file(card))
@@ -165,7 +165,7 @@ def _finish(
 def _card(
     flags: argparse.Namespace, windows: "WindowSet", result: "FitResult", settings: "FitConfig", held_out: "HeldOut"
 ) -> dict[str, Any]:
-    from predictor.card import provenance, training_data
+    from predictor.training.card import provenance, training_data
 
     return {
         "labels": {TOLERANCE_FLAG: flags.tolerance}
@@ -184,10 +184,10 @@ def _card(
 
 
 def _tune(flags: argparse.Namespace) -> None:
-    from predictor import plots
-    from predictor.fit import FitConfig
-    from predictor.search import Task, TuneConfig
-    from predictor.tune import BEST_FILE, tune
+    from predictor.training import plots
+    from predictor.training.fit import FitConfig
+    from predictor.training.objective import Task, TuneConfig
+    from predictor.training.tune import BEST_FILE, tune
 
     config, settings = cli.from_flags(TuneConfig, flags), cli.from_flags(FitConfig, flags)
     _use_one_thread()
@@ -212,16 +212,16 @@ def _tune(flags: argparse.Namespace) -> None:
 
 
 def _show(flags: argparse.Namespace) -> None:
-    from predictor.attention import fingerprint, load_predictor
-    from predictor.card import show
+    from predictor.model.file import fingerprint, load_predictor
+    from predictor.training.card import show
 
     file = load_predictor(flags.file)
     print(f"{flags.file} (sha256 {fingerprint(flags.file)}...)\n{show(file)}")
 
 
 def _read(flags: argparse.Namespace, window: int, rule: "Rule", held_out: "HeldOut") -> "tuple[WindowSet, SampleSpec]":
-    from data.trajectories.windows import spec_of, trajectories_in, windows_from
-    from predictor.card import held_out_text
+    from data.dataset.windows import spec_of, trajectories_in, windows_from
+    from predictor.training.card import held_out_text
 
     windows = windows_from(flags.data, window, rule, held_out)
     spec = spec_of(next(trajectories_in(flags.data)))
@@ -236,17 +236,17 @@ def _read(flags: argparse.Namespace, window: int, rule: "Rule", held_out: "HeldO
 
 def _held_out_windows(flags: argparse.Namespace, window: int, rule: "Rule", held_out: "HeldOut") -> "WindowSet":
     """What a trained predictor is judged on, at last. Nothing else may ask for it."""
-    from data.trajectories.windows import part_of
+    from data.dataset.windows import part_of
 
     return part_of("held-out", flags.data, window, rule, held_out)
 
 
 def _rule(flags: argparse.Namespace) -> "Rule":
     """What makes a window freezable."""
-    from data.harm import harms_of
-    from data.outcomes import read_outcomes
+    from data.dataset.windows import OutcomeRule
+    from data.outcomes.accuracy_cost import harms_of
+    from data.outcomes.records import read_outcomes
     from data.trajectories.labels import LabelRule
-    from data.trajectories.windows import OutcomeRule
 
     if flags.outcomes is None:
         return LabelRule(flags.label_threshold, flags.label_dip)
@@ -259,8 +259,8 @@ def _rule(flags: argparse.Namespace) -> "Rule":
 
 
 def _held_out(flags: argparse.Namespace) -> "HeldOut":
-    from data.trajectories.windows import SHIPPED_SPLIT
-    from predictor.splits import HeldOut, read_held_out
+    from data.dataset.windows import SHIPPED_SPLIT
+    from predictor.training.splits import HeldOut, read_held_out
 
     if flags.held_out == NOTHING:
         return HeldOut()
@@ -281,8 +281,8 @@ def _labelled(
 
 def _relabelled(flags: argparse.Namespace, windows: "WindowSet", threshold: float, held_out: "HeldOut") -> "WindowSet":
     """The same windows with labels of another threshold; the weights are shared."""
+    from data.dataset.windows import windows_from
     from data.trajectories.labels import LabelRule
-    from data.trajectories.windows import windows_from
 
     rule = LabelRule(threshold, flags.label_dip)
     others = windows_from(flags.data, windows.window, rule, held_out).runs

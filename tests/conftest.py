@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from predictor.attention import FreezePredictor, PredictorConfig, PredictorFile, save_predictor
-from predictor.sampling import SampleSpec
+from predictor.model.file import PredictorFile, save_predictor
+from predictor.model.network import FreezePredictor, PredictorConfig
+from predictor.model.sampling import SampleSpec
 
 torch.set_num_threads(1)
 # A shell starts what it puts in the background deaf to Ctrl-C, and programs that tests interrupt would inherit that.

@@ -23,7 +23,7 @@ from collect.workloads import (
 )
 from collect.workloads.recipe import Recipe, Workload
 from predictor.errors import UsageError
-from predictor.named import code_of, named
+from predictor.shared.user_code import code_of, named
 
 __all__ = ["WORKLOADS", "Recipe", "Workload", "load_workload", "own_code"]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collect.workloads.recipe import Recipe, Workload, image_shape
-from data.places import folder_of
+from data.locations import folder_of
 from data.sources.base import Source
 from data.sources.memory import ImageSource, Look
 from predictor.errors import FileFault, UsageError

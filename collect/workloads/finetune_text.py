@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from collect.workloads.recipe import Recipe, Workload, text_shape
-from data.places import folder_of
+from data.locations import folder_of
 from data.sources.base import Source
 from predictor.errors import FileFault, UsageError
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data.places import ASSETS, folder_of
+from data.locations import ASSETS, folder_of
 from data.sources.base import balanced, stratified
 from data.sources.images import FASHION_SLICE, fashion_full
 from data.sources.text import GLOSS_SLICE, labels_of, read_glosses, split_texts
-from predictor import cli
-from predictor.files import written_whole
+from predictor.shared import flags as cli
+from predictor.shared.files import written_whole
 
 NOUN_CLASSES = {
     "04": "act",

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from data.places import ASSETS, folder_of
+from data.locations import ASSETS, folder_of
 from data.sources.base import stratified
 from data.sources.memory import ImageSource, Look, Samples
 from predictor.errors import FileFault

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from data.places import ASSETS, folder_of
+from data.locations import ASSETS, folder_of
 from data.sources.base import stratified
 from data.sources.memory import Samples, TokenSource
 from data.sources.rdata import read_data_frame

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from data.places import folder_of
+from data.locations import folder_of
 from data.sources.memory import Samples, TokenSource
 from data.sources.text import FOODS_LENGTH, GLOSS_LENGTH, Texts, food_reviews, gloss_slice, labels_of
 from predictor.errors import FileFault

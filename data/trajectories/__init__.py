@@ -7,21 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data.trajectories.folder import GatherFolder as GatherFolder
     from data.trajectories.labels import LabelRule as LabelRule
     from data.trajectories.reader import TrajectoryFile as TrajectoryFile
     from data.trajectories.reader import open_trajectories as open_trajectories
-    from data.trajectories.store import GatherFolder as GatherFolder
     from data.trajectories.trajectory import Trajectory as Trajectory
-    from data.trajectories.windows import windows_from as windows_from
     from data.trajectories.writer import write_runs as write_runs
 
 _HOME = {
-    "GatherFolder": "data.trajectories.store",
+    "GatherFolder": "data.trajectories.folder",
     "LabelRule": "data.trajectories.labels",
     "Trajectory": "data.trajectories.trajectory",
     "TrajectoryFile": "data.trajectories.reader",
     "open_trajectories": "data.trajectories.reader",
-    "windows_from": "data.trajectories.windows",
     "write_runs": "data.trajectories.writer",
 }
 __all__ = list(_HOME)

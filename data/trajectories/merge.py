@@ -7,11 +7,11 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from data.trajectories.folder import trajectory_files
 from data.trajectories.reader import open_trajectories
-from data.trajectories.store import trajectory_files
 from data.trajectories.writer import NewRuns, new_file
 from predictor.errors import FileFault, UsageError
-from predictor.files import written_whole
+from predictor.shared.files import written_whole
 
 OnDuplicate = Literal["refuse", "skip"]
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data.trajectories.folder import trajectory_files
 from data.trajectories.labels import LabelRule
 from data.trajectories.reader import open_trajectories
 from data.trajectories.schema import FORMAT_VERSION, schema_table
-from data.trajectories.store import trajectory_files
 from data.trajectories.trajectory import Trajectory
 
 _MOST_VALUES = 4

@@ -15,7 +15,7 @@ from data.trajectories.reader import TrajectoryFile
 from data.trajectories.schema import FIELDS, FORMAT, FORMAT_VERSION, is_run_id
 from data.trajectories.trajectory import Arrays, Trajectory, arrays_of, checksum
 from predictor.errors import UsageError
-from predictor.files import written_whole
+from predictor.shared.files import written_whole
 
 
 def write_runs(path: Path, trajectories: Iterable[Trajectory]) -> None:

@@ -1,1 +1,1 @@
-"""Freezing itself: which layers there are, what frozen means, and who carries it out."""
+"""What "frozen" means, and what stands around a model while layers freeze."""

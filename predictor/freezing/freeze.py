@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from predictor.freezing.layers import Layer
+from predictor.layers.layer import Layer
 
 
 def freeze(layer: Layer, optimizers: Iterable[Optimizer] = ()) -> None:

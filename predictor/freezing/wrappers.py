@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from predictor.errors import UsageError
-from predictor.freezing.layers import Layer
+from predictor.layers.layer import Layer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

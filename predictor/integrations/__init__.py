@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from predictor.caching.cache import FeatureCache
+from predictor.cache.feature_cache import FeatureCache
+from predictor.controller import FreezeController
 from predictor.errors import UsageError
-from predictor.freezing.controller import FreezeController
-from predictor.freezing.layers import Layer
+from predictor.layers.layer import Layer
 from predictor.policies.base import FreezePolicy
 
 Layers = Sequence[Layer] | Callable[[nn.Module], Sequence[Layer]] | None

@@ -10,8 +10,8 @@ from transformers.trainer_callback import ExportableState, TrainerCallback, Trai
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import ParallelMode, TrainingArguments
 
-from predictor.caching.argument import IdsArgument
-from predictor.caching.cache import FeatureCache
+from predictor.cache.feature_cache import FeatureCache
+from predictor.cache.ids_argument import IdsArgument
 from predictor.errors import UsageError
 from predictor.freezing.wrappers import Agreement
 from predictor.integrations import Adapter, Layers

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from predictor.caching.cache import FeatureCache
+from predictor.cache.feature_cache import FeatureCache
 from predictor.errors import UsageError
 from predictor.integrations import Adapter, Layers
 from predictor.policies.base import FreezePolicy

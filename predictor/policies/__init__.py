@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 from predictor.errors import UsageError
-from predictor.named import named
 from predictor.policies.autofreeze import AutoFreezePolicy
 from predictor.policies.base import FreezePolicy
 from predictor.policies.egeria import EgeriaPolicy
@@ -24,6 +23,7 @@ from predictor.policies.smartfrz import SmartFRZPolicy
 from predictor.policies.spfde import SpFDEPolicy
 from predictor.policies.static import StaticPolicy
 from predictor.policies.stopped import StoppedPolicy
+from predictor.shared.user_code import named
 
 POLICIES: dict[str, Callable[..., FreezePolicy]] = {
     "none": NonePolicy,

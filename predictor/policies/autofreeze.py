@@ -10,9 +10,9 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from predictor.errors import UsageError
-from predictor.freezing.layers import Layer
+from predictor.layers.layer import Layer
 from predictor.policies.base import FreezePolicy, View
-from predictor.policies.measure import interval_ends, read
+from predictor.policies.measuring.gradients import interval_ends, read
 
 _LEAST = 1e-30
 """Stands for a gradient of zero where one divides by it."""

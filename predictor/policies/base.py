@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from predictor.freezing.flops import LayerFlops
-from predictor.freezing.layers import Layer
+from predictor.layers.flops import LayerFlops
+from predictor.layers.layer import Layer
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from predictor.errors import UsageError
-from predictor.freezing.layers import Layer
-from predictor.policies.activations import Batch, BatchTaker, outputs_of, refuse_sharded
+from predictor.layers.layer import Layer
+from predictor.model.sampling import SampleSpec
 from predictor.policies.base import FreezePolicy, View
-from predictor.policies.reference import QuantizedReference
-from predictor.sampling import SampleSpec
-from predictor.similarity import preserving_loss
+from predictor.policies.measuring.activations import Batch, BatchTaker, outputs_of, refuse_sharded
+from predictor.policies.measuring.quantized import QuantizedReference
+from predictor.policies.measuring.similarity import preserving_loss
 
 
 class EgeriaPolicy(FreezePolicy):

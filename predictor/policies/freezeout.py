@@ -8,9 +8,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from predictor.errors import UsageError, unknown
-from predictor.freezing.layers import Layer
+from predictor.layers.layer import Layer
 from predictor.policies.base import FreezePolicy, View
-from predictor.policies.own_rates import OwnRates
+from predictor.policies.measuring.layer_rates import OwnRates
 
 _POWERS = {"linear": 1, "squared": 2, "cubic": 3}
 

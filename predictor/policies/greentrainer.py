@@ -10,10 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from predictor.errors import UsageError
-from predictor.freezing.flops import LayerFlops
-from predictor.freezing.layers import Layer
+from predictor.layers.flops import LayerFlops
+from predictor.layers.layer import Layer
 from predictor.policies.base import FreezePolicy, View
-from predictor.policies.measure import LastStep, read, steps_into_interval
+from predictor.policies.measuring.gradients import LastStep, read, steps_into_interval
 
 _UNITS = 10_000
 """Into how many units the budget is cut for the search."""

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from predictor.errors import UsageError
-from predictor.freezing.layers import Layer
-from predictor.policies.activations import Batch, BatchTaker, outputs_of, refuse_sharded
+from predictor.layers.layer import Layer
+from predictor.model.sampling import SampleSpec
 from predictor.policies.base import FreezePolicy, View
-from predictor.sampling import SampleSpec
-from predictor.similarity import cka_to_last, gram, upper_triangle
+from predictor.policies.measuring.activations import Batch, BatchTaker, outputs_of, refuse_sharded
+from predictor.policies.measuring.similarity import cka_to_last, gram, upper_triangle
 
 
 class SimFreezePolicy(FreezePolicy):

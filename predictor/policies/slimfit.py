@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from predictor.errors import UsageError
-from predictor.freezing.layers import Layer
+from predictor.layers.layer import Layer
 from predictor.policies.base import FreezePolicy, View
-from predictor.policies.measure import LastStep, read
+from predictor.policies.measuring.gradients import LastStep, read
 
 _LEAST = 1e-8
 """Stands for a weight of zero where one divides by it."""

@@ -12,17 +12,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from predictor.attention import load_predictor
 from predictor.errors import UsageError
 from predictor.freezing.freeze import is_frozen
-from predictor.freezing.layers import Layer
-from predictor.freezing.rates import innermost
-from predictor.metrics import Floats
+from predictor.freezing.learning_rates import innermost
+from predictor.layers.layer import Layer
+from predictor.model.decision import Floats, front_of, saved_by
+from predictor.model.features import CLOCK, SIGNALS, distance_of, log_lr, moves_of, signals_of
+from predictor.model.file import load_predictor
+from predictor.model.sampling import LayerSampler
 from predictor.policies.base import FreezePolicy, View
-from predictor.policies.measure import gradient_norms, gradients
-from predictor.sampling import LayerSampler
-from predictor.signals import CLOCK, SIGNALS, distance_of, log_lr, moves_of, signals_of
-from predictor.weighing import front_of, saved_by
+from predictor.policies.measuring.gradients import gradient_norms, gradients
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "smartfrz.safetensors"
 _PATIENCE = 2
@@ -37,14 +36,15 @@ class SmartFRZPolicy(FreezePolicy):
     Paper: SmartFRZ (Li et al., ICLR 2023, arXiv 2401.16720). Rule: at every snapshot, each active layer's last W
     snapshots of K sampled weights go through the attention model; the layer freezes when its probability reaches the
     threshold, and stays frozen. Where the predictor has learnt what freezing costs, as the one that ships has, a front
-    has to be the surer the less it saves (`predictor.weighing`), and the threshold is that of a front that saves a
-    whole step. Signal: the weights' own motion, how far they are from where they began, gradient times motion, learning
-    rate, progress and depth. Differs: the paper's predictor sees the raw weights alone, which in our measurements does
-    not carry over to another architecture; ours has learnt what freezing a front did to the loss, the paper's how alike
-    activations are; the paper weighs no FLOPs; `prefix` keeps the frozen set a front, where freezing saves most, which
-    is an option of third parties; where the learning rate drops, from which a network gains most, ours waits until all
-    of the window lies behind the drop. Cost: one gather and one gradient norm a layer and one small batch through the
-    predictor at each of about 60 snapshots a run; where it weighs, one pass forward in which FLOPs are counted.
+    has to be the surer the less it saves (`predictor.model.decision`), and the threshold is that of a front that saves
+    a whole step. Signal: the weights' own motion, how far they are from where they began, gradient times motion,
+    learning rate, progress and depth. Differs: the paper's predictor sees the raw weights alone, which in our
+    measurements does not carry over to another architecture; ours has learnt what freezing a front did to the loss, the
+    paper's how alike activations are; the paper weighs no FLOPs; `prefix` keeps the frozen set a front, where freezing
+    saves most, which is an option of third parties; where the learning rate drops, from which a network gains most,
+    ours waits until all of the window lies behind the drop. Cost: one gather and one gradient norm a layer and one
+    small batch through the predictor at each of about 60 snapshots a run; where it weighs, one pass forward in which
+    FLOPs are counted.
 
     predictor: a file from `python -m predictor train`; the one that ships by default. threshold: the probability from
     which a layer freezes; the file's own by default. risk: the percentage points of accuracy that may be lost, in place

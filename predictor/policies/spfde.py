@@ -10,10 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from predictor.errors import UsageError
-from predictor.freezing.flops import LayerFlops
-from predictor.freezing.layers import Layer
+from predictor.layers.flops import LayerFlops
+from predictor.layers.layer import Layer
 from predictor.policies.base import FreezePolicy, View
-from predictor.policies.own_rates import OwnRates
+from predictor.policies.measuring.layer_rates import OwnRates
 
 
 class SpFDEPolicy(FreezePolicy):
@@ -24,12 +24,13 @@ class SpFDEPolicy(FreezePolicy):
     frozen; T_frz is solved from the FLOPs that the training may cost. A block that will freeze learns at
     lr_k(t) = a (1 + cos(pi t / T_k)) / 2, which has reached its end where it freezes, at T_k. Frozen once, frozen for
     good. Signal: time, and what the layers cost. Differs: this is the schedule alone; the sparse training and the data
-    sieving that the method has around it stand beside any policy, as `collect.sparsity` and `collect.sieving`, or
-    `sparse` and `sieve` in a suite; dT is the mask's update interval there, a share of the training here; the target is
-    one for the FLOPs that are executed, in which masks save nothing. Our reading: T_frz is the last step that keeps the
-    target; a block's own rate takes the place of the training's schedule, warm-up included, and all other layers and
-    the head follow that schedule, as does a block whose time would come after the end. Freezes nothing where FLOPs
-    cannot be counted. Cost: one forward pass to count, and a copy of those blocks' weights during each optimizer step.
+    sieving that the method has around it stand beside any policy, as `collect.hooks.sparse_masks` and
+    `collect.hooks.sieve`, or `sparse` and `sieve` in a suite; dT is the mask's update interval there, a share of the
+    training here; the target is one for the FLOPs that are executed, in which masks save nothing. Our reading: T_frz is
+    the last step that keeps the target; a block's own rate takes the place of the training's schedule, warm-up
+    included, and all other layers and the head follow that schedule, as does a block whose time would come after the
+    end. Freezes nothing where FLOPs cannot be counted. Cost: one forward pass to count, and a copy of those blocks'
+    weights during each optimizer step.
 
     blocks: how many blocks of equally many layers; at most one a layer. interval: between two blocks, as a share of the
     training. most: the largest share of the layers that may freeze. target: the whole training's FLOPs, as a share of

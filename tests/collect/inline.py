@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from collect.engines import Job
+from collect.jobs.local import Job
 
 SMALL = """
 [sampling]

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from data.places import PLACES
+from data.locations import PLACES
 
 
 def needs(place: str, package: str) -> pytest.MarkDecorator:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from collect.train import Hook, Training, train
+from collect.training.loop import Hook, Training, train
 from collect.workloads import Recipe, Workload
 from data.sources.base import Source
 from data.sources.memory import ImageSource, Look, Samples

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from data.outcomes import Outcome, Result
+from data.outcomes.records import Outcome, Result
 
 UNFROZEN = Result("finished", 0.5, 0.9, 0.4)
 

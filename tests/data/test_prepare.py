@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data.places import PLACES, data_root, folder_of
+from data.locations import PLACES, data_root, folder_of
 from data.prepare import prepare, report
 from predictor.errors import FileFault, UsageError
 

@@ -213,7 +213,7 @@ def hostile() -> str:
 @pytest.fixture(scope="session")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of the whole suite."""
-    from evaluate.report import make_report
+    from evaluate.report.page import make_report
 
     return make_report(write_suite(tmp_path_factory.mktemp("whole"), whole_suite()))
 
@@ -238,7 +238,7 @@ def many_rows() -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def many_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of 45 policies, with an oracle of its workload."""
-    from evaluate.report import make_report
+    from evaluate.report.page import make_report
 
     folder = tmp_path_factory.mktemp("many")
     write_oracle(folder / "oracle", "digits-mlp")
@@ -261,7 +261,7 @@ def write_oracle(folder: Path, workload: str, **changes: Any) -> Path:
 @pytest.fixture(scope="session")
 def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of one seed under 20 policies, where every name that there is attacks the page."""
-    from evaluate.report import make_report
+    from evaluate.report.page import make_report
 
     names = [
         "none",

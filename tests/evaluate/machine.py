@@ -1,8 +1,8 @@
 """A small suite, and what stands in for the processes that its trials run in."""
 
-from evaluate import run as run_module
-from evaluate.results import ACCOUNTING
-from evaluate.suite import PolicyEntry, Suite, WorkloadEntry
+from evaluate.trials import run as run_module
+from evaluate.trials.records import ACCOUNTING
+from evaluate.trials.suite import PolicyEntry, Suite, WorkloadEntry
 
 SUITE = Suite(
     "mine",

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from collect.train import Hook, Training
+from collect.training.loop import Hook, Training
 from collect.workloads import Recipe, Workload
 
 

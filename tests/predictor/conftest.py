@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from predictor.signals import recorded_signals
-from predictor.windows import RunWindows, WindowSet
+from predictor.model.features import recorded_signals
+from predictor.training.windows import RunWindows, WindowSet
 
 FAMILIES = ("mlp", "vgg", "vit")
 

@@ -1,0 +1,1 @@
+"""Gathering trajectories and outcomes: plan, jobs, file."""

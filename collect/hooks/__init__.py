@@ -1,0 +1,1 @@
+"""What watches or steers a training: one hook a file."""

@@ -1,0 +1,128 @@
+"""A hook that measures how like the final network's each layer's output already was: unbiased CKA."""
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from collect.training.loop import Hook, Training
+from predictor.errors import UsageError
+from predictor.layers.isolated_pass import undisturbed
+from predictor.model.sampling import SampleSpec
+from predictor.policies.measuring.similarity import by_sample, cka_to_last, gram, upper_triangle
+
+
+@dataclass(frozen=True)
+class ProbeSpec:
+    """What the networks are compared on."""
+
+    samples: int = 80
+    """Test inputs that every snapshot's network is shown (n). More would cost over 3 % of a short training's time."""
+    features: int = 2048
+    """Numbers kept of each layer's output to an input, at positions drawn once."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 4 or self.features < 1:
+            raise UsageError(f"{self}: unbiased CKA needs at least 4 samples, and 1 feature")
+
+
+class Similarity(Hook):
+    """Compares each snapshot's layers with those of the final network, without keeping a network.
+
+    At each snapshot the network sees the same n test inputs, in evaluation mode. A layer's output is that of
+    `layer.output` at its first call (first tensor of a tuple or dict); its columns are centred, at most
+    `probe.features` of them, and the Gram matrix K = XX' is kept: the n (n - 1) / 2 numbers above its diagonal in
+    float32, 32 kB a layer a snapshot at n = 128, in the host's memory. HSIC1 needs no more: it has the diagonals
+    zeroed, and neither centring nor any other shift of X changes it. At the end, in float64 (Nguyen, Raghu and
+    Kornblith, ICLR 2021; Song et al., JMLR 2012):
+
+        HSIC1(K, L) = [tr(KL) + (1'K1)(1'L1) / ((n-1)(n-2)) - 2/(n-2) 1'KL1] / (n (n-3))
+        CKA = HSIC1(K, L) / sqrt(HSIC1(K, K) HSIC1(L, L)),  L that of the final network
+
+    The probe leaves the model, its statistics and the random generators as they were, and is not counted as training
+    time. It costs a forward pass of n samples a snapshot, 61 of them by default.
+    """
+
+    def __init__(self, spec: SampleSpec, probe: ProbeSpec = ProbeSpec()) -> None:
+        self.spec = spec
+        self.probe = probe
+        self.similarity_TL: npt.NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
+        """After the end: unbiased CKA of each snapshot's layers to the final ones, at most 1. NaN where there is none:
+        in a run that diverged, for a layer that the model does not call, and where outputs are the same for all inputs.
+        """
+
+    def on_start(self, training: Training) -> None:
+        """Choose the inputs, and probe the network at step 0."""
+        with training.untimed():
+            self._inputs = training.source.probe(self.probe.samples, device=training.device)
+            if len(self._inputs) < 4:
+                raise UsageError(
+                    f"{training.source.name} has {len(self._inputs)} test samples: unbiased CKA needs at least 4"
+                )
+            self._positions: dict[int, Tensor] = {}
+            self._triangles = [self._probe(training)]
+
+    def on_step(self, training: Training) -> None:
+        """Probe the network, where it is time."""
+        if self.spec.due(training.step, training.total_steps):
+            with training.untimed():
+                self._triangles.append(self._probe(training))
+
+    def on_end(self, training: Training) -> None:
+        """Compare all snapshots with the last."""
+        triangles_TLP = torch.stack(self._triangles)
+        self.similarity_TL = np.full(triangles_TLP.shape[:2], math.nan, dtype=np.float32)
+        if training.status == "finished":
+            for layer in range(triangles_TLP.shape[1]):
+                self.similarity_TL[:, layer] = cka_to_last(triangles_TLP[:, layer], len(self._inputs)).numpy()
+        self._triangles.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The Gram matrices so far; positions are drawn again."""
+        return {"triangles": self._triangles}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same training."""
+        self._triangles = list(state["triangles"])
+
+    def _probe(self, training: Training) -> Tensor:
+        """triangle_LP of the network as it is now."""
+        layers, samples = training.layers, len(self._inputs)
+        triangle_LP = torch.zeros(len(layers), samples * (samples - 1) // 2)
+        seen: set[int] = set()
+
+        def take(layer: int, module: nn.Module, inputs: Any, output: Any) -> None:
+            if layer not in seen:
+                seen.add(layer)
+                triangle_LP[layer] = self._triangle(layer, output)
+
+        with undisturbed(training.model), training.precision.forward(), ExitStack() as stack:
+            for place, layer in enumerate(layers):
+                stack.callback(layer.output.register_forward_hook(partial(take, place)).remove)
+            training.model(self._inputs)
+        return triangle_LP
+
+    def _triangle(self, layer: int, output: Any) -> Tensor:
+        """What is kept of one layer's output; zeros where it tells nothing."""
+        samples = len(self._inputs)
+        features_BF = by_sample(output, samples)
+        if features_BF is None:
+            return torch.zeros(samples * (samples - 1) // 2)
+        with torch.autocast(features_BF.device.type, enabled=False):  # products in full precision
+            return upper_triangle(gram(self._chosen(layer, features_BF))).cpu()
+
+    def _chosen(self, layer: int, features_BF: Tensor) -> Tensor:
+        size = features_BF.shape[1]
+        if size <= self.probe.features:
+            return features_BF.float()
+        if layer not in self._positions:
+            generator = torch.Generator().manual_seed(self.spec.seed * 1_000_003 + layer)
+            positions = torch.randperm(size, generator=generator)[: self.probe.features].sort().values
+            self._positions[layer] = positions.to(features_BF.device)
+        return features_BF.index_select(1, self._positions[layer]).float()

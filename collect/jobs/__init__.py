@@ -1,0 +1,1 @@
+"""Where jobs execute, and their progress."""

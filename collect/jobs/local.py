@@ -1,0 +1,244 @@
+"""Where jobs execute: on this machine, one persistent process a slot."""
+
+import contextlib
+import itertools
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from collect.jobs.progress import JobProgress
+from predictor.errors import UsageError
+
+_THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of work that a process of its own can do: everything in it can be written as JSON."""
+
+    id: str
+    """Names the job in logs and reports."""
+    title: str
+    """What a reader of the progress bar sees."""
+    target: str
+    """`module:function`, called as function(payload, folder, progress) in the slot's process: `folder` is a Path, and
+    `progress` takes the share that is done, from 0 to 1. What it returns must be JSON-able."""
+    payload: dict[str, Any]
+    """The function's first argument."""
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    folder: Path,
+    slots: int,
+    log: Callable[[str], Path],
+    on_done: Callable[[Job, dict[str, Any]], None],
+    on_failed: Callable[[Job, str], None],
+    threads: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Run every job, `slots` at a time, started in the order given; one slot means strictly one after the other.
+
+    The callbacks run in the calling thread. A job that raises, or whose process dies, goes to `on_failed` with one line
+    that says why; the others go on, and a process that died is replaced. What a job prints goes to `log(job.id)`.
+    Slots end with this process, even when it is killed. An exception here, Ctrl-C among them, ends them at once.
+
+    folder: handed to every job.
+    threads: CPU threads of each slot; None divides the free cores among the slots.
+    device: "cpu" hides all GPUs; "auto" and "cuda" give each slot one GPU, in turn.
+    """
+    if slots < 1:
+        raise UsageError(f"slots={slots}: at least one process must run the jobs")
+    environments = slot_environments(slots, threads=threads, device=device)
+    waiting = iter(jobs)
+    events: queue.SimpleQueue[tuple[Job, dict[str, Any]]] = queue.SimpleQueue()
+    lock = threading.Lock()
+
+    def take() -> Job | None:
+        with lock:
+            return next(waiting, None)
+
+    team = [_Slot(environment, take, events.put, folder, log) for environment in environments[: len(jobs)]]
+    with JobProgress(len(jobs)) as progress:
+        try:
+            for slot in team:
+                slot.start()
+            left = len(jobs)
+            while left:
+                with contextlib.suppress(queue.Empty):
+                    job, event = events.get(timeout=1.0)
+                    left -= _handle(job, event, progress, on_done, on_failed)
+                progress.refresh()
+        finally:
+            for slot in team:
+                slot.stop()
+            for slot in team:
+                slot.join()
+
+
+def free_cores() -> int:
+    """The CPU cores that this process may use: its affinity, and its container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, max(1, int(quota) // int(period)))  # int("max") raises: no quota
+    return cores
+
+
+def visible_gpus(device: str) -> tuple[str, ...]:
+    """The GPUs to share among slots, as CUDA_VISIBLE_DEVICES names them; none for a device that is not CUDA.
+
+    A slot sees one GPU alone, as "cuda": a job is told "cuda" even where the user said "cuda:1".
+    Raises UsageError when `device` is "cuda" or "cuda:N" and there is none.
+    """
+    if device != "auto" and not device.startswith("cuda"):
+        return ()
+    import torch
+
+    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    names = (given or [str(place) for place in range(torch.cuda.device_count())])[: torch.cuda.device_count()]
+    wanted = names[int(device[5:]) :][:1] if device.startswith("cuda:") else names
+    if device != "auto" and not wanted:
+        raise UsageError(f"device {device!r}: torch sees {len(names)} GPU(s) here; use --device cpu or --device auto")
+    return tuple(wanted)
+
+
+def default_slots(device: str) -> int:
+    """As many jobs at once as there are GPUs, or CPU cores where there is no GPU to use."""
+    import torch
+
+    if device in ("auto", "mps") and torch.backends.mps.is_available():
+        return 1
+    return len(visible_gpus(device)) or free_cores()
+
+
+def slot_environments(slots: int, *, threads: int | None, device: str) -> list[dict[str, str]]:
+    """What each slot's process finds in its environment besides ours: its threads, its GPU, where modules are."""
+    gpus = visible_gpus(device)
+    threads = threads or max(1, free_cores() // slots)
+    shared = {name: str(threads) for name in _THREAD_SETTINGS}
+    shared["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    gpu_of_slot = itertools.cycle(gpus or ("",))
+    return [{**shared, "CUDA_VISIBLE_DEVICES": next(gpu_of_slot)} for _ in range(slots)]
+
+
+def _handle(
+    job: Job,
+    event: dict[str, Any],
+    progress: JobProgress,
+    on_done: Callable[[Job, dict[str, Any]], None],
+    on_failed: Callable[[Job, str], None],
+) -> bool:
+    """Act on one line from a slot; True when it ends the job."""
+    if "share" in event:
+        progress.update(job.id, event["share"])
+        return False
+    if "failed" in event:
+        progress.finish(job.id, f"FAILED {job.title}: {event['failed']}")
+        on_failed(job, event["failed"])
+    else:
+        progress.finish(job.id, job.title)
+        on_done(job, event["done"])
+    return True
+
+
+class _Slot:
+    """Feeds one process with jobs, starts it again when it dies, and passes on what it says."""
+
+    def __init__(
+        self,
+        environment: dict[str, str],
+        take: Callable[[], Job | None],
+        tell: Callable[[tuple[Job, dict[str, Any]]], None],
+        folder: Path,
+        log: Callable[[str], Path],
+    ) -> None:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._environment = environment
+        self._take, self._tell = take, tell
+        self._folder, self._log = folder, log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def start(self) -> None:
+        """Begin to take jobs."""
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until there are no more jobs, or the slot was stopped."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped and (job := self._take()):
+            try:
+                end = self._do(job)
+            except Exception as error:  # no process to be had, or its pipe broke: nobody waits for ever
+                end = {"failed": f"its process could not be used: {error}"}
+                self._end_process()
+            self._tell((job, end))
+        self._end_process()
+
+    def stop(self) -> None:
+        """End the process at once, and start no other."""
+        with self._lock:
+            self._stopped = True
+            if self._process is not None:
+                self._process.kill()
+
+    def _do(self, job: Job) -> dict[str, Any]:
+        process = self._living_process()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        order = {**asdict(job), "folder": str(self._folder), "log": str(self._log(job.id))}
+        process.stdin.write(json.dumps(order).encode() + b"\n")
+        process.stdin.flush()
+        for line in process.stdout:
+            if not line.endswith(b"\n"):  # killed while it wrote
+                break
+            event = json.loads(line)
+            if "share" not in event:
+                return dict(event)
+            self._tell((job, event))
+        return {"failed": _how_it_died(self._end_process())}
+
+    def _living_process(self) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if self._stopped:
+                raise ProcessLookupError("the slot was stopped")
+            if self._process is None:
+                # A session of its own: Ctrl-C reaches the parent alone, which then ends the slots in good order.
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "collect.jobs.worker"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env={**os.environ, **self._environment},
+                    start_new_session=True,
+                )
+            return self._process
+
+    def _end_process(self) -> int:
+        """Close the process's input, which ends it, and give its exit status."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        process.stdout.close()
+        return process.wait()
+
+
+def _how_it_died(status: int) -> str:
+    if status == -9:
+        return "its process was killed (signal 9): by hand, or because memory ran out"
+    return f"its process died ({f'signal {-status}' if status < 0 else f'exit status {status}'})"

@@ -1,0 +1,305 @@
+"""One training under way: its parts, one step of it, its scores, and its state."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from collect.training.device import Clock, Precision
+from collect.training.optimizer import make_optimizer, make_scheduler
+from collect.training.seeding import random_state, seed_everything, set_random_state
+from collect.workloads.recipe import Recipe, Workload
+from data.sources.base import Batch, Source, generator_for
+from predictor.errors import UsageError
+from predictor.layers.layer import Layer, layers_of
+
+Scores: TypeAlias = Literal["epoch", "end"]
+LOOK_EVERY = 20
+"""Steps between looks at the loss on a GPU, which has to be waited for at each. On a CPU every step's is looked at."""
+_TEST_BATCH = 256
+
+
+class Training:
+    """A training under way. Hooks may read all of it, freeze parameters, hold weights at zero, set `around_forward`,
+    `on_answers` and `among`, and call `finish`, `stop` and `untimed`.
+
+    Building it seeds all global random generators and makes the model; nothing is trained yet.
+
+    budget: the share of the recipe's steps to take. rescaled: whether the schedule is rescaled to them; otherwise it is
+    broken off.
+    scores: when to test: after each "epoch", or at the "end" alone, where a test takes as long as the training.
+    left_out: the share of the training samples that an epoch leaves out, from 0 to below 1: it is that much shorter.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        source: Source,
+        *,
+        seed: int,
+        device: torch.device,
+        budget: float = 1.0,
+        rescaled: bool = True,
+        scores: Scores = "epoch",
+        left_out: float = 0.0,
+    ) -> None:
+        recipe = workload.recipe
+        self._scores = scores
+        self.workload = workload
+        self.source = source
+        self.seed = seed
+        self.device = device
+        self.steps_per_epoch = steps_per_epoch(source, recipe, left_out)
+        self.total_steps = _total_steps(recipe, self.steps_per_epoch, budget)
+        self.among = _some_of(source, left_out, seed)
+        """Ids of the samples that epochs go through, ascending; None for all. A hook may put others in their place, as
+        many, in the last step of an epoch."""
+        seed_everything(seed)
+        # Built on the CPU, so that every device starts from the same weights.
+        self.model = workload.model(source).to(device).to(memory_format=self._memory_format(source.shape))
+        self.optimizer = make_optimizer(self.model, recipe)
+        scheduled = self.total_steps if rescaled else _total_steps(recipe, self.steps_per_epoch, 1.0)
+        self.scheduler = make_scheduler(self.optimizer, recipe, scheduled)
+        self.precision = Precision(device, recipe.amp)
+        self.clock = Clock(device)
+        self.step = 0
+        """Optimizer steps done."""
+        self.loss = torch.tensor(math.nan, device=device)
+        """Training loss of the step just taken: one number, on the device, without a graph."""
+        self.curve: list[dict[str, float]] = []
+        """Scores after each epoch and at the end: step, epoch (epochs done, parts of one too), train_loss (mean since
+        the scores before, as it was minimised), test_loss (plain cross entropy), test_accuracy, train_seconds."""
+        self.around_forward: Callable[[Tensor], contextlib.AbstractContextManager[Any]] = _nothing
+        """For a hook to set at the start: what is around the model's call on each training batch, whose ids_B it is
+        given. Not around tests and what hooks call."""
+        self.on_answers: Callable[[Tensor, Tensor], None] | None = None
+        """For a hook to set at the start: told of each training batch, after its forward pass, its ids_B, on the CPU,
+        and right_B, bool, on the device: which samples got their own label. None, and nobody looks."""
+        self.status: Literal["running", "finished", "diverged", "stopped"] = "running"
+        """Whether it goes on; it finished all its steps; its loss is no longer finite; a hook stopped it."""
+        self.stop_reason = ""
+        """What the hook that stopped it said."""
+        self._loss_sum = torch.zeros((), device=device)
+        self._losses = 0
+
+    @property
+    def recipe(self) -> Recipe:
+        """How it is trained."""
+        return self.workload.recipe
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The model's layers that may freeze, in the order in which its forward pass on two samples uses them."""
+        return layers_of(self.model, self._formatted(self.source.probe(2, self.device)))
+
+    @property
+    def running(self) -> bool:
+        """Whether it goes on."""
+        return self.status == "running"
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs done."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def scores_due(self) -> bool:
+        """Whether it is time to test."""
+        return self.epoch_ended if self._scores == "epoch" else self.step == self.total_steps
+
+    @property
+    def epoch_ended(self) -> bool:
+        """Whether an epoch or the training has just ended."""
+        return self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
+
+    @property
+    def lr(self) -> float:
+        """In a hook: the learning rate of the step just taken; before the first, that of the first."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def train_seconds(self) -> float:
+        """Wall-clock seconds of training so far: data, steps and hooks; not tests, checkpoints and `untimed` spans."""
+        return self.clock.wall_seconds
+
+    @property
+    def cpu_seconds(self) -> float:
+        """The same in CPU seconds of this process, over all its threads."""
+        return self.clock.cpu_seconds
+
+    def untimed(self) -> contextlib.AbstractContextManager[None]:
+        """For a hook's work that is no part of the training: `with training.untimed(): ...` is left out of its time."""
+        return self.clock.paused()
+
+    def finish(self) -> None:
+        """For a hook, in `on_step`: let this step be the last, as if the training had been planned so long."""
+        self.total_steps = self.step
+
+    def stop(self, reason: str) -> None:
+        """For a hook: end the training after this step, with the scores taken so far and the status "stopped"."""
+        self.status, self.stop_reason = "stopped", reason
+
+    def batches(self) -> Iterator[Batch]:
+        """What is left of the epoch under way."""
+        start = self.step % self.steps_per_epoch * self.recipe.accumulate
+        return self.source.batches(
+            "train",
+            self.recipe.batch_size,
+            seed=self.seed,
+            epoch=self.epoch,
+            shuffle=True,
+            augment=self.recipe.augment,
+            start=start,
+            device=self.device,
+            drop_last=True,
+            among=self.among,
+        )
+
+    def take_step(self, batches: Iterator[Batch]) -> bool:
+        """Take one optimizer step on the next `accumulate` batches; the gradients stand until `zero_grad`.
+
+        Returns False, and takes no step, when the loss is seen not to be finite: the training has diverged.
+        """
+        loss = torch.zeros((), device=self.device)
+        for _ in range(self.recipe.accumulate):
+            ids_B, inputs, labels_B = next(batches)
+            with self.precision.forward():
+                with self.around_forward(ids_B):
+                    logits_BC = self._logits(inputs)
+                if self.on_answers is not None:
+                    self.on_answers(ids_B, logits_BC.detach().argmax(dim=1) == labels_B)
+                part = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.recipe.label_smoothing)
+            self.precision.backward(part / self.recipe.accumulate)
+            loss += part.detach() / self.recipe.accumulate
+        self.loss = loss
+        self._loss_sum += loss
+        self._losses += 1
+        if self._look_due() and not math.isfinite(self._loss_sum.item()):
+            self.status = "diverged"
+            return False
+        self.precision.update(self.optimizer, self.model.parameters(), self.recipe.clip_norm)
+        self.step += 1
+        return True
+
+    def score(self) -> None:
+        """Test the model and add a row to `curve`, or find that the training has diverged."""
+        test_loss, test_accuracy = self.test()
+        train_loss = self._loss_sum.item() / self._losses
+        if not (math.isfinite(test_loss) and math.isfinite(train_loss)):
+            self.status = "diverged"
+            return
+        self.curve.append(
+            {
+                "step": self.step,
+                "epoch": self.step / self.steps_per_epoch,
+                "train_loss": train_loss,
+                "test_loss": test_loss,
+                "test_accuracy": test_accuracy,
+                "train_seconds": self.train_seconds,
+            }
+        )
+        self._loss_sum.zero_()
+        self._losses = 0
+
+    @torch.no_grad()
+    def test(self) -> tuple[float, float]:
+        """Mean cross entropy and accuracy over the test samples."""
+        self.model.eval()
+        loss = torch.zeros((), device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        for _, inputs, labels_B in self.source.batches("test", _TEST_BATCH, shuffle=False, device=self.device):
+            with self.precision.forward():
+                logits_BC = self._logits(inputs).float()
+            loss += F.cross_entropy(logits_BC, labels_B, reduction="sum")
+            correct += (logits_BC.argmax(dim=1) == labels_B).sum()
+        self.model.train()
+        size = self.source.size("test")
+        return loss.item() / size, correct.item() / size
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that it takes to go on exactly: also the random generators, which are global."""
+        parts = ("model", "optimizer", "scheduler", "clock")
+        return {
+            **{name: getattr(self, name).state_dict() for name in parts},
+            "scaler": self.precision.scaler.state_dict(),
+            "random": random_state(),
+            "step": self.step,
+            "curve": self.curve,
+            "loss": [self.loss, self._loss_sum, self._losses],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same training."""
+        for name in ("model", "optimizer", "scheduler", "clock"):
+            getattr(self, name).load_state_dict(state[name])
+        if state["scaler"]:
+            self.precision.scaler.load_state_dict(state["scaler"])
+        loss, loss_sum, self._losses = state["loss"]
+        self.loss, self._loss_sum = loss.to(self.device), loss_sum.to(self.device)
+        self.step, self.curve = state["step"], list(state["curve"])
+        set_random_state(state["random"])
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        logits_BC: Tensor = self.model(self._formatted(inputs))
+        return logits_BC
+
+    def _formatted(self, inputs: Tensor) -> Tensor:
+        return inputs.contiguous(memory_format=self._memory_format(inputs.shape[1:]))
+
+    def _look_due(self) -> bool:
+        return self.device.type == "cpu" or (self.step + 1) % LOOK_EVERY == 0
+
+    def _memory_format(self, shape: tuple[int, ...]) -> torch.memory_format:
+        images = len(shape) == 3
+        return torch.channels_last if images and self.recipe.channels_last else torch.contiguous_format
+
+
+def _nothing(ids_B: Tensor) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def steps_per_epoch(source: Source, recipe: Recipe, left_out: float = 0.0) -> int:
+    """Optimizer steps of an epoch that leaves out a share of the training samples.
+
+    Raises UsageError for a share that is none, and where what is left is not enough for one step.
+    """
+    size, samples = _kept(source, left_out), recipe.batch_size * recipe.accumulate
+    if samples > size:
+        rest, cure = (f" beside the share left out, {left_out}", ", or leave out less") if left_out else ("", "")
+        raise UsageError(
+            f"batch_size={recipe.batch_size}, accumulate={recipe.accumulate}: a step wants {samples} samples and "
+            f"{source.name} has {size}{rest}: lower them{cure}"
+        )
+    return size // samples
+
+
+def _kept(source: Source, left_out: float) -> int:
+    if not 0 <= left_out < 1:
+        raise UsageError(f"left_out={left_out}: give a share of the training samples, from 0 to below 1")
+    size = source.size("train")
+    return size - round(left_out * size)
+
+
+def _some_of(source: Source, left_out: float, seed: int) -> Tensor | None:
+    """Ascending ids of the samples that a training begins with, drawn by its seed; None where none are left out."""
+    size, kept = source.size("train"), _kept(source, left_out)
+    if kept == size:
+        return None
+    order_N = torch.randperm(size, generator=generator_for("left out", seed))
+    return order_N[:kept].sort().values
+
+
+def _total_steps(recipe: Recipe, steps_per_epoch: int, budget: float) -> int:
+    if not 0 < budget <= 1:
+        raise UsageError(f"budget={budget}: give a share of the recipe's steps, above 0 and at most 1")
+    return max(1, round(budget * recipe.epochs * steps_per_epoch))
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """The shape of each parameter, by name."""
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}

@@ -1,0 +1,1 @@
+"""What a predictor is trained on: labelled windows, made of trajectories and outcomes."""

@@ -1,0 +1,1 @@
+"""What freezing did to recorded runs: the records, and the accuracy cost worked out from them."""

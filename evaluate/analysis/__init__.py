@@ -1,0 +1,1 @@
+"""What results mean: paired statistics, Pareto fronts, areas, the oracle."""

@@ -1,0 +1,201 @@
+"""The best freezing in hindsight: a search over schedules of one workload for accuracy and for FLOPs.
+
+A schedule freezes the first quarter of the layers at one time, the half, three quarters and all of them at later ones,
+or never. Optuna's TPE proposes a few schedules, each is trained with every seed as an ordinary trial of a suite, and
+what came of them guides the next proposals (Ozaki et al. 2022, "Multiobjective tree-structured Parzen estimator"). The
+search is seeded and reads every result from the folder's results.jsonl, so the same command proposes the same
+schedules again, finds them trained, and goes on where it was broken off, or further with more trials.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from collect.workloads import own_code
+from evaluate.analysis.oracle_file import Schedule, pareto
+from evaluate.trials.plan import Settings, SuiteFolder, make_plan
+from evaluate.trials.records import Results, Trial, read_results
+from evaluate.trials.run import run_suite
+from evaluate.trials.suite import PolicyEntry, Suite, WorkloadEntry, read_suite
+from evaluate.trials.trial import build_workload
+from predictor.errors import UsageError
+from predictor.shared.files import write_json
+
+if TYPE_CHECKING:
+    import optuna
+
+SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Of the layers, frozen at the four times of a schedule."""
+_STEP = 0.05
+"""Times are multiples of it, so that like schedules are one."""
+_ROUND = 8
+"""Schedules that are proposed, and trained side by side, before the search learns from them."""
+_FIRST = (0.0, 0.2, 0.4, 0.6, 0.8)
+"""Before it proposes any, fronts that begin at these times and grow evenly: the whole range of costs."""
+_FULL = PolicyEntry("none", "none")
+
+Fronts = tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, and how long."""
+
+    workload: WorkloadEntry
+    seeds: tuple[int, ...]
+    trials: int
+    """Schedules that are proposed."""
+    scores: Any = "end"
+    seed: int = 0
+    """Of the proposals."""
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise UsageError(f"trials={self.trials}: at least one schedule must be tried")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise UsageError(f"seeds={list(self.seeds)}: give different whole numbers from 0")
+        if "/" in self.workload.label:
+            raise UsageError(f"workload {self.workload.label!r}: a file is called so: give it a label without '/'")
+
+
+def make_search(workload: str, suite: str | None, seeds: Sequence[int] | None, trials: int) -> Search:
+    """The search for a workload of `collect.workloads`, or, where a suite is named, for the one that it calls so.
+
+    With a suite, the recipe, source and seeds are the suite's, so that its policies can be compared. Without seeds
+    and suite, they are 0, 1 and 2. Raises UsageError for a workload that the suite has not.
+    """
+    if suite is None:
+        return Search(WorkloadEntry(workload, workload), tuple((0, 1, 2) if seeds is None else seeds), trials)
+    named = read_suite(suite)
+    entry = next((entry for entry in named.workloads if entry.label == workload), None)
+    if entry is None:
+        known = ", ".join(entry.label for entry in named.workloads)
+        raise UsageError(f"suite {named.name!r} has no workload {workload!r}: it has {known}")
+    return Search(entry, named.seeds if seeds is None else tuple(seeds), trials, named.scores)
+
+
+def find_oracle(search: Search, out: Path, settings: Settings, say: Callable[[str], None] = print) -> Path:
+    """Search, and write `out`/LABEL.json; the trials are in the folder `out`/LABEL, which is a suite's.
+
+    say: takes a line on each round. Raises UsageError or FileFault for a workload or a folder that does not work.
+    """
+    folder = SuiteFolder(out / search.workload.label)
+    entries = {_FULL.label: _FULL}
+    study, proposed = _study(search.seed), 0
+    while proposed < search.trials:
+        asked = [study.ask() for _ in range(min(_ROUND, search.trials - proposed))]
+        wanted = [_entry(_fronts(trial)) for trial in asked]
+        entries |= {entry.label: entry for entry in wanted}
+        results = _train(search, tuple(entries.values()), folder, settings)
+        for trial, entry in zip(asked, wanted, strict=True):
+            _tell(study, trial, _measured(results, search, entry))
+        proposed += len(asked)
+        say(f"{proposed} of {search.trials} schedules tried")
+    tried = [found for entry in entries.values() if (found := _measured(results, search, entry)) is not None]
+    if not tried:
+        raise UsageError(f"no training of {search.workload.label} finished: its logs are in {folder.root / 'logs'}")
+    path = out / f"{search.workload.label}.json"
+    write_json(path, _content(search, tried))
+    return path
+
+
+def _study(seed: int) -> "optuna.Study":
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(seed=seed)
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+    for begin in _FIRST:
+        gap = round((1 - begin) / len(SHARES) / _STEP) * _STEP
+        study.enqueue_trial({"begin": begin} | {f"wait{place}": gap for place in range(1, len(SHARES))})
+    return study
+
+
+def _fronts(trial: "optuna.Trial") -> Fronts:
+    """The schedule that a trial proposes: a time to begin, then how long to wait for each next front."""
+    times = [trial.suggest_float("begin", 0.0, 1.0, step=_STEP)]
+    for place in range(1, len(SHARES)):
+        times.append(times[-1] + trial.suggest_float(f"wait{place}", 0.0, 1.0, step=_STEP))
+    return fronts_at(times)
+
+
+def fronts_at(times: Sequence[float]) -> Fronts:
+    """The option of the policy "schedule" for the times at which each of SHARES freezes; from 1 on it is never.
+
+    Of several at the same time the largest counts.
+    """
+    steps = {round(round(time / _STEP) * _STEP, 2): share for time, share in zip(times, SHARES, strict=True)}
+    return tuple((time, share) for time, share in steps.items() if time < 1)
+
+
+def _entry(fronts: Fronts) -> PolicyEntry:
+    """Full training for a schedule that never freezes anything, which is trained anyway."""
+    if not fronts:
+        return _FULL
+    label = "schedule " + ", ".join(f"{share:g} at {time:g}" for time, share in fronts)
+    return PolicyEntry("schedule", label, {"fronts": [list(front) for front in fronts]})
+
+
+def _train(search: Search, entries: tuple[PolicyEntry, ...], folder: SuiteFolder, settings: Settings) -> Results:
+    """Train what has no result yet, as a suite that has grown by these schedules."""
+    name = f"oracle-{search.workload.label}"
+    suite = Suite(name, (search.workload,), entries, search.seeds, _FULL.label, scores=search.scores)
+    run_suite(make_plan(suite, folder, settings), folder, lambda figures, done: None)
+    return read_results(folder.root)
+
+
+def _measured(results: Results, search: Search, entry: PolicyEntry) -> Schedule | None:
+    """What a schedule came to beside full training; None where a training of either was lost."""
+    label = search.workload.label
+    full, own = results.cell(label, _FULL.label), results.cell(label, entry.label)
+    numbers = [_numbers(full.get(seed), own.get(seed)) for seed in search.seeds]
+    whole = [each for each in numbers if each is not None]
+    if len(whole) < len(numbers):
+        return None
+    accuracy, difference, share = (fmean(column) for column in zip(*whole, strict=True))
+    fronts = tuple((time, part) for time, part in entry.options.get("fronts", ()))
+    return Schedule(share, difference, accuracy, fronts)
+
+
+def _numbers(full: Trial | None, own: Trial | None) -> tuple[float, float, float] | None:
+    """Accuracy, its difference to full training, and the share of its FLOPs."""
+    if full is None or own is None or full.accuracy is None or own.accuracy is None or not full.flops or not own.flops:
+        return None
+    return own.accuracy, own.accuracy - full.accuracy, own.flops / full.flops
+
+
+def _tell(study: "optuna.Study", trial: "optuna.Trial", found: Schedule | None) -> None:
+    import optuna
+
+    if found is None:
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    else:
+        study.tell(trial, [found.accuracy, found.flops_share])
+
+
+def _content(search: Search, tried: list[Schedule]) -> Mapping[str, Any]:
+    workload = build_workload(search.workload.name, search.workload.source, search.workload.recipe)
+    return {
+        "workload": search.workload.label,
+        "name": search.workload.name,
+        **({"code": code} if (code := own_code(search.workload.name)) else {}),
+        "recipe": asdict(workload.recipe),
+        "source": workload.source,
+        "seeds": list(search.seeds),
+        "trials": search.trials,
+        "tried": len(tried),
+        "front": [asdict(each) for each in pareto(tried)],
+        "note": "The best of many on the test set: an upper limit of what freezing could save.",
+    }
+
+
+def written(front: Sequence[Schedule]) -> list[str]:
+    """The front as lines for a terminal."""
+    lines = ["FLOPs  accuracy %  difference  front of the layers"]
+    for each in front:
+        when = ", ".join(f"{share:.0%} from {time:.0%} on" for time, share in each.fronts) or "nothing freezes"
+        cells = f"{each.flops_share:5.0%}  {each.accuracy * 100:10.2f}  {each.difference * 100:+10.2f}"
+        lines.append(f"{cells}  {when}")
+    return lines

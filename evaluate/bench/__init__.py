@@ -1,0 +1,1 @@
+"""What the library itself costs, against the limit."""

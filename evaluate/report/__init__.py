@@ -1,0 +1,1 @@
+"""Results for readers: the terminal, Markdown, the HTML page and its figures."""

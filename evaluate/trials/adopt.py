@@ -1,0 +1,63 @@
+"""Takes trials over that were run elsewhere: those that the repository publishes, or another machine's."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from evaluate.trials.plan import Plan, SuiteFolder, trial_id
+from evaluate.trials.records import ADOPTED, MALFORMED, has_result, trial_of
+from predictor.errors import FileFault
+from predictor.shared.files import read_json_lines
+
+_LONGEST_LINE = 1 << 20
+"""Bytes; a trial's line has some thousands. A packed file of a few kilobytes may unpack to any length."""
+
+
+def adopt(path: Path, plan: Plan, folder: SuiteFolder) -> list[dict[str, Any]]:
+    """The results in `path` that the plan asks for and that `folder` has not, marked as taken over; writes nothing.
+
+    path: a results.jsonl, or one packed by gzip. Results are told by the id of their configuration, so that a trial is
+    taken only where it is the very one of the plan, trained on the same kind of device, and its costs were counted as
+    they are now.
+
+    Raises FileFault where the file cannot be read.
+    """
+    own = [*read_json_lines(folder.results), *read_json_lines(folder.earlier)]
+    wanted = {job.id for job in plan.jobs} - {row.get("trial_id") for row in own if has_result(row)}
+    taken = {row["trial_id"]: row for row in _rows(path) if has_result(row) and _is_one_of(row, wanted)}
+    return [{**row, ADOPTED: True} for row in taken.values()]
+
+
+def _is_one_of(row: dict[str, Any], wanted: set[str]) -> bool:
+    """Whether a line from elsewhere is what it says: of a wanted configuration, and a trial of just that."""
+    try:
+        trial, config = trial_of(row), row["config"]
+        told = config["label"], config["policy"]["label"], config["seed"]
+        return trial.trial_id == trial_id(config) in wanted and (trial.workload, trial.policy, trial.seed) == told
+    except MALFORMED:
+        return False
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The file's objects, one at a time; lines that are none are passed over."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for line in _lines(path, file):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(row, dict):
+                    yield row
+    except (OSError, EOFError, zlib.error) as error:
+        raise FileFault(f"{path}: cannot be read ({error}): give a results.jsonl, or one packed by gzip") from error
+
+
+def _lines(path: Path, file: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
+    while line := file.readline(_LONGEST_LINE):
+        if len(line) == _LONGEST_LINE:
+            raise FileFault(f"{path}: a line of more than {_LONGEST_LINE} bytes: this is no results.jsonl")
+        yield line

@@ -1,0 +1,168 @@
+"""The hooks of a trial that freeze layers and keep the frozen front's features, and what they note of that."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias, get_args
+
+from torch import Tensor
+
+from collect.training.loop import Hook, Training
+from data.sources.base import Source
+from data.sources.memory import ImageSource
+from predictor.cache.augmented import AugmentedCache, DirectCache
+from predictor.cache.compression import Compression
+from predictor.cache.feature_cache import FeatureCache
+from predictor.controller import FreezeController
+from predictor.errors import UsageError, unknown
+from predictor.layers.layer import Layer
+from predictor.policies.base import FreezePolicy
+
+CacheForm: TypeAlias = Literal["exact", "compressed", "views", "first", "direct"]
+"""How features are kept: a FeatureCache, without and with compression; an AugmentedCache with compression; and, to
+compare with, the features of a sample's first pass for good, or a DirectCache, which augments kept maps."""
+UNDER_AUGMENTATION: tuple[CacheForm, ...] = ("views", "first", "direct")
+"""The forms for samples that are augmented at random. The others refuse them."""
+
+
+class FreezeHook(Hook):
+    """Lets a policy freeze layers of the model under training.
+
+    layers: those that may freeze; the training's own by default. stop: end the training once all of them are frozen.
+    """
+
+    controller: FreezeController
+
+    def __init__(self, policy: FreezePolicy, layers: Sequence[Layer] | None = None, stop: bool = False) -> None:
+        self._policy = policy
+        self._layers = layers
+        self._stop = stop
+
+    def on_start(self, training: Training) -> None:
+        """Watch the training; a policy that freezes before the first step does so here."""
+        self.controller = FreezeController(
+            training.model,
+            training.optimizer,
+            self._policy,
+            total_steps=training.total_steps,
+            layers=training.layers if self._layers is None else self._layers,
+            say=None,
+        )
+
+    def on_step(self, training: Training) -> None:
+        """Let the policy judge."""
+        self.controller.step()
+        if self._stop and self.controller.finished:
+            training.finish()
+
+    def on_end(self, training: Training) -> None:
+        """Let go of what the policy holds."""
+        self.controller.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The controller's state."""
+        return self.controller.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the controller's state."""
+        self.controller.load_state_dict(state)
+
+
+class CacheHook(Hook):
+    """Skips the frozen front's forward pass on samples whose features are kept. To come after the FreezeHook.
+
+    When a training goes on from a checkpoint, the counts go on. Features of the form "exact" are kept anew; those of
+    the others, which no later pass would give again, are in the checkpoint.
+
+    form: how features are kept. options: of the form's cache. Raises UsageError for a form that does not exist.
+    """
+
+    cache: FeatureCache
+
+    def __init__(self, freezing: FreezeHook, form: CacheForm = "exact", **options: Any) -> None:
+        if form not in get_args(CacheForm):
+            raise unknown("form of the cache", form, get_args(CacheForm))
+        self.hits: Counter[tuple[frozenset[int], frozenset[int]]] = Counter()
+        """Samples on which the front was skipped, in steps that were taken: by the layers frozen then, and those frozen
+        when the place was found from whose features their pass began (`FeatureCache.taken`)."""
+        self.misses = 0
+        """Samples in such steps that the model ran as a whole."""
+        self._looked = 0
+        self._freezing = freezing
+        self._form: CacheForm = form
+        self._options = options
+        self._under_way: list[tuple[frozenset[int], Counter[frozenset[int] | None]]] = []
+
+    def on_start(self, training: Training) -> None:
+        """Be there for each batch. Raises UsageError where the form does not fit the training's samples."""
+        self.cache = _made(self._form, self._freezing.controller, training, self._options)
+        training.around_forward = self._around
+
+    def on_step(self, training: Training) -> None:
+        """Count the samples of the step's batches."""
+        for frozen, taken in self._under_way:
+            self.misses += taken.pop(None, 0)
+            self.hits.update({(frozen, under): count for under, count in taken.items() if under is not None})
+        self._under_way.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts, and the features where they could not be kept anew."""
+        hits = [[sorted(frozen), sorted(under), count] for (frozen, under), count in self.hits.items()]
+        counts = {"hits": hits, "misses": self.misses, "looked": self.looked}
+        return counts if self._form == "exact" else {**counts, "cache": self.cache.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the counts, and from the features where there are any."""
+        self.hits = Counter({(frozenset(frozen), frozenset(under)): n for frozen, under, n in state["hits"]})
+        self.misses, self._looked = state["misses"], state["looked"]
+        if "cache" in state:
+            self.cache.load_state_dict(state["cache"])
+
+    @property
+    def looked(self) -> int:
+        """Samples in the passes forward in which the cache looked for places to cut, besides the steps' own."""
+        return self._looked + self.cache.looked
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What the trial's result says of the cache, at the end."""
+        figures: dict[str, Any] = {
+            "hits": self.hits.total(),
+            "misses": self.misses,
+            "looked": self.looked,
+            "bytes": self.cache.bytes,
+            "cut": self.cache.cut,
+            "reason": self.cache.reason,
+        }
+        if self._form == "exact":
+            return figures
+        kept = {"precision": self.cache.precision, "exact_bytes": self.cache.exact_bytes}
+        return {**figures, "form": self._form, **kept}
+
+    @contextmanager
+    def _around(self, ids_B: Tensor) -> Iterator[None]:
+        with self.cache.batch(ids_B):
+            yield
+        self._under_way.append((self._freezing.controller.frozen, self.cache.taken))
+
+
+def _made(form: CacheForm, controller: FreezeController, training: Training, options: dict[str, Any]) -> FeatureCache:
+    if form == "exact":
+        return FeatureCache(controller, **options)
+    if form == "compressed":
+        return FeatureCache(controller, **{"compression": Compression(), **options})
+    if form == "first":
+        return FeatureCache(controller, **{"check_inputs": False, **options})
+    if form == "views":
+        return AugmentedCache(controller, **{"compression": Compression(), "seed": training.seed, **options})
+    return DirectCache(controller, **{**_moves(training.source), "seed": training.seed, **options})
+
+
+def _moves(source: Source) -> dict[str, Any]:
+    """What the source does to its images, for a DirectCache to do the same to maps."""
+    if not isinstance(source, ImageSource):
+        raise UsageError(
+            f"the cache's form 'direct' moves and mirrors maps as images in memory are, and {source.name} has none: "
+            "take 'views'"
+        )
+    return {"flip": source.look.flip, "shift": source.look.shift / source.shape[-1]}

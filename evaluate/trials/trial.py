@@ -1,0 +1,170 @@
+"""One trial: a workload trained under a policy with a seed, and everything that the report wants to know of it."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from collect.hooks.sieve import Sieve
+from collect.hooks.sparse_masks import SparseMasks
+from collect.training.device import pick_device
+from collect.training.loop import Training, train
+from collect.training.provenance import hardware, versions
+from collect.workloads import Workload, load_workload
+from data.sources import load_source
+from evaluate.trials.cost import StepFlops, steps_by_pattern
+from evaluate.trials.freezing import CacheForm, CacheHook, FreezeHook
+from evaluate.trials.lora import with_lora
+from evaluate.trials.records import ACCOUNTING
+from evaluate.trials.stopwatch import PeakMemory, Stopwatch, warm_up
+from predictor.controller import FreezeController
+from predictor.errors import UsageError
+from predictor.layers.flops import count_flops
+from predictor.policies import make_policy
+
+
+def build_workload(name: str, source: str | None, recipe: Mapping[str, Any]) -> Workload:
+    """The workload of a name with another source, where one is given, and with changes to its recipe."""
+    try:
+        workload = load_workload(name).with_recipe(**recipe)
+    except TypeError as error:
+        raise UsageError(f"workload {name!r} cannot be trained with {dict(recipe)}: {error}") from error
+    return workload if source is None else replace(workload, source=source)
+
+
+def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float], None]) -> dict[str, Any]:
+    """Do one trial and return its line of results.jsonl.
+
+    payload: `row`, the facts that are known beforehand and head the result; and what it takes to train: `workload`
+        (arguments of `build_workload`), `policy` (name and options of `make_policy`), `cache` (whether, or in which
+        form, the frozen front's features are kept), `stop` (whether the training ends once all layers are frozen),
+        `lora` (rank of the adapters to train, or None), `sieve` (the share of the samples that each epoch leaves out),
+        `sparse` (the share of the weights that masks hold at zero), `scores` (when to test), `seed` and `device`.
+    """
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    workload, rank = build_workload(**payload["workload"]), payload["lora"]
+    if rank is not None:
+        workload = with_lora(workload, rank)
+    source = load_source(workload.source, train_samples=workload.recipe.train_samples)
+    policy = make_policy(payload["policy"]["name"], **payload["policy"]["options"])
+    device = pick_device(payload["device"])
+    warm_up(workload, source, device)
+    freezing = FreezeHook(policy, layers=None if rank is None else (), stop=payload["stop"])
+    cache: CacheForm | Literal[False] = "exact" if payload["cache"] is True else payload["cache"]
+    caching = CacheHook(freezing, cache) if cache else None
+    sieve = Sieve() if payload["sieve"] else None
+    masks = SparseMasks(payload["sparse"]) if payload["sparse"] else None
+    stopwatch, memory = Stopwatch(), PeakMemory(device)
+    training = train(
+        workload,
+        seed=payload["seed"],
+        hooks=[hook for hook in (masks, freezing, caching, sieve, stopwatch) if hook is not None],
+        device=payload["device"],
+        budget=policy.budget,
+        rescaled=policy.rescaled,
+        progress=lambda step, total: progress(step / total),
+        source=source,
+        scores=payload["scores"],
+        left_out=payload["sieve"],
+    )
+    measured = {
+        "peak_memory_bytes": memory.bytes,
+        "peak_memory_note": memory.note,
+        "step_cost": stopwatch.bins,
+        **_outcome(training),
+        **_freezing(freezing.controller, caching, training),
+        "accounting": ACCOUNTING,
+        "sieve": None if sieve is None else sieve.figures,
+        "sparse": None if masks is None else _sparse(masks, freezing.controller, training),
+    }
+    facts = {"versions": versions(), "hardware": hardware(), "started": started}
+    result: dict[str, Any] = finite({**payload["row"], **measured, **facts})
+    return result
+
+
+def finite(value: Any) -> Any:
+    """`value` with every number that is not finite as None: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _outcome(training: Training) -> dict[str, Any]:
+    finished = training.status == "finished"
+    last = training.curve[-1] if finished else {}
+    lost = f"the loss was no longer a finite number after step {training.step} of {training.total_steps}"
+    return {
+        "status": training.status,
+        "error": None if finished else lost,
+        "accuracy": last.get("test_accuracy"),
+        "loss": last.get("test_loss"),
+        "train_seconds": training.train_seconds,
+        "cpu_seconds": training.cpu_seconds,
+        "steps": training.step,
+        "planned_steps": max(1, round(training.recipe.epochs * training.steps_per_epoch)),
+        "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
+        "curve": training.curve,
+    }
+
+
+def _freezing(controller: FreezeController, caching: CacheHook | None, training: Training) -> dict[str, Any]:
+    """What was frozen when, what the cache did, and the FLOPs that this leaves."""
+    step_flops = StepFlops(training.workload, training.source)
+    for event in controller.history:  # into the trial's log
+        print(f"{event}: {step_flops(frozenset(event.frozen)) / step_flops(frozenset()):.0%} of a full step's FLOPs")
+    if caching is not None:
+        print(f"cache: {caching.figures}")
+    steps = steps_by_pattern(controller.history, training.step)
+    return {
+        "policy_seconds": controller.seconds,
+        "layers": [layer.name for layer in controller.layers],
+        "freezes": [asdict(event) for event in controller.history],
+        "patterns": [
+            {"frozen": sorted(frozen), "step_flops": step_flops(frozen), "steps": count}
+            for frozen, count in steps.items()
+        ],
+        "cache": None if caching is None else caching.figures,
+        "flops": sum(step_flops(frozen) * count for frozen, count in steps.items())
+        - _spared(caching, step_flops)
+        + _beside(controller, training),
+    }
+
+
+def _spared(caching: CacheHook | None, step_flops: StepFlops) -> int:
+    """FLOPs of the forward passes that the cache made unnecessary, less those that it made to find where to cut.
+
+    These count as whole passes, though most of them skip the front that is tried.
+    """
+    if caching is None:
+        return 0
+    each = [
+        (step_flops(frozen) - step_flops(frozen, under), samples) for (frozen, under), samples in caching.hits.items()
+    ]
+    skipped = sum(spared * samples for spared, samples in each)
+    return (skipped - caching.looked * step_flops.forward) // step_flops.samples
+
+
+def _beside(controller: FreezeController, training: Training) -> int:
+    """FLOPs of the policy's own passes through the model."""
+    passes = controller.policy.passes
+    if not passes:
+        return 0
+    probe = training.source.probe(2, training.device)
+    forward_L = count_flops(training.model, controller.layers, (probe,), {}).forward_L
+    return sum(sum(forward_L[: place + 1]) * samples for place, samples in passes.items()) // len(probe)
+
+
+def _sparse(masks: SparseMasks, controller: FreezeController, training: Training) -> dict[str, Any]:
+    """How sparse the network is; and the share of the training's FLOPs that would be left if none were spent on zeros.
+
+    A theoretical share: dense kernels spend them, and so they are in the FLOPs of the trial's result. What a feature
+    cache skips is left out of account.
+    """
+    dense = count_flops(training.model, controller.layers, (training.source.probe(2, training.device),), {})
+    steps = steps_by_pattern(controller.history, training.step)
+    spent, left = (sum(cost.step(frozen) * n for frozen, n in steps.items()) for cost in (dense, masks.thinned(dense)))
+    return {**masks.figures, "theoretical_flops_share": left / spent if spent else None}

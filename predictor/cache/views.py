@@ -1,0 +1,159 @@
+"""Features of several augmented views of each sample: whole for the first, in the sensitive channels for the others."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from predictor.cache.compression import CompressedStore, channel_dimension, has_channels
+from predictor.cache.store import Precision
+
+
+class ViewStore(CompressedStore):
+    """A CompressedStore whose `put` adds a view of a sample, until it has `views` of them.
+
+    The first view is kept whole. Which channels of the others are kept is measured once, on the first samples that come
+    a second time: in each output the share `channels` of its channels, at least one, in which their two views are
+    least alike. A sample is held when all of its views are.
+
+    like, memory_bytes, directory, precision: as for a CompressedStore; the bytes are shared out among the views.
+    """
+
+    def __init__(
+        self,
+        like: Sequence[Tensor],
+        memory_bytes: int,
+        directory: Path | str | None = None,
+        *,
+        precision: Precision,
+        views: int,
+        channels: float,
+    ) -> None:
+        first_bytes = int(memory_bytes / (1 + (views - 1) * channels))
+        super().__init__(like, first_bytes, directory, precision=precision)
+        self._views = views
+        self._share = channels
+        self._later_bytes = memory_bytes - first_bytes
+        self._files = directory
+        self._later: CompressedStore | None = None  # a row for each view but the first, found by `_key`
+        self._sensitive: list[Tensor | None] = []  # of each output the channels, once they were measured
+        self._seen: dict[int, int] = {}
+        self._complete = 0
+
+    def __len__(self) -> int:
+        return self._complete
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all views held."""
+        return super().bytes + (0 if self._later is None else self._later.bytes)
+
+    def holds(self, ids: Sequence[int]) -> bool:
+        """Whether every view of every one of these samples is here."""
+        return all(self._seen.get(i) == self._views for i in ids)
+
+    def missing(self, ids: Sequence[int]) -> list[int]:
+        """The number of the view that each sample gets next, from 0; the last one where it has all."""
+        return [min(self._seen.get(i, 0), self._views - 1) for i in ids]
+
+    def put(self, ids: Sequence[int], leaves: Sequence[Tensor]) -> None:
+        """Keep the next view of each of these samples that has not got all."""
+        seen_B = [self._seen.get(i, 0) for i in ids]
+        for view in sorted(set(seen_B) - {self._views}):
+            at = [place for place, seen in enumerate(seen_B) if seen == view]
+            some = [ids[place] for place in at]
+            rows = [leaf.detach()[at] for leaf in leaves]
+            if view == 0:
+                super().put(some, rows)
+            else:
+                self._put_later(view, some, rows)
+            self._seen.update(dict.fromkeys(some, view + 1))
+            self._complete += len(set(some)) if view + 1 == self._views else 0
+
+    def fetch(self, ids: Sequence[int], views: Sequence[int] | None = None) -> list[Tensor]:
+        """The rows of these samples as they lie here, for `unpacked`: of these views, by default the first of each."""
+        at = [place for place, view in enumerate(views or ()) if view > 0]
+        later: list[Tensor] = []
+        if at and self._later is not None:
+            later = self._later.fetch([self._key(ids[place], (views or ())[place]) for place in at])
+        return [*super().fetch(ids), torch.tensor(at, dtype=torch.int64), *later]
+
+    def unpacked(self, rows: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """What `fetch` gave, as it goes into the model, on `device`."""
+        count = sum(self._parts)
+        first, at, later = rows[:count], rows[count], rows[count + 1 :]
+        leaves = super().unpacked(first, device)
+        if self._later is not None and len(at):
+            shown = iter(self._later.unpacked(later, device))
+            for leaf, channels_C in zip(leaves, self._sensitive, strict=True):
+                if channels_C is not None:
+                    place = channel_dimension(leaf)
+                    view = next(shown).movedim(place, 1)
+                    leaf.movedim(place, 1)[at.to(device)[:, None], channels_C.to(device)] = view
+        return leaves
+
+    def state_dict(self) -> dict[str, Any]:
+        """All views held, with the samples' ids, and the sensitive channels."""
+        return {
+            "first": super().state_dict(),
+            "later": None if self._later is None else self._later.state_dict(),
+            "sensitive": self._sensitive,
+            "seen": torch.tensor(list(self._seen.items()), dtype=torch.int64).view(-1, 2),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep the views of a store of the same kind. Raises OSError when the disk is full."""
+        super().load_state_dict(state["first"])
+        self._seen = dict(state["seen"].tolist())
+        self._complete = sum(seen == self._views for seen in self._seen.values())
+        self._sensitive = list(state["sensitive"])
+        if state["later"] is not None:
+            one = self.get(state["first"]["ids"][:1].tolist(), torch.device("cpu"))
+            self._later = self._later_like(self._chosen(one))
+            self._later.load_state_dict(state["later"])
+
+    def _put_later(self, view: int, ids: list[int], rows: list[Tensor]) -> None:
+        if not self._sensitive:
+            before = self.get(ids, rows[0].device)
+            self._sensitive = [self._measured(a, b) for a, b in zip(before, rows, strict=True)]
+        chosen = self._chosen(rows)
+        if self._later is None:
+            self._later = self._later_like(chosen)
+        self._later.put([self._key(i, view) for i in ids], chosen)
+
+    def _later_like(self, chosen: list[Tensor]) -> CompressedStore:
+        return CompressedStore(chosen, self._later_bytes, self._files, precision=self.precision)
+
+    def _key(self, sample: int, view: int) -> int:
+        return sample * self._views + view
+
+    def _measured(self, first: Tensor, second: Tensor) -> Tensor | None:
+        return sensitive_channels(channel_similarity(first, second), self._share).cpu() if has_channels(first) else None
+
+    def _chosen(self, rows: list[Tensor]) -> list[Tensor]:
+        """What of a view is kept."""
+        return [
+            leaf.index_select(channel_dimension(leaf), channels_C.to(leaf.device))
+            for leaf, channels_C in zip(rows, self._sensitive, strict=True)
+            if channels_C is not None
+        ]
+
+
+def channel_similarity(first: Tensor, second: Tensor) -> Tensor:
+    """How alike two outputs are in each channel, similarity_C: 1 where they are equal, less the more they differ.
+
+    2 <a, b> / (|a|^2 + |b|^2) over all samples and places of the channel, which is the cosine between a and b where
+    both are of one length. A channel that is 0 in both is alike.
+    """
+    others = [place for place in range(first.dim()) if place != channel_dimension(first)]
+    a, b = first.float(), second.float()
+    size_C = (a * a + b * b).sum(others)
+    return torch.where(size_C > 0, 2 * (a * b).sum(others) / size_C, torch.ones_like(size_C))
+
+
+def sensitive_channels(similarity_C: Tensor, share: float) -> Tensor:
+    """The places of the share of channels, at least one, that are least alike, ascending."""
+    count = max(1, round(share * len(similarity_C)))
+    return torch.argsort(similarity_C, stable=True)[:count].sort().values

@@ -1,0 +1,1 @@
+"""What a model's freezable layers are: execution order, grouping, the head, and what a layer costs."""

@@ -1,0 +1,172 @@
+"""When each part of a model is first used: seen in one forward pass, or taken from the order of definition."""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.jit import ScriptModule
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from predictor.layers.isolated_pass import undisturbed
+from predictor.layers.parts import holds_weight
+from predictor.layers.tensors import tensors_in
+
+
+@dataclass(frozen=True)
+class Order:
+    """Moments at which a model's parts and parameters are used: numbers that only their order gives a meaning."""
+
+    first: dict[nn.Module, int]
+    """First use of each part that is used at all."""
+    last: dict[nn.Module, int]
+    """Last use of it."""
+    parameters: dict[int, int]
+    """First use of a parameter, by its id."""
+    ends: frozenset[nn.Module] = field(default=frozenset())
+    """Parts with weights whose outputs are the model's, and go into no other part with weights."""
+
+
+def definition_order(model: nn.Module, parts: Iterable[nn.Module]) -> Order:
+    """As if every part ran once, in the order of definition, and a container's own parameters just before what it
+    contains.
+    """
+    places = {part: place for place, part in enumerate(parts)}
+    parameters: dict[int, int] = {}
+    for module in model.modules():
+        first = min((places[part] for part in module.modules() if part in places), default=None)
+        if first is not None:
+            for parameter in module.parameters(recurse=False):
+                parameters.setdefault(id(parameter), first)
+    return Order(places, dict(places), parameters)
+
+
+def traced_order(model: nn.Module, parts: Iterable[nn.Module], example: object) -> Order:
+    """What happens when `model` is called with `example`: a tuple of inputs, a dict of named ones, or the only one.
+
+    The model is left as it was (see `undisturbed`), apart from what its own code keeps in plain attributes. Raises what
+    the model raises.
+    """
+    watch = _Watch(model, tuple(parts))
+    with undisturbed(model), ExitStack() as hooks:
+        # TorchScript takes no hooks; the weights of its modules are seen at work.
+        for part in (part for part in watch.parts if not isinstance(part, ScriptModule)):
+            hooks.callback(part.register_forward_pre_hook(watch.called).remove)
+        with watch:
+            if isinstance(example, tuple):
+                output = model(*example)
+            elif isinstance(example, Mapping):
+                output = model(**example)
+            else:
+                output = model(example)
+    return watch.order(output)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the first use of parts and parameters, and follows which part's output goes into which.
+
+    It stands below autograd, where every operator comes by with the very tensors that it computes with. So a parameter
+    is seen however it is used: by a module's call, by attention that takes its children's weights, or by name.
+
+    Following outputs: each storage knows the parts with weights whose outputs are in it, and forgets those that some
+    later part was fed with. What is known of the model's outputs at the end are its heads. Storages, not tensors, since
+    views and slices write into one another.
+    """
+
+    def __init__(self, model: nn.Module, parts: tuple[nn.Module, ...]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.parts = parts
+        self._clock = itertools.count()
+        self._first: dict[nn.Module, int] = {}
+        self._last: dict[nn.Module, int] = {}
+        self._parameters: dict[int, int] = {}
+        self._known = {id(parameter) for parameter in model.parameters()}
+        self._fed: set[nn.Module] = set()
+        self._outputs_in: dict[int, frozenset[nn.Module]] = {}
+        # Storages that hold nothing of the example: weights of parts, and what is computed from them and buffers alone.
+        self._weights_in: dict[int, frozenset[nn.Module]] = {}
+        # Kept so that no other storage gets the number of one that is gone; the memory itself is let go.
+        self._pins: list[StorageWeakRef] = []
+        for tensor in model.buffers():
+            self._mark(self._weights_in, tensor, frozenset())
+        self._holders = _holders(parts)
+        holders_in: dict[int, set[frozenset[nn.Module]]] = {}
+        for parameter in model.parameters():
+            holders = self._holders.get(id(parameter), frozenset())
+            holders_in.setdefault(_number(parameter), set()).add(frozenset(filter(holds_weight, holders)))
+        for parameter in model.parameters():
+            # Weights of several parts that are flattened into one storage cannot be told apart.
+            found = holders_in[_number(parameter)]
+            self._mark(self._weights_in, parameter, next(iter(found)) if len(found) == 1 else frozenset())
+
+    def called(self, part: nn.Module, inputs: object) -> None:
+        """Note that a part is called now."""
+        now = next(self._clock)
+        self._first.setdefault(part, now)
+        self._last[part] = now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator and note what it uses and what comes out."""
+        result = func(*args, **(kwargs or {}))
+        now = next(self._clock)
+        inputs = [*tensors_in(args), *tensors_in(kwargs)]
+        for tensor in inputs:
+            if id(tensor) in self._known:
+                self._parameters.setdefault(id(tensor), now)
+        self._follow({_number(tensor) for tensor in inputs}, list(tensors_in(result)))
+        return result
+
+    def order(self, output: object) -> Order:
+        """What was noted, `output` being the model's."""
+        for part in self.parts:
+            # A part whose weights are used without a call. A weight that two parts share says nothing of either.
+            own = [id(p) for p in part.parameters() if len(self._holders[id(p)]) == 1]
+            used = min((self._parameters[p] for p in own if p in self._parameters), default=None)
+            if used is not None:
+                self._first[part] = min(self._first.get(part, used), used)
+                self._last.setdefault(part, used)
+        numbers = (_number(tensor) for tensor in tensors_in(dict(output) if isinstance(output, Mapping) else output))
+        ends = frozenset[nn.Module]().union(*(self._outputs_in.get(number, ()) for number in numbers))
+        return Order(self._first, self._last, self._parameters, ends.intersection(self._first) - self._fed)
+
+    def _follow(self, inputs: set[int], results: list[Tensor]) -> None:
+        weights = frozenset[nn.Module]().union(*(self._weights_in.get(number, ()) for number in inputs))
+        if inputs <= self._weights_in.keys():
+            for result in results:
+                if _number(result) not in self._outputs_in:
+                    self._mark(self._weights_in, result, weights)
+            return
+        sources = frozenset[nn.Module]().union(*(self._outputs_in.get(number, ()) for number in inputs))
+        if weights:
+            self._fed = (self._fed | sources) - weights
+        for result in results:
+            self._weights_in.pop(_number(result), None)
+            self._mark(self._outputs_in, result, weights or sources - self._fed)
+
+    def _mark(self, table: dict[int, frozenset[nn.Module]], tensor: Tensor, parts: frozenset[nn.Module]) -> None:
+        number = _number(tensor)
+        if number < 0:
+            return
+        if number not in self._weights_in and number not in self._outputs_in:
+            self._pins.append(StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
+        table[number] = parts
+
+
+def _holders(parts: Iterable[nn.Module]) -> dict[int, frozenset[nn.Module]]:
+    """The parts that hold each parameter, by its id."""
+    holders: dict[int, frozenset[nn.Module]] = {}
+    for part in parts:
+        for parameter in part.parameters():
+            holders[id(parameter)] = holders.get(id(parameter), frozenset()) | {part}
+    return holders
+
+
+def _number(tensor: Tensor) -> int:
+    """A number that tensors share if and only if they share memory; -1 for all that have no memory of their own."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return -1

@@ -1,0 +1,1 @@
+"""What several policies measure: gradients, activations, similarity, quantized copies, learning rates by layer."""

@@ -1,0 +1,176 @@
+"""What layers give for a batch: taking a batch from the training, and passes of the model beside it."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.jit import ScriptModule
+from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
+
+from predictor.errors import UsageError
+from predictor.layers.isolated_pass import undisturbed
+from predictor.layers.layer import Layer
+from predictor.layers.tensors import tensors_in
+from predictor.policies.measuring.similarity import by_sample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call of a model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: str
+    """The lower precision that the call ran in, as "bfloat16"; empty where it ran in none."""
+
+    @property
+    def samples(self) -> int:
+        """The first dimension of the first tensor; 0 where there is none."""
+        return next((leaf.shape[0] for leaf in tensors_in((self.args, self.kwargs)) if leaf.dim()), 0)
+
+    @property
+    def device(self) -> torch.device:
+        """That of the first tensor."""
+        return next((leaf.device for leaf in tensors_in((self.args, self.kwargs))), torch.device("cpu"))
+
+    def kept(self) -> "Batch":
+        """A copy that nobody else writes to."""
+        return self._each(torch.clone)
+
+    def moved(self, device: torch.device) -> "Batch":
+        """The same on another device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The call, its tensors on the CPU."""
+        there = self.moved(torch.device("cpu"))
+        return {"args": list(there.args), "kwargs": there.kwargs, "autocast": self.autocast}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], device: torch.device) -> "Batch":
+        """The call of a `state_dict`, its tensors on a device."""
+        return cls(tuple(state["args"]), dict(state["kwargs"]), state["autocast"]).moved(device)
+
+    def _each(self, function: Any) -> "Batch":
+        args, kwargs = tree_map(
+            lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
+        )
+        return Batch(args, kwargs, self.autocast)
+
+
+class BatchTaker:
+    """Takes the next batch that a model trains on, when it is told to. Nothing hangs on the model in between.
+
+    `torch.compile` compiles a model twice, with and without the hook. Of a compiled `nn.Sequential` it sees no call.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._handle: RemovableHandle | None = None
+        self._batch: Batch | None = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it was told to take a batch that has not been asked for yet."""
+        return self._handle is not None or self._batch is not None
+
+    def wait(self) -> None:
+        """Take the batch of the model's next call with gradients switched on."""
+        if self._handle is None:
+            self._handle = self._model.register_forward_pre_hook(self._take, with_kwargs=True)
+
+    def taken(self) -> Batch | None:
+        """The batch, which is let go of here; None, with a warning, if the model was not called."""
+        batch = self._batch
+        self.close()
+        if batch is None:
+            warnings.warn(
+                f"no call of {type(self._model).__name__} was seen in a training step, so its layers cannot be judged: "
+                "call the model that the controller was given, and compile no nn.Sequential as a whole",
+                stacklevel=3,
+            )
+        return batch
+
+    def close(self) -> None:
+        """Stop waiting and let go."""
+        self._release()
+        self._batch = None
+
+    def _release(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Not a pass to validate, nor a copy of the model that DataParallel made on another device.
+        if not torch.is_grad_enabled() or module is not self._model:
+            return
+        self._release()
+        batch = Batch(args, kwargs, "")._each(Tensor.detach)
+        kind = batch.device.type
+        if torch.is_autocast_enabled(kind):
+            batch = Batch(batch.args, batch.kwargs, str(torch.get_autocast_dtype(kind)).removeprefix("torch."))
+        self._batch = batch
+
+
+def outputs_of(
+    model: nn.Module,
+    layers: Mapping[int, Layer],
+    batch: Batch,
+    digest: Callable[[Tensor], Tensor] = torch.clone,
+    weights: Mapping[str, Tensor] | None = None,
+) -> dict[int, Tensor]:
+    """What `digest` makes of each layer's output to a batch.
+
+    That is what `layer.output` gives at its first call.
+
+    The model is left as it was (see `undisturbed`). It runs in evaluation mode, no further than to the last of the
+    outputs. Layers without an output that has a row for each sample are left out.
+
+    layers: by their places. digest: of features_BF, float32. It is called at once, for the model may write over its
+    outputs. weights: parameters and buffers by name, which take the place of the model's own in here.
+    """
+    found: dict[int, Tensor | None] = {}
+    # TorchScript takes no hooks.
+    seen = {place: layer.output for place, layer in layers.items() if not isinstance(layer.output, ScriptModule)}
+    kind, dtype = batch.device.type, getattr(torch, batch.autocast) if batch.autocast else None
+
+    def take(place: int, module: nn.Module, inputs: object, output: object) -> None:
+        if place not in found:
+            features_BF = by_sample(output, batch.samples)
+            with torch.autocast(kind, enabled=False):
+                found[place] = None if features_BF is None else digest(features_BF.float())
+            if len(found) == len(seen):
+                raise _Enough
+
+    with undisturbed(model), ExitStack() as stack:
+        for place, module in seen.items():
+            stack.callback(module.register_forward_hook(partial(take, place)).remove)
+        # Without its cache: the training must not find weights there that were cast without gradients.
+        stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=dtype is not None, cache_enabled=False))
+        stack.enter_context(suppress(_Enough))
+        if weights is None:
+            model(*batch.args, **batch.kwargs)
+        else:
+            functional_call(model, dict(weights), batch.args, batch.kwargs)
+    return {place: digested for place, digested in found.items() if digested is not None}
+
+
+def refuse_sharded(model: nn.Module, policy: str) -> None:
+    """Raise UsageError for a model in pieces on several machines: no pass beside the training can end halfway there."""
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise UsageError(
+            f"policy {policy!r} runs the model beside the training, which a sharded model does not allow: use DDP, or "
+            "a policy that looks at weights, such as smartfrz"
+        )
+
+
+class _Enough(Exception):
+    """Ends a pass once everything has been seen."""

@@ -1,0 +1,124 @@
+"""Which runs a predictor learns from, which choose, which are kept for the test, and which it never gets to see.
+
+Never single windows: neighbours of a run overlap, so that a test on them would ask for what was learnt by heart.
+"""
+
+import random
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from predictor.errors import FileFault, UsageError
+from predictor.training.windows import RunWindows
+
+
+@dataclass(frozen=True)
+class Split:
+    """Places of runs; every run is in exactly one part."""
+
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+    """They choose the epoch and the threshold."""
+    test: tuple[int, ...]
+    """Looked at once, at the end."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Families and sources that a predictor is judged on, and whose runs it never learns from."""
+
+    families: tuple[str, ...] = ()
+    """Kinds of architecture, as workloads name them."""
+    sources: tuple[str, ...] = ()
+    """Data sets. A name stands also for what is made of it: "fashion" for fashion-first, fashion@14 and fashion:x."""
+
+    def holds(self, family: str, source: str) -> bool:
+        """Whether a run of this family on this source is held out."""
+        return bool(self.among([family], [source]))
+
+    def among(self, families: Iterable[str], sources: Iterable[str]) -> list[str]:
+        """Those of the families and sources that are held out."""
+        held_families = [family for family in families if family in self.families]
+        return held_families + [source for source in sources if any(_made_of(source, name) for name in self.sources)]
+
+
+def read_held_out(path: Path) -> HeldOut:
+    """The families and sources that a TOML file names. Raises FileFault for a file that names none."""
+    cure = "give a file like data/dataset/held_out.toml, or `none` to hold nothing out"
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileFault(f"{path}: cannot be read ({error.strerror or error}): {cure}") from error
+    except ValueError as error:  # of TOML, or of UTF-8
+        raise FileFault(f"{path}: no TOML ({error}): {cure}") from error
+    known = [field.name for field in fields(HeldOut)]
+    # A key with a slip in it would hold nothing out, and nobody would see it.
+    if surplus := sorted(set(content) - set(known)):
+        raise FileFault(f"{path}: {', '.join(surplus)} means nothing here, only {' and '.join(known)} do: {cure}")
+    for name, value in content.items():
+        if not isinstance(value, list) or not all(isinstance(part, str) and part for part in value):
+            raise FileFault(f"{path}: {name} = {value!r:.60} is no list of names: {cure}")
+    if not any(content.values()):
+        raise FileFault(f"{path}: names no family and no source: {cure}")
+    return HeldOut(**{name: tuple(value) for name, value in content.items()})
+
+
+def split_by_run(runs: Sequence[RunWindows], validation: float, test: float, seed: int) -> Split:
+    """Split runs, stratified by family: each family gives its share to every part, to within one run.
+
+    The split depends on the runs' ids and families and on `seed`, not on the runs' order.
+    Raises UsageError when the shares are out of range or there are fewer than three runs.
+    """
+    if min(validation, test) <= 0 or validation + test >= 1:
+        raise UsageError(f"validation={validation}, test={test}: shares above 0 that leave some runs for training")
+    if len(runs) < 3:
+        raise UsageError(
+            f"{len(runs)} run(s): training, validation and test need one each; gather more with "
+            "`python -m collect gather trajectories`"
+        )
+    draw = random.Random(seed)
+    rest = _by_family(runs, draw)
+    test_places = _spread(rest, min(max(1, round(test * len(runs))), len(runs) - 2), draw)
+    rest = [place for place in rest if place not in test_places]
+    validation_places = _spread(rest, min(max(1, round(validation * len(runs))), len(rest) - 1), draw)
+    train_places = [place for place in rest if place not in validation_places]
+    return Split(tuple(sorted(train_places)), tuple(sorted(validation_places)), tuple(sorted(test_places)))
+
+
+def family_folds(runs: Sequence[RunWindows], most: int, seed: int) -> list[tuple[str, ...]]:
+    """The families in at most `most` groups of similar size, for cross-validation over families never seen.
+
+    Raises UsageError when all runs are of one family.
+    """
+    families = sorted({run.family for run in runs})
+    if len(families) < 2:
+        raise UsageError(f"all runs are of the family {families}: leaving one family out needs at least two")
+    random.Random(seed).shuffle(families)
+    folds = min(most, len(families))
+    return [tuple(sorted(families[fold::folds])) for fold in range(folds)]
+
+
+def places_of(runs: Sequence[RunWindows], families: Sequence[str]) -> tuple[int, ...]:
+    """The places of the runs that belong to `families`."""
+    return tuple(place for place, run in enumerate(runs) if run.family in families)
+
+
+def _made_of(source: str, name: str) -> bool:
+    """Whether a source is the one of this name, or bears its name in front of a sign such as `-`, `@` or `:`."""
+    return source.startswith(name) and not source[len(name) :][:1].isalnum()
+
+
+def _by_family(runs: Sequence[RunWindows], draw: random.Random) -> list[int]:
+    """Places of all runs, families one after the other, in an order that `draw` decides."""
+    places = sorted(range(len(runs)), key=lambda place: runs[place].run_id)
+    draw.shuffle(places)
+    families = sorted({run.family for run in runs})
+    draw.shuffle(families)
+    return sorted(places, key=lambda place: families.index(runs[place].family))
+
+
+def _spread(places: Sequence[int], count: int, draw: random.Random) -> set[int]:
+    """`count` of the places at equal distances (a systematic sample), which spreads them over the families."""
+    start = draw.random()
+    return {places[int((taken + start) * len(places) / count)] for taken in range(count)}

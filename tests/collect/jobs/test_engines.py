@@ -1,0 +1,222 @@
+"""The engine: order, failures, deaths of either side, what a slot finds in its environment."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from collect.jobs.local import Job, default_slots, free_cores, run_jobs, slot_environments, visible_gpus
+from predictor.errors import UsageError
+
+JOBS = """
+import json, os, signal, subprocess, sys, time
+
+def describe(payload, folder, progress):
+    import torch
+    print("said by", payload["name"])
+    subprocess.run(["echo", "said by a child"], check=True)
+    (folder / "order").open("a").write(payload["name"])
+    progress(0.5)
+    return {"name": payload["name"], "threads": torch.get_num_threads(), "gpus": os.environ["CUDA_VISIBLE_DEVICES"],
+            "omp": os.environ["OMP_NUM_THREADS"], "pid": os.getpid(), "flushed": float(torch.tensor(1e-42) * 1) == 0.0}
+
+def change_threads(payload, folder, progress):
+    import torch
+    torch.set_num_threads(3)
+    return {}
+
+def fail(payload, folder, progress):
+    raise KeyError("a fault")
+
+def misuse(payload, folder, progress):
+    from predictor.errors import UsageError
+    raise UsageError("rate=-1: give a positive one")
+
+def unwritable(payload, folder, progress):
+    return {"value": object()}
+
+def die(payload, folder, progress):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def leave(payload, folder, progress):
+    os._exit(3)
+
+def linger(payload, folder, progress):
+    (folder / f"pid-{payload['name']}").write_text(str(os.getpid()))
+    while True:
+        sum(range(100_000))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "enginejobs.py").write_text(JOBS)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+class Outcome:
+    def __init__(self) -> None:
+        self.done: dict[str, dict[str, Any]] = {}
+        self.failed: dict[str, str] = {}
+
+    def on_done(self, job: Job, result: dict[str, Any]) -> None:
+        self.done[job.id] = result
+
+    def on_failed(self, job: Job, error: str) -> None:
+        self.failed[job.id] = error
+
+
+def run(folder: Path, *functions: str, slots: int = 1, **options: Any) -> Outcome:
+    jobs = [
+        Job(name, f"job {name}", f"enginejobs:{function}", {"name": name})
+        for name, function in zip("abcdefgh", functions, strict=False)
+    ]
+    outcome = Outcome()
+    run_jobs(
+        jobs,
+        folder=folder,
+        slots=slots,
+        log=lambda name: folder / f"{name}.log",
+        on_done=outcome.on_done,
+        on_failed=outcome.on_failed,
+        device="cpu",
+        **options,
+    )
+    return outcome
+
+
+def test_one_slot_runs_jobs_in_order_in_one_pinned_process(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    outcome = run(folder, "describe", "change_threads", "describe", "describe", threads=1)
+    assert (folder / "order").read_text() == "acd"
+    assert list(outcome.done) == ["a", "b", "c", "d"]
+    assert not outcome.failed
+    for name in "acd":  # c comes after a job that changed its threads
+        result = outcome.done[name]
+        assert (result["threads"], result["omp"], result["gpus"], result["flushed"]) == (1, "1", "", True)
+        assert result["pid"] == outcome.done["a"]["pid"] != os.getpid()
+        text = (folder / f"{name}.log").read_text()
+        assert text.startswith("=== 20")
+        assert f"job {name}" in text.splitlines()[0]
+        assert f"said by {name}\n" in text
+        assert "said by a child\n" in text
+    printed = capfd.readouterr().out
+    assert "said by" not in printed
+    assert [line.split(" (")[0] for line in printed.splitlines()] == [f"{n + 1}/4 job {'abcd'[n]}" for n in range(4)]
+
+
+def test_a_job_that_fails_costs_only_itself(folder: Path) -> None:
+    outcome = run(folder, "fail", "describe", "misuse", "unwritable", "nonesuch", "describe")
+    assert outcome.failed["a"] == "KeyError: 'a fault'"
+    assert outcome.failed["c"] == "rate=-1: give a positive one"
+    assert "not JSON serializable" in outcome.failed["d"]
+    assert "nonesuch" in outcome.failed["e"]
+    assert list(outcome.done) == ["b", "f"]
+    assert outcome.done["b"]["pid"] == outcome.done["f"]["pid"]
+    assert "Traceback" in (folder / "a.log").read_text()
+
+
+def test_a_process_that_dies_costs_only_its_job_and_is_replaced(folder: Path) -> None:
+    outcome = run(folder, "describe", "die", "leave", "describe", "describe", slots=2)
+    assert "signal 9" in outcome.failed["b"]
+    assert "exit status 3" in outcome.failed["c"]
+    assert sorted(outcome.done) == ["a", "d", "e"]
+
+
+def test_no_jobs_and_no_slots(folder: Path) -> None:
+    assert not run(folder).done
+    with pytest.raises(UsageError, match="slots=0"):
+        run(folder, "describe", slots=0)
+
+
+def test_an_exception_in_a_callback_ends_the_slots(folder: Path) -> None:
+    pids: list[int] = []
+
+    def refuse(job: Job, result: dict[str, Any]) -> None:
+        pids.append(result["pid"])
+        raise UsageError("the disk is full")
+
+    with pytest.raises(UsageError, match="disk"):
+        run_jobs(
+            [Job("a", "a", "enginejobs:describe", {"name": "a"}), Job("b", "b", "enginejobs:linger", {"name": "b"})],
+            folder=folder,
+            slots=1,
+            log=lambda name: folder / f"{name}.log",
+            on_done=refuse,
+            on_failed=lambda job, error: None,
+            device="cpu",
+        )
+    assert not _alive(pids[0])
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from collect.jobs.local import Job, run_jobs
+folder = Path(sys.argv[1])
+jobs = [Job(name, name, "enginejobs:linger", {"name": name}) for name in "ab"]
+try:
+    run_jobs(jobs, folder=folder, slots=2, log=lambda name: folder / name, device="cpu",
+             on_done=lambda job, result: None, on_failed=lambda job, error: None)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_slots_end_with_their_parent(folder: Path, sent: signal.Signals) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(folder)])}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(folder)], env=environment)
+    files = [folder / "pid-a", folder / "pid-b"]
+    _wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+    parent.send_signal(sent)
+    assert parent.wait(timeout=20) == (130 if sent == signal.SIGINT else -sent)
+    _wait_for(lambda: not any(_alive(int(file.read_text())) for file in files))
+
+
+def test_environments_divide_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("collect.jobs.local.free_cores", lambda: 8)
+    monkeypatch.setattr("collect.jobs.local.visible_gpus", lambda device: ("3", "5"))
+    slots = slot_environments(4, threads=None, device="auto")
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["3", "5", "3", "5"]
+    assert {slot["OMP_NUM_THREADS"] for slot in slots} == {"2"}
+    assert slot_environments(16, threads=None, device="auto")[0]["MKL_NUM_THREADS"] == "1"
+    assert slot_environments(1, threads=5, device="auto")[0]["OMP_NUM_THREADS"] == "5"
+    assert default_slots("auto") == 2
+
+
+def test_gpus_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,GPU-abc")
+    assert visible_gpus("auto") == ("6", "GPU-abc")
+    assert visible_gpus("cuda:1") == ("GPU-abc",)
+    assert visible_gpus("cpu") == ()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus("cuda") == ("0", "1")
+    with pytest.raises(UsageError, match="2 GPU"):
+        visible_gpus("cuda:2")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert visible_gpus("auto") == ()
+    assert default_slots("auto") == free_cores()
+    with pytest.raises(UsageError, match="--device cpu"):
+        visible_gpus("cuda")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)

@@ -1,0 +1,110 @@
+"""The paper's networks, on small files of the formats that users have."""
+
+import hashlib
+import pickle
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from collect.hooks.recorder import Recorder
+from collect.training.loop import train
+from collect.workloads import WORKLOADS, load_workload
+from data.sources import load_source
+from predictor.errors import UsageError
+from predictor.model.sampling import SampleSpec
+from tests.collect.tiny import order_of_use, tiny_source
+
+NAMES = [name for name in WORKLOADS if name.rpartition("-")[2] in ("cifar10", "cifar100", "imagefolder")]
+
+
+@pytest.fixture
+def users_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small files of CIFAR's format, and a folder of images, where users keep theirs."""
+    import torchvision
+
+    monkeypatch.setenv("SMARTFRZ_DATA", str(tmp_path))
+    cifar10, cifar100 = torchvision.datasets.CIFAR10, torchvision.datasets.CIFAR100
+    write_cifar(tmp_path / cifar10.base_folder, cifar10, "labels", monkeypatch)
+    write_cifar(tmp_path / cifar100.base_folder, cifar100, "fine_labels", monkeypatch)
+    for split in ("train", "val"):
+        for name in ("cat", "dog", "owl"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for place in range(2):
+                pixels = np.random.default_rng(place).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "photos" / split / name / f"{place}.png")
+    return tmp_path
+
+
+def write_cifar(folder: Path, dataset: Any, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four images a file, and the checksums that torchvision compares."""
+    folder.mkdir()
+    for split in ("train_list", "test_list"):
+        told = []
+        for name, _ in getattr(dataset, split):
+            pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
+            content = pickle.dumps({"data": pixels, key: list(range(4))}, protocol=2)
+            (folder / name).write_bytes(content)
+            told.append([name, hashlib.md5(content).hexdigest()])
+        monkeypatch.setattr(dataset, split, told)
+    content = pickle.dumps({dataset.meta["key"]: [f"class {label}" for label in range(4)]}, protocol=2)
+    (folder / dataset.meta["filename"]).write_bytes(content)
+    monkeypatch.setitem(dataset.meta, "md5", hashlib.md5(content).hexdigest())
+
+
+def test_the_papers_networks_on_its_kinds_of_data() -> None:
+    families = Counter(load_workload(f"{name}:x" if "folder" in name else name).family for name in NAMES)
+    assert families == {"resnet": 3, "vgg": 3, "mobilenet": 3, "vit": 3}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_network_of_the_paper_takes_steps_and_is_recorded(name: str, users_disk: Path) -> None:
+    if name.startswith("deit"):
+        pytest.importorskip("timm", reason="an optional extra")
+    # VGG's linear layers take three million weights for each pixel of the smallest image that it pools to.
+    workload = load_workload(f"{name}:{users_disk}/photos@64" if name.endswith("folder") else name)
+    workload = workload.with_recipe(batch_size=2, accumulate=1, epochs=1, train_samples=4, warmup=0, momentum=0)
+    source = load_source(workload.source, train_samples=4)
+    recorder = Recorder(SampleSpec(weights=64, snapshots=2))
+    training = train(workload, seed=0, hooks=[recorder], device="cpu", source=source)
+    assert (training.status, training.step) == ("finished", 2)
+    assert len(training.layers) == {"resnet": 53, "vgg": 8, "mobilenet": 52, "vit": 49}[workload.family] + (
+        2 if name == "vgg11-imagefolder" else 0
+    )
+    weights_TLK = recorder.fields()["weights_TLK"]
+    assert weights_TLK.shape == (3, len(training.layers), 64)
+    assert (weights_TLK[0] != weights_TLK[2]).any(axis=1).all(), "a layer stood still"
+
+    inputs = source.probe(2)
+    names = [layer.name for layer in training.layers]
+    assert order_of_use(training.model, inputs)[: len(names)] == names
+    assert training.model(inputs).shape == (2, source.classes)
+
+
+def test_small_images_keep_their_resolution() -> None:
+    class Small:
+        name, kind, classes, shape = "small", "image", 10, (3, 32, 32)
+
+    sizes = {}
+    for name in ("resnet50", "vgg11", "mobilenetv2"):
+        model = load_workload(f"{name}-cifar10").model(Small())  # type: ignore[arg-type]
+        seen: list[tuple[int, int]] = []
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(lambda m, i, output: seen.append(tuple(output.shape[2:])))  # noqa: B023
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, 32, 32))
+        sizes[name] = (seen[0], seen[-1])
+    assert sizes == {"resnet50": ((32, 32), (4, 4)), "vgg11": ((32, 32), (2, 2)), "mobilenetv2": ((32, 32), (4, 4))}
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UsageError, match="this workload's network comes from timm: pip install timm"):
+        load_workload("deit-tiny-cifar10").model(tiny_source())

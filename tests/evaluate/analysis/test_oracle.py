@@ -1,0 +1,89 @@
+"""The search for the best freezing in hindsight: real trainings, and the schedules that it may propose."""
+
+import json
+
+import pytest
+
+from collect.workloads import own_code
+from evaluate.__main__ import main
+from evaluate.analysis.oracle import find_oracle, fronts_at, make_search, written
+from evaluate.analysis.oracle_file import find_oracles, read_oracle
+from evaluate.trials.plan import Settings
+from evaluate.trials.records import read_results
+from evaluate.trials.suite import SUITES
+from predictor.errors import UsageError
+
+SIX = "tests.evaluate.toys:six_linear"
+
+
+def lines(out):
+    return (out / SIX / "results.jsonl").read_text().splitlines()
+
+
+def test_times_become_fronts_and_never_is_left_out():
+    assert fronts_at([0.1, 0.1, 0.35, 1.2]) == ((0.1, 0.5), (0.35, 0.75))
+    assert fronts_at([0.30000000000000004, 0.7, 0.95, 1.0]) == ((0.3, 0.25), (0.7, 0.5), (0.95, 0.75))
+    assert fronts_at([0.0] * 4) == ((0.0, 1.0),)
+    assert fronts_at([1.0] * 4) == ()
+
+
+def test_a_search_ends_with_a_front_and_the_same_search_trains_nothing_again(tmp_path, capsys):
+    out = tmp_path / "oracle"
+    command = ["oracle", SIX, "--seeds", "0", "--trials", "6", "--slots", "1", "--device", "cpu", "--out", str(out)]
+    assert main(command) is None
+    said = capsys.readouterr().out
+    assert "6 of 6 schedules tried" in said
+    assert "an upper limit" in said
+    oracle, first = read_oracle(out / f"{SIX}.json"), lines(out)
+    assert (oracle.workload, oracle.seeds, oracle.recipe["epochs"]) == (SIX, (0,), 2)
+    shares = [each.flops_share for each in oracle.front]
+    differences = [each.difference for each in oracle.front]
+    assert shares == sorted(shares)
+    assert differences == sorted(differences)
+    # A front that grows evenly from the first step on, at two thirds of the FLOPs, is the first that is tried.
+    assert 0.3 < shares[0] < 0.7
+    assert shares[-1] <= 1.0
+    assert differences[-1] >= 0.0
+    # The front is of the trials that were run.
+    rows = {row["policy"]: row for row in map(json.loads, first)}
+    cheapest = oracle.front[0]
+    same = [row for row in rows.values() if row["policy_options"] == {"fronts": [list(f) for f in cheapest.fronts]}]
+    assert [row["accuracy"] for row in same] == [cheapest.accuracy]
+    assert same[0]["flops"] / rows["none"]["flops"] == cheapest.flops_share
+    # It is told by the network's own code, so that it is not used beside trainings of changed code.
+    assert (oracle.name, oracle.code) == (SIX, own_code(SIX))
+    assert find_oracles(out, read_results(out / SIX)) == ({SIX: oracle}, [])
+    main(command)
+    assert lines(out) == first
+    assert read_oracle(out / f"{SIX}.json") == oracle
+
+
+def test_a_suite_says_what_is_trained():
+    search = make_search("resnet8-fashion", str(SUITES / "quick.toml"), None, 4)
+    assert (search.seeds, search.scores, search.workload.recipe["train_samples"]) == ((0, 1, 2), "epoch", 4000)
+    assert make_search("resnet8-fashion", None, [4], 4).seeds == (4,)
+    with pytest.raises(UsageError, match="has no workload 'vit': it has resnet8-fashion"):
+        make_search("vit", "quick", None, 4)
+
+
+def test_what_cannot_be_searched_is_refused_before_any_training(tmp_path):
+    with pytest.raises(UsageError, match="trials=0"):
+        make_search(SIX, None, None, 0)
+    with pytest.raises(UsageError, match="different whole numbers"):
+        make_search(SIX, None, [1, 1], 2)
+    with pytest.raises(UsageError, match="workload"):
+        find_oracle(make_search("no-such-workload", None, None, 2), tmp_path, Settings("cpu"))
+
+
+def test_a_front_is_written_with_its_times(tmp_path):
+    path = tmp_path / "a.json"
+    front = [
+        {"flops_share": 0.61, "difference": -0.01, "accuracy": 0.8, "fronts": [[0.2, 0.5], [0.5, 1.0]]},
+        {"flops_share": 1.0, "difference": 0.0, "accuracy": 0.81, "fronts": []},
+    ]
+    facts = {"workload": "a", "recipe": {}, "source": "digits", "seeds": [0], "tried": 2}
+    path.write_text(json.dumps(facts | {"front": front}))
+    assert [line.split() for line in written(read_oracle(path).front)[1:]] == [
+        ["61%", "80.00", "-1.00", *["50%", "from", "20%", "on,", "100%", "from", "50%", "on"]],
+        ["100%", "81.00", "+0.00", "nothing", "freezes"],
+    ]

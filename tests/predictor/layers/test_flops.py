@@ -1,0 +1,97 @@
+"""What layers cost: counted in one forward pass, against what PyTorch counts in whole steps."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from predictor.freezing.freeze import freeze
+from predictor.layers.flops import LayerFlops, count_flops
+from predictor.layers.layer import layers_of
+
+X = torch.linspace(-1, 1, 4 * 3 * 16 * 16).reshape(4, 3, 16, 16)
+
+
+def chain():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(8 * 16 * 16, 32),
+        nn.ReLU(),
+        nn.Linear(32, 5),
+    )
+
+
+class Encoder(nn.Module):
+    """Embeds rows of an image, attends, and classifies."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(48, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x):
+        tokens = x.permute(0, 2, 1, 3).flatten(2)
+        return self.head(self.body(self.embed(tokens)).mean(1))
+
+
+def counted_step(model, layers, frozen):
+    for place in frozen:
+        freeze(layers[place])
+    torch.backends.mha.set_fastpath_enabled(False)  # its operators are unknown to the counter
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(X), torch.tensor([0, 1, 2, 3])).backward()
+    torch.backends.mha.set_fastpath_enabled(True)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (0, 1), (0, 1, 2), (1,), (2,), (0, 2)])
+@pytest.mark.parametrize("make", [chain, Encoder])
+def test_a_step_costs_what_pytorch_counts_in_it(make, frozen):
+    layers = layers_of(model := make(), X)
+    flops = count_flops(model, layers, (X,), {})
+    assert flops.step(frozenset(frozen)) == counted_step(model, layers, frozen)
+
+
+def test_a_case_worked_out_by_hand():
+    flops = LayerFlops(forward_L=(10, 20, 40), weightless_L=(0, 5, 0), entry_L=(10, 8, 40), head=7)
+    # Forward 77; weights 10 + 15 + 40 + 7; inputs 15 + 40 + 7 of products with weights, 2 x 5 of those without.
+    assert flops.step(frozenset()) == 77 + 72 + 62 + 10
+    # The second layer trains first: inputs inside it, of 15 - 8 and 2 x 5, and all behind it.
+    assert flops.step(frozenset({0})) == 77 + 62 + 54 + 10
+    assert flops.step(frozenset({0, 1})) == 77 + 47 + 7
+    assert flops.step(frozenset({0, 1, 2})) == 77 + 7
+    assert flops.step(frozenset({0, 1, 2}), cached=True) == 7 + 7
+    assert flops.step(frozenset({0, 2}), cached=True) == 67 + 22 + 54 + 10
+    assert flops.share(frozenset({0, 1, 2})) == 84 / 221
+
+
+def test_a_grouped_convolution_costs_as_much_backwards_as_forwards():
+    """PyTorch's own counter takes a weight gradient of a depthwise convolution for that of a full one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(8 * 14 * 14, 5))
+    flops = count_flops(model, layers_of(model, X), (X,), {})
+    depthwise = 2 * 4 * 8 * 14 * 14 * 9
+    assert flops.forward_L == (2 * 4 * 8 * 16 * 16 * 3, depthwise)
+    assert flops.step(frozenset()) - flops.step(frozenset({1})) == depthwise
+
+
+def test_counting_leaves_the_model_as_it_was():
+    model = chain().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    count_flops(model, layers_of(model, X), (X,), {})
+    assert torch.equal(torch.rand(1), expected)
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

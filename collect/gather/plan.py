@@ -15,11 +15,12 @@ source = "digits"           # another source than the workload's own
 import hashlib
 import itertools
 import json
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
+
+import tomllib
 
 from collect.hooks.cka import ProbeSpec
 from collect.workloads import Recipe, Workload, load_workload, own_code

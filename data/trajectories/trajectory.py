@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data.trajectories.schema import FIELDS
+from data.trajectories.schema import FIELDS, WRITTEN
 
 Arrays = dict[str, npt.NDArray[Any]]
 """Stored arrays by the names of their fields."""
@@ -32,7 +32,6 @@ class Trajectory:
     seconds_T: npt.NDArray[np.float64]
     weights_TLK: npt.NDArray[np.float32]
     gradient_norm_TL: npt.NDArray[np.float32]
-    update_norm_TL: npt.NDArray[np.float32]
     similarity_TL: npt.NDArray[np.float32]
 
     @property
@@ -44,7 +43,7 @@ class Trajectory:
 def arrays_of(trajectory: Trajectory) -> Arrays:
     """What a file holds of a trajectory. A number in the JSON parts that is not finite becomes null."""
     arrays: Arrays = {}
-    for field in FIELDS:
+    for field in WRITTEN:
         value = getattr(trajectory, field.attribute)
         if field.json:
             text = json.dumps(_finite(value), sort_keys=True, allow_nan=False)
@@ -57,7 +56,7 @@ def arrays_of(trajectory: Trajectory) -> Arrays:
 def trajectory_of(run_id: str, arrays: Arrays, parts: Mapping[str, Any]) -> Trajectory:
     """The trajectory of stored arrays, and of its JSON parts as `parsed` gives them."""
     values: dict[str, Any] = {
-        field.attribute: parts[field.name] if field.json else arrays[field.name] for field in FIELDS
+        field.attribute: parts[field.name] if field.json else arrays[field.name] for field in WRITTEN
     }
     values["layer_names"] = tuple(values["layer_names"])
     return Trajectory(run_id=run_id, **values)
@@ -80,9 +79,9 @@ def parsed(name: str, text_u1: npt.NDArray[np.uint8]) -> Any:
 
 
 def checksum(run_id: str, arrays: Arrays) -> str:
-    """SHA-256, in hexadecimal, over a run's id and every field: its name, type, shape and bytes."""
+    """SHA-256, in hexadecimal, over a run's id and each field that it has: name, type, shape and bytes."""
     digest = hashlib.sha256(f"{run_id}\n".encode())
-    for field in FIELDS:
+    for field in (field for field in FIELDS if field.name in arrays):
         array = arrays[field.name]
         digest.update(f"{field.name} {field.dtype} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)

@@ -92,6 +92,7 @@ def _closest(name: str, known: list[str]) -> str:
 
 def _cure(message: str) -> str:
     message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    message = message.replace("a valid array", "a valid list")
     return message.replace("Input should be less", "give a number less").replace(
         "Input should be greater", "give a number greater"
     ).replace("Input should be", "give")  # fmt: skip

@@ -18,7 +18,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """Everything that is kept of one training. The arrays are described, field by field, in `schema.FIELDS`."""
+    """Everything that is recorded of one training run. `schema.FIELDS` describes each array."""
 
     run_id: str
     config: dict[str, Any]
@@ -36,12 +36,12 @@ class Trajectory:
 
     @property
     def finished(self) -> bool:
-        """Whether the training came to its end; otherwise it diverged."""
+        """Whether the training finished. Otherwise it diverged."""
         return bool(self.outcome.get("status") == "finished")
 
 
 def arrays_of(trajectory: Trajectory) -> Arrays:
-    """What a file holds of a trajectory. A number in the JSON parts that is not finite becomes null."""
+    """The arrays that a file holds. Numbers in the JSON parts that are not finite become null."""
     arrays: Arrays = {}
     for field in WRITTEN:
         value = getattr(trajectory, field.attribute)
@@ -54,7 +54,7 @@ def arrays_of(trajectory: Trajectory) -> Arrays:
 
 
 def trajectory_of(run_id: str, arrays: Arrays, parts: Mapping[str, Any]) -> Trajectory:
-    """The trajectory of stored arrays, and of its JSON parts as `parsed` gives them."""
+    """The trajectory of stored arrays and of JSON parts that are `parsed`."""
     values: dict[str, Any] = {
         field.attribute: parts[field.name] if field.json else arrays[field.name] for field in WRITTEN
     }
@@ -63,7 +63,7 @@ def trajectory_of(run_id: str, arrays: Arrays, parts: Mapping[str, Any]) -> Traj
 
 
 def parsed(name: str, text_u1: npt.NDArray[np.uint8]) -> Any:
-    """A JSON part's content. Raises ValueError where it is not JSON, or not of the kind that the field holds."""
+    """The content of a JSON part. Raises ValueError where it is not JSON, or not an object or list as it should be."""
     try:
         value = json.loads(text_u1.tobytes().decode("utf-8"), parse_constant=_refuse_constant)
     except RecursionError:
@@ -89,7 +89,7 @@ def checksum(run_id: str, arrays: Arrays) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for every NaN and infinity, which JSON does not have."""
+    """The value with None for every NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -89,7 +89,6 @@ def write_trajectories(tmp_path: Path) -> Callable[..., Path]:
             seconds_T=time_T * 1.0,
             weights_TLK=weights_TLK.numpy(),
             gradient_norm_TL=np.ones((snapshots, layers), "f4"),
-            update_norm_TL=blank_TL.astype("f4"),
             similarity_TL=np.minimum(0.9005 + 0.02 * ago_TL.numpy(), 1.0).astype("f4"),
         )
 

@@ -32,7 +32,7 @@ class ProbeSpec:
             raise UsageError(f"{self}: unbiased CKA needs at least 4 samples, and 1 feature")
 
 
-class Similarity(Hook):
+class CKARecorder(Hook):
     """Compares each snapshot's layers with those of the final network, without keeping a network.
 
     At each snapshot the network sees the same n test inputs, in evaluation mode. A layer's output is that of

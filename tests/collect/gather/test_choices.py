@@ -10,7 +10,7 @@ def of_kind(plan, kind):
     return [(one.step, one.layers) for one in plan if one.kind == kind]
 
 
-def test_every_point_has_noise_fronts_and_the_same_single_layers():
+def test_every_point_has_noise_prefixes_and_the_same_single_layers():
     plan = planned(Choices((0.5, 0.0), (0.25, 0.5, 1.0), 2), 40, 8, seed=3)
     assert plan[0] == Continuation("unfrozen", 0, ())
     assert of_kind(plan, "noise") == [(0, ()), (20, ())]
@@ -46,8 +46,8 @@ def test_choices_survive_json():
         ({"points": ()}, "points=: give at least one"),
         ({"points": (0.0, 1.0)}, "points=0,1: give at least one, each from 0 to below 1"),
         ({"points": (-0.1,)}, "points=-0.1"),
-        ({"fronts": (0.0, 0.5)}, "fronts=0,0.5: give shares of the layers, each above 0"),
-        ({"fronts": (1.5,)}, "fronts=1.5"),
+        ({"prefixes": (0.0, 0.5)}, "prefixes=0,0.5: give shares of the layers, each above 0"),
+        ({"prefixes": (1.5,)}, "prefixes=1.5"),
         ({"singles": -1}, "singles=-1: give a number of layers"),
     ],
 )

@@ -1,8 +1,9 @@
 """The large suite: as many runs as it says, different in all that matters; what is learnt from, and what judged by."""
 
 import math
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 from collect.gather.plan import RunConfig, read_suite, suite_path
 from collect.workloads.transfer import TRANSFERS

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import RidgeClassifier
 from torch import Tensor, nn
 
-from collect.hooks.cka import ProbeSpec, Similarity
+from collect.hooks.cka import CKARecorder, ProbeSpec
 from collect.hooks.recorder import Recorder
 from collect.training.loop import train
 from collect.workloads import WORKLOADS, finetune_images, finetune_text, load_workload
@@ -172,7 +172,7 @@ def test_layers(name: str, count: int, first: str, last: str, source_of: Callabl
 def test_a_few_steps_are_taken_and_recorded(name: str, source_of: Callable[[str], Source]) -> None:
     workload = load_workload(name).with_recipe(epochs=2, batch_size=8, train_samples=None)
     recorder = Recorder(SampleSpec(weights=32, snapshots=3))
-    similarity = Similarity(SampleSpec(weights=32, snapshots=3), ProbeSpec(samples=8, features=16))
+    similarity = CKARecorder(SampleSpec(weights=32, snapshots=3), ProbeSpec(samples=8, features=16))
     training = train(workload, seed=0, hooks=(recorder, similarity), device="cpu", budget=0.3, source=source_of(name))
     assert training.status == "finished"
     assert training.total_steps == 3

@@ -1,4 +1,4 @@
-"""A hook that records how the layers move: their sampled weights and what goes with them, snapshot by snapshot."""
+"""A hook that records how the layers move: sampled weights, gradient norms and losses, snapshot by snapshot."""
 
 import math
 from typing import Any
@@ -24,13 +24,16 @@ class Recorder(Hook):
 
     Everything stays on the device until the end, so that no snapshot waits for a GPU. Between snapshots a step costs
     one addition.
+
+    Args:
+        spec: The weights to sample, and when.
     """
 
     def __init__(self, spec: SampleSpec) -> None:
         self.spec = spec
 
     def on_start(self, training: Training) -> None:
-        """Draw the positions, and take the snapshot at step 0."""
+        """Draw the positions, and take the snapshot of step 0."""
         self._layers = training.layers
         self._sampler = LayerSampler(self._layers, self.spec)
         rows, layers = self.spec.taken(training.total_steps, training.total_steps) + 1, len(self._layers)
@@ -52,7 +55,7 @@ class Recorder(Hook):
 
     @torch.no_grad()
     def on_step(self, training: Training) -> None:
-        """Add up the loss, and take a snapshot or the sample before one, where it is time."""
+        """Add up the loss, and take a snapshot or the sample before one, if it is due."""
         self._tensors["loss_sum"] += training.loss
         self._losses += 1
         due = self.spec.due(training.step, training.total_steps)
@@ -65,7 +68,7 @@ class Recorder(Hook):
         self._before_LK = weights_LK
 
     def fields(self) -> dict[str, Any]:
-        """What `data.trajectories.Trajectory` keeps of the recording, by its names."""
+        """The recording as fields of `data.trajectories.Trajectory`."""
         taken = len(self._step)
         arrays = {name: tensor[:taken].cpu().numpy() for name, tensor in self._tensors.items() if name != "loss_sum"}
         return {
@@ -78,12 +81,12 @@ class Recorder(Hook):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All rows so far, and the sums under way."""
+        """All rows so far, and the sums since the last one."""
         rows = {"step": self._step, "lr": self._lr, "seconds": self._seconds}
         return {**rows, "losses": self._losses, "before": self._before_LK, "tensors": self._tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of the same training."""
+        """Resume from a state of the same training."""
         self._step, self._lr, self._seconds = (list(state[name]) for name in ("step", "lr", "seconds"))
         self._losses = state["losses"]
         device = self._before_LK.device

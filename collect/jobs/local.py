@@ -93,7 +93,7 @@ def free_cores() -> int:
 def visible_gpus(device: str) -> tuple[str, ...]:
     """The GPUs to share among slots, as CUDA_VISIBLE_DEVICES names them; none for a device that is not CUDA.
 
-    A slot sees one GPU alone, as "cuda": a job is told "cuda" even where the user said "cuda:1".
+    A slot sees one GPU alone, as "cuda": the job's device is "cuda" even for "cuda:1".
 
     Raises:
         UsageError: `device` is "cuda" or "cuda:N", and torch sees no such GPU.

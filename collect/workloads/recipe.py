@@ -21,12 +21,12 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained. One optimizer step sees `batch_size * accumulate` samples."""
+    """How a model is trained. One optimizer step uses `batch_size * accumulate` samples."""
 
     epochs: Positive = 10
-    """Passes over the training samples; parts of one count too."""
+    """Passes over the training samples, as a fraction."""
     batch_size: Count = 64
-    """Samples that go through the model at once."""
+    """Samples of one forward pass."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """The optimizer."""
     lr: Positive = 0.05
@@ -36,24 +36,24 @@ class Recipe:
     weight_decay: NotNegative = 5e-4
     """Weight decay, of all parameters alike."""
     warmup: Share = 0.1
-    """Share of the steps over which the learning rate climbs in a straight line to `lr`."""
+    """Share of the steps over which the learning rate rises linearly to `lr`."""
     schedule: Literal["cosine", "linear", "steps", "constant"] = "cosine"
-    """How the learning rate goes on after the warm-up: to zero by a half cosine or a straight line; down to a tenth at
-    half of the steps and again at three quarters; or not at all."""
+    """The learning rate after the warm-up: a half cosine or a straight line to zero; "steps" is a tenth from half of
+    the steps on, and a hundredth from three quarters on."""
     accumulate: Count = 1
     """Batches whose gradients are averaged for one optimizer step."""
     clip_norm: Positive | None = None
-    """The largest norm of all gradients together; longer ones are scaled down to it."""
+    """The largest norm of all gradients together; None does not clip."""
     label_smoothing: Share = 0.0
-    """Share of the target that is spread over all classes."""
+    """Share of the target that is spread evenly over the classes."""
     augment: bool = False
-    """Whether training samples are augmented, the way their source does it."""
+    """Whether training samples are augmented, in their source's way."""
     amp: bool = True
     """Mixed precision, on CUDA alone: bfloat16 where the GPU has it, else float16 with a scaled loss."""
     channels_last: bool = True
-    """Images and convolutions in the memory format that is faster on most hardware."""
+    """Whether images and convolutions have the memory format that is faster on most hardware."""
     train_samples: Count | None = None
-    """Training samples to use, the same number of each class; all of them by default."""
+    """Training samples to use, the same number of each class; None uses all."""
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(Recipe)}
@@ -72,23 +72,23 @@ def _model() -> Any:
 
 @dataclass(frozen=True)
 class Workload:
-    """Something to train. Its name, source and recipe go into the id of every run made from it."""
+    """A model, a source and a recipe under one name. The name, source and recipe go into the id of every run."""
 
     name: str
-    """What it is called on the command line."""
+    """The name on the command line."""
     family: str
-    """The kind of architecture; predictors are judged on families that they never saw."""
+    """The kind of architecture; predictors are evaluated on families that they were not trained on."""
     model: Callable[[Source], nn.Module]
-    """Builds the model for a source: `source.shape`, `source.classes`, and `source.vocabulary` of a text."""
+    """Builds the model for a source, from `source.shape`, `source.classes` and a text's `source.vocabulary`."""
     source: str
-    """What it trains on: a name that `data.sources.load_source` knows."""
+    """The name of the source, for `data.sources.load_source`."""
     recipe: Recipe = Recipe()
     """How it is trained."""
     doc: str = ""
-    """What a list of workloads says of it; the first line of its function's docstring by default."""
+    """A line for lists of workloads; by default the first line of the function's docstring."""
 
     def with_recipe(self, **changes: Any) -> "Workload":
-        """The same workload with some fields of its recipe changed. Raises UsageError for a field that is none."""
+        """Return the workload with changed fields of its recipe. Raises UsageError for an unknown field."""
         known = [field.name for field in fields(Recipe)]
         for name in changes:
             if name not in known:
@@ -97,7 +97,7 @@ class Workload:
 
 
 def image_shape(source: Source) -> tuple[int, int, int]:
-    """Channels, height and width of a source's images. Raises UsageError when it holds something else."""
+    """Return channels, height and width of a source's images. Raises UsageError for a source of something else."""
     if source.kind != "image":
         raise UsageError(f"source {source.name!r} holds {source.kind}, and this model takes images: choose another one")
     channels, height, width = source.shape
@@ -105,7 +105,7 @@ def image_shape(source: Source) -> tuple[int, int, int]:
 
 
 def text_shape(source: Source) -> tuple[int, int]:
-    """Vocabulary and length of a source's token sequences. Raises UsageError when it holds something else."""
+    """Return vocabulary and length of a source's token sequences. Raises UsageError for a source of something else."""
     if source.kind != "text":
         raise UsageError(f"source {source.name!r} holds {source.kind}, and this model takes text: choose another one")
     (length,) = source.shape

@@ -1,4 +1,4 @@
-"""A run that goes on from a point: unbroken bit for bit, frozen from there on, and never done twice."""
+"""Continuations of a run: equal to the unbroken run bit for bit, frozen from a step on, and never done twice."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -122,11 +122,11 @@ def breaking_off(after: int) -> Callable[[float], None]:
     """A report of progress that ends the job at a step, counted over all of its trainings."""
     steps = iter(range(after))
 
-    def tell(share: float) -> None:
+    def report(share: float) -> None:
         if next(steps, None) is None:
             raise KeyboardInterrupt
 
-    return tell
+    return report
 
 
 def steps_of(payload: dict[str, Any], folder: Path) -> int:
@@ -151,11 +151,11 @@ def test_the_outcomes_of_a_run(job: dict[str, Any], tmp_path: Path) -> None:
     assert whole.facts["versions"]["torch"]
     assert [outcome.kind for outcome in outcomes].count("noise") == 2
     assert {outcome.step for outcome in outcomes if outcome.kind == "front"} == {0, 3}
-    front = next(outcome for outcome in outcomes if outcome.kind == "front" and outcome.step == 3)
-    assert (front.progress, front.layers, front.layer_count) == (0.5, (0, 1), 4)
+    prefix = next(outcome for outcome in outcomes if outcome.kind == "front" and outcome.step == 3)
+    assert (prefix.progress, prefix.layers, prefix.layer_count) == (0.5, (0, 1), 4)
     # Four layers and a head of which two stand still: less than a full step, more than the head's alone.
     everything = next(outcome for outcome in outcomes if len(outcome.layers) == 4)
-    assert 0.2 < everything.flops_share < front.flops_share < whole.flops_share == 1
+    assert 0.2 < everything.flops_share < prefix.flops_share < whole.flops_share == 1
     losses = [outcome.result.final_loss for outcome in outcomes]
     assert len(set(losses)) == len(losses)
 

@@ -20,7 +20,7 @@ from tests.collect.inline import put_inline
 CHECKOUT = Path(__file__).parents[3]
 SUITE = """
 name = "tiny"
-checkpoint_seconds = 0  # after every step: there is always something to go on from
+checkpoint_seconds = 0  # after every step: there is always something to resume from
 [sampling]
 weights = 8
 snapshots = 20
@@ -30,7 +30,7 @@ features = 16
 [[runs]]
 workload = "tinywork:tiny"
 train_samples = 320
-epochs = 12
+epochs = 6
 optimizer = ["sgd", "adamw"]
 lr = 0.01
 seed = 3
@@ -79,6 +79,7 @@ def test_killed_it_ends_as_if_unbroken(tmp_path: Path, suite: Path, monkeypatch:
     put_inline(monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
     assert program.main(gather(suite, tmp_path / "broken")) == 0
+    suite.write_text(SUITE.replace("checkpoint_seconds = 0", "checkpoint_seconds = 1000"))
     assert program.main(gather(suite, tmp_path / "whole")) == 0
     assert not list((files.root / "checkpoints").iterdir())
     assert_same(tmp_path / "whole" / "trajectories.h5", tmp_path / "broken" / "trajectories.h5")

@@ -56,9 +56,9 @@ def test_outcomes_meet_the_trajectories_of_the_same_runs(
     labels_TL = LabelRule(0.9).labels(trajectory.similarity_TL)
     for labelled in joined:
         row = trajectory.step_T.tolist().index(labelled.outcome.step)
-        places = labelled.outcome.layers
-        assert labelled.outcome.layer_names == tuple(trajectory.layer_names[place] for place in places)
-        assert labelled.freezable(LabelRule(0.9)) == tuple(labels_TL[row, list(places)])
+        indices = labelled.outcome.layers
+        assert labelled.outcome.layer_names == tuple(trajectory.layer_names[index] for index in indices)
+        assert labelled.freezable(LabelRule(0.9)) == tuple(labels_TL[row, list(indices)])
 
 
 def test_what_is_there_is_not_trained_again(tmp_path: Path, suite: Callable[..., str], trained: list[str]) -> None:

@@ -100,7 +100,7 @@ def test_where_every_step_is_due_each_is_compared_with_the_one_before() -> None:
 
 
 def test_a_small_layer_repeats_its_weights_and_its_norm_is_not_repeated() -> None:
-    """4 weights fill 8 places, each twice."""
+    """4 weights fill a sample of 8, each twice."""
     training = Steps(nn.Linear(2, 2, bias=False), total_steps=1)
     recorder = Recorder(SampleSpec(weights=8, snapshots=1))
     recorder.on_start(training)  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ def test_positions_stay_the_same_through_the_run() -> None:
     for column in range(8):
         series = first[:, 1, column]
         whole_T4 = torch.stack([whole.weights[step][1] for step in (0, 6, 12, 18)]).numpy()
-        assert any((whole_T4[:, place] == series).all() for place in range(whole_T4.shape[1]))
+        assert any((whole_T4[:, index] == series).all() for index in range(whole_T4.shape[1]))
 
 
 def test_gradient_norms_of_a_frozen_layer_and_of_several_parameters() -> None:
@@ -147,8 +147,8 @@ class Stop(Hook):
         self.step = step
 
 
-@pytest.mark.parametrize("step", [1, 5, 6, 17])
-def test_a_broken_off_recording_goes_on_exactly(tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize("step", [5, 6])
+def test_a_stopped_recording_resumes_exactly(tmp_path: Path, step: int) -> None:
     spec, file = SampleSpec(weights=8, snapshots=6), tmp_path / "checkpoint.pt"
     whole = Recorder(spec)
     tiny_train(whole, Stop(0))

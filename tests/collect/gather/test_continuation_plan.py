@@ -28,10 +28,10 @@ def test_another_seed_draws_other_layers():
 
 
 def test_nothing_is_trained_twice_where_a_network_is_small():
-    plan = planned(Choices(), 3, 2, seed=0)  # 6 points in 3 steps, fronts of one and of two layers
+    plan = planned(Choices(), 3, 2, seed=0)  # 6 points in 3 steps, prefixes of one and of two layers
     assert [step for step, _ in of_kind(plan, "noise")] == [0, 1, 2]
     assert of_kind(plan, "front")[:2] == [(0, (0,)), (0, (0, 1))]
-    assert of_kind(plan, "single") == [(step, (1,)) for step in (0, 1, 2)]  # layer 0 alone is a front
+    assert of_kind(plan, "single") == [(step, (1,)) for step in (0, 1, 2)]  # layer 0 alone is a prefix
     assert of_kind(planned(Choices(), 3, 1, seed=0), "front") == [(step, (0,)) for step in (0, 1, 2)]
 
 

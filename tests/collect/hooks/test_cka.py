@@ -129,13 +129,13 @@ def test_at_most_so_many_features_at_positions_that_stay(monkeypatch: pytest.Mon
     tiny_train(similarity, twin)
     outputs = twin.outputs(0)
     assert outputs[0].shape == (9, 256)
-    places = None
+    indices = None
     for features_BF, output_BF in zip(seen[::2], outputs, strict=True):
         assert features_BF.shape == (9, 50)
-        found = [place for place in range(256) if any(torch.equal(output_BF[:, place], f) for f in features_BF.T)]
-        places = set(found) if places is None else places & set(found)
-    assert places is not None
-    assert 50 <= len(places) < 80  # some columns have twins
+        found = [index for index in range(256) if any(torch.equal(output_BF[:, index], f) for f in features_BF.T)]
+        indices = set(found) if indices is None else indices & set(found)
+    assert indices is not None
+    assert 50 <= len(indices) < 80  # some columns have twins
 
 
 def test_memory_is_half_a_gram_matrix_a_layer_a_snapshot() -> None:
@@ -145,7 +145,7 @@ def test_memory_is_half_a_gram_matrix_a_layer_a_snapshot() -> None:
 
     similarity, look = CKARecorder(SPEC, PROBE), Look()
     tiny_train(similarity, look)
-    assert len(look.state) == 0  # let go of at the end
+    assert len(look.state) == 0  # released at the end
     similarity = CKARecorder(SPEC, PROBE)
     similarity.on_start(tiny_train())
     (triangle_LP,) = similarity.state_dict()["triangles"]
@@ -162,7 +162,7 @@ class Stop(Hook):
         self.resumed = resumed
 
 
-def test_a_broken_off_run_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_exactly(tmp_path: Path) -> None:
     file = tmp_path / "checkpoint.pt"
     whole, resumed = CKARecorder(SPEC, PROBE), CKARecorder(SPEC, PROBE)
     tiny_train(whole, Stop(True))

@@ -1,4 +1,4 @@
-"""Pretrains the networks whose weights ship with the checkout, for the `-transfer` workloads to start from."""
+"""Pretrains the networks whose weights ship with the checkout; the `-transfer` workloads start from them."""
 
 import json
 from collections.abc import Sequence
@@ -14,22 +14,29 @@ from predictor.shared.files import written_whole
 
 _SEED = 0
 _CARD = "smartfrz"
-"""The key of the safetensors metadata under which stands how the weights were made."""
+"""The key of the safetensors metadata that describes how the weights were made."""
 
 
 def pretrain(
     folder: Path = WEIGHTS, names: Sequence[str] = (), *, device: str = "auto", budget: float = 1.0
 ) -> dict[str, Training]:
-    """Train networks of the table in `collect.workloads.transfer` and write their weights into `folder`, a file each.
-
-    names: which of them, by default all. device: "auto", "cpu", "cuda", ... budget: the share of the recipe's steps to
-    take. A file is in the format of safetensors, with how it was made in its metadata.
+    """Train networks of the table in `collect.workloads.transfer`, and write a safetensors file for each.
 
     On a CPU the same call gives the same weights, with the same versions and number of threads. All data are loaded
-    before the first training: what is missing is told of at once. Returns the trainings by name.
+    before the first training, so that missing data are an error at once.
 
-    Raises UsageError for a name that does not exist and for settings that cannot work, FileFault for data that is
-    missing and for a file that cannot be written.
+    Args:
+        folder: Where the files go.
+        names: Which networks; by default all.
+        device: "auto", "cpu", "cuda", ...
+        budget: The share of the recipe's steps to take.
+
+    Returns:
+        The trainings by name.
+
+    Raises:
+        UsageError: An unknown name, or settings that cannot work.
+        FileFault: Missing data, or a file that cannot be written.
     """
     for name in names:
         if name not in TRANSFERS:
@@ -38,7 +45,7 @@ def pretrain(
     return {name: _one(name, source, weights_of(name, folder), device, budget) for name, source in sources.items()}
 
 
-class _Told(Hook):
+class _Log(Hook):
     """Prints a line after each epoch."""
 
     def on_epoch(self, training: Training) -> None:
@@ -55,7 +62,7 @@ def _source_of(workload: Workload) -> Source:
 
 
 def _one(name: str, source: Source, path: Path, device: str, budget: float) -> Training:
-    training = train(first(name), seed=_SEED, hooks=[_Told()], device=device, budget=budget, source=source)
+    training = train(first(name), seed=_SEED, hooks=[_Log()], device=device, budget=budget, source=source)
     if training.status != "finished":
         raise UsageError(f"{name}: the training {training.status}, and nothing is written: train on another device")
     _save(path, training)

@@ -1,1 +1,1 @@
-"""Gathering trajectories and outcomes: plan, jobs, file."""
+"""Gathers trajectories and outcomes: suite file -> plan -> jobs -> one packed file."""

@@ -1,183 +1,157 @@
-"""Gathers trajectories: the runs of a suite that are not there yet, then one packed file and a table of them all."""
+"""Gathers trajectories: what is kept of each run, and the job that trains and records one."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from collect.gather.plan import RunConfig, Suite
-from collect.gather.trajectory_job import remove_checkpoint
-from collect.jobs.local import Job, default_slots, run_jobs
-from collect.training.device import pick_device
-from data.sources import load_source
+from tabulate import tabulate
+
+from collect.gather.gathering import Kind, State, attempted
+from collect.gather.plan import RunConfig
+from collect.hooks.cka import CKARecorder
+from collect.hooks.recorder import Recorder
+from collect.training.loop import Training, train
+from collect.training.provenance import provenance
 from data.trajectories.folder import GatherFolder
-from data.trajectories.merge import MergeSummary, merge
+from data.trajectories.merge import Stamp, merge, stamp_of
 from data.trajectories.reader import open_trajectories
 from data.trajectories.trajectory import Trajectory
-from predictor.errors import DamagedFile, UsageError
-from predictor.shared.tracking import Tracker
+from data.trajectories.writer import write_runs
 
-_TARGET = "collect.gather.trajectory_job:record_run"
 _HEADER = ("workload", "source", "runs", "diverged", "accuracy", "seconds a run")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a suite is gathered. None of it changes a number but the device."""
+class Trajectories(Kind):
+    """The movement of each run's layers, in one HDF5 file.
 
-    device: str = "auto"
-    """Where to train: auto, cpu, cuda, cuda:1, ... or mps."""
-    slots: int | None = None
-    """Runs at once; by default one a GPU, or one a CPU core where there is no GPU."""
-    shard: tuple[int, int] = (1, 1)
-    """Which part of the suite this machine does: the first of one."""
+    A run is decoded once: where it is there already, before the first training, and otherwise when it is packed.
 
-    def __post_init__(self) -> None:
-        if self.slots is not None and self.slots < 1:
-            raise UsageError(f"slots={self.slots}: give the number of runs at once, from 1")
-        pick_device(self.device)
+    Args:
+        files: Where the files go.
+        checkpoint_seconds: Time between the checkpoints of a run.
+    """
+
+    title = "gathering"
+    target = f"{__name__}:record_run"
+
+    def __init__(self, files: GatherFolder, checkpoint_seconds: float) -> None:
+        self.files: GatherFolder = files
+        self._checkpoint_seconds = checkpoint_seconds
+        self._outcomes: dict[str, dict[str, Any]] = {}
+        self._verified: dict[Path, Stamp] = {}
 
     @property
-    def chosen_slots(self) -> int:
-        """Runs at once."""
-        return default_slots(self.device) if self.slots is None else self.slots
+    def next_command(self) -> str:
+        """The command that learns from the packed file."""
+        return "python -m predictor train"
+
+    def state(self, run: RunConfig) -> State:
+        """What became of a run, by the files that there are."""
+        if self.files.has_run(run.id):
+            return "finished"
+        return "begun" if self.files.checkpoint(run.id).exists() else "to do"
+
+    def check(self, run: RunConfig) -> bool:
+        """Verify a run's file, and keep its outcome."""
+        path = self.files.run(run.id)
+        stamp = stamp_of(path)
+        with open_trajectories(path) as file:
+            self._outcomes[run.id] = file.read(run.id).outcome
+            if len(file) == 1:
+                self._verified[path] = stamp
+        _remove_checkpoint(self.files, run.id)  # a kill can leave it, between the last two things that a run does
+        return True
+
+    def payload(self, run: RunConfig) -> dict[str, Any]:
+        """The time between checkpoints."""
+        return {"checkpoint_seconds": self._checkpoint_seconds}
+
+    def take(self, run_id: str, result: dict[str, Any]) -> dict[str, Any]:
+        """Keep a run's outcome for the table."""
+        self._outcomes[run_id] = result
+        return {name: result[name] for name in ("status", "final_accuracy", "final_loss", "train_seconds")}
+
+    def pack(self, runs: Sequence[RunConfig]) -> str:
+        """Copy the runs into one file."""
+        return str(merge([self.files.run(run.id) for run in runs], self.files.packed, verified=self._verified))
+
+    def table(self, runs: Sequence[RunConfig]) -> str:
+        """One line a workload and source: runs, accuracy and time."""
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for run in runs:
+            if run.id not in self._outcomes:  # done by another gather meanwhile
+                self.check(run)
+            groups.setdefault((run.reference, run.workload.source), []).append(self._outcomes[run.id])
+        rows = [_row(*key, outcomes) for key, outcomes in groups.items()]
+        if not rows:
+            return ""
+        align = ("left", "left", *["right"] * 4)
+        return tabulate(rows, _HEADER, "plain", disable_numparse=True, colalign=align)
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """What a gathering came to."""
+def record_run(payload: dict[str, Any], folder: Path, progress: Callable[[float], None]) -> dict[str, Any]:
+    """Train and record one run, write its file into the gather folder, and return its outcome.
 
-    trajectories: tuple[RunConfig, ...]
-    """Runs of this shard that are there, those of earlier calls too."""
-    failed: dict[str, str]
-    """What was wrong with each run that is not, by its title, with the place of its log."""
-    packed: MergeSummary | None
-    """The packed file; None while runs of other shards are missing, and where there is nothing to pack."""
-
-
-def gather(suite: Suite, files: GatherFolder, settings: Settings, tracker: Tracker) -> Gathered:
-    """Do the runs of the suite, or of its shard, that are not there yet, and pack what is there.
-
-    Killed at any time, the same call goes on: finished runs are kept, those in flight go on from their checkpoints or
-    start over. A run that fails does not stop the others.
-
-    Raises UsageError or FileFault for a device, source or folder that cannot be used.
+    Args:
+        payload: The run's `id`, its `config` (`RunConfig.as_dict`), `device` and `checkpoint_seconds`.
+        folder: The root of the `GatherFolder`.
+        progress: Receives the share of the training that is done.
     """
-    runs = suite.shard(*settings.shard)
-    for name, samples in {(run.workload.source, run.workload.recipe.train_samples) for run in runs}:
-        load_source(name, train_samples=samples)
-    waiting = [run for run in runs if not _finished(files, run)]
-    _announce(suite, runs, waiting, settings)
-    failed = _run_all(waiting, len(runs), files, settings, tracker, suite.checkpoint_seconds)
-    there = tuple(run for run in runs if files.has_run(run.id))
-    return Gathered(there, failed, _pack(suite, files, settings))
+    files, run_id = GatherFolder(folder), payload["id"]
+
+    def attempt() -> dict[str, Any]:
+        trajectory = _recorded(payload, files.checkpoint(run_id), progress)
+        write_runs(files.run(run_id), [trajectory])
+        _remove_checkpoint(files, run_id)
+        return trajectory.outcome
+
+    outcome = attempted(files.log(run_id), attempt, lambda: _remove_checkpoint(files, run_id))
+    print(f"outcome: {outcome}")
+    return outcome
 
 
-def describe_plan(suite: Suite, files: GatherFolder, settings: Settings) -> str:
-    """What `gather` would do, one line a run."""
-    runs = suite.shard(*settings.shard)
-    states = [_state(files, run) for run in runs]
-    lines = [f"{run.id}  {state:9}  {run.title}" for run, state in zip(runs, states, strict=True)]
-    left = len(runs) - states.count("finished")
-    return "\n".join([*lines, f"{suite.name}: {len(runs)} runs, {left} to do, {settings.chosen_slots} at a time"])
+def outcome_of(training: Training) -> dict[str, Any]:
+    """The part `outcome` of a training's trajectory. A training that diverged has no final accuracy and loss."""
+    last = training.curve[-1] if training.status == "finished" else {}
+    return {
+        "status": training.status,
+        "final_accuracy": last.get("test_accuracy"),
+        "final_loss": last.get("test_loss"),
+        "train_seconds": training.train_seconds,
+        "cpu_seconds": training.cpu_seconds,
+        "steps": training.step,
+        "curve": training.curve,
+    }
 
 
-def summary_table(files: GatherFolder, runs: Sequence[RunConfig]) -> str:
-    """One line a workload and source: runs, accuracy and time. Reads, and so verifies, every run."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for run in runs:
-        key = (run.reference, run.workload.source)
-        groups.setdefault(key, []).append(_read(files, run.id).outcome)
-    rows = [_HEADER, *(_row(*key, outcomes) for key, outcomes in groups.items())]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if place < 2 else cell.rjust(width) for place, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
+def _recorded(payload: dict[str, Any], checkpoint: Path, progress: Callable[[float], None]) -> Trajectory:
+    run = RunConfig.from_dict(payload["config"])
+    recorder, similarity = Recorder(run.sampling), CKARecorder(run.sampling, run.probe)
+    training = train(
+        run.workload,
+        seed=run.seed,
+        hooks=(recorder, similarity),
+        device=payload["device"],
+        checkpoint=checkpoint,
+        checkpoint_seconds=payload["checkpoint_seconds"],
+        progress=lambda step, total: progress(step / total),
+    )
+    return Trajectory(
+        run_id=payload["id"],
+        config={**payload["config"], "total_steps": training.total_steps},
+        provenance=provenance(),
+        outcome=outcome_of(training),
+        similarity_TL=similarity.similarity_TL,
+        **recorder.fields(),
     )
 
 
-def _run_all(
-    waiting: list[RunConfig],
-    total: int,
-    files: GatherFolder,
-    settings: Settings,
-    tracker: Tracker,
-    checkpoint_seconds: float,
-) -> dict[str, str]:
-    """Do the runs that wait; what was wrong with those that failed, by their titles."""
-    failed: dict[str, str] = {}
-    done = total - len(waiting)
-
-    def keep(job: Job, outcome: dict[str, Any]) -> None:
-        nonlocal done
-        done += 1
-        figures = {name: outcome[name] for name in ("status", "final_accuracy", "final_loss", "train_seconds")}
-        tracker.log({"run": job.id, "title": job.title, **figures}, step=done)
-
-    def report(job: Job, error: str) -> None:
-        failed[job.title] = f"{error} ({files.log(job.id)})"
-
-    run_jobs(
-        [_job(run, settings.device, checkpoint_seconds) for run in waiting],
-        folder=files.root,
-        slots=settings.chosen_slots,
-        log=files.log,
-        on_done=keep,
-        on_failed=report,
-        device=settings.device,
-    )
-    return failed
-
-
-def _job(run: RunConfig, device: str, checkpoint_seconds: float) -> Job:
-    in_slot = device.partition(":")[0]  # a slot sees one GPU alone, whichever it is
-    payload = {"id": run.id, "config": run.as_dict(), "device": in_slot, "checkpoint_seconds": checkpoint_seconds}
-    return Job(run.id, run.title, _TARGET, payload)
-
-
-def _announce(suite: Suite, runs: Sequence[RunConfig], waiting: list[RunConfig], settings: Settings) -> None:
-    number, count = settings.shard
-    shard = f", shard {number}/{count}" if count > 1 else ""
-    there = len(runs) - len(waiting)
-    before = f", {there} of them there already" if there else ""
-    print(f"gathering {suite.name}{shard}: {len(runs)} runs{before}, {settings.chosen_slots} at a time", flush=True)
-
-
-def _state(files: GatherFolder, run: RunConfig) -> str:
-    if files.has_run(run.id):
-        return "finished"
-    return "begun" if files.checkpoint(run.id).exists() else "to do"
-
-
-def _finished(files: GatherFolder, run: RunConfig) -> bool:
-    """Whether the run is there and sound. One that is damaged is removed, to be done again.
-
-    Raises FileFault for one that may be sound but cannot be read: hours of work are not removed for that.
-    """
-    if not files.has_run(run.id):
-        return False
-    try:
-        _read(files, run.id)
-    except DamagedFile as fault:
-        print(f"{fault}\nwill be gathered again", flush=True)
-        files.run(run.id).unlink()
-        return False
-    remove_checkpoint(files, run.id)  # left there by a kill between the last two things that a run does
-    return True
-
-
-def _read(files: GatherFolder, run_id: str) -> Trajectory:
-    with open_trajectories(files.run(run_id)) as file:
-        return file.read(run_id)
-
-
-def _pack(suite: Suite, files: GatherFolder, settings: Settings) -> MergeSummary | None:
-    """Pack the suite's runs into one file; a shard does so only when the runs of all shards are there."""
-    paths: list[Path] = [files.run(run.id) for run in suite.runs if files.has_run(run.id)]
-    if not paths or (settings.shard[1] > 1 and len(paths) < len(suite.runs)):
-        return None
-    return merge(paths, files.packed)
+def _remove_checkpoint(files: GatherFolder, run_id: str) -> None:
+    """Remove a run's checkpoint, and one that a kill left half written."""
+    path = files.checkpoint(run_id)
+    for file in (path, path.with_name(path.name + ".part")):
+        file.unlink(missing_ok=True)
 
 
 def _row(workload: str, source: str, outcomes: list[dict[str, Any]]) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""What watches or steers a training: one hook a file."""
+"""Hooks that record a training, or change how it trains."""

@@ -1,4 +1,4 @@
-"""A hook that measures how like the final network's each layer's output already was: unbiased CKA."""
+"""A hook that compares each layer's output with that of the final network, by unbiased CKA."""
 
 import math
 from contextlib import ExitStack
@@ -20,42 +20,44 @@ from predictor.policies.measuring.similarity import by_sample, cka_to_last, gram
 
 @dataclass(frozen=True)
 class ProbeSpec:
-    """What the networks are compared on."""
+    """The inputs and outputs that CKA compares."""
 
     samples: int = 80
-    """Test inputs that every snapshot's network is shown (n). More would cost over 3 % of a short training's time."""
+    """Test inputs for every snapshot (n). More would cost over 3 % of a short training's time."""
     features: int = 2048
-    """Numbers kept of each layer's output to an input, at positions drawn once."""
+    """Numbers of each layer's output for an input, at positions that are drawn once."""
 
     def __post_init__(self) -> None:
         if self.samples < 4 or self.features < 1:
             raise UsageError(f"{self}: unbiased CKA needs at least 4 samples, and 1 feature")
 
 
-class Similarity(Hook):
+class CKARecorder(Hook):
     """Compares each snapshot's layers with those of the final network, without keeping a network.
 
-    At each snapshot the network sees the same n test inputs, in evaluation mode. A layer's output is that of
-    `layer.output` at its first call (first tensor of a tuple or dict); its columns are centred, at most
-    `probe.features` of them, and the Gram matrix K = XX' is kept: the n (n - 1) / 2 numbers above its diagonal in
-    float32, 32 kB a layer a snapshot at n = 128, in the host's memory. HSIC1 needs no more: it has the diagonals
-    zeroed, and neither centring nor any other shift of X changes it. At the end, in float64 (Nguyen, Raghu and
-    Kornblith, ICLR 2021; Song et al., JMLR 2012):
+    At each snapshot the network runs on the same n test inputs, in evaluation mode. X is the output of `layer.output`
+    at its first call (the first tensor of a tuple or dict), with centred columns, at most `probe.features` of them. The
+    Gram matrix K = XX' is kept in the host's memory: the n (n - 1) / 2 numbers above its diagonal in float32, 32 kB a
+    layer a snapshot at n = 128. HSIC1 needs no more: it zeroes the diagonals, and no shift of X changes it. At the end,
+    in float64 (Nguyen, Raghu and Kornblith, ICLR 2021; Song et al., JMLR 2012):
 
         HSIC1(K, L) = [tr(KL) + (1'K1)(1'L1) / ((n-1)(n-2)) - 2/(n-2) 1'KL1] / (n (n-3))
         CKA = HSIC1(K, L) / sqrt(HSIC1(K, K) HSIC1(L, L)),  L that of the final network
 
-    The probe leaves the model, its statistics and the random generators as they were, and is not counted as training
-    time. It costs a forward pass of n samples a snapshot, 61 of them by default.
+    The probe leaves the model, its statistics and the random generators as they were. Its time is no training time. It
+    costs a forward pass of n samples a snapshot, 61 of them by default.
+
+    Args:
+        spec: When snapshots are taken; the same as the `Recorder`'s.
+        probe: The inputs and outputs to compare.
     """
 
     def __init__(self, spec: SampleSpec, probe: ProbeSpec = ProbeSpec()) -> None:
         self.spec = spec
         self.probe = probe
         self.similarity_TL: npt.NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
-        """After the end: unbiased CKA of each snapshot's layers to the final ones, at most 1. NaN where there is none:
-        in a run that diverged, for a layer that the model does not call, and where outputs are the same for all inputs.
-        """
+        """After the end: unbiased CKA of each snapshot's layers with the final ones, at most 1. NaN in a run that
+        diverged, for a layer that the model does not call, and for outputs that are the same for all inputs."""
 
     def on_start(self, training: Training) -> None:
         """Choose the inputs, and probe the network at step 0."""
@@ -69,7 +71,7 @@ class Similarity(Hook):
             self._triangles = [self._probe(training)]
 
     def on_step(self, training: Training) -> None:
-        """Probe the network, where it is time."""
+        """Probe the network, if a snapshot is due."""
         if self.spec.due(training.step, training.total_steps):
             with training.untimed():
                 self._triangles.append(self._probe(training))
@@ -84,15 +86,15 @@ class Similarity(Hook):
         self._triangles.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """The Gram matrices so far; positions are drawn again."""
+        """The Gram matrices so far. Positions are drawn again."""
         return {"triangles": self._triangles}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of the same training."""
+        """Resume from a state of the same training."""
         self._triangles = list(state["triangles"])
 
     def _probe(self, training: Training) -> Tensor:
-        """triangle_LP of the network as it is now."""
+        """triangle_LP of the current network."""
         layers, samples = training.layers, len(self._inputs)
         triangle_LP = torch.zeros(len(layers), samples * (samples - 1) // 2)
         seen: set[int] = set()
@@ -103,13 +105,13 @@ class Similarity(Hook):
                 triangle_LP[layer] = self._triangle(layer, output)
 
         with undisturbed(training.model), training.precision.forward(), ExitStack() as stack:
-            for place, layer in enumerate(layers):
-                stack.callback(layer.output.register_forward_hook(partial(take, place)).remove)
+            for index, layer in enumerate(layers):
+                stack.callback(layer.output.register_forward_hook(partial(take, index)).remove)
             training.model(self._inputs)
         return triangle_LP
 
     def _triangle(self, layer: int, output: Any) -> Tensor:
-        """What is kept of one layer's output; zeros where it tells nothing."""
+        """What is kept of one layer's output; zeros for an output without a row a sample."""
         samples = len(self._inputs)
         features_BF = by_sample(output, samples)
         if features_BF is None:

@@ -1,4 +1,4 @@
-"""Data sieving in a training: which samples its epochs go through, by its own answers."""
+"""Data sieving in a training: its own answers choose the samples of its epochs."""
 
 from typing import Any
 
@@ -12,23 +12,27 @@ from predictor.sieving import SampleQueue
 
 
 class Sieve(Hook):
-    """Exchanges samples that a training with `left_out` goes through for samples that it left out (a SampleQueue).
+    """Exchanges the samples of a training with `left_out` for samples that it left out, by a `SampleQueue`.
 
-    An interval is `every` epochs. A FeatureCache has nothing of a sample that comes in for the first time.
+    A FeatureCache has no features of a sample that comes in for the first time.
 
-    every: epochs between exchanges. moved: the share of the samples left out that come in at each. Raises UsageError at
-    the start of a training that leaves nothing out.
+    Args:
+        every: Epochs between exchanges.
+        moved: The share of the samples left out that come in at each exchange.
+
+    Raises:
+        UsageError: A setting that cannot work; and, at the start, a training that leaves nothing out.
     """
 
     def __init__(self, every: int = 1, moved: float = 0.5) -> None:
         if every < 1:
             raise UsageError(f"every={every}: give the epochs between exchanges, from 1")
-        nobody = torch.empty(0, dtype=torch.int64)
+        none = torch.empty(0, dtype=torch.int64)
         self.every = every
-        self.samples = SampleQueue(nobody, nobody, moved)
+        self.samples = SampleQueue(none, none, moved)
 
     def on_start(self, training: Training) -> None:
-        """Queue up what is left out, and listen."""
+        """Queue the samples that are left out, and watch the answers."""
         size = training.source.size("train")
         if training.among is None:
             raise UsageError(f"a sieve needs samples that are left out: give left_out, at least {1 / size:.2g}")
@@ -46,20 +50,20 @@ class Sieve(Hook):
             training.among = self.samples.among
 
     def state_dict(self) -> dict[str, Any]:
-        """Who is in, who waits, and what is known of each sample."""
+        """The samples in use, the queue, and the record of each sample."""
         return self.samples.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
         self.samples.load_state_dict(state)
         self._training.among = self.samples.among
 
     @property
     def figures(self) -> dict[str, Any]:
-        """What a trial's result says of it."""
+        """The numbers that go into a trial's result."""
         return {"left_out": len(self.samples.queue), "exchanges": self.samples.exchanges}
 
 
 def _shuffled(size: int, training: Training) -> Tensor:
-    """The places 0 to size - 1 in a random order, by the training's seed and its step alone."""
+    """The numbers 0 to size - 1 in a random order, by the training's seed and step alone."""
     return torch.randperm(size, generator=generator_for("sieve", training.seed, training.step))

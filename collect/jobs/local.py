@@ -1,4 +1,4 @@
-"""Where jobs execute: on this machine, one persistent process a slot."""
+"""The engine of this machine: one persistent process a slot."""
 
 import contextlib
 import itertools
@@ -13,70 +13,67 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from collect.jobs.progress import JobProgress
+from collect.jobs.engine import Job
 from predictor.errors import UsageError
 
+_Event = tuple[Job, dict[str, Any]]
+"""A job and one of {"share": ...}, {"done": ...} and {"failed": ...}; the last two end the job."""
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 @dataclass(frozen=True)
-class Job:
-    """A piece of work that a process of its own can do: everything in it can be written as JSON."""
+class LocalEngine:
+    """Runs jobs in processes of this machine, one persistent process a slot.
 
-    id: str
-    """Names the job in logs and reports."""
-    title: str
-    """What a reader of the progress bar sees."""
-    target: str
-    """`module:function`, called as function(payload, folder, progress) in the slot's process: `folder` is a Path, and
-    `progress` takes the share that is done, from 0 to 1. What it returns must be JSON-able."""
-    payload: dict[str, Any]
-    """The function's first argument."""
-
-
-def run_jobs(
-    jobs: Sequence[Job],
-    *,
-    folder: Path,
-    slots: int,
-    log: Callable[[str], Path],
-    on_done: Callable[[Job, dict[str, Any]], None],
-    on_failed: Callable[[Job, str], None],
-    threads: int | None = None,
-    device: str = "auto",
-) -> None:
-    """Run every job, `slots` at a time, started in the order given; one slot means strictly one after the other.
-
-    The callbacks run in the calling thread. A job that raises, or whose process dies, goes to `on_failed` with one line
-    that says why; the others go on, and a process that died is replaced. What a job prints goes to `log(job.id)`.
-    Slots end with this process, even when it is killed. An exception here, Ctrl-C among them, ends them at once.
-
-    folder: handed to every job.
-    threads: CPU threads of each slot; None divides the free cores among the slots.
-    device: "cpu" hides all GPUs; "auto" and "cuda" give each slot one GPU, in turn.
+    A process that dies fails its job and is replaced. The processes end with this one, even when it is killed.
     """
-    if slots < 1:
-        raise UsageError(f"slots={slots}: at least one process must run the jobs")
-    environments = slot_environments(slots, threads=threads, device=device)
-    waiting = iter(jobs)
-    events: queue.SimpleQueue[tuple[Job, dict[str, Any]]] = queue.SimpleQueue()
-    lock = threading.Lock()
 
-    def take() -> Job | None:
-        with lock:
-            return next(waiting, None)
+    slots: int
+    """Jobs at once."""
+    threads: int | None = None
+    """CPU threads of each slot; None divides the free cores among the slots."""
+    device: str = "auto"
+    """"cpu" hides all GPUs; "auto" and "cuda" give each slot one GPU, in turn."""
 
-    team = [_Slot(environment, take, events.put, folder, log) for environment in environments[: len(jobs)]]
-    with JobProgress(len(jobs)) as progress:
+    def __post_init__(self) -> None:
+        if self.slots < 1:
+            raise UsageError(f"slots={self.slots}: give the number of jobs at once, from 1")
+
+    def run(
+        self,
+        jobs: Sequence[Job],
+        folder: Path,
+        log: Callable[[str], Path],
+        *,
+        on_progress: Callable[[Job, float], None],
+        on_done: Callable[[Job, dict[str, Any]], None],
+        on_failed: Callable[[Job, str], None],
+    ) -> None:
+        """Run every job: see `Engine.run`."""
+        waiting = iter(jobs)
+        events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        lock = threading.Lock()
+
+        def take() -> Job | None:
+            with lock:
+                return next(waiting, None)
+
+        environments = slot_environments(self.slots, threads=self.threads, device=self.device)
+        team = [_Slot(environment, take, events.put, folder, log) for environment in environments[: len(jobs)]]
         try:
             for slot in team:
                 slot.start()
             left = len(jobs)
             while left:
                 with contextlib.suppress(queue.Empty):
-                    job, event = events.get(timeout=1.0)
-                    left -= _handle(job, event, progress, on_done, on_failed)
-                progress.refresh()
+                    job, event = events.get(timeout=1.0)  # Ctrl-C does not interrupt a wait without end
+                    left -= "share" not in event
+                    if "share" in event:
+                        on_progress(job, event["share"])
+                    elif "failed" in event:
+                        on_failed(job, event["failed"])
+                    else:
+                        on_done(job, event["done"])
         finally:
             for slot in team:
                 slot.stop()
@@ -96,15 +93,17 @@ def free_cores() -> int:
 def visible_gpus(device: str) -> tuple[str, ...]:
     """The GPUs to share among slots, as CUDA_VISIBLE_DEVICES names them; none for a device that is not CUDA.
 
-    A slot sees one GPU alone, as "cuda": a job is told "cuda" even where the user said "cuda:1".
-    Raises UsageError when `device` is "cuda" or "cuda:N" and there is none.
+    A slot sees one GPU alone, as "cuda": the job's device is "cuda" even for "cuda:1".
+
+    Raises:
+        UsageError: `device` is "cuda" or "cuda:N", and torch sees no such GPU.
     """
     if device != "auto" and not device.startswith("cuda"):
         return ()
     import torch
 
     given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    names = (given or [str(place) for place in range(torch.cuda.device_count())])[: torch.cuda.device_count()]
+    names = (given or [str(index) for index in range(torch.cuda.device_count())])[: torch.cuda.device_count()]
     wanted = names[int(device[5:]) :][:1] if device.startswith("cuda:") else names
     if device != "auto" and not wanted:
         raise UsageError(f"device {device!r}: torch sees {len(names)} GPU(s) here; use --device cpu or --device auto")
@@ -130,40 +129,20 @@ def slot_environments(slots: int, *, threads: int | None, device: str) -> list[d
     return [{**shared, "CUDA_VISIBLE_DEVICES": next(gpu_of_slot)} for _ in range(slots)]
 
 
-def _handle(
-    job: Job,
-    event: dict[str, Any],
-    progress: JobProgress,
-    on_done: Callable[[Job, dict[str, Any]], None],
-    on_failed: Callable[[Job, str], None],
-) -> bool:
-    """Act on one line from a slot; True when it ends the job."""
-    if "share" in event:
-        progress.update(job.id, event["share"])
-        return False
-    if "failed" in event:
-        progress.finish(job.id, f"FAILED {job.title}: {event['failed']}")
-        on_failed(job, event["failed"])
-    else:
-        progress.finish(job.id, job.title)
-        on_done(job, event["done"])
-    return True
-
-
 class _Slot:
-    """Feeds one process with jobs, starts it again when it dies, and passes on what it says."""
+    """Feeds one process with jobs, restarts it when it dies, and passes its events on."""
 
     def __init__(
         self,
         environment: dict[str, str],
         take: Callable[[], Job | None],
-        tell: Callable[[tuple[Job, dict[str, Any]]], None],
+        report: Callable[[_Event], None],
         folder: Path,
         log: Callable[[str], Path],
     ) -> None:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._environment = environment
-        self._take, self._tell = take, tell
+        self._take, self._report = take, report
         self._folder, self._log = folder, log
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
@@ -181,10 +160,10 @@ class _Slot:
         while not self._stopped and (job := self._take()):
             try:
                 end = self._do(job)
-            except Exception as error:  # no process to be had, or its pipe broke: nobody waits for ever
+            except Exception as error:  # no process, or a broken pipe: the caller must not wait for ever
                 end = {"failed": f"its process could not be used: {error}"}
                 self._end_process()
-            self._tell((job, end))
+            self._report((job, end))
         self._end_process()
 
     def stop(self) -> None:
@@ -207,7 +186,7 @@ class _Slot:
             event = json.loads(line)
             if "share" not in event:
                 return dict(event)
-            self._tell((job, event))
+            self._report((job, event))
         return {"failed": _how_it_died(self._end_process())}
 
     def _living_process(self) -> subprocess.Popen[bytes]:

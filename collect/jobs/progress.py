@@ -4,7 +4,6 @@ import os
 import sys
 import time
 from types import TracebackType
-from typing import Self
 
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ class JobProgress:
             total=total, unit="run", smoothing=0, dynamic_ncols=True, bar_format=_BAR, disable=not _shown()
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "JobProgress":
         return self
 
     def __exit__(
@@ -30,11 +29,12 @@ class JobProgress:
         self._bar.close()
 
     def update(self, job: str, share: float) -> None:
-        """The share of a job that is done, from 0 to 1."""
+        """Note the share of a job that is done, from 0 to 1, and redraw the bar."""
         self._shares[job] = min(max(share, 0.0), 1.0)
+        self._redraw()
 
     def finish(self, job: str, message: str) -> None:
-        """A job has ended; `message` is its line in the output."""
+        """Note that a job has ended, and print `message`."""
         self._shares.pop(job, None)
         self._finished += 1
         count = f"{self._finished:{len(str(self._total))}}/{self._total}"
@@ -42,15 +42,15 @@ class JobProgress:
             print(f"{count} {message} ({self._time_left()})", flush=True)
         else:
             self._bar.write(f"{count} {message}")
+            self._redraw()
 
-    def refresh(self) -> None:
-        """Redraw the bar."""
+    def _redraw(self) -> None:
         self._bar.n = round(self.done, 2)
         self._bar.refresh()
 
     @property
     def done(self) -> float:
-        """Jobs done, those under way counted by their shares."""
+        """Finished jobs, and the shares of those under way."""
         return self._finished + sum(self._shares.values())
 
     def _time_left(self) -> str:

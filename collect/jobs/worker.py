@@ -23,7 +23,7 @@ _SECONDS_BETWEEN_REPORTS = 0.25
 
 
 def main() -> None:
-    """Do jobs for ever."""
+    """Do jobs until the parent ends."""
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     _point_output_at(Path(os.devnull))  # only answers go to the parent, whatever a job prints
     orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()

@@ -1,1 +1,1 @@
-"""The one training loop and its parts."""
+"""The training loop: its state, checkpoints, device, optimizer and random numbers."""

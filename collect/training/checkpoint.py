@@ -1,4 +1,4 @@
-"""Broken-off trainings go on: the whole state in one file, written whole, read without running code from it."""
+"""Checkpoints: the whole state of a training in one file, which is read without running code from it."""
 
 import hashlib
 import io
@@ -20,29 +20,31 @@ from predictor.shared.files import written_whole
 _MAGIC = b"SmartFRZ checkpoint 1\n"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _PARTS = {"identity", "training", "hooks"}
-_CURE = "remove the file, and the training starts anew"
+_CURE = "remove the file, and the training starts over"
 
 
 class CheckpointFault(FileFault):
-    """A checkpoint that a training cannot go on from: unreadable, damaged, or of another training."""
+    """A checkpoint that a training cannot resume from: unreadable, damaged, or of another training."""
 
 
 class Stateful(Protocol):
-    """What has a state to go on from."""
+    """Has a state to resume from."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings, None, and lists, tuples and dicts of them."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
         ...
 
 
 class Checkpoint:
-    """The file of one training, replaced from time to time.
+    """The file of one training, replaced at every save.
 
-    seconds: the time between saves; 0 saves after every step.
+    Args:
+        path: The file.
+        seconds: Time between saves; 0 saves after every step.
     """
 
     def __init__(self, path: Path, seconds: float) -> None:
@@ -69,7 +71,7 @@ class Checkpoint:
         self._saved_at = time.monotonic()
 
     def load(self, training: Training, hooks: Sequence[Stateful]) -> None:
-        """Take up the state of the file. Raises CheckpointFault when it is broken, or of another training than this."""
+        """Restore the state in the file. Raises CheckpointFault for a file that is broken, or of another training."""
         whole = _read(self.path)
         _compare(self.path, whole["identity"], _identity(training, hooks))
         training.load_state_dict(whole["training"])
@@ -97,7 +99,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _identity(training: Training, hooks: Sequence[Stateful]) -> str:
-    """What two trainings must have in common for one to go on with the other's state."""
+    """What two trainings must have in common for one to resume from the other's state."""
     facts = {
         "workload": training.workload.name,
         "source": training.workload.source,
@@ -120,13 +122,13 @@ def _compare(path: Path, stored: str, ours: str) -> None:
 
 
 def _check_plain(state: Any, where: str) -> None:
-    """Fail now, not at the resume: other types would be written and then refused by the loader."""
+    """Refuse types that could be written but not loaded."""
     if isinstance(state, dict):
         for key, value in state.items():
             _check_plain(value, f"{where}[{key!r}]")
     elif isinstance(state, list | tuple):
-        for place, value in enumerate(state):
-            _check_plain(value, f"{where}[{place}]")
+        for index, value in enumerate(state):
+            _check_plain(value, f"{where}[{index}]")
     elif type(state) not in (Tensor, int, float, bool, str, bytes, type(None)):
         raise TypeError(
             f"{where} is a {type(state).__name__}: give tensors, numbers, strings, None, and lists, tuples and dicts "

@@ -1,4 +1,4 @@
-"""Where a training runs: the device, its number formats, and how time is taken on it."""
+"""Where a training runs: the device, mixed precision, and the clock."""
 
 import contextlib
 import time
@@ -13,9 +13,10 @@ from predictor.errors import UsageError
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" is a CUDA GPU where there is one, else Apple's, else the CPU.
+    """Return the device called `name`; "auto" is a CUDA GPU, else Apple's, else the CPU.
 
-    Raises UsageError for a name that is none and for a device that is not there.
+    Raises:
+        UsageError: An unknown name, or a device that is not there.
     """
     if name == "auto":
         return torch.device("cuda" if _has("cuda") else "mps" if _has("mps") else "cpu")
@@ -29,7 +30,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given; a CPU has."""
+    """Wait until the device has finished its work. A CPU never has any left."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -44,11 +45,11 @@ class Precision:
         self.dtype = self._choose() if wanted and device.type == "cuda" else torch.float32
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.dtype == torch.float16)
         if self.scaler.is_enabled():
-            # The scaler leaves out a first step whose gradients overflow; the schedule goes on all the same.
+            # The scaler skips a first step whose gradients overflow, and the schedule does not.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
 
     def forward(self) -> contextlib.AbstractContextManager[object]:
-        """The context for a forward pass and its loss."""
+        """Return the context for a forward pass and its loss."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
@@ -58,7 +59,7 @@ class Precision:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def update(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter], clip_norm: float | None) -> None:
-        """Clip the gradients and take the optimizer's step. What stands in `.grad` afterwards is unscaled."""
+        """Clip the gradients and take the optimizer's step. Afterwards `.grad` is unscaled."""
         self.scaler.unscale_(optimizer)
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, clip_norm)  # of those that have a gradient: frozen ones have none
@@ -80,7 +81,7 @@ class Clock:
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds of wall-clock time so far. A GPU may lag behind while the clock runs; it is waited for at stops."""
+        """Seconds of wall-clock time so far. A running clock does not wait for the GPU; a stop does."""
         return self._read(0, time.perf_counter)
 
     @property
@@ -89,19 +90,19 @@ class Clock:
         return self._read(1, time.process_time)
 
     def start(self) -> None:
-        """Start a span, once the device is idle."""
+        """Start a span when the device is idle."""
         synchronize(self._device)
         self._since = (time.perf_counter(), time.process_time())
 
     def stop(self) -> None:
-        """End the span, once the device has done its work."""
+        """End the span when the device has finished its work."""
         synchronize(self._device)
         self._seconds = [self.wall_seconds, self.cpu_seconds]
         self._since = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside does not count."""
+        """A context whose time does not count."""
         ran = self._since is not None
         if ran:
             self.stop()
@@ -116,12 +117,12 @@ class Clock:
         return {"seconds": [self.wall_seconds, self.cpu_seconds]}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Go on from these seconds; the clock stands still."""
+        """Restore the seconds. The clock does not run afterwards."""
         self._seconds, self._since = list(state["seconds"]), None
 
-    def _read(self, place: int, now: Callable[[], float]) -> float:
-        running = 0.0 if self._since is None else now() - self._since[place]
-        return self._seconds[place] + running
+    def _read(self, index: int, now: Callable[[], float]) -> float:
+        running = 0.0 if self._since is None else now() - self._since[index]
+        return self._seconds[index] + running
 
 
 def _has(kind: str) -> bool:

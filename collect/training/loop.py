@@ -1,4 +1,4 @@
-"""The one training loop, extended by hooks alone."""
+"""The one training loop. Hooks extend it; it has no case for any experiment."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,9 +17,9 @@ __all__ = ["Hook", "Training", "train"]
 
 
 class Hook:
-    """What wants to see or steer a training.
+    """Sees or steers a training.
 
-    The order of things:
+    The order of calls:
 
         on_start
         for each step:
@@ -27,35 +27,37 @@ class Hook:
             on_step
             zero_grad()
             after an epoch (unless scores="end"), and at the end: test, on_epoch
-            the schedule goes on; a checkpoint, where one is due
+            scheduler.step(); a checkpoint, where one is due
         on_end
 
-    A hook may read everything, freeze parameters (`requires_grad_(False)` and `grad = None`) and hold weights at zero,
-    at the start or at any step, and choose the samples of the next epoch (`training.among`). Its time in on_start and
-    on_step counts as the training's, but for what it does inside `training.untimed()`; on_epoch and on_end are not
-    timed. It must leave the global random generators alone.
+    A hook may read everything. It may freeze parameters (`requires_grad_(False)` and `grad = None`) and hold weights at
+    zero, at the start or at any step, and choose the samples of the next epoch (`training.among`). Its time in on_start
+    and on_step counts as training time, except inside `training.untimed()`; on_epoch and on_end are not timed. It must
+    leave the global random generators alone.
     """
 
     def on_start(self, training: Training) -> None:
-        """Called once, before the first step. When a training goes on, this comes first, on the model as it was before
-        the first step; then everything is brought to where it stood, and `load_state_dict` is called.
+        """Run once, before the first step.
+
+        When a training resumes, this still sees the model as it was before the first step. Afterwards everything is
+        restored, and `load_state_dict` is called.
         """
 
     def on_step(self, training: Training) -> None:
-        """Called after each optimizer step, while its gradients still stand; not for a step seen to have diverged."""
+        """Run after each optimizer step, before its gradients are cleared. A step that diverged is left out."""
 
     def on_epoch(self, training: Training) -> None:
-        """Called after each row that is added to `training.curve`."""
+        """Run after each row that is added to `training.curve`."""
 
     def on_end(self, training: Training) -> None:
-        """Called once, when `training.status` is no longer "running", also after a divergence."""
+        """Run once, when `training.status` is no longer "running"; also after a divergence."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What it takes to go on exactly: tensors, numbers, strings, None, and lists, tuples and dicts of them."""
+        """The state to resume from: tensors, numbers, strings, None, and lists, tuples and dicts of them."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
 
 
 def train(
@@ -73,28 +75,37 @@ def train(
     scores: Scores = "epoch",
     left_out: float = 0.0,
 ) -> Training:
-    """Train a workload to its end and return what became of it.
+    """Train a workload to its end.
 
-    The same seed gives the same numbers bit for bit on a CPU with the same number of threads, also when the training
-    was broken off in between and went on from its checkpoint. Denormal numbers are flushed to zero in this thread.
+    The same seed gives the same numbers bit for bit on a CPU with the same number of threads, also for a training that
+    was interrupted and resumed from its checkpoint. Denormal numbers are flushed to zero in this thread.
 
-    seed: of the initial weights, the order of the samples, augmentation and dropout.
-    device: "auto", "cpu", "cuda", "cuda:1", ... or "mps".
-    budget: the share of the recipe's steps to take, above 0 and at most 1.
-    rescaled: whether the schedule is rescaled to these steps; otherwise it is broken off after them.
-    checkpoint: the file that the training goes on from, where it exists, and saves its state to every
-        `checkpoint_seconds` and when a hook stops it. It is left to the caller to remove it when all is done.
-    progress: called after each step with the steps done and the steps of the whole training.
-    source: the workload's source, where it is loaded already.
-    scores: when to test: after each "epoch", or at the "end" alone.
-    left_out: the share of the training samples that an epoch leaves out, so that the training has fewer steps. Which
-        they are is drawn by the seed, once, unless a hook such as `collect.hooks.sieve.Sieve` chooses others.
+    A loss that is not finite ends the training with the status "diverged". On a CPU this happens before the step is
+    taken. On a GPU it takes up to 20 steps, because reading the loss means waiting for the device.
 
-    A loss that is no longer finite ends the training with the status "diverged". On a CPU that is seen before the step
-    is taken; on a GPU up to 20 steps later, for looking means waiting.
+    Args:
+        workload: The model, its source and its recipe.
+        seed: Of the initial weights, the order of the samples, augmentation and dropout.
+        hooks: Called in this order.
+        device: "auto", "cpu", "cuda", "cuda:1", ... or "mps".
+        budget: The share of the recipe's steps to take, above 0 and at most 1.
+        rescaled: Whether the learning-rate schedule is rescaled to these steps; otherwise it is cut off after them.
+        checkpoint: The file that the training resumes from, if it exists. The state is saved to it every
+            `checkpoint_seconds`, and when a hook stops the training. The caller removes it at the end.
+        checkpoint_seconds: Time between saves.
+        progress: Called after each step with the steps done and the steps of the whole training.
+        source: The workload's source, if it is loaded already.
+        scores: Test after each "epoch", or at the "end" alone.
+        left_out: The share of the training samples that an epoch leaves out; the training has fewer steps. The seed
+            draws them once, unless a hook such as `collect.hooks.sieve.Sieve` chooses others.
 
-    Raises UsageError for settings that cannot work, CheckpointFault for a checkpoint that it cannot go on from, and
-    FileFault for one that cannot be written.
+    Returns:
+        The training, with its model, curve and status.
+
+    Raises:
+        UsageError: Settings that cannot work.
+        CheckpointFault: A checkpoint that the training cannot resume from.
+        FileFault: A checkpoint that cannot be written.
     """
     torch.set_flush_denormal(True)
     if source is None:
@@ -132,7 +143,7 @@ def _start(training: Training, hooks: Sequence[Hook], saver: Checkpoint | None) 
 def _run_epoch(
     training: Training, hooks: Sequence[Hook], saver: Checkpoint | None, progress: Callable[[int, int], None]
 ) -> None:
-    """Go on to the end of the epoch under way, or of the training."""
+    """Train to the end of the epoch, or of the training."""
     batches = training.batches()
     training.clock.start()
     ended = False
@@ -166,4 +177,4 @@ def _score(training: Training, hooks: Sequence[Hook]) -> None:
 
 
 def _ignore(step: int, total_steps: int) -> None:
-    """Nobody watches."""
+    """The progress of a training without a callback."""

@@ -14,9 +14,9 @@ _DROPS = (0.5, 0.75)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """One group over all parameters, in the model's order.
+    """Make the recipe's optimizer with one group over all parameters, in the model's order.
 
-    Freezing and resuming rely on that: a layer that freezes stays where it is, and state is found again by its place.
+    Freezing and resuming rely on the order: a frozen layer keeps its index, by which its state is found again.
     """
     parameters = list(model.parameters())
     if recipe.optimizer == "sgd":
@@ -26,14 +26,14 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
 
 
 def make_scheduler(optimizer: Optimizer, recipe: Recipe, total_steps: int) -> LambdaLR:
-    """The recipe's schedule over `total_steps` optimizer steps."""
+    """Make the recipe's schedule over `total_steps` optimizer steps."""
     return LambdaLR(optimizer, lambda step: lr_share(step, total_steps, recipe))
 
 
 def lr_share(step: int, total_steps: int, recipe: Recipe) -> float:
-    """The share of `recipe.lr` with which step number `step` is taken, counted from 0.
+    """Return the share of `recipe.lr` for a step, counted from 0.
 
-    The warm-up's last step is the first at full rate; the step after the last one would be at zero.
+    The last step of the warm-up is the first at the full rate. The step after the last one would have a rate of zero.
     """
     warm_steps = round(recipe.warmup * total_steps)
     if step < warm_steps:

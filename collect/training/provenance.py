@@ -1,11 +1,11 @@
-"""Where a result comes from: versions, hardware and date, to be kept beside it."""
+"""Where a result comes from: versions, hardware and date."""
 
 import importlib.metadata
 import os
 import platform
 import subprocess
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ _PACKAGES = ("torch", "torchvision", "numpy", "h5py", "scikit-learn", "timm")
 
 
 def provenance() -> dict[str, Any]:
-    """When and with what a result is made; nothing that names the user or the machine."""
-    made = datetime.now(UTC).isoformat(timespec="seconds")
+    """Return the time, versions and hardware. Nothing names the user or the machine."""
+    made = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"made": made, "versions": versions(), "hardware": hardware()}
 
 
 @cache
 def versions() -> dict[str, str]:
-    """The toolkit's version and commit, Python's, and those of the packages that numbers depend on."""
+    """Return the versions of the toolkit, with its commit, of Python and of the packages that numbers depend on."""
     import predictor
 
     found = {"smartfrz": predictor.__version__, "python": platform.python_version()}
@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, str | int | float | None]:
-    """The machine: its processor, cores, memory and GPU, and the threads of this process."""
+    """Return the machine's processor, cores, memory and GPU, and the threads of this process."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -50,7 +50,7 @@ def hardware() -> dict[str, str | int | float | None]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a plus sign where files were changed since; None outside a repository."""
+    """The checkout's commit, with a plus sign for changed files; None outside a repository."""
     git = ["git", "-C", str(Path(__file__).parent)]
     with suppress(OSError, subprocess.SubprocessError):
         commit = _printed([*git, "rev-parse", "--short=12", "HEAD"])

@@ -1,4 +1,4 @@
-"""Random numbers: one seed for all generators, and their state to go on from."""
+"""Random numbers: one seed for all generators, and their state to resume from."""
 
 import random
 from typing import Any
@@ -15,7 +15,7 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of all global generators, in types that `torch.load(weights_only=True)` reads."""
+    """Return the state of all global generators, in types that `torch.load(weights_only=True)` reads."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -28,7 +28,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put all global generators into a state from `random_state`. GPUs that were not there then stay as they are."""
+    """Restore a state from `random_state`. Generators of GPUs that are not in it stay as they are."""
     random.setstate(state["python"])
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))

@@ -19,21 +19,27 @@ from predictor.errors import UsageError
 from predictor.layers.layer import Layer, layers_of
 
 Scores: TypeAlias = Literal["epoch", "end"]
-LOOK_EVERY = 20
-"""Steps between looks at the loss on a GPU, which has to be waited for at each. On a CPU every step's is looked at."""
+CHECK_EVERY = 20
+"""Steps between checks of the loss on a GPU, each of which waits for the device. A CPU checks at every step."""
 _TEST_BATCH = 256
 
 
 class Training:
-    """A training under way. Hooks may read all of it, freeze parameters, hold weights at zero, set `around_forward`,
-    `on_answers` and `among`, and call `finish`, `stop` and `untimed`.
+    """A training under way.
 
-    Building it seeds all global random generators and makes the model; nothing is trained yet.
+    Hooks may read all of it, freeze parameters, hold weights at zero, set `around_forward`, `on_answers` and `among`,
+    and call `finish`, `stop` and `untimed`. Building it seeds all global random generators and makes the model; no step
+    is taken yet.
 
-    budget: the share of the recipe's steps to take. rescaled: whether the schedule is rescaled to them; otherwise it is
-    broken off.
-    scores: when to test: after each "epoch", or at the "end" alone, where a test takes as long as the training.
-    left_out: the share of the training samples that an epoch leaves out, from 0 to below 1: it is that much shorter.
+    Args:
+        workload: The model, its source and its recipe.
+        source: The workload's source, loaded.
+        seed: Of the initial weights, the order of the samples, augmentation and dropout.
+        device: Where to train.
+        budget: The share of the recipe's steps to take.
+        rescaled: Whether the schedule is rescaled to these steps; otherwise it is cut off after them.
+        scores: Test after each "epoch", or at the "end" alone, for workloads whose test takes as long as the training.
+        left_out: The share of the training samples that an epoch leaves out, from 0 to below 1.
     """
 
     def __init__(
@@ -57,8 +63,8 @@ class Training:
         self.steps_per_epoch = steps_per_epoch(source, recipe, left_out)
         self.total_steps = _total_steps(recipe, self.steps_per_epoch, budget)
         self.among = _some_of(source, left_out, seed)
-        """Ids of the samples that epochs go through, ascending; None for all. A hook may put others in their place, as
-        many, in the last step of an epoch."""
+        """Ids of the samples of an epoch, ascending; None for all. In the last step of an epoch a hook may replace them
+        by as many others."""
         seed_everything(seed)
         # Built on the CPU, so that every device starts from the same weights.
         self.model = workload.model(source).to(device).to(memory_format=self._memory_format(source.shape))
@@ -70,36 +76,36 @@ class Training:
         self.step = 0
         """Optimizer steps done."""
         self.loss = torch.tensor(math.nan, device=device)
-        """Training loss of the step just taken: one number, on the device, without a graph."""
+        """Training loss of the last step: one number, on the device, without a graph."""
         self.curve: list[dict[str, float]] = []
-        """Scores after each epoch and at the end: step, epoch (epochs done, parts of one too), train_loss (mean since
-        the scores before, as it was minimised), test_loss (plain cross entropy), test_accuracy, train_seconds."""
-        self.around_forward: Callable[[Tensor], contextlib.AbstractContextManager[Any]] = _nothing
-        """For a hook to set at the start: what is around the model's call on each training batch, whose ids_B it is
-        given. Not around tests and what hooks call."""
+        """One row after each epoch and at the end: step, epoch (as a fraction), train_loss (the mean minimised loss
+        since the row before), test_loss (plain cross entropy), test_accuracy, train_seconds."""
+        self.around_forward: Callable[[Tensor], contextlib.AbstractContextManager[Any]] = _no_context
+        """A context around the model's call on each training batch; it receives the batch's ids_B. A hook may set it at
+        the start. Tests and hooks' own calls are outside."""
         self.on_answers: Callable[[Tensor, Tensor], None] | None = None
-        """For a hook to set at the start: told of each training batch, after its forward pass, its ids_B, on the CPU,
-        and right_B, bool, on the device: which samples got their own label. None, and nobody looks."""
+        """Called after the forward pass of each training batch with ids_B, on the CPU, and right_B, bool, on the
+        device: which samples were classified correctly. A hook may set it at the start."""
         self.status: Literal["running", "finished", "diverged", "stopped"] = "running"
-        """Whether it goes on; it finished all its steps; its loss is no longer finite; a hook stopped it."""
+        """diverged: the loss is not finite. stopped: a hook called `stop`."""
         self.stop_reason = ""
-        """What the hook that stopped it said."""
+        """The argument of `stop`."""
         self._loss_sum = torch.zeros((), device=device)
         self._losses = 0
 
     @property
     def recipe(self) -> Recipe:
-        """How it is trained."""
+        """The workload's recipe."""
         return self.workload.recipe
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
-        """The model's layers that may freeze, in the order in which its forward pass on two samples uses them."""
+        """The model's freezable layers, in execution order on two samples."""
         return layers_of(self.model, self._formatted(self.source.probe(2, self.device)))
 
     @property
     def running(self) -> bool:
-        """Whether it goes on."""
+        """Whether the status is "running"."""
         return self.status == "running"
 
     @property
@@ -119,7 +125,7 @@ class Training:
 
     @property
     def lr(self) -> float:
-        """In a hook: the learning rate of the step just taken; before the first, that of the first."""
+        """In a hook: the learning rate of the last step; before the first, that of the first."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     @property
@@ -133,19 +139,19 @@ class Training:
         return self.clock.cpu_seconds
 
     def untimed(self) -> contextlib.AbstractContextManager[None]:
-        """For a hook's work that is no part of the training: `with training.untimed(): ...` is left out of its time."""
+        """A context whose time does not count as training time, for a hook's own work."""
         return self.clock.paused()
 
     def finish(self) -> None:
-        """For a hook, in `on_step`: let this step be the last, as if the training had been planned so long."""
+        """In a hook's `on_step`: make this step the last, as if the training had been planned so long."""
         self.total_steps = self.step
 
     def stop(self, reason: str) -> None:
-        """For a hook: end the training after this step, with the scores taken so far and the status "stopped"."""
+        """In a hook: end the training after this step, with the scores so far and the status "stopped"."""
         self.status, self.stop_reason = "stopped", reason
 
     def batches(self) -> Iterator[Batch]:
-        """What is left of the epoch under way."""
+        """The remaining batches of the current epoch."""
         start = self.step % self.steps_per_epoch * self.recipe.accumulate
         return self.source.batches(
             "train",
@@ -161,9 +167,10 @@ class Training:
         )
 
     def take_step(self, batches: Iterator[Batch]) -> bool:
-        """Take one optimizer step on the next `accumulate` batches; the gradients stand until `zero_grad`.
+        """Take one optimizer step on the next `accumulate` batches. The gradients stay until `zero_grad`.
 
-        Returns False, and takes no step, when the loss is seen not to be finite: the training has diverged.
+        Returns:
+            False, with no step taken, for a loss that is found not to be finite: the training has diverged.
         """
         loss = torch.zeros((), device=self.device)
         for _ in range(self.recipe.accumulate):
@@ -179,7 +186,7 @@ class Training:
         self.loss = loss
         self._loss_sum += loss
         self._losses += 1
-        if self._look_due() and not math.isfinite(self._loss_sum.item()):
+        if self._check_due() and not math.isfinite(self._loss_sum.item()):
             self.status = "diverged"
             return False
         self.precision.update(self.optimizer, self.model.parameters(), self.recipe.clip_norm)
@@ -222,7 +229,7 @@ class Training:
         return loss.item() / size, correct.item() / size
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it takes to go on exactly: also the random generators, which are global."""
+        """The whole state to resume from, with the global random generators."""
         parts = ("model", "optimizer", "scheduler", "clock")
         return {
             **{name: getattr(self, name).state_dict() for name in parts},
@@ -234,7 +241,7 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of the same training."""
+        """Resume from a state of the same training."""
         for name in ("model", "optimizer", "scheduler", "clock"):
             getattr(self, name).load_state_dict(state[name])
         if state["scaler"]:
@@ -251,22 +258,23 @@ class Training:
     def _formatted(self, inputs: Tensor) -> Tensor:
         return inputs.contiguous(memory_format=self._memory_format(inputs.shape[1:]))
 
-    def _look_due(self) -> bool:
-        return self.device.type == "cpu" or (self.step + 1) % LOOK_EVERY == 0
+    def _check_due(self) -> bool:
+        return self.device.type == "cpu" or (self.step + 1) % CHECK_EVERY == 0
 
     def _memory_format(self, shape: tuple[int, ...]) -> torch.memory_format:
         images = len(shape) == 3
         return torch.channels_last if images and self.recipe.channels_last else torch.contiguous_format
 
 
-def _nothing(ids_B: Tensor) -> contextlib.AbstractContextManager[None]:
+def _no_context(ids_B: Tensor) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
 def steps_per_epoch(source: Source, recipe: Recipe, left_out: float = 0.0) -> int:
-    """Optimizer steps of an epoch that leaves out a share of the training samples.
+    """Return the optimizer steps of an epoch that leaves out a share of the training samples.
 
-    Raises UsageError for a share that is none, and where what is left is not enough for one step.
+    Raises:
+        UsageError: Not a share, or too few samples left for one step.
     """
     size, samples = _kept(source, left_out), recipe.batch_size * recipe.accumulate
     if samples > size:
@@ -286,7 +294,7 @@ def _kept(source: Source, left_out: float) -> int:
 
 
 def _some_of(source: Source, left_out: float, seed: int) -> Tensor | None:
-    """Ascending ids of the samples that a training begins with, drawn by its seed; None where none are left out."""
+    """Ascending ids of the samples that a training starts with, drawn by its seed; None for all."""
     size, kept = source.size("train"), _kept(source, left_out)
     if kept == size:
         return None

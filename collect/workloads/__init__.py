@@ -1,4 +1,4 @@
-"""What can be trained: a model, a source and a recipe under one name, or the user's own package.module:function."""
+"""The workloads: a model, a source and a recipe under one name, or the user's own package.module:function."""
 
 import inspect
 from collections.abc import Callable
@@ -70,16 +70,18 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "deit-tiny-cifar100": partial(paper.on_cifar, "deit-tiny", "cifar100"),
     "deit-tiny-imagefolder": partial(paper.on_folder, "deit-tiny"),
 }
-"""Every workload by name. The times in their descriptions are those of one thread of a 2020s server CPU."""
+"""Every workload by name. Times in their descriptions are for one thread of a 2020s server CPU."""
 
 
 def load_workload(name: str) -> Workload:
-    """The workload called `name`.
+    """Return the workload called `name`.
 
-    name: a key of `WORKLOADS`; or one that ends in "-imagefolder", a colon and a folder; or the user's own function
-        that takes nothing and returns a Workload, as "package.module:function".
+    Args:
+        name: A key of `WORKLOADS`; one that ends in "-imagefolder", with a colon and a folder behind it; or
+            "package.module:function", where the user's function takes nothing and returns a Workload.
 
-    Raises UsageError, naming what there is, when there is none.
+    Raises:
+        UsageError: No such workload.
     """
     known, _, rest = name.partition(":")
     if known not in WORKLOADS:
@@ -87,7 +89,7 @@ def load_workload(name: str) -> Workload:
     workload = WORKLOADS[known]()
     if workload.source == "imagefolder":
         if not rest:
-            raise UsageError(f"{name}: say which folder, as in {name}:/data/imagenet")
+            raise UsageError(f"{name}: name the folder, as in {name}:/data/imagenet")
         workload = replace(workload, name=name, source=f"imagefolder:{rest}")
     elif rest:
         raise UsageError(f"{name}: {known} takes nothing behind a colon")
@@ -95,7 +97,7 @@ def load_workload(name: str) -> Workload:
 
 
 def own_code(name: str) -> str:
-    """A fingerprint of the user's own file that holds the workload called `name`; empty for one of the toolkit's."""
+    """Return a fingerprint of the user's file with the workload `name`; empty for the toolkit's own workloads."""
     ours = name.partition(":")[0] in WORKLOADS
     return "" if ours else code_of(named("workload", name, WORKLOADS))
 
@@ -110,7 +112,7 @@ def _own(name: str) -> Workload:
 
 
 def _documented(workload: Workload, function: Callable[[], Workload]) -> Workload:
-    """The workload with the first line of its function's docstring as its `doc`, where it has none of its own."""
+    """The workload with the first line of its function's docstring as `doc`, if it has none."""
     if workload.doc:
         return workload
     return replace(workload, doc=(inspect.getdoc(function) or "").split("\n")[0])

@@ -17,13 +17,13 @@ from data.sources.memory import ImageSource, Look
 from predictor.errors import FileFault, UsageError
 
 _SIZE = 64
-"""Height and width that the networks see: a fraction of what they were trained at, for a CPU's sake."""
+"""Height and width of the networks' inputs: smaller than in their pretraining, so that a CPU is fast enough."""
 _RECIPE = Recipe(epochs=4, batch_size=32, optimizer="adamw", lr=1e-3, weight_decay=0.01, train_samples=2000)
 _DATA = {"fashion": ("fashion", "Fashion-MNIST"), "mnist": ("mnist-5k", "MNIST")}
 
 
 def lite(number: int, data: str) -> Workload:
-    """EfficientNet-Lite0, 1 or 2 on "fashion" or "mnist"."""
+    """Return EfficientNet-Lite0, 1 or 2 on "fashion" or "mnist"."""
     source, title = _DATA[data]
     doc = f"EfficientNet-Lite{number}, trained on ImageNet, fine-tuned on {title}; about 3 minutes."
     model = partial(FineTunedLite, number=number)
@@ -31,7 +31,7 @@ def lite(number: int, data: str) -> Workload:
 
 
 class FineTunedLite(nn.Module):
-    """A pretrained EfficientNet-Lite with a new head, behind what turns a source's images into those it knows."""
+    """A pretrained EfficientNet-Lite with a new head, after a conversion of the source's images."""
 
     def __init__(self, source: Source, number: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class FineTunedLite(nn.Module):
             raise UsageError(f"source {source.name!r} does not say how it normalizes: choose fashion or mnist-5k")
         self.input = AsPretrained(source.look)
         self.network = copy.deepcopy(_pretrained(number))
-        # The new head alone takes random numbers.
+        # Only the new head draws random numbers.
         self.network.reset_classifier(source.classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class FineTunedLite(nn.Module):
 
 
 class AsPretrained(nn.Module):
-    """Makes a source's normalized images what a network trained on ImageNet expects; it has no parameters.
+    """Converts a source's normalized images to those that a network trained on ImageNet expects. No parameters.
 
     It undoes the source's normalization, maps bytes to [-1, 1], enlarges to 64 pixels by bilinear interpolation, and
     repeats a single channel three times.
@@ -74,12 +74,12 @@ class AsPretrained(nn.Module):
 
 @cache
 def _pretrained(number: int) -> Any:
-    """The network of timm with the weights that it was trained to on ImageNet; read once a process, to be copied."""
+    """Timm's network with its ImageNet weights. Read once a process; users copy it."""
     try:
         import timm
     except ModuleNotFoundError as error:
         raise UsageError("this workload's network comes from timm: pip install timm") from error
-    with torch.random.fork_rng(devices=[]):  # whether it is read or copied, the head begins alike
+    with torch.random.fork_rng(devices=[]):  # a head starts the same, whether the network is read or copied
         network = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False)
     folder = folder_of(f"efficientnet-lite{number}")
     path = next(folder.glob(f"efficientnet-lite{number}-*.pth"))
@@ -88,7 +88,7 @@ def _pretrained(number: int) -> Any:
     except (OSError, RuntimeError, EOFError, AttributeError, struct.error, pickle.UnpicklingError) as error:
         raise FileFault(f"{path}: no weights that can be read ({error}); install the package again") from error
     own = network.state_dict()
-    # The file names its tensors otherwise, in the same order.
+    # The file has other names for its tensors, in the same order.
     if [tensor.shape for tensor in found] != [tensor.shape for tensor in own.values()]:
         raise FileFault(f"{path}: not the weights of timm's {network.default_cfg['architecture']}, whose shapes differ")
     network.load_state_dict(dict(zip(own, found, strict=True)))

@@ -23,7 +23,7 @@ _RECIPE = Recipe(
     train_samples=2000,
 )
 _HEAD_DEVIATION = 0.02
-"""Of a new head's weights, as of all others before BERT was trained (Devlin et al., 2019)."""
+"""Standard deviation of a new head's weights, as in BERT's initialization (Devlin et al., 2019)."""
 
 
 def minilm_glosses() -> Workload:
@@ -44,7 +44,7 @@ class MiniLm(nn.Module):
                 "own: choose glosses@minilm"
             )
         self.network = copy.deepcopy(pretrained)
-        # The new head alone takes random numbers.
+        # Only the new head draws random numbers.
         nn.init.normal_(self.network.classifier.weight, std=_HEAD_DEVIATION)
         nn.init.zeros_(self.network.classifier.bias)
 
@@ -56,7 +56,7 @@ class MiniLm(nn.Module):
 
 @cache
 def _pretrained(classes: int) -> Any:
-    """Transformers' network with the weights of the file; made once a process, to be copied."""
+    """Transformers' network with the weights of the file. Made once a process; users copy it."""
     import safetensors.torch
 
     folder = folder_of("minilm")
@@ -69,9 +69,9 @@ def _pretrained(classes: int) -> Any:
         found = safetensors.torch.load_file(folder / "model.safetensors")
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise FileFault(f"{folder}: no weights that can be read ({error}); install the package again") from error
-    with torch.random.fork_rng(devices=[]):  # whether it is made or copied, the head begins alike
+    with torch.random.fork_rng(devices=[]):  # a head starts the same, whether the network is made or copied
         network = AutoModelForSequenceClassification.from_config(config)
-    found.pop("embeddings.position_ids", None)  # 0, 1, 2, ..., which the network knows
+    found.pop("embeddings.position_ids", None)  # 0, 1, 2, ..., a constant of the network
     try:
         network.base_model.load_state_dict(found)
     except RuntimeError as error:

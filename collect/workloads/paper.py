@@ -1,6 +1,6 @@
-"""The networks of the SmartFRZ paper's experiments on images, from torchvision and timm; they want a GPU.
+"""The image networks of the SmartFRZ paper, from torchvision and timm. They need a GPU.
 
-The paper's own hyperparameters are not known to us: these are the usual recipes of each network.
+The paper's hyperparameters are unknown to us: these are the usual recipes of each network.
 """
 
 from importlib import import_module
@@ -13,11 +13,11 @@ from data.sources.base import Source
 from predictor.errors import UsageError
 
 _SMALL = 64
-"""Images below this height get the stem that is usual for CIFAR: it keeps their resolution."""
+"""Images below this height get the stem that is usual for CIFAR, which keeps their resolution."""
 
 
 def resnet50(source: Source) -> nn.Module:
-    """Torchvision's ResNet-50; for small images with a 3x3 stem of stride 1 and no pooling behind it."""
+    """Torchvision's ResNet-50. Small images get a 3x3 stem of stride 1 without pooling."""
     model: nn.Module = _package("torchvision.models").resnet50(num_classes=source.classes)
     if _small(source):
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -27,7 +27,7 @@ def resnet50(source: Source) -> nn.Module:
 
 
 def vgg11(source: Source) -> nn.Module:
-    """Torchvision's VGG-11 with BatchNorm; for small images with one linear layer behind the convolutions."""
+    """Torchvision's VGG-11 with BatchNorm. Small images get one linear layer after the convolutions."""
     model: nn.Module = _package("torchvision.models").vgg11_bn(num_classes=source.classes)
     if _small(source):
         model.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -36,7 +36,7 @@ def vgg11(source: Source) -> nn.Module:
 
 
 def mobilenetv2(source: Source) -> nn.Module:
-    """Torchvision's MobileNetV2; for small images its first two halvings are left out."""
+    """Torchvision's MobileNetV2. Small images are not halved by the first two strides."""
     model: nn.Module = _package("torchvision.models").mobilenet_v2(num_classes=source.classes)
     if _small(source):
         for name in ("features.0.0", "features.2.conv.1.0"):
@@ -46,7 +46,7 @@ def mobilenetv2(source: Source) -> nn.Module:
 
 
 def deit_tiny(source: Source) -> nn.Module:
-    """DeiT-Tiny from timm, without distillation, for images of the source's size; small ones in patches of 4x4."""
+    """Timm's DeiT-Tiny without distillation, for images of the source's size. Small ones get patches of 4x4."""
     timm = _package("timm")
     size = image_shape(source)[1:]
     patch = 4 if _small(source) else 16
@@ -100,15 +100,15 @@ _FOLDER = {
 
 
 def on_cifar(model: str, source: str) -> Workload:
-    """One of the four networks on "cifar10" or "cifar100"."""
+    """Return one of the four networks on "cifar10" or "cifar100"."""
     family, build = _MODELS[model]
-    return Workload(f"{model}-{source}", family, build, source, _CIFAR[model], f"{model} on {source}; wants a GPU")
+    return Workload(f"{model}-{source}", family, build, source, _CIFAR[model], f"{model} on {source}; needs a GPU")
 
 
 def on_folder(model: str) -> Workload:
-    """One of the four networks on a folder of images: `load_workload("resnet50-imagefolder:/data/imagenet")`."""
+    """Return one of the four networks on a folder of images: `load_workload("resnet50-imagefolder:/data/imagenet")`."""
     family, build = _MODELS[model]
-    doc = f"{model} on a folder of images, named behind a colon; wants a GPU"
+    doc = f"{model} on a folder of images, named after a colon; needs a GPU"
     return Workload(f"{model}-imagefolder", family, build, "imagefolder", _FOLDER[model], doc)
 
 

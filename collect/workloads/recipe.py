@@ -1,111 +1,103 @@
 """What a training is made of: a model, a source and a recipe."""
 
-import math
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
+from pydantic import ConfigDict, Field, create_model
 from torch import nn
 
 from data.sources.base import Source
+from data.validation import validated
 from predictor.errors import UsageError, unknown
 
-
-def _check(name: str, value: Any, kind: Any, wanted: str, fits: Callable[[Any], bool] = lambda value: True) -> None:
-    if value is None and name in ("clip_norm", "train_samples"):
-        return
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not fits(value):
-        raise UsageError(f"{name}={value!r}: give {wanted}")
-
-
-def _check_choice(what: str, value: Any, choices: Any) -> None:
-    if value not in choices:
-        raise unknown(what, value, choices)
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+"""A share, from 0 to below 1."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained. One optimizer step sees `batch_size * accumulate` samples."""
+    """How a model is trained. One optimizer step uses `batch_size * accumulate` samples."""
 
-    epochs: float = 10
-    """Passes over the training samples; parts of one count too."""
-    batch_size: int = 64
-    """Samples that go through the model at once."""
+    epochs: Positive = 10
+    """Passes over the training samples, as a fraction."""
+    batch_size: Count = 64
+    """Samples of one forward pass."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """The optimizer."""
-    lr: float = 0.05
+    lr: Positive = 0.05
     """The highest learning rate, at the end of the warm-up."""
-    momentum: float = 0.9
+    momentum: Share = 0.9
     """Momentum of SGD, first beta of AdamW."""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     """Weight decay, of all parameters alike."""
-    warmup: float = 0.1
-    """Share of the steps over which the learning rate climbs in a straight line to `lr`."""
+    warmup: Share = 0.1
+    """Share of the steps over which the learning rate rises linearly to `lr`."""
     schedule: Literal["cosine", "linear", "steps", "constant"] = "cosine"
-    """How the learning rate goes on after the warm-up: to zero by a half cosine or a straight line; down to a tenth at
-    half of the steps and again at three quarters; or not at all."""
-    accumulate: int = 1
+    """The learning rate after the warm-up: a half cosine or a straight line to zero; "steps" is a tenth from half of
+    the steps on, and a hundredth from three quarters on."""
+    accumulate: Count = 1
     """Batches whose gradients are averaged for one optimizer step."""
-    clip_norm: float | None = None
-    """The largest norm of all gradients together; longer ones are scaled down to it."""
-    label_smoothing: float = 0.0
-    """Share of the target that is spread over all classes."""
+    clip_norm: Positive | None = None
+    """The largest norm of all gradients together; None does not clip."""
+    label_smoothing: Share = 0.0
+    """Share of the target that is spread evenly over the classes."""
     augment: bool = False
-    """Whether training samples are augmented, the way their source does it."""
+    """Whether training samples are augmented, in their source's way."""
     amp: bool = True
     """Mixed precision, on CUDA alone: bfloat16 where the GPU has it, else float16 with a scaled loss."""
     channels_last: bool = True
-    """Images and convolutions in the memory format that is faster on most hardware."""
-    train_samples: int | None = None
-    """Training samples to use, the same number of each class; all of them by default."""
+    """Whether images and convolutions have the memory format that is faster on most hardware."""
+    train_samples: Count | None = None
+    """Training samples to use, the same number of each class; None uses all."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "train_samples"):
-            _check(name, getattr(self, name), int, "a whole number above 0", lambda value: value > 0)
-        for name in ("epochs", "lr", "clip_norm"):
-            self._make_float(name, "a number above 0", lambda value: 0 < value < math.inf)
-        for name in ("momentum", "warmup", "label_smoothing"):
-            self._make_float(name, "a number from 0 to below 1", lambda value: 0 <= value < 1)
-        self._make_float("weight_decay", "0 or more", lambda value: 0 <= value < math.inf)
-        for name in ("augment", "amp", "channels_last"):
-            _check(name, getattr(self, name), bool, "true or false")
-        _check_choice("optimizer", self.optimizer, ("sgd", "adamw"))
-        _check_choice("schedule", self.schedule, ("cosine", "linear", "steps", "constant"))
+        values = {field.name: getattr(self, field.name) for field in fields(Recipe)}
+        checked = validated(_model(), values, "recipe")
+        for name in values:  # 1 has become 1.0: a run's id is the hash of its recipe
+            object.__setattr__(self, name, getattr(checked, name))
 
-    def _make_float(self, name: str, wanted: str, fits: Callable[[float], bool]) -> None:
-        """A run's id is the hash of its recipe, so that 1 and 1.0 must not be two recipes."""
-        value = getattr(self, name)
-        _check(name, value, (int, float), wanted, fits)
-        object.__setattr__(self, name, None if value is None else float(value))
+
+@functools.cache
+def _model() -> Any:
+    """A pydantic model of the recipe's fields."""
+    hints = get_type_hints(Recipe, include_extras=True)
+    kinds: dict[str, Any] = {field.name: (hints[field.name], field.default) for field in fields(Recipe)}
+    return create_model("Recipe", __config__=ConfigDict(extra="forbid"), **kinds)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Something to train. Its name, source and recipe go into the id of every run made from it."""
+    """A model, a source and a recipe under one name. The name, source and recipe go into the id of every run."""
 
     name: str
-    """What it is called on the command line."""
+    """The name on the command line."""
     family: str
-    """The kind of architecture; predictors are judged on families that they never saw."""
+    """The kind of architecture; predictors are evaluated on families that they were not trained on."""
     model: Callable[[Source], nn.Module]
-    """Builds the model for a source: `source.shape`, `source.classes`, and `source.vocabulary` of a text."""
+    """Builds the model for a source, from `source.shape`, `source.classes` and a text's `source.vocabulary`."""
     source: str
-    """What it trains on: a name that `data.sources.load_source` knows."""
+    """The name of the source, for `data.sources.load_source`."""
     recipe: Recipe = Recipe()
     """How it is trained."""
     doc: str = ""
-    """What a list of workloads says of it; the first line of its function's docstring by default."""
+    """A line for lists of workloads; by default the first line of the function's docstring."""
 
     def with_recipe(self, **changes: Any) -> "Workload":
-        """The same workload with some fields of its recipe changed. Raises UsageError for a field that is none."""
+        """Return the workload with changed fields of its recipe. Raises UsageError for an unknown field."""
         known = [field.name for field in fields(Recipe)]
         for name in changes:
-            _check_choice("recipe field", name, known)
+            if name not in known:
+                raise unknown("recipe field", name, known)
         return replace(self, recipe=replace(self.recipe, **changes))
 
 
 def image_shape(source: Source) -> tuple[int, int, int]:
-    """Channels, height and width of a source's images. Raises UsageError when it holds something else."""
+    """Return channels, height and width of a source's images. Raises UsageError for a source of something else."""
     if source.kind != "image":
         raise UsageError(f"source {source.name!r} holds {source.kind}, and this model takes images: choose another one")
     channels, height, width = source.shape
@@ -113,7 +105,7 @@ def image_shape(source: Source) -> tuple[int, int, int]:
 
 
 def text_shape(source: Source) -> tuple[int, int]:
-    """Vocabulary and length of a source's token sequences. Raises UsageError when it holds something else."""
+    """Return vocabulary and length of a source's token sequences. Raises UsageError for a source of something else."""
     if source.kind != "text":
         raise UsageError(f"source {source.name!r} holds {source.kind}, and this model takes text: choose another one")
     (length,) = source.shape

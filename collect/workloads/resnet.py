@@ -36,8 +36,8 @@ class ResNet(nn.Sequential):
         inputs = width
         for stage in range(3):
             outputs = width * 2**stage
-            for place in range(blocks):
-                modules.append(Block(inputs, outputs, stride=2 if stage and not place else 1))
+            for index in range(blocks):
+                modules.append(Block(inputs, outputs, stride=2 if stage and not index else 1))
                 inputs = outputs
         super().__init__(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, source.classes))
 

@@ -9,7 +9,7 @@ from data.sources.base import Source
 
 
 class TextTransformer(nn.Module):
-    """Embeddings with learnt positions, `depth` encoder blocks, the mean over real tokens, and the head."""
+    """Embeddings with learned positions, `depth` encoder blocks, the mean over real tokens, and the head."""
 
     def __init__(self, source: Source, width: int, depth: int, heads: int, dropout: float) -> None:
         super().__init__()

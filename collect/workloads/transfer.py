@@ -1,4 +1,4 @@
-"""Small networks, pretrained by this project on half of a source's classes, and their fine-tuning on the other half."""
+"""Small networks that this project pretrains on half of a source's classes, and fine-tunes on the other half."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,27 +20,27 @@ from data.sources.base import Source
 from predictor.errors import FileFault
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""The folder of the pretrained weights, which `python -m collect pretrain` makes."""
+"""The folder of the pretrained weights, made by `python -m collect pretrain`."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """A network, what it is pretrained on and fine-tuned on, and how."""
+    """A network, and how it is pretrained and fine-tuned."""
 
     family: str
     """The kind of architecture."""
     title: str
-    """What the network is, in words."""
+    """A description of the network."""
     network: Callable[[Source], nn.Module]
-    """Builds it for a source, with new weights."""
+    """Builds the network for a source, with new weights."""
     source: str
-    """What it trains on: the first half of this source's classes, then the last half."""
+    """The source: pretraining has the first half of its classes, fine-tuning the last half."""
     pretraining: Recipe
-    """How it is trained on the first half."""
+    """The recipe for the first half."""
     finetuning: Recipe
-    """How it is trained on the last half."""
+    """The recipe for the last half."""
     times: tuple[str, str]
-    """How long each of the two takes."""
+    """The time that each of the two takes."""
 
 
 TRANSFERS: dict[str, Transfer] = {
@@ -117,18 +117,18 @@ TRANSFERS: dict[str, Transfer] = {
         ("20 seconds", "5 seconds"),
     ),
 }
-"""Every network that this project pretrains, by what the names of its two workloads begin with."""
+"""The networks that this project pretrains, by the beginning of the names of their two workloads."""
 
 
 def first(name: str) -> Workload:
-    """The pretraining of a network of the table, on half of the classes."""
+    """Return the pretraining of a network of the table."""
     row = TRANSFERS[name]
     doc = f"{row.title} on {row.source}-first, half of the classes, to be fine-tuned; about {row.times[0]}."
     return Workload(f"{name}-first", row.family, row.network, f"{row.source}-first", row.pretraining, doc)
 
 
 def transfer(name: str) -> Workload:
-    """The fine-tuning of a network of the table, on the other half of the classes."""
+    """Return the fine-tuning of a network of the table."""
     row = TRANSFERS[name]
     doc = f"{row.title}, pretrained as {name}-first, on {row.source}-last, the other half; about {row.times[1]}."
     model = partial(_pretrained, name=name)
@@ -136,14 +136,15 @@ def transfer(name: str) -> Workload:
 
 
 def weights_of(name: str, folder: Path = WEIGHTS) -> Path:
-    """The file of a network's pretrained weights: it bears the name of the network and of what it was trained on."""
+    """Return the file of a network's pretrained weights, which is named after the network and its source."""
     return folder / f"{name}-{TRANSFERS[name].source}-first.safetensors"
 
 
 def load_body(model: nn.Module, path: Path) -> None:
-    """Load what `python -m collect pretrain` wrote, but for the head, the last linear layer, which stays new.
+    """Load the weights of a `python -m collect pretrain`, except the head, the last linear layer.
 
-    Raises FileFault when the file cannot be read, or when its tensors have other names or shapes.
+    Raises:
+        FileFault: A file that cannot be read, or whose tensors have other names or shapes.
     """
     import safetensors.torch
 

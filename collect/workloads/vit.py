@@ -9,7 +9,7 @@ from data.sources.base import Source
 
 
 class Vit(nn.Module):
-    """Patches through a linear layer, a class token, learnt positions, `depth` encoder blocks, and the head."""
+    """Patches through a linear layer, a class token, learned positions, `depth` encoder blocks, and the head."""
 
     def __init__(self, source: Source, patch: int, width: int, depth: int, heads: int) -> None:
         super().__init__()

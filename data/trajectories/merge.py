@@ -1,30 +1,35 @@
-"""Puts the runs of many trajectory files into one, as real copies whose checksums are verified afterwards."""
+"""Puts the runs of many trajectory files into one: real copies, compared with their sources byte by byte."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
+import h5py
 from tqdm import tqdm
 
 from data.trajectories.folder import trajectory_files
 from data.trajectories.reader import open_trajectories
+from data.trajectories.schema import FIELDS
 from data.trajectories.writer import NewRuns, new_file
 from predictor.errors import FileFault, UsageError
 from predictor.shared.files import written_whole
 
 OnDuplicate = Literal["refuse", "skip"]
+Stamp = tuple[int, int, int]
+"""A file's time of change in nanoseconds, its size and its inode: another one means that the file may have changed."""
 
 
 @dataclass(frozen=True)
 class MergeSummary:
-    """What a merge did."""
+    """The result of a merge."""
 
     path: Path
     runs: int
     files: int
     skipped: tuple[str, ...]
-    """Ids of runs that were there already."""
+    """Ids of duplicates that were left out."""
     size_bytes: int
 
     def __str__(self) -> str:
@@ -33,52 +38,90 @@ class MergeSummary:
 
 
 def merge(
-    paths: Sequence[Path], out: Path, on_duplicate: OnDuplicate = "refuse", *, progress: bool = False
+    paths: Sequence[Path],
+    out: Path,
+    on_duplicate: OnDuplicate = "refuse",
+    *,
+    progress: bool = False,
+    verified: Mapping[Path, Stamp] = MappingProxyType({}),
 ) -> MergeSummary:
-    """Copy every run of `paths` (trajectory files, or gather folders) into the new file `out`.
+    """Copy every run of trajectory files into one new file.
 
-    Every run is verified before it is copied, and again in the new file; `out` appears only when all is well, and may
-    be one of `paths`. No links: with a link, a source that goes missing would read as zeros.
+    Each run is decoded once, to verify it against its checksum. Its copy has to hold the same stored bytes. `out`
+    appears only when all is well, and may be one of `paths`. The copies are no links: a link to a file that goes
+    missing reads as zeros.
 
-    on_duplicate: "refuse" raises UsageError for a run id that comes twice; "skip" keeps the one that comes first.
+    Args:
+        paths: Trajectory files, and gather folders.
+        out: The new file.
+        on_duplicate: "refuse" raises UsageError for a run id that comes twice; "skip" keeps the first.
+        progress: Whether to show a progress bar.
+        verified: Files whose runs the caller has read already, with their `stamp_of` from before; they are not decoded
+            again as long as the stamp is the same.
+
+    Raises:
+        UsageError: There is nothing to merge, or a duplicate.
+        FileFault: A file that is unsound, or that changes meanwhile.
     """
     files = trajectory_files(paths)
     if not files:
         raise UsageError("nothing to merge: name at least one trajectory file or gather folder")
     skipped: list[str] = []
-    sources: dict[str, tuple[Path, str]] = {}
+    sources: dict[str, Path] = {}
     with written_whole(Path(out)) as part:
         with new_file(part) as runs:
             for path in tqdm(files, desc="merging", unit="file", disable=not progress):
-                skipped += _copy_all(path, runs, sources, on_duplicate)
-        _verify(part, sources, progress)
+                known = path in verified and verified[path] == stamp_of(path)
+                skipped += _copy_all(path, runs, sources, on_duplicate, known)
+        _compare(part, sources)
     return MergeSummary(Path(out), len(sources), len(files), tuple(skipped), Path(out).stat().st_size)
 
 
-def _copy_all(path: Path, runs: NewRuns, sources: dict[str, tuple[Path, str]], on_duplicate: OnDuplicate) -> list[str]:
-    """Copy a file's runs and note, in `sources`, where each came from and its checksum. Returns those left out."""
+def stamp_of(path: Path) -> Stamp:
+    """The stamp of a file that is there."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def _copy_all(path: Path, runs: NewRuns, sources: dict[str, Path], on_duplicate: OnDuplicate, known: bool) -> list[str]:
+    """Copy a file's runs, and note in `sources` where each came from. Returns the ids of duplicates."""
     skipped = []
     with open_trajectories(path) as source:
         for run_id in source.run_ids:
             if run_id in sources:
                 if on_duplicate == "refuse":
                     raise UsageError(
-                        f"run {run_id}: is in {sources[run_id][0]} and in {path}: leave one of them out, or skip "
+                        f"run {run_id}: is in {sources[run_id]} and in {path}: leave one of them out, or skip "
                         "duplicates (--on-duplicate skip)"
                     )
                 skipped.append(run_id)
                 continue
-            source.read(run_id)
+            if not known:
+                source.read(run_id)
             runs.copy(source, run_id)
-            sources[run_id] = (path, source.checksum(run_id))
+            sources[run_id] = path
     return skipped
 
 
-def _verify(part: Path, sources: dict[str, tuple[Path, str]], progress: bool) -> None:
-    with open_trajectories(part) as copies:
-        for run_id, (path, checksum) in tqdm(sources.items(), desc="verifying", unit="run", disable=not progress):
-            copies.read(run_id)
-            if copies.checksum(run_id) != checksum:
-                raise FileFault(
-                    f"{path}: run {run_id}: changed while it was copied: merge again when nothing writes it"
-                )
+def _compare(part: Path, sources: Mapping[str, Path]) -> None:
+    """Check that each copy holds the same bytes as its source, which has been verified."""
+    by_path: dict[Path, list[str]] = {}
+    for run_id, path in sources.items():
+        by_path.setdefault(path, []).append(run_id)
+    with h5py.File(part) as copies:
+        for path, run_ids in by_path.items():
+            with h5py.File(path, locking="best-effort") as source:
+                for run_id in run_ids:
+                    if list(_stored(source["runs"][run_id])) != list(_stored(copies["runs"][run_id])):
+                        raise FileFault(
+                            f"{path}: run {run_id}: differs from its copy: merge again when nothing writes the file, "
+                            "and check the disk"
+                        )
+
+
+def _stored(run: h5py.Group) -> Iterator[Any]:
+    """What lies in a file of a run: its checksum, and each field's shape, type and compressed bytes."""
+    yield run.attrs["sha256"]
+    for field in FIELDS:
+        dataset = run[field.name].id
+        yield dataset.shape, dataset.dtype, dataset.read_direct_chunk((0,) * dataset.rank)

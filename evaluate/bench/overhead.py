@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from collect.hooks.cka import Similarity
+from collect.hooks.cka import CKARecorder
 from collect.hooks.recorder import Recorder
 from collect.training.loop import Hook, Training
 from collect.workloads import Workload
@@ -94,7 +94,7 @@ def _start_hooks(training: Training, spec: SampleSpec, batches: Iterator[Batch])
         freezing = FreezeHook(make_policy("smartfrz", predictor=path))
     hooks: dict[str, list[Hook]] = {
         "recorder": [Recorder(spec)],
-        "recorder, similarity": [Recorder(spec), Similarity(spec)],
+        "recorder, similarity": [Recorder(spec), CKARecorder(spec)],
         "smartfrz": [freezing],
     }
     for hook in itertools.chain(*hooks.values()):

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from collect.jobs.local import Job, default_slots, visible_gpus
+from collect.jobs import Job, default_slots, visible_gpus
 from collect.training.device import pick_device
 from collect.training.state import steps_per_epoch
 from collect.workloads import Workload, own_code

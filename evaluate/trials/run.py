@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from collect.jobs.local import Job, run_jobs
+from collect.jobs import Job, run_jobs
 from collect.training.device import pick_device
 from evaluate.trials.plan import Plan, SuiteFolder
 from evaluate.trials.records import ADOPTED, has_result

@@ -1,11 +1,16 @@
-"""The engine without processes, for tests of what stands around it."""
+"""An engine without processes, for tests of what stands around it, and suites whose runs take a moment."""
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from collect.jobs.local import Job
+import pytest
+
+from collect.gather.plan import read_suite
+from collect.jobs import Job
 
 SMALL = """
 [sampling]
@@ -17,28 +22,44 @@ features = 16
 """
 """The head of a suite whose runs are recorded in a moment."""
 MLP = '[[runs]]\nworkload = "mlp-digits"\ntrain_samples = 96\nepochs = 2\n'
-"""A table of such runs."""
+"""A table of such runs, of six steps each."""
 
 
-def noting(ids: list[str]) -> Callable[..., None]:
-    """`run_inline`, which also notes the ids of its jobs, in order."""
+@dataclass
+class InlineEngine:
+    """Runs jobs in this process, one after the other, and notes their ids."""
 
-    def run(jobs: list[Job], **options: Any) -> None:
-        ids.extend(job.id for job in jobs)
-        run_inline(jobs, **options)
+    ids: list[str] = field(default_factory=list)
 
-    return run
+    def run(
+        self,
+        jobs: Sequence[Job],
+        folder: Path,
+        log: Callable[[str], Path],
+        *,
+        on_progress: Callable[[Job, float], None],
+        on_done: Callable[[Job, dict[str, Any]], None],
+        on_failed: Callable[[Job, str], None],
+    ) -> None:
+        for job in jobs:
+            self.ids.append(job.id)
+            log(job.id).parent.mkdir(parents=True, exist_ok=True)
+            module, function = job.target.split(":")
+            try:
+                work = getattr(importlib.import_module(module), function)
+                result = work(job.payload, folder, lambda share: None)
+            except Exception as error:
+                on_failed(job, str(error))
+            else:
+                on_done(job, json.loads(json.dumps(result)))
 
 
-def run_inline(jobs: list[Job], **options: Any) -> None:
-    """Does what `run_jobs` does, here and in order."""
-    for job in jobs:
-        options["log"](job.id).parent.mkdir(parents=True, exist_ok=True)
-        module, function = job.target.split(":")
-        try:
-            work = getattr(importlib.import_module(module), function)
-            result = work(job.payload, options["folder"], lambda share: None)
-        except Exception as error:
-            options["on_failed"](job, str(error))
-        else:
-            options["on_done"](job, json.loads(json.dumps(result)))
+def put_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Make the inline engine the default one. Returns the ids of its jobs."""
+    engine = InlineEngine()
+    monkeypatch.setattr("collect.jobs.LocalEngine", lambda *settings: engine)
+    return engine.ids
+
+
+def ids_of(suite: str) -> list[str]:
+    return [run.id for run in read_suite(suite).runs]

@@ -31,22 +31,22 @@ def card_of(path: Path) -> dict[str, Any]:
 def test_what_is_written_is_what_was_trained_and_the_other_workload_can_start_from_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "resnet20-fashion-first.safetensors"
-    training = pretrain(tmp_path, ["resnet20"], device="cpu", budget=0.005)["resnet20"]
+    path = tmp_path / "mlp-digits-first.safetensors"
+    training = pretrain(tmp_path, ["mlp"], device="cpu", budget=0.01)["mlp"]
     assert list(tmp_path.iterdir()) == [path]
     found, own = load_file(path), training.model.state_dict()
     assert found.keys() == own.keys()
     assert all(torch.equal(found[name], own[name]) for name in own)
     card, accuracy = card_of(path), training.curve[-1]["test_accuracy"]
-    assert (card["workload"], card["source"], card["steps"]) == ("resnet20-first", "fashion-first", 4)
+    assert (card["workload"], card["source"], card["steps"]) == ("mlp-first", "digits-first", 4)
     assert card["test_accuracy"] == accuracy
     out = capsys.readouterr().out
-    assert f"resnet20-first: step 4 of 4: {accuracy:.1%} of the test samples right" in out
+    assert f"mlp-first: step 4 of 4: {accuracy:.1%} of the test samples right" in out
     assert f"{path}: {accuracy:.1%} of the test samples of its own classes" in out
-    model = load_workload("resnet20-transfer").model(load_source("fashion-last"))
+    model = load_workload("mlp-transfer").model(load_source("digits-last"))
     head = model[-1].weight.clone()
     load_body(model, path)
-    assert torch.equal(model[0].weight, found["0.weight"])
+    assert torch.equal(model[1].weight, found["1.weight"])
     assert torch.equal(model[-1].weight, head)
 
 

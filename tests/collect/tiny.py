@@ -19,7 +19,7 @@ CLASSES = 3
 
 
 def tiny_source(train: int = 24, test: int = 9) -> ImageSource:
-    """Images of 8x8 with two bright rows, whose place is the class, under noise; they may be shifted."""
+    """Images of 8x8 with two bright rows, whose position is the class, under noise; they may be shifted."""
     return ImageSource("tiny", CLASSES, _samples(train, 1), _samples(test, 2), Look((60.0,), (60.0,), shift=1))
 
 
@@ -27,8 +27,8 @@ def _samples(size: int, seed: int) -> Samples:
     generator = torch.Generator().manual_seed(seed)
     labels_N = torch.arange(size) % CLASSES
     images_NCHW = torch.randint(0, 80, (size, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    for place, label in enumerate(labels_N.tolist()):
-        images_NCHW[place, 0, 1 + 2 * label : 3 + 2 * label] += 150
+    for index, label in enumerate(labels_N.tolist()):
+        images_NCHW[index, 0, 1 + 2 * label : 3 + 2 * label] += 150
     return Samples(images_NCHW, labels_N)
 
 
@@ -119,7 +119,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 class BrokenOff(Exception):
-    """Takes the place of a kill."""
+    """Stands for a kill."""
 
 
 class Losses(Hook):

@@ -1,10 +1,5 @@
-"""A run that goes on from a point: unbroken bit for bit, frozen from there on, and never done twice."""
+"""Continuations of a run: equal to the unbroken run bit for bit, frozen from a step on, and never done twice."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from collect.gather import outcome_job as continuations
+from collect.gather import continuations
 from collect.gather.continuation_plan import Choices
-from collect.gather.outcome_job import Branch, record_outcomes
+from collect.gather.continuations import Branch, record_outcomes
 from collect.gather.plan import RunConfig, read_suite
 from collect.training.loop import Training
 from data.outcomes.records import OutcomeFolder, read_outcomes
@@ -23,7 +18,6 @@ from predictor.errors import FileFault
 from tests.collect.inline import MLP, SMALL
 from tests.collect.tiny import Losses, Trace, run, same, weights
 
-CHECKOUT = Path(__file__).parents[3]
 TOTAL = 18  # six steps an epoch, three epochs
 RECIPES = [{}, {"optimizer": "adamw", "lr": 0.01, "augment": True}]
 LAYER_0 = ("conv.weight", "conv.bias", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var")
@@ -41,7 +35,7 @@ def go_on(branch: Branch, path: Path | None, *hooks: Any, **recipe: Any) -> Trai
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("step", [0, 1, 6, 7, 15, 17])
+@pytest.mark.parametrize("step", [0, 6, 15])
 def test_with_nothing_frozen_it_equals_the_unbroken_run_bit_for_bit(
     step: int, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -128,11 +122,11 @@ def breaking_off(after: int) -> Callable[[float], None]:
     """A report of progress that ends the job at a step, counted over all of its trainings."""
     steps = iter(range(after))
 
-    def tell(share: float) -> None:
+    def report(share: float) -> None:
         if next(steps, None) is None:
             raise KeyboardInterrupt
 
-    return tell
+    return report
 
 
 def steps_of(payload: dict[str, Any], folder: Path) -> int:
@@ -157,11 +151,11 @@ def test_the_outcomes_of_a_run(job: dict[str, Any], tmp_path: Path) -> None:
     assert whole.facts["versions"]["torch"]
     assert [outcome.kind for outcome in outcomes].count("noise") == 2
     assert {outcome.step for outcome in outcomes if outcome.kind == "front"} == {0, 3}
-    front = next(outcome for outcome in outcomes if outcome.kind == "front" and outcome.step == 3)
-    assert (front.progress, front.layers, front.layer_count) == (0.5, (0, 1), 4)
+    prefix = next(outcome for outcome in outcomes if outcome.kind == "front" and outcome.step == 3)
+    assert (prefix.progress, prefix.layers, prefix.layer_count) == (0.5, (0, 1), 4)
     # Four layers and a head of which two stand still: less than a full step, more than the head's alone.
     everything = next(outcome for outcome in outcomes if len(outcome.layers) == 4)
-    assert 0.2 < everything.flops_share < front.flops_share < whole.flops_share == 1
+    assert 0.2 < everything.flops_share < prefix.flops_share < whole.flops_share == 1
     losses = [outcome.result.final_loss for outcome in outcomes]
     assert len(set(losses)) == len(losses)
 
@@ -180,29 +174,6 @@ def test_broken_off_again_and_again_it_ends_as_if_unbroken(job: dict[str, Any], 
     assert 0 < steps_of(job, tmp_path / "broken") < whole - 20
     expected = OutcomeFolder(tmp_path / "whole").run(run_id)
     assert files.run(run_id).read_bytes() == expected.read_bytes()
-
-
-def test_killed_it_ends_as_if_unbroken(job: dict[str, Any], tmp_path: Path) -> None:
-    steps_of(job, tmp_path / "whole")
-    code = (
-        "import json, os, signal, sys, itertools, pathlib, torch\n"
-        "from collect.gather.outcome_job import record_outcomes\n"
-        "torch.set_num_threads(1)\n"
-        "steps = itertools.count()\n"
-        "def tell(share):\n"
-        "    if next(steps) == 25:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "record_outcomes(json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]), tell)\n"
-    )
-    command = [sys.executable, "-c", code, json.dumps(job), str(tmp_path / "broken")]
-    killed = subprocess.run(command, cwd=CHECKOUT, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    files, run_id = OutcomeFolder(tmp_path / "broken"), job["id"]
-    there = len(files.so_far(run_id).read_text().splitlines())
-    assert there >= 3
-    steps_of(job, tmp_path / "broken")
-    expected = read_outcomes(OutcomeFolder(tmp_path / "whole").run(run_id))
-    assert read_outcomes(files.run(run_id))[1:] == expected[1:]
 
 
 def test_further_choices_add_what_is_missing(job: dict[str, Any], tmp_path: Path) -> None:

@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 
 from collect import __main__ as program
-from collect.gather import outcome_job as continuations
-from collect.gather import outcomes as gathering
-from collect.gather import trajectories
+from collect.gather import continuations
 from collect.gather.plan import read_suite
 from data.dataset.cka_agreement import join
 from data.outcomes.records import OutcomeFolder, read_outcomes
@@ -16,7 +14,7 @@ from data.trajectories.labels import LabelRule
 from data.trajectories.reader import open_trajectories
 from predictor.errors import FileFault, UsageError
 from predictor.shared.files import held, read_json_lines
-from tests.collect.inline import MLP, SMALL, noting, run_inline
+from tests.collect.inline import MLP, SMALL, ids_of, put_inline
 
 HEAD = SMALL + MLP
 FEW = ("--points", "0.5", "--fronts", "0.5", "--singles", "0")
@@ -25,10 +23,7 @@ FEW = ("--points", "0.5", "--fronts", "0.5", "--singles", "0")
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs are trained in this process; their ids, in order."""
-    ids: list[str] = []
-    monkeypatch.setattr(gathering, "run_jobs", noting(ids))
-    monkeypatch.setattr(trajectories, "run_jobs", run_inline)
-    return ids
+    return put_inline(monkeypatch)
 
 
 @pytest.fixture
@@ -43,10 +38,6 @@ def suite(tmp_path: Path) -> Callable[..., str]:
 
 def gather(tmp_path: Path, suite: str, *flags: str, what: str = "outcomes") -> int | None:
     return program.main(["gather", what, "--suite", suite, "--out", str(tmp_path / "out"), *flags])
-
-
-def ids_of(suite: str) -> list[str]:
-    return [run.id for run in read_suite(suite).runs]
 
 
 def test_outcomes_meet_the_trajectories_of_the_same_runs(
@@ -65,9 +56,9 @@ def test_outcomes_meet_the_trajectories_of_the_same_runs(
     labels_TL = LabelRule(0.9).labels(trajectory.similarity_TL)
     for labelled in joined:
         row = trajectory.step_T.tolist().index(labelled.outcome.step)
-        places = labelled.outcome.layers
-        assert labelled.outcome.layer_names == tuple(trajectory.layer_names[place] for place in places)
-        assert labelled.freezable(LabelRule(0.9)) == tuple(labels_TL[row, list(places)])
+        indices = labelled.outcome.layers
+        assert labelled.outcome.layer_names == tuple(trajectory.layer_names[index] for index in indices)
+        assert labelled.freezable(LabelRule(0.9)) == tuple(labels_TL[row, list(indices)])
 
 
 def test_what_is_there_is_not_trained_again(tmp_path: Path, suite: Callable[..., str], trained: list[str]) -> None:
@@ -167,17 +158,6 @@ def test_outcomes_that_cannot_be_read_or_are_of_a_newer_version_are_kept(
     assert file.read_text() == newer
 
 
-def test_a_run_that_fails_does_not_stop_the_others(
-    tmp_path: Path, suite: Callable[..., str], trained: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = suite("batch_size = [200, 32]")
-    assert gather(tmp_path, path, *FEW) == 1
-    printed = capsys.readouterr().out
-    assert "FAILED mlp-digits seed=0" in printed
-    assert "1 runs failed: the same command tries them again" in printed
-    assert {one.run_id for one in read_outcomes(tmp_path / "out" / "outcomes.jsonl")} == {ids_of(path)[1]}
-
-
 def test_shards_share_a_folder_and_the_last_one_packs(
     tmp_path: Path, suite: Callable[..., str], trained: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,7 +225,7 @@ def test_changed_code_of_ones_own_is_gathered_again(
     assert before != after
     for what, flags in (("trajectories", ()), ("outcomes", FEW)):
         assert gather(tmp_path, str(path), *flags, what=what) == 0
-    assert trained == [before, after]
+    assert trained == [before, before, after, after]
     assert {outcome.run_id for outcome in read_outcomes(tmp_path / "out" / "outcomes.jsonl")} == {after}
     with open_trajectories(tmp_path / "out" / "trajectories.h5") as file:
         assert list(file.run_ids) == [after]

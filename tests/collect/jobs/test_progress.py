@@ -20,7 +20,6 @@ def test_shares_of_jobs_under_way_count(capsys: pytest.CaptureFixture[str]) -> N
         assert progress.done == 1.5
         progress.finish("a", "the first")
         assert progress.done == 2.0
-        progress.refresh()
     captured = capsys.readouterr()
     assert captured.out == "1/4 the first (00:00 gone, about 00:00 left)\n"
     assert captured.err == ""
@@ -43,9 +42,7 @@ SCRIPT = """
 from collect.jobs.progress import JobProgress
 with JobProgress(2) as progress:
     progress.update("a", 0.5)
-    progress.refresh()
     progress.finish("a", "the first")
-    progress.refresh()
 """
 
 

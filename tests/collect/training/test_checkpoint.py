@@ -54,19 +54,19 @@ def test_nothing_but_the_checkpoint_is_left(saved: Path) -> None:
     assert [path.name for path in saved.parent.iterdir()] == ["checkpoint"]
 
 
-@pytest.mark.parametrize("place", [30, 60, 0.3, 0.6, -1])
-def test_a_flipped_bit(saved: Path, place: float) -> None:
+@pytest.mark.parametrize("position", [30, 0.6, -1])
+def test_a_flipped_bit(saved: Path, position: float) -> None:
     content = bytearray(saved.read_bytes())
-    content[int(place * len(content)) if isinstance(place, float) else place] ^= 4
+    content[int(position * len(content)) if isinstance(position, float) else position] ^= 4
     saved.write_bytes(content)
     with pytest.raises(CheckpointFault, match="checkpoint: the checkpoint is damaged: remove the file"):
         run(Losses(), path=saved)
 
 
-@pytest.mark.parametrize("length", [22, 40, 54, 1000, -1])
+@pytest.mark.parametrize("length", [22, 54, -1])
 def test_a_file_cut_short(saved: Path, length: int) -> None:
     saved.write_bytes(saved.read_bytes()[:length])
-    with pytest.raises(CheckpointFault, match="damaged: remove the file, and the training starts anew"):
+    with pytest.raises(CheckpointFault, match=r"checkpoint: .*damaged: remove the file"):
         run(Losses(), path=saved)
 
 

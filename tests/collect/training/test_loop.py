@@ -1,6 +1,7 @@
 import contextlib
 import math
-import time
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,39 +174,49 @@ def test_a_hook_stops_the_training() -> None:
 # Time and progress
 
 
-class Sleepy(Hook):
-    def __init__(self, untimed: bool) -> None:
-        self.untimed = untimed
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Time stands still but for what a test adds to it."""
+    now = [0.0]
+    ticks = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0] / 2)
+    monkeypatch.setattr("collect.training.device.time", ticks)
 
-    def on_step(self, training: Training) -> None:
-        with training.untimed() if self.untimed else contextlib.nullcontext():
-            time.sleep(0.3)
+    def add(seconds: float) -> None:
+        now[0] += seconds
 
-    def on_epoch(self, training: Training) -> None:
-        time.sleep(0.6)
-
-
-@pytest.mark.parametrize(("untimed", "low", "high"), [(False, 0.6, 1.2), (True, 0.0, 0.6)])
-def test_time_is_that_of_steps_and_hooks(untimed: bool, low: float, high: float) -> None:
-    training = tiny_train((Sleepy(untimed),), batch_size=12, epochs=1)
-    assert low <= training.train_seconds < high
-    assert training.cpu_seconds < 0.6
-    assert training.curve[0]["train_seconds"] == pytest.approx(training.train_seconds, abs=0.1)
+    return add
 
 
-def test_tests_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Training, "test", lambda training: time.sleep(0.6) or (1.0, 0.5))
-    assert tiny_train(epochs=1).train_seconds < 0.6
+@pytest.mark.parametrize("untimed", [False, True])
+def test_time_is_that_of_steps_and_hooks(
+    untimed: bool, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(Hook):
+        def on_step(self, training: Training) -> None:
+            with training.untimed() if untimed else contextlib.nullcontext():
+                clock(1.0)
+
+        def on_epoch(self, training: Training) -> None:
+            clock(10.0)
+
+    def test(training: Training) -> tuple[float, float]:
+        clock(100.0)
+        return 1.0, 0.5
+
+    monkeypatch.setattr(Training, "test", test)
+    training = tiny_train((Slow(),), batch_size=12, epochs=1)
+    assert training.train_seconds == training.curve[0]["train_seconds"] == (0.0 if untimed else 2.0)
+    assert training.cpu_seconds == training.train_seconds / 2
 
 
-def test_progress_is_told_after_each_step() -> None:
-    told: list[tuple[int, int]] = []
+def test_progress_is_reported_after_each_step() -> None:
+    reported: list[tuple[int, int]] = []
     source = tiny_source()
     train(
         tiny_workload(epochs=1),
         seed=0,
         device="cpu",
         source=source,
-        progress=lambda step, total: told.append((step, total)),
+        progress=lambda step, total: reported.append((step, total)),
     )
-    assert told == [(step, 6) for step in range(1, 7)]
+    assert reported == [(step, 6) for step in range(1, 7)]

@@ -1,5 +1,8 @@
+"""The command `gather trajectories`: what it does, skips and reads, and what it prints."""
+
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,14 +11,13 @@ import numpy as np
 import pytest
 
 from collect import __main__ as program
-from collect.gather import trajectories as gathering
 from collect.gather.plan import RunConfig, read_suite
-from collect.gather.trajectory_job import record_run
+from collect.gather.trajectories import record_run
 from data.trajectories.folder import GatherFolder
-from data.trajectories.reader import open_trajectories
+from data.trajectories.reader import TrajectoryFile, open_trajectories
 from predictor.errors import FileFault, UsageError
 from predictor.shared.files import read_json_lines
-from tests.collect.inline import MLP, SMALL, noting
+from tests.collect.inline import MLP, SMALL, ids_of, put_inline
 
 HEAD = f"checkpoint_seconds = 0\n{SMALL}"
 
@@ -23,9 +25,7 @@ HEAD = f"checkpoint_seconds = 0\n{SMALL}"
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs are trained in this process; their ids, in order."""
-    ids: list[str] = []
-    monkeypatch.setattr(gathering, "run_jobs", noting(ids))
-    return ids
+    return put_inline(monkeypatch)
 
 
 @pytest.fixture
@@ -40,10 +40,6 @@ def suite(tmp_path: Path) -> Callable[[str], str]:
 
 def gather(tmp_path: Path, suite: str, *flags: str) -> int | None:
     return program.main(["gather", "trajectories", "--suite", suite, "--out", str(tmp_path / "out"), *flags])
-
-
-def ids_of(suite: str) -> list[str]:
-    return [run.id for run in read_suite(suite).runs]
 
 
 def packed_ids(tmp_path: Path) -> list[str]:
@@ -68,16 +64,32 @@ def test_a_run_becomes_a_trajectory(tmp_path: Path, suite: Callable[..., str], t
     assert trajectory.provenance["versions"]["torch"]
     files = GatherFolder(tmp_path / "out" / "trajectories")
     assert not files.checkpoint(run.id).exists()
+    head, row = read_json_lines(files.root / "metrics.jsonl")
+    assert head["program"] == "collect"
+    assert (row["run"], row["final_accuracy"]) == (run.id, trajectory.outcome["final_accuracy"])
 
 
-def test_what_is_there_is_not_trained_again(tmp_path: Path, suite: Callable[..., str], trained: list[str]) -> None:
+def test_what_is_there_is_not_trained_again_and_every_run_is_decoded_once(
+    tmp_path: Path, suite: Callable[..., str], trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+    examine = TrajectoryFile.examine
+
+    def counted(file: TrajectoryFile, run_id: str) -> Any:
+        decoded.append(run_id)
+        return examine(file, run_id)
+
+    monkeypatch.setattr(TrajectoryFile, "examine", counted)
     path = suite(MLP + "seed = [0, 1]")
     gather(tmp_path, path)
     assert trained == ids_of(path)
+    assert Counter(decoded) == dict.fromkeys(ids_of(path), 1)
     trained.clear()
+    decoded.clear()
     more = suite(MLP + "seed = [1, 2]", "more")
     gather(tmp_path, more)
     assert trained == ids_of(more)[1:]
+    assert Counter(decoded) == dict.fromkeys(ids_of(more), 1)
     # Runs only add up; the packed file holds those of the suite just gathered.
     assert len(GatherFolder(tmp_path / "out" / "trajectories").runs) == 3
     assert packed_ids(tmp_path) == sorted(ids_of(more))
@@ -154,7 +166,7 @@ def test_a_full_disk_fails_the_run_and_keeps_its_checkpoint(
 
     path = suite(MLP)
     with monkeypatch.context() as patch:
-        patch.setattr("collect.gather.trajectory_job.write_runs", full)
+        patch.setattr("collect.gather.trajectories.write_runs", full)
         assert gather(tmp_path, path) == 1
     files = GatherFolder(tmp_path / "out" / "trajectories")
     assert files.checkpoint(ids_of(path)[0]).exists()
@@ -162,7 +174,7 @@ def test_a_full_disk_fails_the_run_and_keeps_its_checkpoint(
     assert not files.checkpoint(ids_of(path)[0]).exists()
 
 
-@pytest.mark.parametrize("left", [b"", b"SmartFRZ checkpoint 1\nrubbish", None])
+@pytest.mark.parametrize("left", [b"SmartFRZ checkpoint 1\nrubbish", None])
 def test_a_checkpoint_that_cannot_be_used_means_starting_over(
     tmp_path: Path, suite: Callable[..., str], trained: list[str], left: bytes | None
 ) -> None:
@@ -260,15 +272,6 @@ def test_a_dry_run_does_nothing_and_says_what_there_is(
     assert not trained
 
 
-def test_figures_go_to_the_tracker(tmp_path: Path, suite: Callable[..., str], trained: list[str]) -> None:
-    path = suite(MLP + "seed = [0, 1]")
-    gather(tmp_path, path)
-    rows = read_json_lines(tmp_path / "out" / "trajectories" / "metrics.jsonl")
-    assert rows[0]["program"] == "collect"
-    assert [row["run"] for row in rows[1:]] == ids_of(path)
-    assert all(0 <= row["final_accuracy"] <= 1 for row in rows[1:])
-
-
 def test_what_cannot_work_is_said_before_anything_is_trained(
     tmp_path: Path, suite: Callable[..., str], trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,7 +305,7 @@ def test_two_gathers_never_write_the_same_run(
     path = suite(MLP)
     files, run_id = GatherFolder(tmp_path / "out" / "trajectories"), ids_of(path)[0]
     files.log(run_id).parent.mkdir(parents=True)
-    monkeypatch.setattr("collect.gather.trajectory_job._LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("collect.gather.gathering._LOCK_SECONDS", 0.2)
     with files.log(run_id).open("a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         start = time.monotonic()

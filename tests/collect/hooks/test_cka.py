@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from collect.hooks.cka import ProbeSpec, Similarity
+from collect.hooks.cka import CKARecorder, ProbeSpec
 from collect.training.loop import Hook, Training, train
 from collect.workloads import Recipe, Workload, load_workload
 from data.sources import load_source
@@ -49,7 +49,7 @@ class Networks(Hook):
 
 
 def test_every_snapshot_against_networks_that_were_kept() -> None:
-    similarity, twin = Similarity(SPEC, PROBE), Networks()
+    similarity, twin = CKARecorder(SPEC, PROBE), Networks()
     tiny_train(similarity, twin)
     assert similarity.similarity_TL.shape == (7, 2)
     assert similarity.similarity_TL.dtype == np.float32
@@ -96,7 +96,7 @@ def test_a_probe_leaves_everything_as_it_was() -> None:
         def on_start(self, training: Training) -> None:
             training.model.norm.eval()  # as a frozen layer would be
 
-    probed = tiny_train(FreezeNorm(), before, Similarity(SPEC, PROBE), after, workload=workload)
+    probed = tiny_train(FreezeNorm(), before, CKARecorder(SPEC, PROBE), after, workload=workload)
     for ours, theirs in zip(before.seen, after.seen, strict=True):
         assert ours[0] == theirs[0]
         assert ours[2] == theirs[2]
@@ -111,31 +111,31 @@ def test_a_probe_leaves_everything_as_it_was() -> None:
 def test_the_probe_is_not_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = []
 
-    def probe(self: Similarity, training: Training) -> Tensor:
+    def probe(self: CKARecorder, training: Training) -> Tensor:
         seconds.append([training.train_seconds, training.cpu_seconds])
         sum(range(100_000))
         assert [training.train_seconds, training.cpu_seconds] == seconds[-1]
         return torch.zeros(2, 36)
 
-    monkeypatch.setattr(Similarity, "_probe", probe)
-    tiny_train(Similarity(SPEC, PROBE))
+    monkeypatch.setattr(CKARecorder, "_probe", probe)
+    tiny_train(CKARecorder(SPEC, PROBE))
     assert len(seconds) == 7
 
 
 def test_at_most_so_many_features_at_positions_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     monkeypatch.setattr("collect.hooks.cka.gram", lambda features_BF: seen.append(features_BF) or gram(features_BF))
-    similarity, twin = Similarity(SPEC, ProbeSpec(samples=9, features=50)), Networks()
+    similarity, twin = CKARecorder(SPEC, ProbeSpec(samples=9, features=50)), Networks()
     tiny_train(similarity, twin)
     outputs = twin.outputs(0)
     assert outputs[0].shape == (9, 256)
-    places = None
+    indices = None
     for features_BF, output_BF in zip(seen[::2], outputs, strict=True):
         assert features_BF.shape == (9, 50)
-        found = [place for place in range(256) if any(torch.equal(output_BF[:, place], f) for f in features_BF.T)]
-        places = set(found) if places is None else places & set(found)
-    assert places is not None
-    assert 50 <= len(places) < 80  # some columns have twins
+        found = [index for index in range(256) if any(torch.equal(output_BF[:, index], f) for f in features_BF.T)]
+        indices = set(found) if indices is None else indices & set(found)
+    assert indices is not None
+    assert 50 <= len(indices) < 80  # some columns have twins
 
 
 def test_memory_is_half_a_gram_matrix_a_layer_a_snapshot() -> None:
@@ -143,10 +143,10 @@ def test_memory_is_half_a_gram_matrix_a_layer_a_snapshot() -> None:
         def on_step(self, training: Training) -> None:
             self.state = similarity.state_dict()["triangles"]
 
-    similarity, look = Similarity(SPEC, PROBE), Look()
+    similarity, look = CKARecorder(SPEC, PROBE), Look()
     tiny_train(similarity, look)
-    assert len(look.state) == 0  # let go of at the end
-    similarity = Similarity(SPEC, PROBE)
+    assert len(look.state) == 0  # released at the end
+    similarity = CKARecorder(SPEC, PROBE)
     similarity.on_start(tiny_train())
     (triangle_LP,) = similarity.state_dict()["triangles"]
     assert triangle_LP.shape == (2, 9 * 8 // 2)
@@ -162,17 +162,17 @@ class Stop(Hook):
         self.resumed = resumed
 
 
-def test_a_broken_off_run_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_exactly(tmp_path: Path) -> None:
     file = tmp_path / "checkpoint.pt"
-    whole, resumed = Similarity(SPEC, PROBE), Similarity(SPEC, PROBE)
+    whole, resumed = CKARecorder(SPEC, PROBE), CKARecorder(SPEC, PROBE)
     tiny_train(whole, Stop(True))
-    tiny_train(Similarity(SPEC, PROBE), Stop(False), checkpoint=file, checkpoint_seconds=1e9)
+    tiny_train(CKARecorder(SPEC, PROBE), Stop(False), checkpoint=file, checkpoint_seconds=1e9)
     tiny_train(resumed, Stop(True), checkpoint=file, checkpoint_seconds=1e9)
     np.testing.assert_array_equal(resumed.similarity_TL, whole.similarity_TL)
 
 
 def test_a_run_that_diverges_has_no_similarity() -> None:
-    similarity = Similarity(SPEC, PROBE)
+    similarity = CKARecorder(SPEC, PROBE)
     assert tiny_train(similarity, workload=tiny_workload(lr=1e30, warmup=0.0)).status == "diverged"
     assert np.isnan(similarity.similarity_TL).all()
     assert similarity.similarity_TL.shape[1] == 2
@@ -199,7 +199,7 @@ class Attending(nn.Module):
 
 def test_attention_encoders_and_parts_that_are_never_called() -> None:
     workload = Workload("attending", "vit", Attending, "tiny", Recipe(epochs=1, batch_size=4, lr=0.05))
-    similarity = Similarity(SPEC, PROBE)
+    similarity = CKARecorder(SPEC, PROBE)
     training = tiny_train(similarity, workload=workload)
     names = [layer.name for layer in training.layers]
     known = ~np.isnan(similarity.similarity_TL).any(axis=0)
@@ -211,7 +211,7 @@ def test_too_few_samples() -> None:
     with pytest.raises(UsageError, match="at least 4"):
         ProbeSpec(samples=3)
     with pytest.raises(UsageError, match="tiny has 3 test samples"):
-        train(tiny_workload(), seed=0, hooks=(Similarity(SPEC),), device="cpu", source=tiny_source(test=3))
+        train(tiny_workload(), seed=0, hooks=(CKARecorder(SPEC),), device="cpu", source=tiny_source(test=3))
 
 
 def test_a_layers_output_is_not_that_of_a_shortcut_beside_it() -> None:

@@ -1,4 +1,4 @@
-"""Data sieving: exchanges worked out by hand, what a training then goes through, and going on from a checkpoint."""
+"""Data sieving: exchanges worked out by hand, the samples of whole trainings, and resuming."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def run(*hooks: Hook, left_out: float = 0.5, path: Path | None = None, **recipe:
 
 
 class ByHand:
-    """A sieve on eight samples, four of them left out; epochs end when they are told to, with answers made up."""
+    """A sieve on eight samples, four of them left out; epochs end by hand, with answers made up."""
 
     def __init__(self, **options: Any) -> None:
         cpu = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_the_easiest_go_to_the_tail_and_as_many_come_from_the_head() -> None:
     hand.epoch({a: "rr", b: "rwr", c: "ww", d: "rw"})
     assert hand.among == sorted([c, d, q, r])
     assert hand.queue == [s, t, a, b]
-    # c is learnt and forgotten once, d learnt and forgotten twice, q is never right, r always.
+    # c is learned and forgotten once, d learned and forgotten twice, q is never right, r always.
     hand.epoch({c: "rwr", d: "rwrwr", q: "w", r: "r"})
     assert hand.among == sorted([d, q, s, t])
     assert hand.queue == [a, b, r, c]
@@ -153,18 +153,20 @@ def test_epochs_go_through_the_samples_that_are_in_each_once() -> None:
 
 def test_the_answers_are_those_of_the_training_itself() -> None:
     """With a learning rate of next to nothing they are the first weights' answers, epoch after epoch."""
-    told: dict[int, bool] = {}
+    seen_right: dict[int, bool] = {}
 
     class Listen(Hook):
         def on_start(self, training: Training) -> None:
-            training.on_answers = lambda ids_B, right_B: told.update(zip(ids_B.tolist(), right_B.tolist(), strict=True))
+            training.on_answers = lambda ids_B, right_B: seen_right.update(
+                zip(ids_B.tolist(), right_B.tolist(), strict=True)
+            )
 
     training = run(Listen(), left_out=0.0, net=PlainNet, lr=1e-12)
     (_, x_BCHW, labels_B) = next(tiny_source().batches("train", 24, shuffle=False))
     with torch.no_grad():
         right_B = training.model(x_BCHW).argmax(1) == labels_B
-    assert [told[place] for place in range(24)] == right_B.tolist()
-    assert {True, False} == set(told.values())
+    assert [seen_right[index] for index in range(24)] == right_B.tolist()
+    assert {True, False} == set(seen_right.values())
 
 
 def test_listening_changes_nothing() -> None:
@@ -178,8 +180,8 @@ def test_without_a_sieve_the_same_samples_stay_out() -> None:
     assert [sorted(epoch) for epoch in seen.epochs] == [training.among.tolist()] * 3
 
 
-@pytest.mark.parametrize("breaks_at", [2, 3, 4, 6, 8])
-def test_a_sieved_training_goes_on_bit_for_bit(breaks_at: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("breaks_at", [2, 3])
+def test_a_sieved_training_resumes_bit_for_bit(breaks_at: int, tmp_path: Path) -> None:
     """Broken off inside an epoch, and in its last step, in which samples are exchanged."""
     recipe = {"accumulate": 1, "augment": True, "clip_norm": 0.5}
     whole = Sieve()

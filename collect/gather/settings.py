@@ -1,0 +1,36 @@
+"""How a suite is gathered, as the command line takes it. Imports no torch."""
+
+from dataclasses import dataclass
+
+from predictor.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a suite is gathered. Only the device can change a number."""
+
+    device: str = "auto"
+    """Where to train: auto, cpu, cuda, cuda:1, ... or mps."""
+    slots: int | None = None
+    """Runs at once; by default one a GPU, or one a CPU core where there is no GPU."""
+    shard: tuple[int, int] = (1, 1)
+    """The part of the suite that this machine does, and the number of parts: (2, 8) is the second of eight."""
+
+    def __post_init__(self) -> None:
+        from collect.training.device import pick_device
+
+        if self.slots is not None and self.slots < 1:
+            raise UsageError(f"slots={self.slots}: give the number of runs at once, from 1")
+        pick_device(self.device)  # raises for a device that is not there
+
+    @property
+    def chosen_slots(self) -> int:
+        """Runs at once."""
+        from collect.jobs import default_slots
+
+        return default_slots(self.device) if self.slots is None else self.slots
+
+    @property
+    def device_in_slot(self) -> str:
+        """The device as a job sees it. A slot sees one GPU alone, so "cuda:1" is "cuda" there."""
+        return self.device.partition(":")[0]

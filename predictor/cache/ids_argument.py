@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from predictor.cache.arguments import checked_ids
 from predictor.cache.cut_points import uncompiled
 from predictor.cache.feature_cache import FeatureCache
-from predictor.cache.store import numbers_of
 from predictor.controller import FreezeController
 from predictor.errors import UsageError
 
@@ -53,7 +53,7 @@ class IdsArgument:
             )
         stack = ExitStack()
         try:
-            self._cache.enter(stack, numbers_of(ids), args, kwargs)  # whose own passes are in evaluation mode
+            self._cache.enter(stack, checked_ids(ids), args, kwargs)  # whose own passes are in evaluation mode
         except BaseException:
             stack.close()
             raise

@@ -69,7 +69,7 @@ def test_a_pass_that_left_out_what_was_to_be_given_is_made_once_more_whole():
     with cache.batch(range(16)):
         output = model(X)
     assert torch.equal(output, model(X))
-    assert cache.reason == "parts of the frozen front are left out of some passes in training, as by LayerDrop"
+    assert "LayerDrop" in cache.reason
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

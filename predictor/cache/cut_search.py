@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from predictor.cache.arguments import Arguments, Layout
-from predictor.cache.cut_points import Call, Cut, at_call, form_of, replayed, trace_calls, versions_of
+from predictor.cache.cut_points import Call, Cut, TensorForm, at_call, form_of, replayed, trace_calls, versions_of
 from predictor.errors import UsageError
 from predictor.layers.isolated_pass import undisturbed
 from predictor.layers.tensors import tensors_in
@@ -50,15 +50,17 @@ def find_cut(model: nn.Module, arguments: Arguments, batch: int, layouts: Sequen
     layouts: what the arguments' dimensions may mean, the likeliest first. The first one for which every output of the
     frozen prefix has rows that depend on their own sample is taken, or else the one for which most have.
     """
-    samples, best, most = 0, layouts[0], -1
+    samples, scores = 0, []
     for layout in layouts:
         with _Probe(model, arguments, layout, batch) as probe:
             if probe.consistent or len(layouts) == 1:
                 return probe.search(samples)
         samples += probe.samples
-        if probe.score > most:
-            best, most = layout, probe.score
-    with _Probe(model, arguments, best, batch) as probe:
+        scores.append(probe.score)
+    best = [layout for layout, score in zip(layouts, scores, strict=True) if score == max(scores)]
+    if any(a != b and None not in (a, b) for other in best for a, b in zip(best[0], other, strict=True)):
+        return Search(None, best[0], [], _AMBIGUOUS, samples)
+    with _Probe(model, arguments, best[0], batch) as probe:
         return probe.search(samples)
 
 
@@ -86,7 +88,7 @@ def prefix_outputs(model: nn.Module, cut: Cut, inputs: tuple[tuple[Any, ...], di
         return act
 
     args, kwargs = inputs
-    with isolated(model), ExitStack() as hooks:
+    with traceless(model), ExitStack() as hooks:
         for index, call in enumerate(cut.given):
             hooks.callback(call.module.register_forward_hook(at_call(call.nth, note(index))).remove)
         with suppress(_Enough):
@@ -136,12 +138,12 @@ class _Probe:
         self._before_whole, self._before_few = ExitStack(), ExitStack()
 
     def __enter__(self) -> "_Probe":
-        self._before_whole.enter_context(isolated(self._model))
+        self._before_whole.enter_context(traceless(self._model))
         try:
             first, _ = self._trace(self._some())
-            self._before_few.enter_context(isolated(self._model, seed=2))
+            self._before_few.enter_context(traceless(self._model, seed=2))
             whole, self._result = self._trace(self._all())
-            with isolated(self._model, seed=1):
+            with traceless(self._model, seed=1):
                 again, self._few_result = self._trace(self._some())
         except Exception as error:
             self._broken = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -159,14 +161,13 @@ class _Probe:
 
     @property
     def consistent(self) -> bool:
-        """Whether all that the frozen prefix returns, and the model's result, has rows of their own sample alone."""
+        """Whether all that modules return, and the model's result, has rows that depend on their own sample alone."""
         return not self._broken and _MIXED not in self._faults.values() and self._result_fits
 
     @property
-    def score(self) -> int:
-        """How many calls have such rows; one that fits the model's result too is better."""
-        fit = [call for call in self.calls if self._faults.get(call) == ""]
-        return 0 if self._broken else 1 + 2 * len(fit) + self._result_fits
+    def score(self) -> tuple[int, bool]:
+        """How many calls have such rows, and whether the result has."""
+        return -1 if self._broken else sum(map(self._keepable, self.calls)), self._result_fits
 
     def search(self, samples: int) -> Search:
         """Look for the best cut. samples: in passes that were made before."""
@@ -206,7 +207,9 @@ class _Probe:
             call.form = form_of(call.output, self._batch, other.output, len(self._few))
             self._few_outputs[call] = other.output
             self._faults[call] = self._fault(call, one, other)
-        self._result_fits = self._rows_alike(self._result, self._few_result)
+        form = form_of(self._result, self._batch, self._few_result, len(self._few))
+        by_sample = form is not None and any(isinstance(leaf, TensorForm) and any(leaf.slope) for leaf in form.leaves)
+        self._result_fits = by_sample and self._rows_alike(self._result, self._few_result)
 
     def _fault(self, call: Call, one: Call, other: Call) -> str:
         if not close(one.output, other.output, _REPEATED):
@@ -248,7 +251,7 @@ class _Probe:
         self.samples += batch
         args, kwargs = inputs
         try:
-            with isolated(self._model, seed), replayed(cut, rows or [], batch):
+            with traceless(self._model, seed), replayed(cut, rows or [], batch):
                 return same(result, self._model(*args, **kwargs))
         except Exception:
             return False  # a stand-in was written to, which it does not allow, or the model itself refuses its NaN
@@ -282,6 +285,9 @@ _UNSTEADY = (
     "evaluation mode too, or keeps a state between batches"
 )
 _MIXED = "features that the frozen prefix gives for a sample depend on the other samples of the batch"
+_AMBIGUOUS = (
+    "the model's inputs have two dimensions of the batch's size, and nothing shows which is that of the samples"
+)
 _NO_ROWS = "the frozen prefix gives no features with one row a sample"
 _WRITTEN = "the model writes to the features that the frozen prefix gives"
 _NO_CALL = "no module ends before the first layer that trains"
@@ -379,7 +385,7 @@ def _rounding(tensor: Tensor) -> float:
 
 
 @contextmanager
-def isolated(model: nn.Module, seed: int = 0) -> Iterator[None]:
+def traceless(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Passes within it are without gradients, in evaluation mode, and leave no trace. seed: of their random numbers."""
     with undisturbed(model), _attributes_kept(model), _autocast_forgets():
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds every device
@@ -388,7 +394,7 @@ def isolated(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
 @contextmanager
 def _autocast_forgets() -> Iterator[None]:
-    """Autocast keeps no weights. Older versions of torch would give those made here, without gradients, to the next pass."""
+    """Autocast keeps no weights: older versions of torch give those made here, without gradients, to the next pass."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -102,12 +102,23 @@ class StepsFirst(nn.Module):
         (partial(StepsFirst, True), STEPS, 0),
         (partial(StepsFirst, True), 6, 0),
         (partial(StepsFirst, False), 6, 1),
+        (partial(StepsFirst, False), STEPS, 1),
     ],
 )
 def test_the_dimension_of_the_samples_is_found(make, size, dim):
     cache = check(make, rows_of(SEQUENCES if dim == 0 else SEQUENCES.transpose(0, 1), size, dim))
     assert cache.reason == ""
     assert cache.hits > 0
+
+
+def test_where_nothing_shows_which_dimension_is_that_of_the_samples_the_cache_is_off():
+    class Loss(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).square().mean()
+
+    batches = rows_of(SEQUENCES.transpose(0, 1), STEPS, dim=1)
+    cache = check(lambda: Loss(*network()), batches, loss_of=lambda model, ids, x: model(x))
+    assert "which is that of the samples" in cache.reason
 
 
 class Centred(nn.Module):

@@ -101,7 +101,7 @@ def test_other_samples_than_were_read_are_read_then():
     assert alike(run(model, cache, ids), model(X[ids]))
 
 
-def test_what_was_read_before_the_front_grew_is_let_go():
+def test_what_was_read_before_the_prefix_grew_is_let_go():
     model = chain()
     script = Script({0: {0}, 1: {0, 1}})
     controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), script, total_steps=999, say=None)

@@ -18,8 +18,8 @@ LATER = X.roll(3, -1)
 
 def network():
     torch.manual_seed(0)
-    front = [CountedConv(1, 4, 3, padding=1), nn.Tanh(), CountedConv(4, 4, 3, padding=1), nn.Tanh()]
-    return nn.Sequential(*front, nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 3))
+    prefix = [CountedConv(1, 4, 3, padding=1), nn.Tanh(), CountedConv(4, 4, 3, padding=1), nn.Tanh()]
+    return nn.Sequential(*prefix, nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 3))
 
 
 def kept(kind, answers=None, **options):
@@ -87,7 +87,7 @@ def test_with_one_view_the_features_of_the_first_time_stand_for_all():
     assert cache.hits == 1
 
 
-def test_a_batch_with_a_sample_that_lacks_a_view_runs_the_front():
+def test_a_batch_with_a_sample_that_lacks_a_view_runs_the_prefix():
     model, _, cache = kept(AugmentedCache, views=2)
     for x in (X, FLIPPED):
         run(model, cache, x[:6], IDS[:6])
@@ -98,7 +98,7 @@ def test_a_batch_with_a_sample_that_lacks_a_view_runs_the_front():
     assert cache.hits == 1
 
 
-def test_a_front_that_grows_is_filled_from_the_old_views_but_for_its_first_batch():
+def test_a_prefix_that_grows_is_filled_from_the_old_views_but_for_its_first_batch():
     model, controller, cache = kept(AugmentedCache, {0: {0}, 1: {0, 1}}, views=2)
     for x in (X, FLIPPED):
         run(model, cache, x)
@@ -113,7 +113,7 @@ def test_a_front_that_grows_is_filled_from_the_old_views_but_for_its_first_batch
     assert (cache.taken, model[2].calls) == ({frozenset({0, 1}): 12}, inner)
 
 
-def test_a_front_whose_first_features_stand_for_all_grows_too():
+def test_a_prefix_whose_first_features_stand_for_all_grows_too():
     """Features of the first time are not what a later pass gives, and so prove nothing of a new cut."""
     model, controller, cache = kept(FeatureCache, {0: {0}, 1: {0, 1}}, check_inputs=False)
     run(model, cache, X)

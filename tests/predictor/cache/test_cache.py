@@ -1,4 +1,4 @@
-"""The feature cache skips the frozen front and changes nothing."""
+"""The feature cache skips the frozen prefix and changes nothing."""
 
 import copy
 import os
@@ -18,7 +18,7 @@ def gradients(model, output, ids):
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def test_a_hit_gives_the_same_outputs_and_gradients_and_skips_the_front():
+def test_a_hit_gives_the_same_outputs_and_gradients_and_skips_the_prefix():
     model = chain()
     cache = cached(model)
     ids = torch.arange(12)
@@ -41,7 +41,7 @@ def test_the_model_is_left_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_batch_of_which_little_is_known_runs_the_front():
+def test_a_batch_of_which_little_is_known_runs_the_prefix():
     model = chain()
     cache = cached(model)
     run(model, cache, torch.arange(6))
@@ -51,7 +51,7 @@ def test_a_batch_of_which_little_is_known_runs_the_front():
     assert (cache.hits, cache.taken) == (1, {frozenset({0, 1}): 8})
 
 
-def test_of_a_batch_that_is_mostly_known_the_front_is_run_on_the_others_alone():
+def test_of_a_batch_that_is_mostly_known_the_prefix_is_run_on_the_others_alone():
     model = chain()
     cache = cached(model)
     run(model, cache, torch.arange(6))
@@ -95,7 +95,7 @@ class Skip(nn.Module):
         return x + self.second(torch.relu(self.first(x)))
 
 
-def test_a_front_that_ends_inside_a_residual_block_is_cut_before_it():
+def test_a_prefix_that_ends_inside_a_residual_block_is_cut_before_it():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), Counted(64, 8), Skip(), Counted(8, 3))
     cache = cached(model, layers=2)  # the block's first layer is frozen, its second trains
@@ -134,13 +134,13 @@ class Restless(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.head = nn.Linear(64, 8), nn.Linear(8, 3)
-        self.front = nn.Sequential(self.first)
+        self.prefix = nn.Sequential(self.first)
 
     def forward(self, x):
-        return self.head(self.front(F.dropout(x.flatten(1), 0.5, self.training)))
+        return self.head(self.prefix(F.dropout(x.flatten(1), 0.5, self.training)))
 
 
-def test_a_front_that_is_random_in_training_is_left_alone_with_the_reason():
+def test_a_prefix_that_is_random_in_training_is_left_alone_with_the_reason():
     model = Restless()
     cache = cached(model, layers=1)
     for _ in range(2):
@@ -291,15 +291,15 @@ class Front(nn.Module):
 
 
 class Handing(nn.Module):
-    """A front, a layer that trains, and the head, which takes what the front has left aside."""
+    """A prefix, a layer that trains, and the head, which takes what the prefix has left aside."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.front, self.middle, self.head = Front(), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.prefix, self.middle, self.head = Front(), nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x):
-        return self.head(self.middle(self.front(x)).relu() + self.front.aside)
+        return self.head(self.middle(self.prefix(x)).relu() + self.prefix.aside)
 
 
 def test_what_is_handed_on_in_an_attribute_is_never_that_of_another_batch():

@@ -31,8 +31,8 @@ class Numbered(Dataset):
 
 def network():
     torch.manual_seed(0)
-    front = [CountedConv(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, FEATURES), nn.ReLU()]
-    return nn.Sequential(*front, nn.Linear(FEATURES, 8), nn.Linear(8, 3))
+    prefix = [CountedConv(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, FEATURES), nn.ReLU()]
+    return nn.Sequential(*prefix, nn.Linear(FEATURES, 8), nn.Linear(8, 3))
 
 
 def train(loader, half, cached):

@@ -85,10 +85,10 @@ class StepsFirst(nn.Module):
     def __init__(self, turn):
         super().__init__()
         self.turn = turn
-        self.front, self.memory, self.head = nn.Linear(4, 8), nn.GRU(8, 8), nn.Linear(8, 1)
+        self.prefix, self.memory, self.head = nn.Linear(4, 8), nn.GRU(8, 8), nn.Linear(8, 1)
 
     def forward(self, x):
-        hidden = self.front(x.transpose(0, 1) if self.turn else x).relu()
+        hidden = self.prefix(x.transpose(0, 1) if self.turn else x).relu()
         steps, _ = self.memory(hidden.view(hidden.shape))
         return self.head(steps[-1])
 
@@ -278,10 +278,10 @@ class Scaled(nn.Module):
     def __init__(self, frozen):
         super().__init__()
         self.frozen = frozen
-        self.front, self.middle, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+        self.prefix, self.middle, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 1)
 
     def forward(self, x, gain):
-        hidden = self.front(x * gain if self.frozen else x).relu()
+        hidden = self.prefix(x * gain if self.frozen else x).relu()
         return self.head(self.middle(hidden if self.frozen else hidden * gain).relu())
 
 

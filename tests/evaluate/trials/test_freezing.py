@@ -1,4 +1,4 @@
-"""Training with the frozen front's features kept: the same numbers as without, and counts that add up."""
+"""Training with the frozen prefix's features kept: the same numbers as without, and counts that add up."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def small_resnet(**recipe):
 @pytest.mark.parametrize(("policy", "options"), [("static", {"share": 0.5}), ("linear", {"start": 0, "level": 0.3})])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_cached_training_ends_where_one_without_ends(policy, options, accumulate):
-    """Shuffled samples, BatchNorm behind the front. Kept features may be rounded otherwise than fresh ones, by 1e-6;
+    """Shuffled samples, BatchNorm behind the prefix. Kept features may be rounded otherwise than fresh ones, by 1e-6;
     a few steps make at most 1e-4 of that.
     """
     workload = small_resnet(accumulate=accumulate)
@@ -77,7 +77,7 @@ FORMS = [
     ("views", {"views": 2}, "static", {"share": 0.5}, 9),  # while views are gathered
     ("views", {"views": 2}, "static", {"share": 0.5}, 21),
     ("views", {"views": 2}, "schedule", GROWING, 12),
-    ("views", {"views": 2}, "schedule", GROWING, 16),  # while the new front is filled from the old one
+    ("views", {"views": 2}, "schedule", GROWING, 16),  # while the new prefix is filled from the old one
 ]
 
 

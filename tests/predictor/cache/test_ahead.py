@@ -30,7 +30,7 @@ def test_what_was_read_is_handed_out_once_with_its_key():
     assert ahead.take() == (None, [])
 
 
-def test_what_reading_raises_is_raised_where_it_is_taken_and_not_where_it_is_let_go():
+def test_what_reading_raises_is_raised_where_it_is_taken_and_not_where_it_is_dropped():
     ahead = ReadAhead()
     ahead.start("a", failing)
     with pytest.raises(OSError, match="Input/output error"):
@@ -101,7 +101,7 @@ def test_other_samples_than_were_read_are_read_then():
     assert alike(run(model, cache, ids), model(X[ids]))
 
 
-def test_what_was_read_before_the_prefix_grew_is_let_go():
+def test_what_was_read_before_the_prefix_grew_is_dropped():
     model = chain()
     script = Script({0: {0}, 1: {0, 1}})
     controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), script, total_steps=999, say=None)

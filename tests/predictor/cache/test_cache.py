@@ -176,16 +176,16 @@ def test_nothing_frozen_means_nothing_kept():
     assert (cache.reason, cache.bytes) == ("nothing is frozen yet", 0)
 
 
-def test_random_augmentation_is_refused_unless_told_otherwise():
+def test_random_augmentation_is_refused_unless_switched_off():
     model = chain()
     cache = cached(model)
     run(model, cache, torch.arange(12))
     with pytest.raises(UsageError, match=r"sample 1 is not what it was .* random augmentation"), cache.batch([0, 1]):
         model(torch.stack([X[0], X[1].flip(-1)]))
-    told = cached(chain(), check_inputs=False)
-    model = told._model
-    first = run(model, told, torch.arange(12))
-    with told.batch([0, 1]):
+    first_time = cached(chain(), check_inputs=False)
+    model = first_time._model
+    first = run(model, first_time, torch.arange(12))
+    with first_time.batch([0, 1]):
         assert alike(model(X[:2].flip(-1)), first[:2])
 
 
@@ -276,7 +276,7 @@ def test_wrong_use_is_refused():
         cached(chain(), memory_gb=-1)
 
 
-class Front(nn.Module):
+class Prefix(nn.Module):
     """Leaves a part of what it makes in an attribute, which is how some models hand it past other layers."""
 
     def __init__(self):
@@ -296,7 +296,7 @@ class Handing(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.prefix, self.middle, self.head = Front(), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.prefix, self.middle, self.head = Prefix(), nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x):
         return self.head(self.middle(self.prefix(x)).relu() + self.prefix.aside)

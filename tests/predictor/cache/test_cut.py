@@ -176,7 +176,7 @@ class Uneven(nn.Module):
 
 
 class Attribute(nn.Module):
-    """The prefix's outputs for a large batch are made of what the first layer saw, which it hands on in an attribute."""
+    """A large batch's features are made of what the first layer saw, which it hands on in an attribute."""
 
     def __init__(self):
         super().__init__()

@@ -126,6 +126,7 @@ class _Probe:
         self._model, self._arguments, self._layout, self._batch = model, arguments, layout, batch
         # In another order, and less than all: what depends on the batch shows.
         self._few = list(range(min(_FEW, batch - 1)))[::-1]
+        self._hooked = [name for name, module in model.named_modules() if name and module._forward_hooks]
         self.calls: list[Call] = []
         self.samples = 0
         self._broken = ""
@@ -171,6 +172,10 @@ class _Probe:
 
     def search(self, samples: int) -> Search:
         """Look for the best cut. samples: in passes that were made before."""
+        hooked = next((name for name in self._hooked for call in whole_calls(self.calls) if _within(name, call)), None)
+        if hooked is not None:
+            self._before_few.close()
+            return self._found(None, f"module {hooked!r} has a forward hook, which has to see each pass")
         cut = None if self._broken else best_cut(self.calls, self._keepable, self._right_for_few)
         self._before_few.close()
         self.samples += samples
@@ -231,7 +236,7 @@ class _Probe:
                 if kind.batch_dim is None:
                     return False
                 rows = a.index_select(kind.batch_dim, torch.tensor(self._few, device=a.device))
-                if not close(rows, b, _rounding(b)):
+                if not close(rows, b, rounding(b)):
                     return False
         return True
 
@@ -349,6 +354,10 @@ def _given_from(among: Sequence[Call], index: int, keepable: Callable[[Call], bo
     return Cut(tuple(filter(keepable, among[index:])), tuple(among[:index]))
 
 
+def _within(name: str, call: Call) -> bool:
+    return name == call.name or name.startswith(f"{call.name}.")
+
+
 def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
@@ -378,7 +387,7 @@ def _close(a: Tensor, b: Any, tolerance: float) -> bool:
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest)
 
 
-def _rounding(tensor: Tensor) -> float:
+def rounding(tensor: Tensor) -> float:
     """By how much a sample's numbers may differ between batches of different sizes."""
     half = tensor.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(tensor.device.type)
     return _ROUNDED_HALF if half else _ROUNDED

@@ -31,7 +31,7 @@ from predictor.freezing.event import FreezeEvent
 
 _Batch = TypeVar("_Batch", bound=Sequence[Any])
 _TRIED = 2
-"""Samples on which it is tried whether features depend on an argument that has changed."""
+"""Samples on which features are checked, when an argument has changed or after a while."""
 
 
 class FeatureCache:
@@ -50,9 +50,10 @@ class FeatureCache:
     Nothing is kept before it is proved on a batch: features have one row a sample, the same in another order and in a
     smaller batch; they are the same after another batch and with other random numbers; and a pass from the cut gives
     the model's outputs. Of the cuts for which that holds, the one that skips most is used. Where there is none the
-    cache is off, and `reason` says why. A batch runs as if there was no cache where its arguments have other shapes
-    than the first batch's, where an argument that all samples share has another value and features depend on it, and
-    where gradients of the model's inputs are wanted.
+    cache is off, and `reason` says why. At the first hit, the second, the fourth and so on, the prefix is run on two
+    samples to see that their features are still the same. A batch runs as if there was no cache where its arguments
+    have other shapes than the first batch's, where an argument that all samples share has another value and features
+    depend on it, and where gradients of the model's inputs are wanted.
 
     A prefix that grows is filled from the features at the old cut, not from the inputs. A prefix that shrinks forgets
     all. To find a cut takes passes forward, so a prefix that grows keeps its cut until another one pays
@@ -263,10 +264,12 @@ class FeatureCache:
         if self._check_inputs:
             check_unique(ids, prints)
         known = self._known(ids)
-        if known is not self._levels[-1]:
+        if known is not None and self._check_inputs and known.due_for_a_check():
+            self._check(known, ids, prints, arguments)
+        if self._levels and known is not self._levels[-1]:
             known = self._completed(ids, prints, arguments) or known
-            if not self._levels:
-                return None
+        if not self._levels:
+            return None
         if known is not None:
             self._replay(stack, known, ids, prints, rows if key == (known, ids) else None)
         if known is self._levels[-1]:
@@ -312,6 +315,17 @@ class FeatureCache:
         cut = self._levels[-1].cut
         inputs = (arguments.rows(self._layout, some, shared) for shared in (None, self._shared))
         return same_features(self._model, cut, *inputs)
+
+    def _check(self, level: Level, ids: list[int], prints: Tensor, arguments: Arguments) -> None:
+        """Give up where the prefix no longer gives what the level holds of some of these samples."""
+        check_unchanged(ids, prints, level.store.get(ids, prints.device)[-1])
+        indices = list(range(min(_TRIED, len(ids))))
+        outputs = prefix_outputs(self._model, level.cut, arguments.rows(self._layout, indices))
+        if not level.agrees([ids[index] for index in indices], outputs):
+            self._give_up(
+                "the frozen prefix gives other features for a sample than it gave before, though its weights and "
+                "inputs are the same: it depends on a state that changes while the model trains"
+            )
 
     def _wants_a_cut(self, batch: int) -> bool:
         if not self._stale or batch < 2:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from predictor.cache.cut_points import Call, Cut, at_call, replayed, uncompiled, versions_of
-from predictor.cache.cut_search import close, look_passes
+from predictor.cache.cut_search import close, look_passes, rounding
 from predictor.cache.store import FeatureStore
 from predictor.policies.base import View
 
 _MUCH_LARGER = 1.5
 _TOLERANCE = 1e-5
+_COARSE = {"full": 0.0, "half": 2e-3, "int8": 2e-2}
+"""By what share of the largest number kept features may be off."""
 _SUMMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LEFT_OUT = "parts of the frozen prefix are left out of some passes in training, as by LayerDrop"
 
@@ -45,6 +47,7 @@ class Level:
         self.frozen = frozen
         self.used = False
         """Whether a pass has begun here."""
+        self._uses = 0
         self._expected = expected
         self._give_up = give_up
         prefix = [parameter for call in (*cut.given, *cut.skipped) for parameter in call.module.parameters()]
@@ -67,6 +70,20 @@ class Level:
             return False
         self._versions = versions
         return _sums(self._prefix) != self._sums
+
+    def due_for_a_check(self) -> bool:
+        """Count a pass that is to begin here. Whether to check its features: at powers of two, so seldom soon."""
+        self._uses += 1
+        return self._uses & (self._uses - 1) == 0
+
+    def agrees(self, ids: list[int], outputs: list[Any]) -> bool:
+        """Whether the store holds what the calls at the cut returned for these samples, but for rounding."""
+        rows = self.cut.rows(outputs)
+        if not rows:
+            return False
+        *kept, _ = self.store.get(ids, rows[0].device)
+        coarse = _COARSE[self.store.precision]
+        return all(close(a, b, max(coarse, rounding(b))) for a, b in zip(kept, rows, strict=True))
 
     @contextmanager
     def kept(self, ids: list[int], prints_B: Tensor) -> Iterator[None]:
@@ -133,12 +150,12 @@ class Level:
         """Where the cut is, and all that is kept there."""
         given, skipped = ([list(call.key) for call in calls] for calls in (self.cut.given, self.cut.skipped))
         cut = {"given": given, "skipped": skipped, "frozen": sorted(self.frozen)}
-        return {**cut, "used": self.used, "store": self.store.state_dict()}
+        return {**cut, "used": self.used, "uses": self._uses, "store": self.store.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the features of a level at the same cut."""
         self.store.load_state_dict(state["store"])
-        self.used = state["used"]
+        self.used, self._uses = state["used"], state.get("uses", 0)
         self._expected = []
 
 

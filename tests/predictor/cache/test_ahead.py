@@ -81,10 +81,8 @@ def test_a_loader_read_ahead_gives_the_same_numbers_from_another_thread(kind, mo
         cache.close()
         assert cache.bytes == 0
     assert all(map(torch.equal, *results))
-    # No batch came before the first: it was read when it was there.
-    assert set(threads[:1]) == {"MainThread"}
-    assert "frozen-features" in threads
-    assert threads.count("MainThread") < threads.count("frozen-features")
+    assert threads[0] == "MainThread"  # no batch came before the first
+    assert threads.count("frozen-features") >= 2
 
 
 def test_other_samples_than_were_read_are_read_then():

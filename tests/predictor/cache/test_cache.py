@@ -64,7 +64,11 @@ def test_of_a_batch_that_is_mostly_known_the_prefix_is_run_on_the_others_alone()
     assert all(map(alike, gradients(model, hit, mixed), gradients(model, model(X[mixed]), mixed)))
     COMPUTED.clear()
     run(model, cache, mixed)
-    assert model[1] not in [layer for layer, _ in COMPUTED]
+    assert [rows for layer, rows in COMPUTED if layer is model[1]] == [2]  # to check them, at the first whole hit
+    COMPUTED.clear()
+    for _ in range(2):
+        run(model, cache, mixed)
+    assert [rows for layer, rows in COMPUTED if layer is model[1]] == [2]  # at the second, and not at the third
     assert not any(module._forward_hooks or "forward" in module.__dict__ for module in model.modules())
 
 

@@ -186,6 +186,65 @@ def test_features_that_depend_on_more_than_their_sample_switch_the_cache_off(kin
     assert cache.hits == 0
 
 
+class RunningMean(nn.Module):
+    """Takes off the mean of all batches before, which moves in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = network()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        out = self.network(x - self.mean)
+        if self.training:
+            self.mean.lerp_(x.mean(0), 0.5)
+        return out
+
+
+class Gained(nn.Module):
+    """Has a setting that the training loop changes from epoch to epoch."""
+
+    gain = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.network = network()
+
+    def forward(self, x):
+        return self.network(x * self.gain)
+
+
+def loss_with_gain(model, ids, x, gain):
+    model.gain = gain
+    return plain_loss(model, ids, x)
+
+
+@pytest.mark.parametrize(
+    ("make", "batches", "loss_of"),
+    [
+        (RunningMean, rows_of(ROWS), None),
+        (Gained, lambda epoch: [(ids, ROWS[ids], 1.0 + epoch) for ids in orders(epoch)], loss_with_gain),
+    ],
+)
+def test_a_state_that_changes_outside_of_the_layers_is_noticed_at_the_first_hit(make, batches, loss_of):
+    cache = check(make, batches, loss_of=loss_of)
+    assert "a state that changes while the model trains" in cache.reason
+    assert cache.hits == 0
+
+
+def test_a_forward_hook_of_the_user_on_a_frozen_layer_sees_each_pass():
+    seen = []
+
+    def hooked():
+        model = network()
+        model[0].register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+        return model
+
+    cache = check(hooked, rows_of(ROWS))
+    assert "'0' has a forward hook" in cache.reason
+    assert all(output.isfinite().all() for output in seen)
+
+
 class Stateful(nn.Module):
     """Hands its hidden state on to the next batch, as for truncated backpropagation."""
 

@@ -1,4 +1,4 @@
-"""The hooks of a trial that freeze layers and keep the frozen front's features, and what they note of that."""
+"""The hooks of a trial that freeze layers and keep the frozen prefix's features, and what they note of that."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -8,20 +8,18 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import Tensor
 
 from collect.training.loop import Hook, Training
-from data.sources.base import Source
-from data.sources.memory import ImageSource
-from predictor.cache.augmented import AugmentedCache, DirectCache
+from predictor.cache.augmented import AugmentedCache
 from predictor.cache.compression import Compression
 from predictor.cache.feature_cache import FeatureCache
 from predictor.controller import FreezeController
-from predictor.errors import UsageError, unknown
+from predictor.errors import unknown
 from predictor.layers.layer import Layer
 from predictor.policies.base import FreezePolicy
 
-CacheForm: TypeAlias = Literal["exact", "compressed", "views", "first", "direct"]
+CacheForm: TypeAlias = Literal["exact", "compressed", "views", "first"]
 """How features are kept: a FeatureCache, without and with compression; an AugmentedCache with compression; and, to
-compare with, the features of a sample's first pass for good, or a DirectCache, which augments kept maps."""
-UNDER_AUGMENTATION: tuple[CacheForm, ...] = ("views", "first", "direct")
+compare with, the features of a sample's first pass for good."""
+UNDER_AUGMENTATION: tuple[CacheForm, ...] = ("views", "first")
 """The forms for samples that are augmented at random. The others refuse them."""
 
 
@@ -69,7 +67,7 @@ class FreezeHook(Hook):
 
 
 class CacheHook(Hook):
-    """Skips the frozen front's forward pass on samples whose features are kept. To come after the FreezeHook.
+    """Skips the frozen prefix's forward pass on samples whose features are kept. To come after the FreezeHook.
 
     When a training goes on from a checkpoint, the counts go on. Features of the form "exact" are kept anew; those of
     the others, which no later pass would give again, are in the checkpoint.
@@ -83,8 +81,8 @@ class CacheHook(Hook):
         if form not in get_args(CacheForm):
             raise unknown("form of the cache", form, get_args(CacheForm))
         self.hits: Counter[tuple[frozenset[int], frozenset[int]]] = Counter()
-        """Samples on which the front was skipped, in steps that were taken: by the layers frozen then, and those frozen
-        when the place was found from whose features their pass began (`FeatureCache.taken`)."""
+        """Samples on which the prefix was skipped, in steps that were taken: by the layers frozen then, and by those
+        frozen when the cut was found from whose features their pass began (`FeatureCache.taken`)."""
         self.misses = 0
         """Samples in such steps that the model ran as a whole."""
         self._looked = 0
@@ -120,7 +118,7 @@ class CacheHook(Hook):
 
     @property
     def looked(self) -> int:
-        """Samples in the passes forward in which the cache looked for places to cut, besides the steps' own."""
+        """Samples in the passes forward in which the cache looked for cuts, besides the steps' own."""
         return self._looked + self.cache.looked
 
     @property
@@ -153,16 +151,4 @@ def _made(form: CacheForm, controller: FreezeController, training: Training, opt
         return FeatureCache(controller, **{"compression": Compression(), **options})
     if form == "first":
         return FeatureCache(controller, **{"check_inputs": False, **options})
-    if form == "views":
-        return AugmentedCache(controller, **{"compression": Compression(), "seed": training.seed, **options})
-    return DirectCache(controller, **{**_moves(training.source), "seed": training.seed, **options})
-
-
-def _moves(source: Source) -> dict[str, Any]:
-    """What the source does to its images, for a DirectCache to do the same to maps."""
-    if not isinstance(source, ImageSource):
-        raise UsageError(
-            f"the cache's form 'direct' moves and mirrors maps as images in memory are, and {source.name} has none: "
-            "take 'views'"
-        )
-    return {"flip": source.look.flip, "shift": source.look.shift / source.shape[-1]}
+    return AugmentedCache(controller, **{"compression": Compression(), "seed": training.seed, **options})

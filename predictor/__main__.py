@@ -244,7 +244,7 @@ def _held_out_windows(flags: argparse.Namespace, window: int, rule: "Rule", held
 def _rule(flags: argparse.Namespace) -> "Rule":
     """What makes a window freezable."""
     from data.dataset.windows import OutcomeRule
-    from data.outcomes.accuracy_cost import harms_of
+    from data.outcomes.accuracy_cost import accuracy_costs
     from data.outcomes.records import read_outcomes
     from data.trajectories.labels import LabelRule
 
@@ -255,7 +255,7 @@ def _rule(flags: argparse.Namespace) -> "Rule":
     if getattr(flags, "learn_threshold", None) is not None:
         raise UsageError("--learn-threshold is for labels from CKA: leave it out, or --outcomes")
     outcomes = [outcome for path in flags.outcomes for outcome in read_outcomes(path)]
-    return OutcomeRule(harms_of(outcomes, _held_out(flags)), flags.tolerance)
+    return OutcomeRule(accuracy_costs(outcomes, _held_out(flags)), flags.tolerance)
 
 
 def _held_out(flags: argparse.Namespace) -> "HeldOut":

@@ -57,7 +57,6 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "lite1-mnist": partial(finetune_images.lite, 1, "mnist"),
     "lite2-mnist": partial(finetune_images.lite, 2, "mnist"),
     "minilm-glosses": finetune_text.minilm_glosses,
-    "minilm-foods": finetune_text.minilm_foods,
     "resnet50-cifar10": partial(paper.on_cifar, "resnet50", "cifar10"),
     "resnet50-cifar100": partial(paper.on_cifar, "resnet50", "cifar100"),
     "resnet50-imagefolder": partial(paper.on_folder, "resnet50"),

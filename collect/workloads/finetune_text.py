@@ -31,11 +31,6 @@ def minilm_glosses() -> Workload:
     return Workload("minilm-glosses", "bert", MiniLm, "glosses@minilm", _RECIPE)
 
 
-def minilm_foods() -> Workload:
-    """MiniLM fine-tuned on reviews of fine foods; about 15 minutes."""
-    return Workload("minilm-foods", "bert", MiniLm, "foods@minilm", _RECIPE)
-
-
 class MiniLm(nn.Module):
     """The pretrained network with a new head, from tokens to logits."""
 
@@ -46,7 +41,7 @@ class MiniLm(nn.Module):
         if vocabulary != pretrained.config.vocab_size:
             raise UsageError(
                 f"source {source.name!r} has {vocabulary} tokens, and MiniLM has {pretrained.config.vocab_size} of its "
-                "own: choose glosses@minilm or foods@minilm"
+                "own: choose glosses@minilm"
             )
         self.network = copy.deepcopy(pretrained)
         # Only the new head draws random numbers.

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from data.outcomes.accuracy_cost import Harm
+from data.outcomes.accuracy_cost import AccuracyCost
 from data.trajectories.folder import trajectory_files
 from data.trajectories.labels import LabelRule
 from data.trajectories.reader import open_trajectories
@@ -32,7 +32,7 @@ class OutcomeRule:
     That has been measured, by `python -m collect gather outcomes`. Runs of which it is not known are left out.
     """
 
-    harms: Mapping[str, Harm]
+    harms: Mapping[str, AccuracyCost]
     """What freezing does to each run, by the run's id."""
     tolerance: float = 0.5
     """Percentage points of accuracy that it may cost."""
@@ -144,7 +144,7 @@ def _by_outcomes(trajectory: Trajectory, rule: OutcomeRule) -> RunWindows | None
             f"run {trajectory.run_id}: its outcomes are of a training of {harm.total_steps} steps and "
             f"{harm.layer_count} layers, its trajectory is not: gather both anew, with the same version"
         )
-    harm_TL = torch.from_numpy(harm.points(trajectory.step_T))
+    harm_TL = torch.from_numpy(harm.cost(trajectory.step_T))
     labels_TL = harm_TL <= rule.tolerance
     return replace(
         _unlabelled(trajectory), labels_TL=labels_TL, harm_TL=harm_TL, flops_F=torch.from_numpy(harm.flops())

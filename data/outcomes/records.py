@@ -1,76 +1,107 @@
-"""What freezing did: the outcome of each training that went on from one moment, and the files of such outcomes."""
+"""What freezing did to a training: one outcome for each continuation of a run, and the files of outcomes."""
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from data.trajectories.folder import GatherFolder
-from predictor.errors import DamagedFile, FileFault, UsageError
+from pydantic import Field, FiniteFloat
+
+from data.outcomes.folder import OutcomeFolder as OutcomeFolder  # its former home
+from data.validation import validated
+from predictor.errors import DamagedFile, FileFault, UsageError, unknown
 from predictor.shared.files import written_whole
 
-DEFAULT_FOLDER = Path("runs/outcomes")
-DEFAULT_OUTCOMES = Path("runs/outcomes.jsonl")
 KINDS = ("unfrozen", "noise", "front", "single")
-"""The run itself; a continuation of it with nothing frozen and the samples in another order; one with the first layers
-frozen; one with a single layer frozen."""
+"""The run itself; a continuation with nothing frozen and the samples in another order; one with a frozen prefix; one
+with a single layer frozen."""
 _STATUSES = ("finished", "diverged")
-_MOST = 1 << 53  # of steps and layers, as in a trajectory: beyond it, floating-point progress loses count
 _COMMAND = "`python -m collect gather outcomes`"
 _CURE = f"gather it again with {_COMMAND}"
 _CURE_IF_NEWER = f"update the toolkit, or remove the file and {_CURE}"
 Key = tuple[str, int, str, tuple[int, ...]]
+
+_Name = Annotated[str, Field(min_length=1)]
+_Count = Annotated[int, Field(ge=0, le=1 << 53)]  # as in a trajectory: beyond it, floating-point progress loses count
+_Seed = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
 class Result:
     """How a training ended. One that diverged has no loss and no accuracy."""
 
-    status: str
+    status: _Name
     """finished or diverged."""
-    final_loss: float | None = None
+    final_loss: FiniteFloat | None = None
     """Mean cross entropy over the test samples."""
-    final_accuracy: float | None = None
-    """Share of the test samples that are judged right."""
-    last_epoch_loss: float | None = None
+    final_accuracy: FiniteFloat | None = None
+    """Accuracy on the test samples, from 0 to 1."""
+    last_epoch_loss: FiniteFloat | None = None
     """Mean training loss over the last epoch, as it was minimised."""
+
+    def __post_init__(self) -> None:
+        if self.status not in _STATUSES:
+            raise unknown("status", self.status, _STATUSES)
+        if (self.status == "finished") != (self.final_loss is not None and self.final_accuracy is not None):
+            raise UsageError(
+                f"status={self.status!r} with final_loss={self.final_loss} and final_accuracy={self.final_accuracy}: "
+                "give both for a training that finished, and not both for one that diverged"
+            )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A training that went on from one step of a run to the run's end, and how the run itself ended."""
+    """A training that continued a run from one of its steps to the run's end, and how the run itself ended.
 
-    run_id: str
+    Raises UsageError for parts that do not fit together.
+    """
+
+    run_id: _Name
     """The hash of the run's configuration, as in its trajectory."""
-    workload: str
-    family: str
-    source: str
-    seed: int
-    kind: str
+    workload: _Name
+    family: _Name
+    source: _Name
+    seed: _Seed
+    kind: _Name
     """One of KINDS."""
-    step: int
-    """Optimizer steps that the run itself had done; the layers are frozen from here to the end."""
-    total_steps: int
-    layers: tuple[int, ...]
-    """Places of the frozen layers, front to back, from 0."""
-    layer_names: tuple[str, ...]
+    step: _Count
+    """Optimizer steps that the run itself had done. The layers are frozen from here to the end."""
+    total_steps: _Count
+    layers: tuple[_Count, ...]
+    """Indices of the frozen layers, rising."""
+    layer_names: tuple[_Name, ...]
     """Their names."""
-    layer_count: int
-    """Layers of the network that may freeze."""
-    order_seed: int
-    """Seed of the samples' order, of augmentation and of dropout from that step on: the run's, but for noise."""
-    flops_share: float
+    layer_count: _Count
+    """Number of freezable layers of the network."""
+    order_seed: _Seed
+    """Seed of the samples' order, of augmentation and of dropout from that step on. The run's own, except for noise."""
+    flops_share: FiniteFloat
     """FLOPs of an optimizer step with these layers frozen, as a share of a full step's."""
     result: Result
     unfrozen: Result
     """How the run ended with nothing frozen."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Of the run itself: config, choices, versions and hardware; empty in its continuations."""
+    """Of the run itself: config, choices, versions and hardware. Empty in its continuations."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise unknown("kind", self.kind, KINDS)
+        if self.step >= self.total_steps:
+            raise UsageError(f"step={self.step}: give a step before total_steps={self.total_steps}")
+        layers = list(self.layers)
+        if layers != sorted(set(layers)) or not all(layer < self.layer_count for layer in layers):
+            raise UsageError(f"layers={layers!r:.60}: give rising indices below layer_count={self.layer_count}")
+        if len(self.layer_names) != len(layers):
+            raise UsageError(f"layer_names: {len(self.layer_names)} names for {len(layers)} layers: give one for each")
+        if bool(layers) != (self.kind in ("front", "single")):
+            raise UsageError(f"kind={self.kind!r} with {len(layers)} frozen layers: only front and single freeze some")
+        if self.kind != "unfrozen" and self.unfrozen.status != "finished":
+            raise UsageError(f"kind={self.kind!r}: a run that diverged with nothing frozen has no continuations")
 
     def as_dict(self) -> dict[str, Any]:
-        """The outcome as JSON can say it; `outcome_of` turns it back."""
+        """The outcome as JSON can represent it. `outcome_of` is the inverse."""
         return asdict(self)
 
     @property
@@ -80,62 +111,18 @@ class Outcome:
 
     @property
     def key(self) -> Key:
-        """What tells it from all others."""
+        """What identifies the outcome: run, step, kind and layers."""
         return self.run_id, self.step, self.kind, self.layers
 
     @property
     def extra_loss(self) -> float:
-        """The final test loss less that of the unfrozen run; infinite where this one diverged.
+        """The final test loss minus that of the unfrozen run. Infinite where this one diverged.
 
-        Raises UsageError for a run that itself diverged: there is nothing to compare with.
+        Raises UsageError for a run that itself diverged.
         """
         if self.unfrozen.final_loss is None:
             raise UsageError(f"run {self.run_id}: diverged with nothing frozen: leave it out")
         return math.inf if self.result.final_loss is None else self.result.final_loss - self.unfrozen.final_loss
-
-
-@dataclass(frozen=True)
-class OutcomeFolder:
-    """What a gathering of outcomes writes: a file a run, logs and what is under way, and beside it the packed file."""
-
-    root: Path = DEFAULT_FOLDER
-
-    def run(self, run_id: str) -> Path:
-        """All outcomes of a run that is done."""
-        return self._as_trajectories.run(run_id).with_suffix(".jsonl")
-
-    def log(self, run_id: str) -> Path:
-        """What the run's process printed."""
-        return self._as_trajectories.log(run_id)
-
-    def under_way(self, run_id: str) -> Path:
-        """The folder of a run that is being done: its states at the points, and the outcomes so far."""
-        return self._as_trajectories.checkpoint(run_id).with_suffix("")
-
-    def state(self, run_id: str, step: int) -> Path:
-        """The state of a run after so many steps, from which its continuations go on."""
-        return self.under_way(run_id) / f"step-{step}.pt"
-
-    def state_in_use(self, run_id: str) -> Path:
-        """The copy of a state that the training of the moment goes on from."""
-        return self.under_way(run_id) / "in-use.pt"
-
-    def states(self, run_id: str) -> list[Path]:
-        """Every state that there is of a run."""
-        return sorted(self.under_way(run_id).glob("*.pt"))
-
-    def so_far(self, run_id: str) -> Path:
-        """The outcomes of a run that is being done, each appended when it was known."""
-        return self.under_way(run_id) / "outcomes.jsonl"
-
-    @property
-    def packed(self) -> Path:
-        """The outcomes of all runs in one file."""
-        return self.root.with_name(self.root.name + ".jsonl")
-
-    @property
-    def _as_trajectories(self) -> GatherFolder:
-        return GatherFolder(self.root)
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
@@ -146,74 +133,34 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
 
 
 def read_outcomes(path: Path) -> tuple[Outcome, ...]:
-    """The outcomes of a file that gather wrote, in its order.
+    """The outcomes of a file that `gather outcomes` wrote, in its order.
 
-    Raises FileFault, with the line's number, for a line that makes no sense, as a newer version's may to this one, or
-    that comes twice; DamagedFile for one that is cut short, and for a file that is empty or no text.
+    Raises:
+        DamagedFile: The file is empty, is no text, or has a line that is cut short.
+        FileFault: The file cannot be read, or a line does not fit (as a newer version's may not) or comes twice.
     """
     outcomes: dict[Key, Outcome] = {}
     for number, line in enumerate(_text(path).removesuffix("\n").split("\n"), start=1):
+        where = f"{path}, line {number}"
         try:
-            outcome = outcome_of(json.loads(line))
-            if outcome.key in outcomes:
-                raise ValueError(f"run {outcome.run_id}: comes twice with step, kind and layers the same")
+            outcome = outcome_of(json.loads(line), where)
         except json.JSONDecodeError as error:
-            raise DamagedFile(f"{path}, line {number}: cut short, or not JSON: {_CURE}") from error
-        except (ValueError, OverflowError, RecursionError) as error:
-            raise FileFault(f"{path}, line {number}: {error}: {_CURE_IF_NEWER}") from error
+            raise DamagedFile(f"{where}: cut short, or not JSON: {_CURE}") from error
+        except UsageError as error:
+            raise FileFault(f"{error}: {_CURE_IF_NEWER}") from error
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and deep nesting
+            raise FileFault(f"{where}: {error}: {_CURE_IF_NEWER}") from error
+        if outcome.key in outcomes:
+            raise FileFault(
+                f"{where}: run {outcome.run_id}: comes twice with the same step, kind and layers: {_CURE_IF_NEWER}"
+            )
         outcomes[outcome.key] = outcome
     return tuple(outcomes.values())
 
 
-def outcome_of(row: Any) -> Outcome:
-    """The outcome that a line's object stands for. Raises ValueError where it stands for none."""
-    row = _object(row, "the line")
-    layers = tuple(_whole(place, "layers") for place in _list(row, "layers"))
-    names = tuple(_string({"layer_names": name}, "layer_names") for name in _list(row, "layer_names"))
-    parts: dict[str, Any] = {name: _string(row, name) for name in ("run_id", "workload", "family", "source", "kind")}
-    for name in ("step", "total_steps", "layer_count"):
-        parts[name] = _whole(row.get(name), name)
-    for name in ("seed", "order_seed"):  # which torch takes larger ones of, and nobody counts with
-        parts[name] = _whole(row.get(name), name, math.inf)
-    outcome = Outcome(
-        layers=layers,
-        layer_names=names,
-        flops_share=_needed(row, "flops_share"),
-        result=_result(row.get("result"), "result"),
-        unfrozen=_result(row.get("unfrozen"), "unfrozen"),
-        facts=_object(row.get("facts"), "facts"),
-        **parts,
-    )
-    _check(outcome)
-    return outcome
-
-
-def _check(outcome: Outcome) -> None:
-    """Refuse parts that do not fit together."""
-    if outcome.kind not in KINDS:
-        raise ValueError(f"kind is {outcome.kind!r}, not one of {', '.join(KINDS)}")
-    if outcome.step >= outcome.total_steps:
-        raise ValueError(f"step is {outcome.step}, and the training has {outcome.total_steps}")
-    places = list(outcome.layers)
-    if places != sorted(set(places)) or not all(place < outcome.layer_count for place in places):
-        raise ValueError(f"layers are {places!r:.60}, not rising places among {outcome.layer_count} layers")
-    if len(outcome.layer_names) != len(places):
-        raise ValueError(f"{len(outcome.layer_names)} layer_names for {len(places)} layers")
-    if bool(places) != (outcome.kind in ("front", "single")):
-        raise ValueError(f"{len(places)} frozen layers in an outcome of the kind {outcome.kind!r}")
-    if outcome.kind != "unfrozen" and outcome.unfrozen.status != "finished":
-        raise ValueError("a continuation of a run that diverged with nothing frozen")
-
-
-def _result(row: Any, name: str) -> Result:
-    row = _object(row, name)
-    numbers = {key: _number(row, key) for key in ("final_loss", "final_accuracy", "last_epoch_loss")}
-    result = Result(_string(row, "status"), **numbers)
-    if result.status not in _STATUSES:
-        raise ValueError(f"status is {result.status!r}, not one of {', '.join(_STATUSES)}")
-    if (result.status == "finished") != (result.final_loss is not None and result.final_accuracy is not None):
-        raise ValueError(f"{name} is {result.status}, with final_loss {result.final_loss}")
-    return result
+def outcome_of(row: Any, where: str = "outcome") -> Outcome:
+    """The outcome that a parsed line represents. Raises UsageError, with `where` in front, where it does not fit."""
+    return validated(Outcome, row, where)
 
 
 def _text(path: Path) -> str:
@@ -226,47 +173,3 @@ def _text(path: Path) -> str:
     if not text:
         raise DamagedFile(f"{path}: is empty: {_CURE}")
     return text
-
-
-def _object(value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is {value!r:.60}, not an object")
-    return value
-
-
-def _list(row: Mapping[str, Any], name: str) -> list[Any]:
-    value = row.get(name)
-    if not isinstance(value, list):
-        raise ValueError(f"{name} is {value!r:.60}, not a list")
-    return value
-
-
-def _string(row: Mapping[str, Any], name: str) -> str:
-    value = row.get(name)
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} is {value!r:.60}, not a name")
-    return value
-
-
-def _whole(value: Any, name: str, most: float = _MOST) -> int:
-    if type(value) is not int or not 0 <= value <= most:
-        end = f" to {most}" if type(value) is int and value > most else ""
-        raise ValueError(f"{name} is {value!r:.60}, not a whole number from 0{end}")
-    return value
-
-
-def _needed(row: Mapping[str, Any], name: str) -> float:
-    value = _number(row, name)
-    if value is None:
-        raise ValueError(f"{name} is missing")
-    return value
-
-
-def _number(row: Mapping[str, Any], name: str) -> float | None:
-    """A finite number, or None for null."""
-    value = row.get(name)
-    if value is None:
-        return None
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r:.60}, not a finite number")
-    return float(value)

@@ -1,8 +1,8 @@
-"""What networks train on: `load_source(name)` gives any data set, embedded or on the user's disk."""
+"""What networks train on: `load_source(name)` returns any data set, embedded or on the user's disk."""
 
 from collections.abc import Callable
 
-from data.sources import images, text, wordpiece
+from data.sources import images, text
 from data.sources.base import Batch, Source, Split
 from data.sources.memory import MemorySource
 from predictor.errors import UsageError, unknown
@@ -16,26 +16,27 @@ SOURCES: dict[str, Callable[[], MemorySource]] = {
     "fashion-full": images.fashion_full,
     "mnist-5k": images.mnist_5k,
     "glosses-full": text.glosses_full,
-    "foods": text.foods,
-    "glosses@minilm": wordpiece.glosses_minilm,
-    "foods@minilm": wordpiece.foods_minilm,
+    "glosses@minilm": text.glosses_minilm,
     "cifar10": images.cifar10,
     "cifar100": images.cifar100,
 }
-"""Every source by name, besides halves of them (`NAME-first`, `NAME-last`) and `imagefolder:PATH`."""
+"""Every source by name. Others are halves of them (`NAME-first`, `NAME-last`) and `imagefolder:PATH`."""
 
 
 def load_source(name: str, *, train_samples: int | None = None) -> Source:
-    """A data set by its name in SOURCES, half of its classes as `NAME-first` or `NAME-last`, or `imagefolder:PATH`.
+    """Load a data set.
 
-    The first half is to pretrain on, the last to fine-tune on: of Fashion-MNIST, say, clothes, then mostly shoes.
+    Data that is not embedded is looked for in $SMARTFRZ_DATA (by default ~/.cache/smartfrz) and where the packages of
+    Debian and PyPI install it. `python -m data prepare` lists what is there and how to get the rest.
 
-    What is not embedded is looked for below $SMARTFRZ_DATA (by default ~/.cache/smartfrz) and where Debian's and
-    PyPI's packages put it: `python -m data prepare` lists what is there and how to get the rest.
+    Args:
+        name: A name in SOURCES; `NAME-first` or `NAME-last` for half of its classes, the first to pretrain on and the
+            last to fine-tune on; or `imagefolder:PATH`.
+        train_samples: Use only so many training samples, with each class in proportion, and always the same ones.
 
-    train_samples: use so many training samples only, each class with its share, always the same ones.
-
-    Raises UsageError for an unknown name or too many samples, FileFault for data that is missing or broken.
+    Raises:
+        UsageError: The name is unknown, or there are fewer samples.
+        FileFault: The data is missing or broken.
     """
     source = _load(name)
     return source if train_samples is None else source.limited(train_samples)
@@ -43,7 +44,7 @@ def load_source(name: str, *, train_samples: int | None = None) -> Source:
 
 def _load(name: str) -> Source:
     if name.startswith("imagefolder:"):
-        from data.sources.folder import image_folder  # torchvision: half a second that the others need not wait for
+        from data.sources.folder import image_folder  # torchvision takes half a second to import
 
         return image_folder(name.removeprefix("imagefolder:"))
     if name in SOURCES:
@@ -55,8 +56,10 @@ def _load(name: str) -> Source:
 
 
 def _half(source: MemorySource, name: str, last: bool) -> MemorySource:
-    """The first or the last half of a source's classes; of an odd number the last half has one more."""
+    """The first or the last half of the classes of a source. The last half has one more of an odd number."""
     middle = source.classes // 2
     if middle < 2:
-        raise UsageError(f"{name}: half of the {source.classes} classes of {source.name} leave nothing to tell apart")
+        raise UsageError(
+            f"{name}: half of the {source.classes} classes of {source.name} are too few to classify: use the whole"
+        )
     return source.of_classes(name, range(middle, source.classes) if last else range(middle))

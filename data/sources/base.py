@@ -1,10 +1,10 @@
-"""What networks train on: the interface of every data set, and how its samples are ordered and chosen."""
+"""The interface of every data set, and how its samples are ordered and chosen."""
 
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Self, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,18 +15,19 @@ Split: TypeAlias = Literal["train", "test"]
 Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """ids_B (int64, always on the CPU), x_BCHW (float32) or tokens_BT (int64), labels_B (int64)."""
 Device: TypeAlias = torch.device | str
+AnySource = TypeVar("AnySource", bound="Source")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which samples come in which batch, and what the augmentation's random numbers depend on."""
+    """Which samples are in which batch, and what the random numbers of the augmentation depend on."""
 
     ids: tuple[Tensor, ...]
-    """ids_B of each batch that is still to come."""
+    """ids_B of each remaining batch."""
     start: int = 0
-    """The number of the first of them in its epoch."""
+    """The number of the first of them in the epoch."""
     seed: int = 0
-    """Seed of the training."""
+    """Seed of the training run."""
     epoch: int = 0
     """Epoch, from 0."""
     augment: bool = False
@@ -34,28 +35,31 @@ class Plan:
 
 
 class Source(ABC):
-    """A data set with a training split and a test split. Every sample has an id: its place in its split, from 0."""
+    """A data set with a training split and a test split. Every sample has an id: its index in its split.
+
+    A subclass implements `labels`, `limited` and `_load`.
+    """
 
     name: str
-    """What `load_source` knows it by."""
+    """The name that `load_source` takes."""
     kind: Literal["image", "text"]
-    """What its inputs are."""
+    """Kind of the inputs."""
     classes: int
     """Number of classes; labels count from 0."""
     shape: tuple[int, ...]
     """(C, H, W) of an image, (length,) of a token sequence."""
     vocabulary: int = 0
-    """Tokens that there are, with 0 = padding and, where they are whole words, 1 = unknown; 0 for images."""
+    """Number of tokens, 0 for images. Token 0 is padding. Where tokens are whole words, token 1 is an unknown word."""
     augmentable: bool = False
-    """Whether `augment=True` means something."""
+    """Whether `augment=True` is allowed."""
 
     @abstractmethod
     def labels(self, split: Split) -> Tensor:
         """labels_N of a split, int64, on the CPU, in the order of the ids."""
 
     @abstractmethod
-    def limited(self, train_samples: int) -> Self:
-        """The same source with `train_samples` training samples, each class with its share, counted from 0 anew."""
+    def limited(self: AnySource, train_samples: int) -> AnySource:
+        """The source with `train_samples` training samples, each class in proportion. Their ids start from 0 again."""
 
     @abstractmethod
     def _load(self, split: Split, plan: Plan, device: torch.device) -> Iterator[Batch]:
@@ -81,16 +85,23 @@ class Source(ABC):
     ) -> Iterator[Batch]:
         """The batches of one epoch: (ids_B, x_BCHW float32 or tokens_BT int64, labels_B int64).
 
-        The order depends on (seed, epoch) and `among` alone, augmentation on (seed, epoch, batch or sample) alone;
-        torch's global random numbers are neither used nor moved. Inputs and labels lie on `device`; ids stay on the
-        CPU, where looking them up stalls no GPU.
+        The order depends on `seed`, `epoch` and `among` only. Augmentation depends on `seed`, `epoch` and the batch or
+        sample only. Torch's global random state is neither used nor changed.
 
-        start: batches to leave out at the beginning; those that follow are what they would have been.
-        drop_last: leave out a last batch that is not full.
-        among: the ids of the samples to go through, int64 on the CPU, each once; by default all of the split.
+        Args:
+            split: "train" or "test".
+            batch_size: Samples in a batch.
+            seed: Seed of the order and of the augmentation.
+            epoch: Number of the epoch, which changes both.
+            shuffle: Whether to shuffle the samples.
+            augment: Whether to augment the inputs.
+            start: Number of batches to skip at the beginning. The others stay as they are.
+            device: Where inputs and labels go. Ids stay on the CPU, where a look-up stalls no GPU.
+            drop_last: Whether to leave out a last batch that is not full.
+            among: Ids of the samples to use, int64 on the CPU, each once. By default all of the split.
 
-        Raises UsageError for a batch size that gives no batch, for augmentation where there is none, and for an id that
-        no sample has.
+        Raises:
+            UsageError: The batch size gives no batch, the source has no augmentation, or an id is out of range.
         """
         whole = self.size(split)
         if among is not None and len(among) and not 0 <= int(among.min()) <= int(among.max()) < whole:
@@ -109,9 +120,9 @@ class Source(ABC):
         return self._load(split, Plan(ids, start, seed, epoch, augment), torch.device(device))
 
     def probe(self, samples: int, device: Device = "cpu") -> Tensor:
-        """A fixed batch of `samples` test inputs, as many of each class as can be; all of them where there are fewer.
+        """A fixed batch of `samples` test inputs, balanced over the classes. All of them where there are fewer.
 
-        It depends on nothing but the source: no seed, no augmentation.
+        It depends on the source only: there is no seed and no augmentation.
         """
         if samples < 1:
             raise UsageError(f"samples={samples}: a probe batch needs at least one")
@@ -120,32 +131,32 @@ class Source(ABC):
 
 
 def generator_for(*keys: int | str) -> torch.Generator:
-    """A generator of its own for these numbers and words, unrelated to near ones'; the global one stands still."""
+    """A CPU generator seeded by these keys. Similar keys give unrelated numbers. The global one is not touched."""
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest))  # torch's CPU generator keeps 32 bits of a seed
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))  # torch's CPU generator keeps 32 bits of a seed
 
 
 def balanced(labels_N: Tensor, samples: int) -> Tensor:
-    """ids_B of `samples` samples: one of each class, another of each class, and so on, always the same ones."""
+    """ids_B of `samples` samples: one of each class, then another of each, and so on. Always the same ones."""
     ids_N, rank_N = _ranked(labels_N)
     return ids_N[torch.argsort(rank_N, stable=True)[:samples]]
 
 
 def stratified(labels_N: Tensor, samples: int) -> Tensor:
-    """Ascending ids of `samples` samples, each class with its share of them, always the same ones.
+    """Ascending ids of `samples` samples, with each class in proportion. Always the same ones.
 
-    A larger choice holds every smaller one, so training sets of several sizes are nested.
+    A larger choice contains every smaller one.
     """
     if not 1 <= samples <= len(labels_N):
         raise UsageError(f"{samples} samples out of {len(labels_N)}: choose 1 to {len(labels_N)}")
     ids_N, rank_N = _ranked(labels_N)
-    # The r-th of c samples in its class stands at (r + 1/2) / c of the way: cutting there keeps the shares.
+    # The r-th of c samples of a class is at (r + 1/2) / c of the way: a cut there keeps the proportions.
     share_N = (rank_N.double() + 0.5) / torch.bincount(labels_N)[labels_N[ids_N]]
     return ids_N[torch.argsort(share_N, stable=True)[:samples]].sort().values
 
 
 def _ranked(labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids sorted by class, in a fixed random order inside each, and the place of each inside its class."""
+    """Ids sorted by class, in a fixed random order inside each, and the rank of each inside its class."""
     order_N = torch.randperm(len(labels_N), generator=generator_for(len(labels_N)))
     ids_N = order_N[torch.argsort(labels_N[order_N], stable=True)]
     counts_C = torch.bincount(labels_N)

@@ -1,7 +1,6 @@
-"""Makes the slices embedded in data/assets out of Debian's packages: run `python -m data.sources.embed`.
+"""Makes the slices in data/assets from the whole data sets: run `python -m data.sources.embed`.
 
-It needs `dataset-fashion-mnist` and `wordnet-base` (see `python -m data prepare`), and gives the same content
-each time.
+It needs `dataset-fashion-mnist` and `wordnet-base` (see `python -m data prepare`). The content is always the same.
 """
 
 import argparse
@@ -31,7 +30,7 @@ NOUN_CLASSES = {
     "26": "state",
     "27": "substance",
 }
-"""The ten commonest lexicographer classes of nouns: number in WordNet's files and name."""
+"""The ten most common lexicographer classes of nouns: the number in the files of WordNet, and the name."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,13 +60,13 @@ def fashion_bytes(train_samples: int = 10_000, test_samples: int = 2_000) -> byt
 
 
 def gloss_bytes(train_samples: int = 6_000, test_samples: int = 2_000) -> bytes:
-    """Gzipped lines of split, class and gloss, tab-separated; equally many glosses of each class."""
+    """Gzipped lines of split, class and gloss, tab-separated. Equally many glosses of each class."""
     texts = [
         (NOUN_CLASSES[label], text)
         for label, text in read_glosses(folder_of("glosses-full"), ["noun"])
         if label in NOUN_CLASSES
     ]
-    chosen = [texts[place] for place in balanced(labels_of(texts), train_samples + test_samples).tolist()]
+    chosen = [texts[index] for index in balanced(labels_of(texts), train_samples + test_samples).tolist()]
     rows = zip(("train", "test"), split_texts(chosen, train_samples), strict=True)
     lines = [f"{split}\t{label}\t{text}\n" for split, part in rows for label, text in part]
     return gzip.compress("".join(lines).encode(), mtime=0)

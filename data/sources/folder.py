@@ -1,11 +1,11 @@
-"""Images in a folder of the user's own, one subfolder a class: read from the disk by a DataLoader's workers."""
+"""A folder of the user's own images, one subfolder a class, read from the disk by the workers of a DataLoader."""
 
 import copy
 import multiprocessing
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -23,16 +23,16 @@ Listing: TypeAlias = list[tuple[str, int]]
 
 # ImageNet's, as the pretrained networks of torchvision and timm expect.
 _LOOK = Look(mean=(123.7, 116.3, 103.5), deviation=(58.4, 57.1, 57.4), flip=True)
-_MARGIN = 256 / 224  # the shorter side, before the middle is cut out, in parts of the size
+_MARGIN = 256 / 224  # the shorter side before the crop, relative to the size
 _AREA, _RATIO = (0.35, 1.0), (3 / 4, 4 / 3)  # of a random crop
 _MOST_WORKERS = 8
 
 
 def image_folder(argument: str) -> "FolderSource":
-    """PATH/train and PATH/test (or PATH/val), a subfolder of images a class; `PATH@SIZE` for other than 224 pixels."""
+    """PATH/train and PATH/test (or PATH/val), with a subfolder of images a class. `PATH@SIZE` sets the size (224)."""
     found = re.fullmatch(r"(.+?)(?:@([1-9]\d*))?", argument)
     if not found:
-        raise UsageError("imagefolder: names no folder: write imagefolder:PATH or imagefolder:PATH@SIZE")
+        raise UsageError("imagefolder: without a folder: write imagefolder:PATH or imagefolder:PATH@SIZE")
     root, size = Path(found[1]).expanduser(), int(found[2] or 224)
     train_folder = _existing(root, ("train",))
     test_folder = _existing(root, ("test", "val"))
@@ -45,10 +45,10 @@ def image_folder(argument: str) -> "FolderSource":
 
 
 class FolderSource(Source):
-    """Images read from the disk for each batch, cut to a square and normalized as for ImageNet.
+    """Images read from the disk for each batch, cropped to a square and normalized as for ImageNet.
 
-    Augmentation cuts out a random part of 35 to 100 % of the area and mirrors it one time in two. Its random numbers
-    depend on (seed, epoch, id), so the workers' number and speed do not matter.
+    Augmentation crops a random part of 35 to 100 % of the area and mirrors half of the images. Its random numbers
+    depend on (seed, epoch, id), and not on the number of workers.
     """
 
     kind = "image"
@@ -64,11 +64,11 @@ class FolderSource(Source):
         """labels_N of a split, int64, on the CPU, in the order of the ids."""
         return self._labels[split]
 
-    def limited(self, train_samples: int) -> Self:
-        """The same source with `train_samples` training images, each class with its share, counted from 0 anew."""
+    def limited(self, train_samples: int) -> "FolderSource":
+        """The source with `train_samples` training images, each class in proportion. Their ids start from 0 again."""
         twin = copy.copy(self)
         chosen = stratified(self.labels("train"), train_samples)
-        train = [self._listing["train"][place] for place in chosen.tolist()]
+        train = [self._listing["train"][index] for index in chosen.tolist()]
         twin._listing = {"train": train, "test": self._listing["test"]}
         twin._labels = {"train": self.labels("train")[chosen], "test": self.labels("test")}
         return twin
@@ -80,7 +80,7 @@ class FolderSource(Source):
             num_workers=_workers(),
             collate_fn=_collated,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # else it takes a number from the global one
+            generator=torch.Generator(),  # the default draws a number from the global generator
         )
         for ids_B, images in zip(plan.ids, loader, strict=True):
             if isinstance(images, FileFault):
@@ -90,21 +90,21 @@ class FolderSource(Source):
 
 
 class _Images(Dataset[Any]):
-    """Reads one image: image_CHW as uint8, or the fault that a worker cannot raise without a page of traceback."""
+    """Reads one image_CHW as uint8, or returns the fault, which a worker would raise with a page of traceback."""
 
     def __init__(self, paths: list[str], size: int, plan: Plan) -> None:
         self._paths, self._size = paths, size
         self._seeds = (plan.seed, plan.epoch) if plan.augment else None
 
-    def __getitem__(self, place: int) -> Tensor | FileFault:
-        path = self._paths[place]
+    def __getitem__(self, index: int) -> Tensor | FileFault:
+        path = self._paths[index]
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # PIL's for broken files
             return FileFault(f"{path}: no image that can be read ({error}); delete it or replace it")
         if self._seeds:
-            image = _random_part(image, self._size, generator_for(*self._seeds, place))
+            image = _random_part(image, self._size, generator_for(*self._seeds, index))
         else:
             image = _middle(image, self._size)
         bytes_CHW: Tensor = functional.pil_to_tensor(image)
@@ -117,13 +117,13 @@ def _collated(images: list[Tensor | FileFault]) -> Tensor | FileFault:
 
 
 def _middle(image: Image.Image, size: int) -> Image.Image:
-    """The middle square, as networks are evaluated."""
+    """The centre square, for evaluation."""
     part: Image.Image = functional.center_crop(functional.resize(image, [round(size * _MARGIN)]), [size, size])
     return part
 
 
 def _random_part(image: Image.Image, size: int, generator: torch.Generator) -> Image.Image:
-    """A random part of random shape, mirrored one time in two, as networks are trained."""
+    """A random part of random shape, mirrored half of the time, for training."""
     area, ratio, down, right, flip = torch.rand(5, generator=generator).tolist()
     area = (_AREA[0] + (_AREA[1] - _AREA[0]) * area) * image.width * image.height
     ratio = _RATIO[0] * (_RATIO[1] / _RATIO[0]) ** ratio
@@ -135,7 +135,7 @@ def _random_part(image: Image.Image, size: int, generator: torch.Generator) -> I
 
 
 def _workers() -> int:
-    """As many as torch may use threads; none where it may use one, or where a process may have no children."""
+    """As many as torch's threads. None for one thread, and in a process that may have no children."""
     if torch.get_num_threads() < 2 or multiprocessing.current_process().daemon:
         return 0
     return min(torch.get_num_threads(), _MOST_WORKERS)

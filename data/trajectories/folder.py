@@ -1,4 +1,4 @@
-"""Where trajectories lie on the disk: every file name is made here."""
+"""Where trajectories are on the disk. Every file name is made here."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ DEFAULT_FILE = Path("runs/trajectories.h5")
 
 @dataclass(frozen=True)
 class GatherFolder:
-    """What one gathering writes: a file a run, logs and checkpoints below `root`, and beside it the packed file."""
+    """The files that a gather writes: one a run, logs and checkpoints below `root`, and beside it the packed file."""
 
     root: Path = DEFAULT_FOLDER
 
@@ -26,7 +26,7 @@ class GatherFolder:
         return self.root / "logs" / f"{_checked(run_id)}.log"
 
     def checkpoint(self, run_id: str) -> Path:
-        """Where a run that is broken off goes on from."""
+        """Where an interrupted run continues from."""
         return self.root / "checkpoints" / f"{_checked(run_id)}.pt"
 
     def has_run(self, run_id: str) -> bool:
@@ -45,7 +45,7 @@ class GatherFolder:
 
 
 def trajectory_files(paths: Iterable[Path]) -> list[Path]:
-    """Trajectory files that are meant by paths: a file by itself, a gather folder by the runs that it holds."""
+    """The trajectory files of paths: a file itself, or the runs of a gather folder. FileFault for an empty folder."""
     found: list[Path] = []
     for path in map(Path, paths):
         inside = GatherFolder(path).runs if path.is_dir() else [path]

@@ -1,4 +1,4 @@
-"""Reads trajectory files, one run at a time, and trusts nothing in them."""
+"""Reads trajectory files, one run at a time. Nothing in a file is trusted."""
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -9,18 +9,28 @@ from h5py import h5d, h5g, h5o
 
 from data.trajectories import guard
 from data.trajectories.checks import content_faults, shape_faults, total_bytes
-from data.trajectories.guard import Place
-from data.trajectories.schema import FIELDS, FORMAT, FORMAT_VERSION, MOST_RUN_BYTES, MOST_RUNS, is_run_id
+from data.trajectories.guard import Location
+from data.trajectories.schema import (
+    FIELDS,
+    FORMAT,
+    FORMAT_VERSION,
+    MOST_RUN_BYTES,
+    MOST_RUNS,
+    READABLE_VERSIONS,
+    WRITTEN,
+    is_run_id,
+)
 from data.trajectories.trajectory import Arrays, Trajectory, checksum, parsed, trajectory_of
 from predictor.errors import DamagedFile, FileFault, UsageError
 
 _FIELDS = {field.name: field for field in FIELDS}
+_NEEDED = {field.name for field in WRITTEN}
 _MOST_NAMES = 1_000
-"""How far a run's members are listed, all the surplus ones among them."""
+"""How many members of a run are listed, surplus ones included."""
 
 
 def open_trajectories(path: Path) -> "TrajectoryFile":
-    """Open a trajectory file, as a context manager. Raises FileFault when it is none, or not a sound one."""
+    """Open a trajectory file, as a context manager. Raises FileFault where it is not a sound one."""
     file = TrajectoryFile(path)
     if file.faults:
         file.close()
@@ -32,11 +42,11 @@ class TrajectoryFile:
     """A trajectory file opened for reading. Iterating over it reads its runs one by one, in the order of their ids."""
 
     def __init__(self, path: Path) -> None:
-        """Look at the file's outermost part; `faults` keeps what is wrong there but stops no run from being read."""
+        """Open the file. `faults` keeps what is wrong with its outermost part, and stops no run from being read."""
         self.path = Path(path)
         self.faults: list[FileFault] = []
-        self._place = Place(self.path)
-        self._file = guard.open_file(self._place)
+        self._location = Location(self.path)
+        self._file = guard.open_file(self._location)
         try:
             self._runs, self.run_ids = self._open_runs()
         except BaseException:
@@ -45,9 +55,11 @@ class TrajectoryFile:
         self._known = frozenset(self.run_ids)
 
     def read(self, run_id: str) -> Trajectory:
-        """One run, whole: its shapes, values and checksum have been verified.
+        """Read one run, with its shapes, values and checksum verified.
 
-        Raises FileFault, and of those DamagedFile where reading again cannot help.
+        Raises:
+            FileFault: The run is not sound. It is a DamagedFile where reading again cannot help.
+            UsageError: The file holds no such run.
         """
         trajectory, faults = self.examine(run_id)
         if trajectory is None or faults:
@@ -55,51 +67,52 @@ class TrajectoryFile:
         return trajectory
 
     def examine(self, run_id: str) -> tuple[Trajectory | None, list[FileFault]]:
-        """One run and everything that is wrong with it; there is no trajectory when a field cannot be read."""
+        """One run and everything that is wrong with it. The trajectory is None when a field cannot be read."""
         try:
-            place, group = self._open_run(run_id)
-            found = {name.decode("utf-8", "replace") for name in guard.names(place, group, _MOST_NAMES)}
+            location, group = self._open_run(run_id)
+            found = {name.decode("utf-8", "replace") for name in guard.names(location, group, _MOST_NAMES)}
         except FileFault as fault:
             return None, [fault]
-        arrays, faults = _read_fields(place, group, found)
+        arrays, faults = _read_fields(location, group, [name for name in _FIELDS if name in found])
+        faults += [location.at(field=name).damaged("missing") for name in sorted(_NEEDED - found)]
         faults += [
-            place.at(field=name).hostile("the format has no such field") for name in sorted(found - set(_FIELDS))
+            location.at(field=name).hostile("the format has no such field") for name in sorted(found - _FIELDS.keys())
         ]
-        parts, broken = _parse(place, arrays)
+        parts, broken = _parse(location, arrays)
         faults += broken
-        if len(arrays) < len(_FIELDS):
+        if not arrays.keys() >= _NEEDED:
             return None, faults
-        faults += _checksum_faults(place, group, arrays)
+        faults += _checksum_faults(location, group, arrays)
         if broken:
             return None, faults
         trajectory = trajectory_of(run_id, arrays, parts)
-        faults += [place.at(field=name).damaged(what) for name, what in content_faults(trajectory)]
+        faults += [location.at(field=name).damaged(what) for name, what in content_faults(trajectory)]
         return trajectory, faults
 
     def config(self, run_id: str) -> dict[str, Any]:
-        """One run's configuration, without the rest of the run; the checksum is verified by `read` alone."""
-        place, group = self._open_run(run_id)
-        arrays, faults = _read_fields(place, group, {"config"}, wanted=("config",))
-        parts, more = _parse(place, arrays)
+        """One run's configuration, without the rest of the run. Only `read` verifies the checksum."""
+        location, group = self._open_run(run_id)
+        arrays, faults = _read_fields(location, group, ("config",))
+        parts, more = _parse(location, arrays)
         if faults or more:
             raise (faults + more)[0]
         config: dict[str, Any] = parts["config"]
         return config
 
     def configs(self) -> Mapping[str, dict[str, Any]]:
-        """Every run's configuration by its id, each read when it is asked for."""
+        """Every run's configuration by its id. Each is read when it is looked up."""
         return _Configs(self)
 
     def copy_run(self, run_id: str, target: Any) -> None:
-        """Copy one run, as it is stored, into an HDF5 group of another file. Only what was `read` is sound."""
-        place, _ = self._open_run(run_id)
-        with place.reading():
+        """Copy one run, as it is stored, into an HDF5 group of another file. Read it first to know that it is sound."""
+        location, _ = self._open_run(run_id)
+        with location.reading():
             h5o.copy(self._runs, run_id.encode(), target.id, run_id.encode())
 
     def checksum(self, run_id: str) -> str:
         """The checksum that is stored with a run."""
-        place, group = self._open_run(run_id)
-        return str(guard.attribute(place, group, "sha256"))
+        location, group = self._open_run(run_id)
+        return str(guard.attribute(location, group, "sha256"))
 
     def close(self) -> None:
         """Close the file."""
@@ -120,32 +133,32 @@ class TrajectoryFile:
         return map(self.read, self.run_ids)
 
     def _open_runs(self) -> tuple[h5g.GroupID, tuple[str, ...]]:
-        place, root = self._place, self._file.id
-        with place.reading():
+        location, root = self._location, self._file.id
+        with location.reading():
             root = h5g.open(root, b"/")
-        if guard.attribute(place, root, "format") != FORMAT:
-            raise FileFault(f"{self.path}: an HDF5 file, but not of trajectories: name one that gather or merge wrote")
-        version = guard.attribute(place, root, "version")
-        if version != FORMAT_VERSION:
+        if guard.attribute(location, root, "format") != FORMAT:
+            raise FileFault(f"{self.path}: an HDF5 file without trajectories: name one that gather or merge wrote")
+        version = guard.attribute(location, root, "version")
+        if version not in READABLE_VERSIONS:
             newer = isinstance(version, int) and version > FORMAT_VERSION
             kind, cure = (FileFault, "update the toolkit") if newer else (DamagedFile, "gather it again")
-            raise kind(f"{self.path}: format version {version}, but this toolkit reads {FORMAT_VERSION}: {cure}")
-        self._note(lambda: guard.check_attributes(place, root, 2))
-        for name in guard.names(place, root, _MOST_NAMES):
+            raise kind(f"{self.path}: format version {version}, but this toolkit reads 1 to {FORMAT_VERSION}: {cure}")
+        self._note(lambda: guard.check_attributes(location, root, 2))
+        for name in guard.names(location, root, _MOST_NAMES):
             if name != b"runs":
-                self.faults.append(place.hostile(f"{name!r:.60} lies beside the runs"))
-        runs = guard.open_member(place, root, "runs", h5g.GroupID)
-        self._note(lambda: guard.check_attributes(place, runs, 0))
+                self.faults.append(location.hostile(f"{name!r:.60} is beside the runs"))
+        runs = guard.open_member(location, root, "runs", h5g.GroupID)
+        self._note(lambda: guard.check_attributes(location, runs, 0))
         return runs, tuple(self._names_of_runs(runs))
 
     def _names_of_runs(self, runs: h5g.GroupID) -> Iterator[str]:
-        for raw in sorted(guard.names(self._place, runs, MOST_RUNS)):
+        for raw in sorted(guard.names(self._location, runs, MOST_RUNS)):
             name = raw.decode("utf-8", "replace")
             if is_run_id(name):
                 yield name
             else:
                 self.faults.append(
-                    self._place.at(run=name).hostile("a run's id is up to 100 letters, digits, . _ and -")
+                    self._location.at(run=name).hostile("a run's id is up to 100 letters, digits, . _ and -")
                 )
 
     def _note(self, check: Any) -> None:
@@ -154,11 +167,11 @@ class TrajectoryFile:
         except FileFault as fault:
             self.faults.append(fault)
 
-    def _open_run(self, run_id: str) -> tuple[Place, h5g.GroupID]:
+    def _open_run(self, run_id: str) -> tuple[Location, h5g.GroupID]:
         if run_id not in self._known:
             raise UsageError(f"{self.path}: holds no run {run_id!r}: see `python -m data inspect {self.path}`")
-        place = self._place.at(run=run_id)
-        return place, guard.open_member(place, self._runs, run_id, h5g.GroupID)
+        location = self._location.at(run=run_id)
+        return location, guard.open_member(location, self._runs, run_id, h5g.GroupID)
 
 
 class _Configs(Mapping[str, dict[str, Any]]):
@@ -178,29 +191,25 @@ class _Configs(Mapping[str, dict[str, Any]]):
         return run_id in self._file.run_ids
 
 
-def _read_fields(
-    place: Place, group: h5g.GroupID, found: set[str], wanted: Collection[str] = tuple(_FIELDS)
-) -> tuple[Arrays, list[FileFault]]:
-    """A run's arrays, and what is wrong with the others. All that is declared is judged before a byte is read."""
+def _read_fields(location: Location, group: h5g.GroupID, wanted: Collection[str]) -> tuple[Arrays, list[FileFault]]:
+    """A run's arrays, and what is wrong with the others. Everything declared is checked before a byte is read."""
     datasets: dict[str, h5d.DatasetID] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     faults: list[FileFault] = []
     for name in wanted:
-        at = place.at(field=name)
+        at = location.at(field=name)
         try:
-            if name not in found:
-                raise at.damaged("missing")
             datasets[name] = guard.open_member(at, group, name, h5d.DatasetID)
             shapes[name] = guard.declared_shape(at, datasets[name], _FIELDS[name])
         except FileFault as fault:
             faults.append(fault)
     wrong = list(shape_faults(shapes))
-    faults += [place.at(field=name).hostile(what) for name, what in wrong]
+    faults += [location.at(field=name).hostile(what) for name, what in wrong]
     if total_bytes(shapes) > MOST_RUN_BYTES:
         return {}, faults
     arrays: Arrays = {}
     for name in (name for name in shapes if name not in dict(wrong)):
-        at = place.at(field=name)
+        at = location.at(field=name)
         try:
             arrays[name] = guard.stored_array(at, datasets[name], _FIELDS[name], shapes[name])
         except FileFault as fault:
@@ -208,8 +217,8 @@ def _read_fields(
     return arrays, faults
 
 
-def _parse(place: Place, arrays: Arrays) -> tuple[dict[str, Any], list[FileFault]]:
-    """The content of the JSON parts, and what is wrong with those that are none."""
+def _parse(location: Location, arrays: Arrays) -> tuple[dict[str, Any], list[FileFault]]:
+    """The content of the JSON parts, and what is wrong with the others."""
     parts: dict[str, Any] = {}
     faults: list[FileFault] = []
     for name in arrays:
@@ -217,15 +226,15 @@ def _parse(place: Place, arrays: Arrays) -> tuple[dict[str, Any], list[FileFault
             try:
                 parts[name] = parsed(name, arrays[name])
             except ValueError as error:
-                faults.append(place.at(field=name).damaged(str(error)))
+                faults.append(location.at(field=name).damaged(str(error)))
     return parts, faults
 
 
-def _checksum_faults(place: Place, group: h5g.GroupID, arrays: Arrays) -> list[FileFault]:
+def _checksum_faults(location: Location, group: h5g.GroupID, arrays: Arrays) -> list[FileFault]:
     try:
-        guard.check_attributes(place, group, 1)
-        if guard.attribute(place, group, "sha256") != checksum(place.run, arrays):
-            raise place.damaged("its content is not what its checksum was made of")
+        guard.check_attributes(location, group, 1)
+        if guard.attribute(location, group, "sha256") != checksum(location.run, arrays):
+            raise location.damaged("its content does not match its checksum")
     except FileFault as fault:
         return [fault]
     return []

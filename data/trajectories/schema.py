@@ -4,7 +4,9 @@ import re
 from dataclasses import dataclass
 
 FORMAT = "smartfrz-trajectories"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of new files. Version 1 had `update_norm` in every run."""
+READABLE_VERSIONS = (1, 2)
 
 MOST = {"T": 100_000, "L": 4_096, "K": 65_536, "bytes": 1 << 20}
 """The longest that each dimension may be; a reader refuses what declares more."""
@@ -18,14 +20,16 @@ _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 
 @dataclass(frozen=True)
 class Field:
-    """One dataset of a run. Dimensions: T snapshots, L layers front to back, K sampled weights, bytes of JSON text."""
+    """One dataset of a run. Dimensions: T snapshots, L layers in execution order, K sampled weights, bytes of JSON."""
 
     name: str
     dims: tuple[str, ...]
     dtype: str
-    """NumPy's name of the stored type; always little-endian."""
+    """NumPy's name of the stored type, always little-endian."""
     unit: str
     doc: str
+    retired: bool = False
+    """Whether only older files have it. It counts in their checksums, and nothing else reads it."""
 
     @property
     def json(self) -> bool:
@@ -51,35 +55,21 @@ FIELDS: tuple[Field, ...] = (
     _json("config", "the run's full configuration: workload, family, source, recipe, seed, sampling, total_steps"),
     _json("provenance", "versions, hardware, when and how the run was made"),
     _json("outcome", "status (finished or diverged), final_accuracy, final_loss, train_seconds, cpu_seconds"),
-    _json("layer_names", "names of the freezable layers, front to back"),
-    Field("layer_sizes", ("L",), "<i8", "weights", "how many weights each layer holds"),
+    _json("layer_names", "names of the freezable layers, in execution order"),
+    Field("layer_sizes", ("L",), "<i8", "weights", "number of weights of each layer"),
     Field("step", ("T",), "<i8", "optimizer steps", "steps done when the snapshot was taken; 0 is before the first"),
     Field("lr", ("T",), "<f8", "1", "learning rate"),
     Field("loss", ("T",), "<f4", "1", "mean training loss since the snapshot before; NaN at step 0"),
     Field("seconds", ("T",), "<f8", "s", "training time until then, evaluation left out"),
     Field("weights", ("T", "L", "K"), "<f4", "1", "each layer's sampled weights, at positions that never change"),
     Field("gradient_norm", ("T", "L"), "<f4", "1", "Euclidean norm of the layer's gradient; NaN where there is none"),
-    Field(
-        "update_norm",
-        ("T", "L"),
-        "<f4",
-        "1",
-        "length of the last optimizer step, estimated from the sample; NaN at step 0",
-    ),
+    Field("update_norm", ("T", "L"), "<f4", "1", "length of the last optimizer step, by the sample", retired=True),
     Field("similarity", ("T", "L"), "<f4", "1", "CKA of the layer's output to the final network's; NaN where none"),
 )
+WRITTEN = tuple(field for field in FIELDS if not field.retired)
+"""The fields of new files."""
 
 
 def is_run_id(name: str) -> bool:
     """Whether a name may be a run's id: letters, digits, `.`, `_` and `-`, so that it is a file name everywhere."""
     return _RUN_ID.fullmatch(name) is not None
-
-
-def schema_table() -> str:
-    """The fields as text, one a line."""
-    rows = [("field", "shape", "type", "unit", "what it is")]
-    rows += [(field.name, "x".join(field.dims), field.dtype[1:], field.unit, field.doc) for field in FIELDS]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True)), row[4]]) for row in rows
-    )

@@ -1,18 +1,19 @@
-"""What trajectory files hold, in words and a table for the terminal."""
+"""Describes trajectory files on the terminal: the runs by workload, the labels, the versions, the fields."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tabulate import tabulate
 from tqdm import tqdm
 
 from data.trajectories.folder import trajectory_files
 from data.trajectories.labels import LabelRule
 from data.trajectories.reader import open_trajectories
-from data.trajectories.schema import FORMAT_VERSION, schema_table
+from data.trajectories.schema import FORMAT_VERSION, WRITTEN
 from data.trajectories.trajectory import Trajectory
 
 _MOST_VALUES = 4
@@ -46,9 +47,9 @@ class _Group:
 
 
 def describe(paths: Sequence[Path], rule: LabelRule, *, progress: bool = False) -> str:
-    """A summary of trajectory files and gather folders: the fields, then the runs by workload and what they share.
+    """A summary of trajectory files and gather folders.
 
-    Reads, and so verifies, every run, one at a time. Raises FileFault at the first that is not sound.
+    Every run is read, and so verified, one at a time. Raises FileFault at the first that is not sound.
     """
     files = trajectory_files(paths)
     groups: dict[str, _Group] = {}
@@ -68,15 +69,16 @@ def describe(paths: Sequence[Path], rule: LabelRule, *, progress: bool = False) 
     return "\n".join(parts) + "\n"
 
 
+def schema_table() -> str:
+    """The fields of a run, one a line."""
+    rows = [[field.name, "x".join(field.dims), field.dtype[1:], field.unit, field.doc] for field in WRITTEN]
+    return tabulate(rows, ("field", "shape", "type", "unit", "what it is"), "plain", disable_numparse=True)
+
+
 def _table(groups: dict[str, _Group]) -> str:
-    rows = [_HEADER, *(_row(name, group) for name, group in sorted(groups.items()))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-    left = 3  # names stand left, numbers right
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, strict=True)
-        lines.append("  ".join(c.ljust(w) if place < left else c.rjust(w) for place, (c, w) in enumerate(cells)))
-    return "\n".join(line.rstrip() for line in lines)
+    rows = [_row(name, group) for name, group in sorted(groups.items())]
+    align = ["left"] * 3 + ["right"] * (len(_HEADER) - 3)
+    return tabulate(rows, _HEADER, "plain", disable_numparse=True, colalign=align, headersalign=align)
 
 
 def _row(name: str, group: _Group) -> tuple[str, ...]:
@@ -85,16 +87,15 @@ def _row(name: str, group: _Group) -> tuple[str, ...]:
     return (_clean(name), _clean(group.family), _clean(group.source), *counts, accuracy, _share([group]))
 
 
-def _label_line(groups: Iterable[_Group], rule: LabelRule) -> str:
-    groups = list(groups)
+def _label_line(groups: Collection[_Group], rule: LabelRule) -> str:
     dip = f", and never more than {rule.dip} below it" if rule.dip else ""
     return (
-        f"may be frozen: CKA to the final network at least {rule.threshold} from there to the end{dip}: "
-        f"{_share(groups)} of {sum(group.labels for group in groups):,} snapshots of a layer, in runs that finished"
+        f"may be frozen (CKA to the final network at least {rule.threshold} from there to the end{dip}): "
+        f"{_share(groups)} of {sum(group.labels for group in groups):,} snapshots of a layer in finished runs"
     )
 
 
-def _share(groups: Sequence[_Group]) -> str:
+def _share(groups: Collection[_Group]) -> str:
     labels = sum(group.labels for group in groups)
     return f"{100 * sum(group.positive for group in groups) / labels:.1f} %" if labels else "-"
 
@@ -118,7 +119,7 @@ def _note_facts(facts: dict[str, Counter[str]], trajectory: Trajectory) -> None:
 
 
 def _fact_lines(facts: dict[str, Counter[str]]) -> list[str]:
-    """One line a fact; where runs differ, how many have which value."""
+    """One line a fact, with the number of runs for each value where they differ."""
     lines = []
     for name, counts in facts.items():
         shown = ", ".join(f"{value} ({count} runs)" for value, count in counts.most_common(_MOST_VALUES))
@@ -131,6 +132,6 @@ def _fact_lines(facts: dict[str, Counter[str]]) -> list[str]:
 
 
 def _clean(text: str) -> str:
-    """Text out of a file, fit for a terminal: no control characters, no more than a line's worth."""
+    """Text out of a file, fit for a terminal: no control characters, up to 60 characters."""
     shown = "".join(character if character.isprintable() else "?" for character in text)
     return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data.trajectories.schema import FIELDS
+from data.trajectories.schema import FIELDS, WRITTEN
 
 Arrays = dict[str, npt.NDArray[Any]]
 """Stored arrays by the names of their fields."""
@@ -18,7 +18,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """Everything that is kept of one training. The arrays are described, field by field, in `schema.FIELDS`."""
+    """Everything that is recorded of one training run. `schema.FIELDS` describes each array."""
 
     run_id: str
     config: dict[str, Any]
@@ -32,19 +32,18 @@ class Trajectory:
     seconds_T: npt.NDArray[np.float64]
     weights_TLK: npt.NDArray[np.float32]
     gradient_norm_TL: npt.NDArray[np.float32]
-    update_norm_TL: npt.NDArray[np.float32]
     similarity_TL: npt.NDArray[np.float32]
 
     @property
     def finished(self) -> bool:
-        """Whether the training came to its end; otherwise it diverged."""
+        """Whether the training finished. Otherwise it diverged."""
         return bool(self.outcome.get("status") == "finished")
 
 
 def arrays_of(trajectory: Trajectory) -> Arrays:
-    """What a file holds of a trajectory. A number in the JSON parts that is not finite becomes null."""
+    """The arrays that a file holds. Numbers in the JSON parts that are not finite become null."""
     arrays: Arrays = {}
-    for field in FIELDS:
+    for field in WRITTEN:
         value = getattr(trajectory, field.attribute)
         if field.json:
             text = json.dumps(_finite(value), sort_keys=True, allow_nan=False)
@@ -55,16 +54,16 @@ def arrays_of(trajectory: Trajectory) -> Arrays:
 
 
 def trajectory_of(run_id: str, arrays: Arrays, parts: Mapping[str, Any]) -> Trajectory:
-    """The trajectory of stored arrays, and of its JSON parts as `parsed` gives them."""
+    """The trajectory of stored arrays and of JSON parts that are `parsed`."""
     values: dict[str, Any] = {
-        field.attribute: parts[field.name] if field.json else arrays[field.name] for field in FIELDS
+        field.attribute: parts[field.name] if field.json else arrays[field.name] for field in WRITTEN
     }
     values["layer_names"] = tuple(values["layer_names"])
     return Trajectory(run_id=run_id, **values)
 
 
 def parsed(name: str, text_u1: npt.NDArray[np.uint8]) -> Any:
-    """A JSON part's content. Raises ValueError where it is not JSON, or not of the kind that the field holds."""
+    """The content of a JSON part. Raises ValueError where it is not JSON, or not an object or list as it should be."""
     try:
         value = json.loads(text_u1.tobytes().decode("utf-8"), parse_constant=_refuse_constant)
     except RecursionError:
@@ -80,9 +79,9 @@ def parsed(name: str, text_u1: npt.NDArray[np.uint8]) -> Any:
 
 
 def checksum(run_id: str, arrays: Arrays) -> str:
-    """SHA-256, in hexadecimal, over a run's id and every field: its name, type, shape and bytes."""
+    """SHA-256, in hexadecimal, over a run's id and each field that it has: name, type, shape and bytes."""
     digest = hashlib.sha256(f"{run_id}\n".encode())
-    for field in FIELDS:
+    for field in (field for field in FIELDS if field.name in arrays):
         array = arrays[field.name]
         digest.update(f"{field.name} {field.dtype} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
@@ -90,7 +89,7 @@ def checksum(run_id: str, arrays: Arrays) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for every NaN and infinity, which JSON does not have."""
+    """The value with None for every NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Everything that is wrong with a trajectory file, rather than the first thing."""
+"""Finds every fault of a trajectory file, not only the first."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from predictor.errors import FileFault
 
 
 def validate(path: Path, *, progress: bool = False) -> list[FileFault]:
-    """Every fault of a file, of its runs and of their fields; none when each run can be read. One run at a time."""
+    """Every fault of a file, of its runs and of their fields. The list is empty when each run can be read."""
     try:
         file = TrajectoryFile(path)
     except FileFault as fault:

@@ -1,4 +1,4 @@
-"""Writes trajectory files: whole or not at all, also when the disk fills up half-way."""
+"""Writes trajectory files, whole or not at all, also when the disk fills up."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ import numpy as np
 
 from data.trajectories.checks import content_faults, shape_faults
 from data.trajectories.reader import TrajectoryFile
-from data.trajectories.schema import FIELDS, FORMAT, FORMAT_VERSION, is_run_id
+from data.trajectories.schema import FORMAT, FORMAT_VERSION, WRITTEN, is_run_id
 from data.trajectories.trajectory import Arrays, Trajectory, arrays_of, checksum
 from predictor.errors import UsageError
 from predictor.shared.files import written_whole
@@ -21,8 +21,9 @@ from predictor.shared.files import written_whole
 def write_runs(path: Path, trajectories: Iterable[Trajectory]) -> None:
     """Write runs, taken one by one, as one file. An older file stays until the new one is complete and on the disk.
 
-    Raises UsageError for a run that a reader would refuse, and FileFault when the disk is full or the place cannot be
-    written to.
+    Raises:
+        UsageError: A reader would refuse a run, a run comes twice, or there is none.
+        FileFault: The disk is full, or the path cannot be written to.
     """
     with written_whole(Path(path)) as part, new_file(part) as runs:
         for trajectory in trajectories:
@@ -42,11 +43,11 @@ class NewRuns:
         """Write one run."""
         arrays = _checked(trajectory)
         if trajectory.run_id in self:
-            raise UsageError(f"run {trajectory.run_id}: twice in one file: a run's id is its own")
+            raise UsageError(f"run {trajectory.run_id}: twice in one file: give each run an id of its own")
         run = self._group.create_group(trajectory.run_id)
-        for field in FIELDS:
+        for field in WRITTEN:
             array = arrays[field.name]
-            # One chunk a field: it is read whole, and a reader can judge it at a glance.
+            # One chunk a field: it is read whole, and a reader can check its size before it reads.
             run.create_dataset(
                 field.name, data=array, chunks=array.shape, compression="gzip", compression_opts=4, shuffle=True
             )
@@ -54,7 +55,7 @@ class NewRuns:
         self._output.check()
 
     def copy(self, source: TrajectoryFile, run_id: str) -> None:
-        """Copy one run from a file, compressed as it is. Only what `source` has read is known to be sound."""
+        """Copy one run from a file, as it is stored. Let `source` read it first to know that it is sound."""
         source.copy_run(run_id, self._group)
         self._output.check()
 
@@ -67,7 +68,7 @@ class NewRuns:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[NewRuns]:
-    """Start a trajectory file. A kill leaves it unreadable: to be used inside `written_whole`."""
+    """Start a trajectory file. A kill leaves it unreadable, so use it inside `written_whole`."""
     with _Output(path) as output:
         try:
             # HDF5 1.10 put checksums on its own structures, and every HDF5 since then reads it.
@@ -82,15 +83,15 @@ def new_file(path: Path) -> Iterator[NewRuns]:
 
 
 class _Output:
-    """The file below HDF5. It keeps the first error until `check` and takes everything after it for written.
+    """The file below HDF5. It keeps the first error until `check`, and drops what is written after it.
 
-    HDF5 itself must not meet an error: when the disk is full it fails again while closing, where h5py cannot raise, and
+    HDF5 itself must not see an error. When the disk is full it fails again while closing, where h5py cannot raise, and
     ends the process with a segmentation fault (HDF5 2.0).
     """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w+b", buffering=0)
-        self._place = 0
+        self._offset = 0
         self._error: BaseException | None = None
 
     def check(self) -> None:
@@ -99,24 +100,24 @@ class _Output:
             raise self._error
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._place = offset + (os.fstat(self._file.fileno()).st_size if whence == os.SEEK_END else 0)
-        return self._place
+        self._offset = offset + (os.fstat(self._file.fileno()).st_size if whence == os.SEEK_END else 0)
+        return self._offset
 
     def tell(self) -> int:
-        return self._place
+        return self._offset
 
     def read(self, size: int = -1) -> bytes:
         """Without this method h5py does not take it for a file."""
         raise NotImplementedError("h5py uses readinto")
 
     def readinto(self, buffer: Any) -> int:
-        return self._try(lambda: os.preadv(self._file.fileno(), [buffer], self._place))
+        return self._try(lambda: os.preadv(self._file.fileno(), [buffer], self._offset))
 
     def write(self, content: Any) -> int:
         left = memoryview(content).cast("B")
         while left and not self._error:
-            written = self._try(lambda part=left: os.pwrite(self._file.fileno(), part, self._place))
-            left, self._place = left[written:], self._place + written
+            written = self._try(lambda part=left: os.pwrite(self._file.fileno(), part, self._offset))
+            left, self._offset = left[written:], self._offset + written
         return len(content)
 
     def truncate(self, size: int) -> int:
@@ -124,7 +125,7 @@ class _Output:
         return size
 
     def flush(self) -> None:
-        """Nothing is held back: `written_whole` flushes to the disk at the end."""
+        """Do nothing: `written_whole` flushes to the disk at the end."""
 
     def __enter__(self) -> "_Output":
         return self
@@ -143,7 +144,7 @@ class _Output:
 
 
 def _checked(trajectory: Trajectory) -> Arrays:
-    """A trajectory's arrays, if a reader will take them."""
+    """A trajectory's arrays. Raises UsageError where a reader would refuse them."""
     if not is_run_id(trajectory.run_id):
         raise UsageError(f"run_id={trajectory.run_id!r}: give up to 100 letters, digits, `.`, `_` and `-`")
     try:

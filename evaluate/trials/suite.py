@@ -1,11 +1,12 @@
 """Suite files: which workloads are trained under which policies with which seeds, and how the results are judged."""
 
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
+
+import tomllib
 
 from collect.gather.plan import suite_path
 from collect.training.state import Scores

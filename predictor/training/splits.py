@@ -4,10 +4,11 @@ Never single windows: neighbours of a run overlap, so that a test on them would 
 """
 
 import random
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+import tomllib
 
 from predictor.errors import FileFault, UsageError
 from predictor.training.windows import RunWindows

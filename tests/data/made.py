@@ -8,7 +8,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data.trajectories.schema import FIELDS, FORMAT, FORMAT_VERSION
+from data.trajectories.schema import FORMAT, FORMAT_VERSION, WRITTEN
 from data.trajectories.trajectory import Arrays, Trajectory, arrays_of, checksum
 
 
@@ -37,7 +37,7 @@ def made_trajectory(
             "train_seconds": 2.0,
             "cpu_seconds": 2.5,
         },
-        layer_names=tuple(f"layers.{place}" for place in range(layers)),
+        layer_names=tuple(f"layers.{index}" for index in range(layers)),
         layer_sizes_L=np.arange(1, layers + 1) * 100,
         step_T=np.arange(snapshots) * 10,
         lr_T=np.linspace(0.1, 0.0, snapshots),
@@ -45,7 +45,6 @@ def made_trajectory(
         seconds_T=np.arange(snapshots) * 0.5,
         weights_TLK=np.arange(snapshots * layers * weights, dtype=np.float32).reshape(snapshots, layers, weights),
         gradient_norm_TL=np.ones(shape_TL, dtype=np.float32),
-        update_norm_TL=np.full(shape_TL, 0.5, dtype=np.float32),
         similarity_TL=(np.arange(snapshots)[:, None] >= np.arange(layers)[None]).astype(np.float32),
     )
     return replace(trajectory, **changes)
@@ -54,7 +53,7 @@ def made_trajectory(
 def assert_same(one: Trajectory, other: Trajectory) -> None:
     for name in ("run_id", "config", "provenance", "outcome", "layer_names"):
         assert getattr(one, name) == getattr(other, name), name
-    for field in FIELDS:
+    for field in WRITTEN:
         if not field.json:
             mine, theirs = getattr(one, field.attribute), getattr(other, field.attribute)
             assert mine.dtype == theirs.dtype == np.dtype(field.dtype)

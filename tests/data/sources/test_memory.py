@@ -22,7 +22,7 @@ def test_half_of_the_classes_with_labels_and_ids_that_count_anew(name: str) -> N
         assert (half.name, half.classes, half.shape, half.kind) == (half_name, 5, whole.shape, whole.kind)
         assert (half.augmentable, half.vocabulary) == (whole.augmentable, whole.vocabulary)
         for split in ("train", "test"):
-            chosen = [place for place, label in enumerate(whole.labels(split).tolist()) if first <= label < first + 5]
+            chosen = [index for index, label in enumerate(whole.labels(split).tolist()) if first <= label < first + 5]
             assert torch.equal(half.labels(split) + first, whole.labels(split)[chosen])
             assert torch.equal(half.samples[split].inputs, whole.samples[split].inputs[chosen])
         ids_B, _, _ = next(half.batches("train", 3, shuffle=False))
@@ -48,7 +48,7 @@ def test_of_an_odd_number_of_classes_the_last_half_has_one_more(monkeypatch: pyt
     assert [loaded(name).classes for name in ("few-first", "few-last")] == [2, 3]
     assert loaded("few-last").labels("test").tolist() == [0, 1, 2, 0, 1, 2]
     monkeypatch.setitem(SOURCES, "few", lambda: few(3))
-    with pytest.raises(UsageError, match="few-first: half of the 3 classes of few leave nothing to tell apart"):
+    with pytest.raises(UsageError, match="few-first: half of the 3 classes of few are too few"):
         load_source("few-first")
 
 

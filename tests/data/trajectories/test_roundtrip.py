@@ -1,14 +1,17 @@
 """What is written is what is read; what a reader would refuse is not written."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
 from data.trajectories import TrajectoryFile, open_trajectories, write_runs
-from data.trajectories.schema import FIELDS, FORMAT, FORMAT_VERSION, schema_table
+from data.trajectories.merge import merge
+from data.trajectories.schema import FIELDS, FORMAT, FORMAT_VERSION, WRITTEN
 from data.trajectories.trajectory import arrays_of, checksum
+from data.trajectories.validate import validate
 from predictor.errors import FileFault, UsageError
 from tests.data.made import assert_same, made_trajectory
 
@@ -90,13 +93,13 @@ def test_a_run_that_is_not_there(tmp_path):
 def test_the_checksum_covers_id_values_shapes_and_names():
     arrays = arrays_of(made_trajectory())
     sums = {checksum("mlp-0", arrays), checksum("mlp-1", arrays)}
-    for field in FIELDS:
+    for field in WRITTEN:
         changed = arrays[field.name].copy()
         changed.reshape(-1).view(np.uint8)[-1] ^= 1
         sums.add(checksum("mlp-0", {**arrays, field.name: changed}))
     reshaped = arrays["weights"].reshape(3, 5, 4)
     sums.add(checksum("mlp-0", {**arrays, "weights": reshaped}))
-    assert len(sums) == len(FIELDS) + 3
+    assert len(sums) == len(WRITTEN) + 3
 
 
 @pytest.mark.parametrize(
@@ -117,10 +120,10 @@ def test_the_checksum_covers_id_values_shapes_and_names():
         ({"similarity_TL": np.full((5, 3), np.inf)}, "infinite similarity"),
         ({"layer_sizes_L": np.array([1, 0, 2])}, "without weights"),
         ({"layer_names": ("a", "b")}, "2 names for 3 layers"),
-        ({"layer_names": ("a", "b", "a")}, "stands for two layers"),
-        ({"config": {}}, "'workload' is None"),
-        ({"outcome": {"status": "running"}}, "status 'running'"),
-        ({"outcome": {"status": "finished"}}, "'final_accuracy' is None"),
+        ({"layer_names": ("a", "b", "a")}, "two layers have the same name"),
+        ({"config": {}}, "config: workload: missing"),
+        ({"outcome": {"status": "running"}}, "status: 'running'"),
+        ({"outcome": {"status": "finished"}}, "final_accuracy, final_loss, train_seconds, cpu_seconds: missing"),
         ({"provenance": {"when": object()}}, "not JSON serializable"),
         ({"provenance": {"text": "x" * (1 << 20)}}, "provenance: bytes = "),
     ],
@@ -134,7 +137,7 @@ def test_what_a_reader_would_refuse_is_not_written(tmp_path, changes, message):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"total_steps": 0}, "total_steps = 0"), ({"sampling": {"weights": 4}}, "'seed' is None")],
+    [({"total_steps": 0}, "total_steps: 0"), ({"sampling": {"weights": 4}}, "sampling.seed: missing")],
 )
 def test_a_configuration_that_says_too_little_is_not_written(tmp_path, changes, message):
     run = made_trajectory()
@@ -179,7 +182,19 @@ def test_a_file_is_closed_after_a_fault(tmp_path):
         pass
 
 
-def test_the_schema_table_names_every_field_once():
-    lines = schema_table().splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [field.name for field in FIELDS]
-    assert all(len(line) <= 150 for line in lines)
+def test_a_file_of_version_1_is_read_and_merged(tmp_path):
+    """It was written by the toolkit before `update_norm` went: its runs have that field, and count it in checksums."""
+    old = Path(__file__).parent / "version-1.h5"
+    with h5py.File(old) as file:
+        assert file.attrs["version"] == 1
+        assert "update_norm" in file["runs/mlp-0"]
+    write_runs(tmp_path / "new.h5", [made_trajectory("mlp-2")])
+    merge([old, tmp_path / "new.h5"], tmp_path / "all.h5")
+    for path, count in ((old, 2), (tmp_path / "all.h5", 3)):
+        with open_trajectories(path) as file:
+            assert len(file) == count
+            assert_same(file.read("mlp-0"), made_trajectory("mlp-0", snapshots=3, layers=2))
+            assert not file.read("mlp-1").finished
+        assert validate(path) == []
+    with h5py.File(tmp_path / "new.h5") as file:
+        assert set(file["runs/mlp-2"]) == {field.name for field in FIELDS} - {"update_norm"}

@@ -1,4 +1,4 @@
-"""Files that would have other files read: each is refused, and no other file is opened."""
+"""Files that would have other files read. Each is refused, and no other file is opened."""
 
 import h5py
 import numpy as np
@@ -11,7 +11,7 @@ from tests.data.made import write_changed
 
 @pytest.fixture
 def secret(tmp_path):
-    """An HDF5 file that must not be opened by anybody: inotify tells on those who do."""
+    """An HDF5 file that nobody may open."""
     path = tmp_path / "secret.h5"
     with h5py.File(path, "w") as file:
         file.create_dataset("weights", data=np.zeros((5, 3, 4), dtype="<f4"), maxshape=(None, 3, 4))

@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from data.locations import PLACES
+from data.locations import LOCATIONS
 from data.sources import load_source
 from data.sources.images import read_idx
 from data.sources.memory import ImageSource, Look, Samples, shift_and_flip
@@ -99,7 +99,7 @@ def test_mnist_5k_is_split_with_the_classes_shares(root: Path) -> None:
     assert [train[1].count(label) for label in range(10)] == [4] * 10
     assert [test[1].count(label) for label in range(10)] == [1] * 10
     both = {(row.tobytes(), label) for split in (train, test) for row, label in zip(*split, strict=True)}
-    assert both == {(row.tobytes(), place // 5) for place, row in enumerate(pixels)}
+    assert both == {(row.tobytes(), index // 5) for index, row in enumerate(pixels)}
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(FileFault, match=r"mnist_5k.csv.gz.*install it again"):
         load_source("mnist-5k")
@@ -117,8 +117,8 @@ def write_cifar(folder: Path, classes: int, monkeypatch: pytest.MonkeyPatch) -> 
     rows: dict[str, list[tuple[np.ndarray, list[int]]]] = {"train": [], "test": []}
     for split, names in (("train", dataset.train_list), ("test", dataset.test_list)):
         told = []
-        for place, (name, _) in enumerate(names):
-            pixels, labels = images(classes + place, 3072), [label % classes for label in range(classes + place)]
+        for index, (name, _) in enumerate(names):
+            pixels, labels = images(classes + index, 3072), [label % classes for label in range(classes + index)]
             key = "labels" if classes == 10 else "fine_labels"
             (folder / name).write_bytes(pickled({"data": pixels, key: labels}))
             told.append([name, hashlib.md5((folder / name).read_bytes()).hexdigest()])
@@ -161,7 +161,7 @@ def test_cifar_from_the_users_disk(
     ],
 )
 def test_missing_data_says_how_to_get_it(root: Path, monkeypatch: pytest.MonkeyPatch, name: str, cure: str) -> None:
-    monkeypatch.setitem(PLACES, name, replace(PLACES[name], folders=("root:nowhere",)))
+    monkeypatch.setitem(LOCATIONS, name, replace(LOCATIONS[name], folders=("root:nowhere",)))
     with pytest.raises(FileFault, match=f"{name} .* is not on this machine; to get it: .*{cure}"):
         load_source(name)
 
@@ -171,12 +171,12 @@ def _reference(images_BCHW: Tensor, look: Look, generator: torch.Generator) -> T
     shifts = torch.randint(0, 2 * look.shift + 1, (2, batch), generator=generator)
     flips = torch.rand(batch, generator=generator) < 0.5
     out = []
-    for place, image in enumerate(images_BCHW):
+    for index, image in enumerate(images_BCHW):
         padded = torch.zeros(image.shape[0], height + 2 * look.shift, width + 2 * look.shift, dtype=torch.uint8)
         padded[:, look.shift : look.shift + height, look.shift : look.shift + width] = image
-        down, right = shifts[:, place].tolist()
+        down, right = shifts[:, index].tolist()
         part = padded[:, down : down + height, right : right + width]
-        out.append(part.flip(2) if look.flip and flips[place] else part)
+        out.append(part.flip(2) if look.flip and flips[index] else part)
     return torch.stack(out)
 
 
@@ -197,10 +197,10 @@ def test_digits_are_never_mirrored_and_every_shift_occurs() -> None:
     for name, shift in (("digits", 1), ("fashion", 2)):
         look = load_source(name).look
         found = shift_and_flip(pixels, look, torch.Generator().manual_seed(0))
-        places = {tuple(place) for place in (found == 200).nonzero()[:, 2:].tolist()}
-        mirrored = {(row, 7 - column) for row, column in places}
+        positions = {tuple(index) for index in (found == 200).nonzero()[:, 2:].tolist()}
+        mirrored = {(row, 7 - column) for row, column in positions}
         expected = {(3 + down, 3 + right) for down in range(-shift, shift + 1) for right in range(-shift, shift + 1)}
-        assert expected <= places | mirrored
+        assert expected <= positions | mirrored
         left_to_right = (found.flatten(1).argmax(1) > (found == 100).flatten(1).int().argmax(1)).float().mean().item()
         assert left_to_right == 1 if name == "digits" else 0.45 < left_to_right < 0.55
 

@@ -104,22 +104,17 @@ def _copy_all(path: Path, runs: NewRuns, sources: dict[str, Path], on_duplicate:
 
 def _compare(part: Path, sources: Mapping[str, Path]) -> None:
     """Check that each copy holds the same bytes as its source, which has been verified."""
-    by_path: dict[Path, list[str]] = {}
-    for run_id, path in sources.items():
-        by_path.setdefault(path, []).append(run_id)
     with h5py.File(part) as copies:
-        for path, run_ids in by_path.items():
+        for run_id, path in sources.items():
             with h5py.File(path, locking="best-effort") as source:
-                for run_id in run_ids:
-                    if list(_stored(source["runs"][run_id])) != list(_stored(copies["runs"][run_id])):
-                        raise FileFault(
-                            f"{path}: run {run_id}: differs from its copy: merge again when nothing writes the file, "
-                            "and check the disk"
-                        )
+                if list(_stored(source, run_id)) != list(_stored(copies, run_id)):
+                    cure = "merge again when nothing writes the file, and check the disk"
+                    raise FileFault(f"{path}: run {run_id}: differs from its copy: {cure}")
 
 
-def _stored(run: h5py.Group) -> Iterator[Any]:
+def _stored(file: h5py.File, run_id: str) -> Iterator[Any]:
     """A run as it is stored: its checksum, and each field's name, shape, type and compressed bytes."""
+    run = file["runs"][run_id]
     yield run.attrs["sha256"]
     for name in sorted(run):
         dataset = run[name].id

@@ -55,10 +55,9 @@ class LocalEngine:
                 slot.start()
             left = len(jobs)
             while left:
-                with contextlib.suppress(queue.Empty):
-                    job, event = events.get(timeout=1.0)  # Ctrl-C does not interrupt a wait without end
-                    left -= "share" not in event
-                    report(job, event)
+                job, event = events.get()
+                left -= "share" not in event
+                report(job, event)
         finally:
             for slot in team:
                 slot.stop()

@@ -4,13 +4,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from collect.gather.plan import RunConfig, Suite
 from collect.gather.settings import Settings
 from collect.jobs import Job, run_jobs
 from collect.training.checkpoint import CheckpointFault
+from data.outcomes.records import OutcomeFolder
 from data.sources import load_source
+from data.trajectories.folder import GatherFolder
 from predictor.errors import DamagedFile
 from predictor.shared.files import held
 from predictor.shared.tracking import Tracker
@@ -18,28 +20,6 @@ from predictor.shared.tracking import Tracker
 T = TypeVar("T")
 State = Literal["finished", "begun", "to do"]
 _LOCK_SECONDS = 20.0
-
-
-class Files(Protocol):
-    """Where a gathering keeps its files: a `GatherFolder` or an `OutcomeFolder`."""
-
-    @property
-    def root(self) -> Path:
-        """The folder of all files but the packed one."""
-        ...
-
-    @property
-    def packed(self) -> Path:
-        """The file of all runs."""
-        ...
-
-    def run(self, run_id: str) -> Path:
-        """The file of a finished run."""
-        ...
-
-    def log(self, run_id: str) -> Path:
-        """The file for what a run's process prints."""
-        ...
 
 
 class Kind(ABC):
@@ -53,7 +33,8 @@ class Kind(ABC):
     """CPU threads of each job; None divides the cores among the slots."""
     packs_after_each_run = False
     """Whether the packed file is written after each run, and not at the end alone."""
-    files: Files
+    files: GatherFolder | OutcomeFolder
+    """Where the files go."""
 
     @property
     @abstractmethod
@@ -122,7 +103,10 @@ def gather(suite: Suite, kind: Kind, settings: Settings, tracker: Tracker) -> Ga
         load_source(name, train_samples=samples)
     waiting = [run for run in runs if not _is_finished(kind, run)]
     done = len(runs) - len(waiting)
-    print(_announcement(suite, len(runs), done, kind, settings), flush=True)
+    shard = "" if settings.shard[1] == 1 else ", shard {}/{}".format(*settings.shard)
+    before = f", {done} of them there already" if done else ""
+    at_once = f"{settings.chosen_slots} at a time{kind.remark}"
+    print(f"{kind.title} {suite.name}{shard}: {len(runs)} runs{before}, {at_once}", flush=True)
     failed: dict[str, str] = {}
 
     def on_done(job: Job, result: dict[str, Any]) -> None:
@@ -189,13 +173,6 @@ def _is_finished(kind: Kind, run: RunConfig) -> bool:
 def _job(run: RunConfig, kind: Kind, settings: Settings) -> Job:
     payload = {"id": run.id, "config": run.as_dict(), "device": settings.device_in_slot, **kind.payload(run)}
     return Job(run.id, run.title, kind.target, payload)
-
-
-def _announcement(suite: Suite, runs: int, done: int, kind: Kind, settings: Settings) -> str:
-    number, count = settings.shard
-    shard = f", shard {number}/{count}" if count > 1 else ""
-    before = f", {done} of them there already" if done else ""
-    return f"{kind.title} {suite.name}{shard}: {runs} runs{before}, {settings.chosen_slots} at a time{kind.remark}"
 
 
 def _pack(suite: Suite, kind: Kind, settings: Settings) -> str | None:

@@ -14,7 +14,7 @@ from collect.hooks.recorder import Recorder
 from collect.training.loop import Training, train
 from collect.training.provenance import provenance
 from data.trajectories.folder import GatherFolder
-from data.trajectories.merge import Stamp, merge, stamp_of
+from data.trajectories.merge import merge, stored_digest
 from data.trajectories.reader import open_trajectories
 from data.trajectories.trajectory import Trajectory
 from data.trajectories.writer import write_runs
@@ -39,7 +39,7 @@ class Trajectories(Kind):
         self.files: GatherFolder = files
         self._checkpoint_seconds = checkpoint_seconds
         self._outcomes: dict[str, dict[str, Any]] = {}
-        self._verified: dict[Path, Stamp] = {}
+        self._verified: dict[str, str] = {}
 
     @property
     def next_command(self) -> str:
@@ -55,11 +55,9 @@ class Trajectories(Kind):
     def check(self, run: RunConfig) -> bool:
         """Verify a run's file, and keep its outcome."""
         path = self.files.run(run.id)
-        stamp = stamp_of(path)
         with open_trajectories(path) as file:
             self._outcomes[run.id] = file.read(run.id).outcome
-            if len(file) == 1:
-                self._verified[path] = stamp
+        self._verified[run.id] = stored_digest(path, run.id)
         _remove_checkpoint(self.files, run.id)  # a kill can leave it, between the last two things that a run does
         return True
 

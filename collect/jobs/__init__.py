@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from collect.jobs.engine import Engine, Job
+from collect.jobs.engine import Engine, Event, Job
 from collect.jobs.local import LocalEngine, default_slots, visible_gpus
 from collect.jobs.progress import JobProgress
 
@@ -23,27 +23,29 @@ def run_jobs(
     device: str = "auto",
     engine: Engine | None = None,
 ) -> None:
-    """Run jobs with a progress bar. See `Engine.run` for `folder`, `log`, `on_done` and `on_failed`.
+    """Run jobs with a progress bar.
 
     Args:
         jobs: Started in this order.
+        folder: Passed to every job.
         slots: Jobs at once; one slot runs strictly one after the other.
+        log: The file for what a job prints, by the job's id.
+        on_done: Takes the result of a job that ended well.
+        on_failed: Takes a line that says why a job failed.
         threads: CPU threads of each slot; None divides the free cores among the slots.
         device: "cpu" hides all GPUs; "auto" and "cuda" give each slot one GPU, in turn.
         engine: Executes the jobs; by default the processes of this machine.
     """
-    engine = engine or LocalEngine(slots, threads, device)
     with JobProgress(len(jobs)) as progress:
 
-        def progressed(job: Job, share: float) -> None:
-            progress.update(job.id, share)
+        def report(job: Job, event: Event) -> None:
+            if "share" in event:
+                progress.update(job.id, event["share"])
+            elif "done" in event:
+                progress.finish(job.id, job.title)
+                on_done(job, event["done"])
+            else:
+                progress.finish(job.id, f"FAILED {job.title}: {event['failed']}")
+                on_failed(job, event["failed"])
 
-        def done(job: Job, result: dict[str, Any]) -> None:
-            progress.finish(job.id, job.title)
-            on_done(job, result)
-
-        def failed(job: Job, error: str) -> None:
-            progress.finish(job.id, f"FAILED {job.title}: {error}")
-            on_failed(job, error)
-
-        engine.run(jobs, folder, log, on_progress=progressed, on_done=done, on_failed=failed)
+        (engine or LocalEngine(slots, threads, device)).run(jobs, folder, log, report)

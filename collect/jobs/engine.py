@@ -21,30 +21,25 @@ class Job:
     """The function's first argument."""
 
 
+Event = dict[str, Any]
+"""One of {"share": the share of a job that is done}, {"done": its result} and {"failed": why, in a line}."""
+
+
 class Engine(Protocol):
     """Executes jobs somewhere. A new engine has this one method."""
 
     def run(
-        self,
-        jobs: Sequence[Job],
-        folder: Path,
-        log: Callable[[str], Path],
-        *,
-        on_progress: Callable[[Job, float], None],
-        on_done: Callable[[Job, dict[str, Any]], None],
-        on_failed: Callable[[Job, str], None],
+        self, jobs: Sequence[Job], folder: Path, log: Callable[[str], Path], report: Callable[[Job, Event], None]
     ) -> None:
-        """Run every job, in the order given, and return when all have ended.
+        """Run every job, started in the order given, and return when all have ended.
 
-        Callbacks run in the calling thread. A job that raises, or whose process dies, must not stop the others. When a
-        callback raises, or Ctrl-C arrives, all jobs end at once.
+        A job that raises, or whose process dies, must not stop the others. When `report` raises, or Ctrl-C arrives, all
+        jobs end at once.
 
         Args:
             jobs: What to run.
             folder: Passed to every job.
             log: The file for what a job prints, by the job's id.
-            on_progress: Receives the share of a job that is done, from 0 to 1.
-            on_done: Receives the result of a job that has ended well.
-            on_failed: Receives one line that says why a job failed.
+            report: Takes the events of each job, in the calling thread; the last is "done" or "failed".
         """
         ...

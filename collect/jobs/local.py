@@ -11,13 +11,10 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from collect.jobs.engine import Job
+from collect.jobs.engine import Event, Job
 from predictor.errors import UsageError
 
-_Event = tuple[Job, dict[str, Any]]
-"""A job and one of {"share": ...}, {"done": ...} and {"failed": ...}; the last two end the job."""
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -40,18 +37,11 @@ class LocalEngine:
             raise UsageError(f"slots={self.slots}: give the number of jobs at once, from 1")
 
     def run(
-        self,
-        jobs: Sequence[Job],
-        folder: Path,
-        log: Callable[[str], Path],
-        *,
-        on_progress: Callable[[Job, float], None],
-        on_done: Callable[[Job, dict[str, Any]], None],
-        on_failed: Callable[[Job, str], None],
+        self, jobs: Sequence[Job], folder: Path, log: Callable[[str], Path], report: Callable[[Job, Event], None]
     ) -> None:
         """Run every job: see `Engine.run`."""
         waiting = iter(jobs)
-        events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        events: queue.SimpleQueue[tuple[Job, Event]] = queue.SimpleQueue()
         lock = threading.Lock()
 
         def take() -> Job | None:
@@ -65,15 +55,9 @@ class LocalEngine:
                 slot.start()
             left = len(jobs)
             while left:
-                with contextlib.suppress(queue.Empty):
-                    job, event = events.get(timeout=1.0)  # Ctrl-C does not interrupt a wait without end
-                    left -= "share" not in event
-                    if "share" in event:
-                        on_progress(job, event["share"])
-                    elif "failed" in event:
-                        on_failed(job, event["failed"])
-                    else:
-                        on_done(job, event["done"])
+                job, event = events.get()
+                left -= "share" not in event
+                report(job, event)
         finally:
             for slot in team:
                 slot.stop()
@@ -136,7 +120,7 @@ class _Slot:
         self,
         environment: dict[str, str],
         take: Callable[[], Job | None],
-        report: Callable[[_Event], None],
+        report: Callable[[tuple[Job, Event]], None],
         folder: Path,
         log: Callable[[str], Path],
     ) -> None:
@@ -173,7 +157,7 @@ class _Slot:
             if self._process is not None:
                 self._process.kill()
 
-    def _do(self, job: Job) -> dict[str, Any]:
+    def _do(self, job: Job) -> Event:
         process = self._living_process()
         assert process.stdin is not None
         assert process.stdout is not None

@@ -1,24 +1,22 @@
-"""Puts the runs of many trajectory files into one: real copies, compared with their sources byte by byte."""
+"""Puts the runs of many trajectory files into one: real copies, with the stored bytes that were verified."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import h5py
 from tqdm import tqdm
 
 from data.trajectories.folder import trajectory_files
 from data.trajectories.reader import open_trajectories
-from data.trajectories.schema import FIELDS
 from data.trajectories.writer import NewRuns, new_file
 from predictor.errors import FileFault, UsageError
 from predictor.shared.files import written_whole
 
 OnDuplicate = Literal["refuse", "skip"]
-Stamp = tuple[int, int, int]
-"""A file's time of change in nanoseconds, its size and its inode: another one means that the file may have changed."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,11 @@ def merge(
     on_duplicate: OnDuplicate = "refuse",
     *,
     progress: bool = False,
-    verified: Mapping[Path, Stamp] = MappingProxyType({}),
+    verified: Mapping[str, str] = MappingProxyType({}),
 ) -> MergeSummary:
     """Copy every run of trajectory files into one new file.
 
-    Each run is decoded once, to verify it against its checksum. Its copy has to hold the same stored bytes. `out`
+    Each run is decoded once, to verify it against its checksum; its copy has to hold the same stored bytes. `out`
     appears only when all is well, and may be one of `paths`. The copies are no links: a link to a file that goes
     missing reads as zeros.
 
@@ -56,8 +54,7 @@ def merge(
         out: The new file.
         on_duplicate: "refuse" raises UsageError for a run id that comes twice; "skip" keeps the first.
         progress: Whether to show a progress bar.
-        verified: Files whose runs the caller has read already, with their `stamp_of` from before; they are not decoded
-            again as long as the stamp is the same.
+        verified: The `stored_digest` of runs that the caller has verified, by their ids. They are not decoded again.
 
     Raises:
         UsageError: There is nothing to merge, or a duplicate.
@@ -67,61 +64,53 @@ def merge(
     if not files:
         raise UsageError("nothing to merge: name at least one trajectory file or gather folder")
     skipped: list[str] = []
-    sources: dict[str, Path] = {}
+    sources: dict[str, tuple[Path, str]] = {}
     with written_whole(Path(out)) as part:
         with new_file(part) as runs:
             for path in tqdm(files, desc="merging", unit="file", disable=not progress):
-                known = path in verified and verified[path] == stamp_of(path)
-                skipped += _copy_all(path, runs, sources, on_duplicate, known)
-        _compare(part, sources)
+                skipped += _copy_all(path, runs, sources, on_duplicate, verified)
+        for run_id, (path, digest) in sources.items():
+            if stored_digest(part, run_id) != digest:
+                cure = "merge again when nothing writes the file, and check the disk"
+                raise FileFault(f"{path}: run {run_id}: its copy is not what was verified: {cure}")
     return MergeSummary(Path(out), len(sources), len(files), tuple(skipped), Path(out).stat().st_size)
 
 
-def stamp_of(path: Path) -> Stamp:
-    """The stamp of a file that is there."""
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size, status.st_ino
+def stored_digest(path: Path, run_id: str) -> str:
+    """SHA-256 of a run as a file stores it, compressed. The run must have been read, and so verified, before."""
+    digest = hashlib.sha256()
+    with h5py.File(path, locking="best-effort") as file:
+        run = file["runs"][run_id]
+        for name in sorted(run):
+            dataset = run[name].id
+            mask, stored = dataset.read_direct_chunk((0,) * dataset.rank)
+            digest.update(f"{name} {dataset.shape} {dataset.dtype} {mask} {len(stored)}\n".encode())
+            digest.update(stored)
+        digest.update(bytes(run.attrs["sha256"]))
+    return digest.hexdigest()
 
 
-def _copy_all(path: Path, runs: NewRuns, sources: dict[str, Path], on_duplicate: OnDuplicate, known: bool) -> list[str]:
-    """Copy a file's runs, and note in `sources` where each came from. Returns the ids of duplicates."""
+def _copy_all(
+    path: Path,
+    runs: NewRuns,
+    sources: dict[str, tuple[Path, str]],
+    on_duplicate: OnDuplicate,
+    verified: Mapping[str, str],
+) -> list[str]:
+    """Copy a file's runs, and add each to `sources`, with its file and digest. Returns the ids of duplicates."""
     skipped = []
     with open_trajectories(path) as source:
         for run_id in source.run_ids:
             if run_id in sources:
                 if on_duplicate == "refuse":
                     raise UsageError(
-                        f"run {run_id}: is in {sources[run_id]} and in {path}: leave one of them out, or skip "
+                        f"run {run_id}: is in {sources[run_id][0]} and in {path}: leave one of them out, or skip "
                         "duplicates (--on-duplicate skip)"
                     )
                 skipped.append(run_id)
                 continue
-            if not known:
+            if run_id not in verified:
                 source.read(run_id)
+            sources[run_id] = path, verified.get(run_id) or stored_digest(path, run_id)
             runs.copy(source, run_id)
-            sources[run_id] = path
     return skipped
-
-
-def _compare(part: Path, sources: Mapping[str, Path]) -> None:
-    """Check that each copy holds the same bytes as its source, which has been verified."""
-    by_path: dict[Path, list[str]] = {}
-    for run_id, path in sources.items():
-        by_path.setdefault(path, []).append(run_id)
-    with h5py.File(part) as copies:
-        for path, run_ids in by_path.items():
-            with h5py.File(path, locking="best-effort") as source:
-                for run_id in run_ids:
-                    if list(_stored(source["runs"][run_id])) != list(_stored(copies["runs"][run_id])):
-                        raise FileFault(
-                            f"{path}: run {run_id}: differs from its copy: merge again when nothing writes the file, "
-                            "and check the disk"
-                        )
-
-
-def _stored(run: h5py.Group) -> Iterator[Any]:
-    """What lies in a file of a run: its checksum, and each field's shape, type and compressed bytes."""
-    yield run.attrs["sha256"]
-    for field in FIELDS:
-        dataset = run[field.name].id
-        yield dataset.shape, dataset.dtype, dataset.read_direct_chunk((0,) * dataset.rank)

@@ -5,12 +5,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from collect.gather.plan import read_suite
-from collect.jobs import Job
+from collect.jobs.engine import Event, Job
 
 SMALL = """
 [sampling]
@@ -32,14 +31,7 @@ class InlineEngine:
     ids: list[str] = field(default_factory=list)
 
     def run(
-        self,
-        jobs: Sequence[Job],
-        folder: Path,
-        log: Callable[[str], Path],
-        *,
-        on_progress: Callable[[Job, float], None],
-        on_done: Callable[[Job, dict[str, Any]], None],
-        on_failed: Callable[[Job, str], None],
+        self, jobs: Sequence[Job], folder: Path, log: Callable[[str], Path], report: Callable[[Job, Event], None]
     ) -> None:
         for job in jobs:
             self.ids.append(job.id)
@@ -47,11 +39,10 @@ class InlineEngine:
             module, function = job.target.split(":")
             try:
                 work = getattr(importlib.import_module(module), function)
-                result = work(job.payload, folder, lambda share: None)
+                event = {"done": json.loads(json.dumps(work(job.payload, folder, lambda share: None)))}
             except Exception as error:
-                on_failed(job, str(error))
-            else:
-                on_done(job, json.loads(json.dumps(result)))
+                event = {"failed": str(error)}
+            report(job, event)
 
 
 def put_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -3,9 +3,7 @@
 import math
 from pathlib import Path
 
-import tomllib
-
-from collect.gather.plan import RunConfig, read_suite, suite_path
+from collect.gather.plan import RunConfig, read_suite, suite_path, tomllib
 from collect.workloads.transfer import TRANSFERS
 from data.sources import SOURCES
 from predictor.training.splits import read_held_out

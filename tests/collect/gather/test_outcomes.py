@@ -158,18 +158,6 @@ def test_outcomes_that_cannot_be_read_or_are_of_a_newer_version_are_kept(
     assert file.read_text() == newer
 
 
-def test_shards_share_a_folder_and_the_last_one_packs(
-    tmp_path: Path, suite: Callable[..., str], trained: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = suite("seed = [0, 1]")
-    assert gather(tmp_path, path, *FEW, "--shard", "1/2") == 0
-    assert "runs of other shards are missing" in capsys.readouterr().out
-    assert not (tmp_path / "out" / "outcomes.jsonl").exists()
-    assert gather(tmp_path, path, *FEW, "--shard", "2/2") == 0
-    assert trained == ids_of(path)
-    assert len(read_outcomes(tmp_path / "out" / "outcomes.jsonl")) == 2 * 3
-
-
 def test_a_dry_run_does_nothing_and_says_what_there_is(
     tmp_path: Path, suite: Callable[..., str], trained: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,25 +195,3 @@ def test_what_cannot_work_is_said_before_anything_is_trained(
     with pytest.raises(FileFault, match=r"cannot be written .* choose another place with --out"):
         gather(tmp_path / "way", path)
     assert not trained
-
-
-def test_changed_code_of_ones_own_is_gathered_again(
-    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    mine, path = tmp_path / "mine_in_outcomes.py", tmp_path / "mine.toml"
-    mine.write_text("from collect.workloads.mlp import mlp_digits\ndef tiny(): return mlp_digits()\n")
-    path.write_text(HEAD.replace("mlp-digits", "mine_in_outcomes:tiny") + "seed = 4")
-    (before,) = ids_of(str(path))
-    for what, flags in (("trajectories", ()), ("outcomes", FEW)):
-        assert gather(tmp_path, str(path), *flags, what=what) == 0
-    with mine.open("a") as file:
-        file.write("# changed\n")
-    (after,) = ids_of(str(path))
-    assert before != after
-    for what, flags in (("trajectories", ()), ("outcomes", FEW)):
-        assert gather(tmp_path, str(path), *flags, what=what) == 0
-    assert trained == [before, before, after, after]
-    assert {outcome.run_id for outcome in read_outcomes(tmp_path / "out" / "outcomes.jsonl")} == {after}
-    with open_trajectories(tmp_path / "out" / "trajectories.h5") as file:
-        assert list(file.run_ids) == [after]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data.trajectories import GatherFolder, open_trajectories, write_runs
-from data.trajectories.merge import merge, stamp_of
+from data.trajectories.merge import merge, stored_digest
 from data.trajectories.reader import TrajectoryFile
 from predictor.errors import FileFault, UsageError
 from tests.data.made import assert_same, made_trajectory, write_changed
@@ -97,7 +97,7 @@ def test_an_unsound_source_is_named_and_the_older_result_stays(two, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_copies_are_compared_with_their_sources(two, tmp_path, monkeypatch):
+def test_copies_are_verified(two, tmp_path, monkeypatch):
     copy = TrajectoryFile.copy_run
 
     def careless(source, run_id, target):
@@ -105,7 +105,7 @@ def test_copies_are_compared_with_their_sources(two, tmp_path, monkeypatch):
         target[run_id]["weights"][0, 0, 0] = 99
 
     monkeypatch.setattr(TrajectoryFile, "copy_run", careless)
-    with pytest.raises(FileFault, match=r"one.h5: run a: differs from its copy: merge again"):
+    with pytest.raises(FileFault, match=r"one.h5: run a: its copy is not what was verified: merge again"):
         merge(two, tmp_path / "all.h5")
     assert not list(tmp_path.glob("all*"))
 
@@ -118,12 +118,16 @@ def test_each_run_is_decoded_once_and_not_at_all_where_the_caller_has_read_it(tw
     merge(two, tmp_path / "all.h5")
     assert sorted(decoded) == ["a", "b", "c"]
     decoded.clear()
-    merge(two, tmp_path / "all.h5", verified={two[0]: stamp_of(two[0])})
+    merge(two, tmp_path / "all.h5", verified={run_id: stored_digest(two[0], run_id) for run_id in "ab"})
     assert decoded == ["c"]
-    stamp = stamp_of(two[0])
-    write_changed(two[0], lambda run: run["weights"].write_direct(np.ones((5, 3, 4), dtype="<f4")))
-    with pytest.raises(FileFault, match="checksum"):
-        merge(two, tmp_path / "all.h5", verified={two[0]: stamp})
+
+
+def test_a_source_that_has_changed_since_it_was_verified_is_noticed(two, tmp_path):
+    digest = stored_digest(two[1], "c")
+    write_runs(two[1], [made_trajectory("c", layers=3)])
+    with pytest.raises(FileFault, match=r"two.h5: run c: its copy is not what was verified"):
+        merge(two, tmp_path / "all.h5", verified={"c": digest})
+    assert not list(tmp_path.glob("all*"))
 
 
 def test_nothing_to_merge(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data.outcomes.records import DEFAULT_OUTCOMES
 from data.trajectories.folder import DEFAULT_FILE, trajectory_files
+from data.trajectories.labels import LabelRule
 from predictor.shared import flags as cli
 
 
@@ -22,13 +23,13 @@ def _parser() -> argparse.ArgumentParser:
     text = "print what trajectory files hold: fields, runs by workload, labels, versions"
     inspect = commands.add_parser("inspect", help=text, description=text)
     _add_paths(inspect)
-    cli.add_fields(inspect, "data/trajectories/labels.py", "LabelRule")
+    cli.add_fields(inspect, LabelRule)
     inspect.set_defaults(command=_inspect)
 
     text = "count what there is to learn from and to be judged on, and what progress, learning rate or depth alone tell"
     card = commands.add_parser("card", help=text, description=text)
     _add_paths(card)
-    cli.add_fields(card, "data/trajectories/labels.py", "LabelRule")
+    cli.add_fields(card, LabelRule)
     card.set_defaults(command=_card)
 
     text = "name every fault of trajectory files; the exit status is 1 if there is one"
@@ -73,7 +74,6 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(flags: argparse.Namespace) -> int:
-    from data.trajectories.labels import LabelRule
     from data.trajectories.summary import describe
 
     rule = cli.from_flags(LabelRule, flags)
@@ -83,7 +83,6 @@ def _inspect(flags: argparse.Namespace) -> int:
 
 def _card(flags: argparse.Namespace) -> int:
     from data.dataset.card import data_card
-    from data.trajectories.labels import LabelRule
 
     print(data_card(flags.paths or [DEFAULT_FILE], cli.from_flags(LabelRule, flags)), end="")
     return 0

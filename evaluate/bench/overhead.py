@@ -15,8 +15,9 @@ from collect.workloads import Workload
 from data.sources.base import Batch, Source
 from evaluate.trials.freezing import FreezeHook
 from evaluate.trials.stopwatch import Spread, busy_seconds, warm_up
+from predictor.model.config import PredictorConfig
 from predictor.model.file import PredictorFile, save_predictor
-from predictor.model.network import FreezePredictor, PredictorConfig
+from predictor.model.network import FreezePredictor
 from predictor.model.sampling import SampleSpec
 from predictor.policies import make_policy
 

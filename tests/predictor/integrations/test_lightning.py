@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from predictor import layers_of, make_policy
 from predictor.errors import UsageError
 from predictor.integrations.lightning import FreezeCallback
-from predictor.model.features import SIGNALS, log_lr
+from predictor.model.config import FEATURES
+from predictor.model.features import log_lr
 from tests.predictor.scripted import WatchingScript
 
 EPOCHS, STEPS = 3, 9  # 24 images in batches of 4, gradients of two batches added up
@@ -136,7 +137,8 @@ def test_smartfrz_sees_the_rates_of_the_steps_though_the_schedule_has_gone_on(tm
         optimizer.step()
         schedule.step() if len(rates) <= STEPS else None
     expected = [log_lr(rate, max(rates[: place + 1])) for place, rate in enumerate(rates)]
-    seen = [float(signals[0, SIGNALS.index("log_lr")]) for signals in callback.controller.policy._signals]
+    history = callback.controller.policy._history
+    seen = [float(features[0, FEATURES.index("log_lr")]) for features in history._features]
     assert seen == pytest.approx(expected)
 
 

@@ -1,4 +1,4 @@
-"""What is held out has no say in a predictor, and judges it at the end."""
+"""What is held out does not influence a predictor, and is what it is evaluated on at the end."""
 
 import json
 from dataclasses import replace
@@ -10,14 +10,15 @@ import torch
 from data.trajectories import open_trajectories, write_runs
 from predictor.__main__ import main
 from predictor.errors import FileFault, UsageError
+from predictor.model.config import PredictorConfig
 from predictor.model.file import load_predictor, save_predictor
-from predictor.model.network import PredictorConfig
 from predictor.model.sampling import SampleSpec
 from predictor.shared.files import write_json
 from predictor.training.card import show
-from predictor.training.evaluation import JUDGES, Panel, panel_of, unseen
-from predictor.training.fit import FitConfig, fit
-from predictor.training.windows import WindowSet
+from predictor.training.config import FitConfig
+from predictor.training.dataset import WindowSet
+from predictor.training.evaluation import CLASSIFIERS, Panel, panel_of, unseen
+from predictor.training.fit import fit
 
 QUICK = ["--epochs", "2", "--hidden", "16", "--key", "8", "--device", "cpu"]
 KNOWN = {"digits"}
@@ -69,8 +70,8 @@ def train(data, out, *flags):
     return load_predictor(out)
 
 
-def learnt(file):
-    """All of a predictor file that learning, choosing and scaling decide, as comparable content."""
+def learned(file):
+    """All of a predictor file that training, choosing and scaling decide, as comparable content."""
     tensors = {name: tensor.numpy().tobytes() for name, tensor in file.model.state_dict().items()}
     thresholds = {name: row["threshold"] for name, row in file.card["test"]["overall"].items()}
     card = {name: part for name, part in file.card.items() if name not in ("unseen", "provenance")}
@@ -82,7 +83,7 @@ def learnt(file):
 def test_no_number_of_a_held_out_run_reaches_the_predictor(three, tmp_path, capsys):
     flags = ["--learn-threshold", "0.99", "--no-transfer"]
     whole, other, without = (train(path, tmp_path / f"{path.stem}.safetensors", *flags) for path in three)
-    assert learnt(whole) == learnt(other) == learnt(without)
+    assert learned(whole) == learned(other) == learned(without)
     assert whole.card["data"]["families"].keys() == {"mlp", "vgg", "vit"}
     assert whole.card["data"]["sources"] == {"digits": 9}
     assert whole.card["held_out"]["sources"] == ["fashion"]
@@ -104,12 +105,9 @@ def test_no_number_of_a_held_out_run_reaches_the_predictor(three, tmp_path, caps
     assert without.card["unseen"] == {"runs": 0}
 
     printed = capsys.readouterr().out
-    assert (
-        "not learnt from: families resnet, mobilenet, texttransformer, efficientnet-lite, bert; sources fashion"
-        in printed
-    )
-    assert "Held out from all training and tuning, by family or by source: 12 runs in 5 groups" in printed
-    assert "No run of them was there" in printed
+    assert "held out: families resnet, mobilenet, texttransformer, efficientnet-lite, bert; sources fashion" in printed
+    assert "12 runs in 5 groups" in printed
+    assert "There was no run of them" in printed
     for title in ("AUROC", "AP not yet", "calibration error", "found", "false freezes", "false freezes at half"):
         assert any(line.startswith(f"{title} ") for line in printed.splitlines()), title
     assert "mlp on fashion@14" in printed
@@ -120,7 +118,7 @@ def test_tune_never_sees_a_held_out_run(three, tmp_path):
     best = []
     for path in three[1:]:
         folder = tmp_path / path.stem
-        main(["tune", "--data", str(path), "--out", str(folder), "--trials", "2", "--folds", "2", "--epochs", "1"])
+        main(["tune", "--data", str(path), "--out", str(folder), "--trials", "1", "--folds", "2", "--epochs", "1"])
         best.append(json.loads((folder / "best.json").read_text()))
     assert best[0] == best[1]
     assert best[0]["chosen_on"] == {"families": ["mlp", "vgg", "vit"], "sources": ["digits"]}
@@ -137,12 +135,12 @@ def test_a_split_of_ones_own(three, tmp_path):
     ]
 
 
-def test_a_predictor_to_be_used_and_not_judged_says_so(three, tmp_path, capsys):
+def test_a_predictor_without_evaluation_says_so(three, tmp_path, capsys):
     file = train(three[0], tmp_path / "p.safetensors", "--held-out", "none", "--no-transfer")
     assert file.card["held_out"] == {"families": [], "sources": []}
     assert file.card["data"]["runs"] == 21
     assert file.card["unseen"] == {"runs": 0}
-    words = "This predictor is to be used and not to be judged"
+    words = "This predictor is for use and not for evaluation"
     assert capsys.readouterr().out.count(words) == 2  # before the training, and among its figures
     assert f"held out    nothing. {words}" in show(file)
 
@@ -175,8 +173,8 @@ def test_settings_that_were_chosen_on_what_is_held_out_are_refused(three, tmp_pa
     write_json(path, {"settings": settings, "chosen_on": {"families": ["mlp", "resnet"], "sources": ["fashion-last"]}})
     with pytest.raises(UsageError, match=r"best\.json: .*on resnet, fashion-last, which are held out: tune again"):
         train(three[0], tmp_path / "p.safetensors", "--settings", str(path))
-    for told in ({}, {"chosen_on": 3}, {"chosen_on": {"families": [], "sources": [3]}}):
-        write_json(path, {"settings": settings, **told})
+    for more in ({}, {"chosen_on": 3}, {"chosen_on": {"families": [], "sources": [3]}}):
+        write_json(path, {"settings": settings, **more})
         with pytest.raises(UsageError, match="does not say what its settings were chosen on"):
             train(three[0], tmp_path / "p.safetensors", "--settings", str(path))
     file = train(three[0], tmp_path / "p.safetensors", "--settings", str(path), "--held-out", "none", "--no-transfer")
@@ -184,12 +182,12 @@ def test_settings_that_were_chosen_on_what_is_held_out_are_refused(three, tmp_pa
 
 
 def test_nothing_left_to_learn_from_is_a_clear_error(write_trajectories, tmp_path):
-    with pytest.raises(UsageError, match=r"those that are held out left aside: .*--held-out"):
+    with pytest.raises(UsageError, match=r"that is not held out .*--held-out"):
         train(write_trajectories(families=("resnet",)), tmp_path / "p.safetensors")
 
 
 class _Fixed:
-    """A judge whose probabilities were written down."""
+    """A classifier with given probabilities."""
 
     def __init__(self, probability_N):
         self._probability_N = np.array(probability_N)
@@ -216,19 +214,19 @@ def test_groups_are_those_of_family_and_source_and_the_mean_is_theirs(make_windo
     assert unseen(panel, WindowSet((), 6)) == {"runs": 0}
 
 
-def test_rivals_learn_from_the_training_runs_and_choose_by_the_validation_runs(make_windows):
+def test_baselines_are_trained_on_the_training_runs_and_choose_by_the_validation_runs(make_windows):
     windows = make_windows(each=3)
     config, settings = PredictorConfig(window=6, weights=32, hidden=16, key=8), FitConfig(epochs=1, device="cpu")
     result = fit(windows, SampleSpec(weights=32, snapshots=23), config, settings, progress=False)
     spoilt = list(windows.runs)
-    for place in result.split.test:
-        spoilt[place] = replace(spoilt[place], labels_TL=~spoilt[place].labels_TL)
+    for run in result.split.test:
+        spoilt[run] = replace(spoilt[run], labels_TL=~spoilt[run].labels_TL)
     panels = [panel_of(some, result, settings) for some in (windows, WindowSet(tuple(spoilt), 6))]
     assert panels[0].thresholds == panels[1].thresholds
     assert panels[0].thresholds["attention"] == result.threshold
-    assert list(panels[0].judges) == list(JUDGES)
-    for name, judge in panels[0].judges.items():
-        assert np.array_equal(judge.probability_N(windows), panels[1].judges[name].probability_N(windows)), name
+    assert list(panels[0].classifiers) == list(CLASSIFIERS)
+    for name, one in panels[0].classifiers.items():
+        assert np.array_equal(one.probability_N(windows), panels[1].classifiers[name].probability_N(windows)), name
 
 
 def test_a_card_from_before_there_was_such_a_split_shows(make_predictor_file):

@@ -1,4 +1,4 @@
-"""Thresholds for a risk: a replay by hand, and predictors that never saw the family that they judge."""
+"""Thresholds for a risk: a replay by hand, predictors that have not seen the family that they predict, calibration."""
 
 from dataclasses import replace
 
@@ -7,31 +7,40 @@ import pytest
 import torch
 
 from predictor.errors import UsageError
-from predictor.model.network import PredictorConfig
+from predictor.model.config import PredictorConfig
+from predictor.model.network import FreezePredictor
 from predictor.model.sampling import SampleSpec
-from predictor.training.fit import FitConfig, fit
-from predictor.training.thresholds import thresholds_for, with_risks, without_own_family
-from predictor.training.windows import RunWindows, WindowSet
+from predictor.training.config import FitConfig
+from predictor.training.dataset import RunWindows, WindowSet
+from predictor.training.fit import fit
+from predictor.training.thresholds import (
+    Calibration,
+    fit_calibration,
+    thresholds_for,
+    with_risks,
+    without_own_family,
+)
 
 
-def run_of(name, harm, flops):
+def run_of(name, cost, flops):
     """Snapshots of two layers, one weight each."""
-    harm_TL = torch.tensor(harm, dtype=torch.float64)
-    snapshots, layers = harm_TL.shape
-    weights, signals = torch.zeros(snapshots, layers, 1), torch.zeros(snapshots, layers, 9)
-    return RunWindows(name, "mlp", "digits", weights, signals, harm_TL <= 0.5, harm_TL, torch.tensor(flops).double())
+    cost_TL = torch.tensor(cost, dtype=torch.float64)
+    snapshots, layers = cost_TL.shape
+    weights, features = torch.zeros(snapshots, layers, 1), torch.zeros(snapshots, layers, 9)
+    flops_F = torch.tensor(flops).double()
+    return RunWindows(name, "mlp", "digits", weights, features, cost_TL <= 0.5, cost_TL=cost_TL, flops_F=flops_F)
 
 
-HARM = [[8.0, 9.0], [4.0, 6.0], [1.0, 2.0], [0.0, 0.0]]
-RUN = run_of("a", HARM, [1.0, 0.7, 0.4])
+COST = [[8.0, 9.0], [4.0, 6.0], [1.0, 2.0], [0.0, 0.0]]
+RUN = run_of("a", COST, [1.0, 0.7, 0.4])
 
 
-def test_a_front_that_grows_pays_for_what_it_grows_by():
-    windows = WindowSet((RUN,), window=2)  # judged at the snapshots 1, 2 and 3
+def test_a_prefix_that_grows_costs_what_it_grows_by():
+    windows = WindowSet((RUN,), window=2)  # predicted at the snapshots 1, 2 and 3
     probability = np.array([0.8, 0.2, 0.3, 0.9, 0.95, 0.97])
     by_risk = {row.risk: row for row in thresholds_for(windows, probability, [0.0, 4.0, 5.0])}
     # Layer 0 saves .3 of a step, so that at 1/3 and below its doubt of .2 will do: it freezes at snapshot 1 for 4
-    # points. Layer 1 follows at snapshot 2, where the less sure of both has .3, for 2 - 1 more.
+    # points. Layer 1 follows at snapshot 2, where the lower of both has .3, for 2 - 1 more.
     assert by_risk[5.0].threshold <= 0.3
     assert by_risk[5.0].points == pytest.approx(5.0)
     assert by_risk[5.0].flops == pytest.approx((1 + 0.7 + 0.4) / 3)
@@ -48,7 +57,7 @@ def test_a_front_that_grows_pays_for_what_it_grows_by():
 def test_a_layer_behind_one_that_trains_does_not_freeze():
     windows = WindowSet((RUN,), window=2)
     (row,) = thresholds_for(windows, np.array([0.1, 0.9, 0.1, 0.9, 0.1, 0.9]), [3.9])
-    # At .1 both layers freeze at once, for 6 points; above it the second would, which the first one holds back.
+    # At .1 both layers freeze at once, for 6 points; above it the second would, but the first one trains.
     assert 0.1 < row.threshold <= 0.9
     assert (row.points, row.flops) == (0, 1)
 
@@ -59,8 +68,8 @@ def test_risks_are_means_over_runs_and_what_cannot_be_kept_freezes_nothing():
     assert (row.threshold, row.points, row.flops) == (1.0, 0.0, 1.0)
 
 
-def test_what_a_risk_costs_elsewhere_is_told_by_the_thresholds_of_other_families():
-    # Judged at the snapshots 1 to 3. One run loses 5 points at .3 and below; the other one 1 at .2.
+def test_what_a_risk_costs_elsewhere_follows_from_the_thresholds_of_other_families():
+    # Predicted at the snapshots 1 to 3. One run loses 5 points at .3 and below; the other one 1 at .2.
     other = replace(run_of("b", [[1.0, 1.0]] * 3 + [[0.0, 0.0]], [1.0, 0.8, 0.6]), family="vit")
     windows = WindowSet((RUN, other), window=2)
     probability = np.array([0.8, 0.2, 0.3, 0.1, 0.95, 0.97, 0.2, 0.2, 0.3, 0.2, 0.95, 0.97])
@@ -106,31 +115,72 @@ def test_the_calibration_does_not_know_the_labels_of_test_runs(make_windows, mon
 def measured(windows):
     """Freezing too early costs two points in each of these runs."""
     flops_F = torch.linspace(1, 0.4, 5).double()
-    runs = (replace(run, harm_TL=2.0 * (~run.labels_TL).double(), flops_F=flops_F) for run in windows.runs)
+    runs = (replace(run, cost_TL=2.0 * (~run.labels_TL).double(), flops_F=flops_F) for run in windows.runs)
     return replace(windows, runs=tuple(runs))
 
 
-def spoilt(windows, places):
-    """The labels of some runs are the other way round."""
+def spoilt(windows, indices):
+    """The labels of some runs are inverted."""
     runs = (
-        replace(run, labels_TL=~run.labels_TL) if place in places else run for place, run in enumerate(windows.runs)
+        replace(run, labels_TL=~run.labels_TL) if index in indices else run for index, run in enumerate(windows.runs)
     )
     return replace(windows, runs=tuple(runs))
 
 
-def test_each_family_is_judged_by_the_others_alone(make_windows):
+def test_each_family_is_predicted_from_the_others_alone(make_windows):
     config = PredictorConfig(window=6, weights=32, hidden=16, key=8)
     settings = FitConfig(epochs=2, epoch_windows=500)
     windows = make_windows(each=4)
     before = without_own_family(windows, config, settings)
-    # Other labels for one family change how the others are judged, and not how it is judged itself.
+    # Other labels of one family change the predictions for the others, and not those for itself.
     poisoned = replace(
         windows,
         runs=tuple(replace(run, labels_TL=~run.labels_TL) if run.family == "vit" else run for run in windows.runs),
     )
     after = without_own_family(poisoned, config, settings)
-    own = np.array([windows.runs[place].family == "vit" for place in windows.index[:, 0].tolist()])
+    own = np.array([windows.runs[index].family == "vit" for index in windows.index[:, 0].tolist()])
     assert np.array_equal(before[own], after[own])
     assert not np.array_equal(before[~own], after[~own])
     with pytest.raises(UsageError, match="two families"):
         without_own_family(make_windows(families=("mlp",)), config, settings)
+
+
+def logit(probability):
+    return np.log(probability / (1 - probability))
+
+
+def sigmoid(logit):
+    return 1 / (1 + np.exp(-logit))
+
+
+def test_probabilities_that_are_too_extreme_are_brought_back_to_the_truth():
+    chance = np.random.default_rng(0)
+    truth = chance.uniform(0.02, 0.98, 200_000)
+    found = fit_calibration(chance.random(truth.size) < truth, sigmoid(2 * logit(truth) + 1))
+    # the truth's logit is half of the predicted one, less a half
+    assert (found.slope, found.shift) == (pytest.approx(0.5, abs=0.01), pytest.approx(-0.5, abs=0.02))
+    assert np.abs(found(sigmoid(2 * logit(truth) + 1)) - truth).max() < 0.01
+
+
+def test_the_order_stays_as_it_is_and_certainty_is_a_finite_number():
+    given = np.array([0.0, 1e-12, 0.3, 0.999, 1.0])
+    calibrated = Calibration(0.5, -0.2)(given)
+    assert np.isfinite(calibrated).all()
+    assert (np.diff(calibrated) >= 0).all()
+
+
+@pytest.mark.parametrize("labels", [[True] * 4, [False] * 4, [True, True, False, False]])
+def test_if_no_rising_calibration_fits_nothing_changes(labels):
+    probability = np.array([0.1, 0.2, 0.8, 0.9])  # of the last labels each is wrong
+    assert fit_calibration(np.array(labels), probability) == Calibration(1.0, 0.0)
+
+
+def test_a_calibrated_model_gives_calibrated_probabilities():
+    torch.manual_seed(0)
+    model = FreezePredictor(PredictorConfig(window=3, weights=4)).eval()
+    tokens = torch.randn(5, 2, model.config.width)
+    with torch.no_grad():
+        before = model(tokens).sigmoid().double().numpy()
+        Calibration(0.6, -0.3).apply_to(model)
+        after = model(tokens).sigmoid().double().numpy()
+    assert after == pytest.approx(Calibration(0.6, -0.3)(before), abs=1e-6)

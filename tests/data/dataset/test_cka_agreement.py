@@ -1,4 +1,4 @@
-"""Labels beside outcomes: the right step, the right layers, and figures that can be worked out by hand."""
+"""Labels beside outcomes: the right step, the right layers, and figures by hand."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def test_labels_are_those_of_the_whole_trajectory_at_that_step_and_layer():
     similarity_TL = generator.uniform(0.9, 1, (5, 3)).astype(np.float32)
     similarity_TL[2, 1] = np.nan
     trajectory = made_trajectory(similarity_TL=similarity_TL)
-    outcomes = [made_outcome("single", step, (place,)) for step in (0, 10, 20, 30) for place in range(3)]
+    outcomes = [made_outcome("single", step, (layer,)) for step in (0, 10, 20, 30) for layer in range(3)]
     joined = join(outcomes, [trajectory])
     assert [labelled.outcome for labelled in joined] == outcomes
     for threshold in (0.9, 0.92, 0.95, 0.98):
@@ -67,7 +67,7 @@ def test_another_run_under_the_same_id_is_refused():
         join([made_outcome(total_steps=30)], [made_trajectory()])
 
 
-def test_noise_is_the_root_mean_square_and_harm_is_what_exceeds_it():
+def test_noise_is_the_root_mean_square_and_what_exceeds_it_is_not_harmless():
     outcomes = [*made_run(noise=0.3), *made_run("mlp-1", noise=0.1)]
     outcomes.append(made_outcome("noise", 30, (), result=ended(None)))
     noise = noise_of(outcomes)
@@ -87,14 +87,14 @@ def rows_of(text, block):
 
 def test_the_figures_of_a_summary():
     # Layer p reaches a similarity of 1 at step 10 p and keeps it: any threshold's label of the first n layers is
-    # "step >= 10 (n - 1)". Of the four fronts so labelled one did harm; of the two others one did none.
+    # "step >= 10 (n - 1)". Of the four prefixes so labelled one was not harmless; of the two others one was.
     run = made_run(s0_1=0.5, s10_2=0.55, s20_3=0.9, s30_3=0.4, s0_2=0.8, s10_3=0.45)
     single = made_outcome("single", 20, (1,), result=ended(None))
     text = describe_outcomes([*run, single], [made_trajectory()])
     assert "1 runs, 0 of them diverged; 7 continuations with frozen layers, 1 of them diverged" in text
     assert "20.0% of the loss" in text
-    head, *rules, itself, progress = rows_of(text, "fronts")
-    assert head[:4] == ["fronts:", "6,", "67%", "harmless"]
+    head, *rules, itself, progress = rows_of(text, "prefixes")
+    assert head[:4] == ["prefixes:", "6,", "67%", "harmless"]
     assert len(rules) == len(THRESHOLDS)
     # AUROC of a yes or no: the mean of the shares found, 3 of 4 harmless and 1 of 2 harmful.
     assert {tuple(row[4:]) for row in rules} == {("4", "1", "1", "0.625")}
@@ -105,20 +105,20 @@ def test_the_figures_of_a_summary():
     assert rows_of(text, "singles")[1][-1] == "n/a"
     shares = {" ".join(row[:-4]): row[-4:] for row in rows_of(text, "harmless, frozen")}
     assert shares["harmless, frozen from progress"] == ["0.00", "0.25", "0.50", "0.75"]
-    assert shares["a front of about 1/4"] == ["1/1", "n/a", "n/a", "n/a"]
-    assert shares["a front of about 3/4"] == ["0/1", "1/1", "n/a", "n/a"]
+    assert shares["a prefix of about 1/4"] == ["1/1", "n/a", "n/a", "n/a"]
+    assert shares["a prefix of about 3/4"] == ["0/1", "1/1", "n/a", "n/a"]
     assert shares["all layers"] == ["n/a", "1/1", "0/1", "1/1"]
     assert shares["a single layer"] == ["n/a", "n/a", "0/1", "n/a"]
 
 
-def test_a_front_of_less_than_an_eighth_is_not_taken_for_a_quarter():
+def test_a_prefix_of_less_than_an_eighth_is_not_taken_for_a_quarter():
     fronts = [made_outcome("front", 0, tuple(range(count)), layer_count=9) for count in (1, 2)]
-    text = describe_outcomes([*fronts, made_outcome("noise", 0, (), layer_count=9)])
-    assert "a smaller front" in text
-    assert "a front of about 1/4" in text
+    text = describe_outcomes([*fronts, made_outcome("noise", 0, layer_count=9)])
+    assert "a smaller prefix" in text
+    assert "a prefix of about 1/4" in text
 
 
-def test_what_cannot_be_judged_is_said():
+def test_what_cannot_be_compared_is_refused():
     with pytest.raises(UsageError, match="times=-1"):
         describe_outcomes(made_run(s10_2=0.6), times=-1)
     with pytest.raises(UsageError, match="no run has both layers frozen and noise"):

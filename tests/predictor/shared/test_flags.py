@@ -3,12 +3,13 @@
 import argparse
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from predictor.errors import UsageError
-from predictor.model.network import PredictorConfig
+from predictor.model.config import PredictorConfig
 from predictor.shared import flags as cli
 
 CHECKOUT = Path(__file__).parents[3]
@@ -16,7 +17,7 @@ CHECKOUT = Path(__file__).parents[3]
 
 def parser(**options):
     made = argparse.ArgumentParser(prog="x")
-    cli.add_fields(made, "predictor/model/network.py", "PredictorConfig", **options)
+    cli.add_fields(made, PredictorConfig, **options)
     return made
 
 
@@ -24,13 +25,27 @@ def test_defaults_of_the_flags_are_those_of_the_class():
     assert cli.from_flags(PredictorConfig, parser().parse_args([])) == PredictorConfig()
 
 
-def test_flags_have_the_fields_types_choices_and_docstrings(capsys):
+def test_flags_have_the_fields_types_choices_and_help(capsys):
     flags = parser().parse_args(["--inputs", "raw", "--window", "12", "--dropout", "0.3"])
     made = cli.from_flags(PredictorConfig, flags)
     assert (made.inputs, made.window, made.dropout) == ("raw", 12, 0.3)
     assert "Snapshots in a window (W) (default: 10)" in " ".join(parser().format_help().split())
     with pytest.raises(SystemExit):
         parser().parse_args(["--inputs", "cooked"])
+
+
+@dataclass(frozen=True)
+class Others:
+    on: bool = cli.option(False, "100 % of it")
+    seconds: float | None = cli.option(None, "Seconds")
+
+
+def test_flags_of_bools_and_of_what_may_be_none():
+    made = argparse.ArgumentParser(prog="x")
+    cli.add_fields(made, Others)
+    assert cli.from_flags(Others, made.parse_args([])) == Others()
+    assert cli.from_flags(Others, made.parse_args(["--on", "--seconds", "3"])) == Others(True, 3.0)
+    assert "100 % of it (default: False)" in " ".join(made.format_help().split())
 
 
 def test_only_the_fields_asked_for_become_flags():

@@ -1,4 +1,4 @@
-"""How sure one has to be to freeze a front, by what it saves."""
+"""How certain a prediction has to be to freeze a prefix, by what the prefix saves."""
 
 import numpy as np
 import pytest
@@ -7,39 +7,39 @@ from torch import nn
 
 from predictor import FreezeController, layers_of, make_policy
 from predictor.layers.flops import LayerFlops
-from predictor.model.decision import front_of, saved_by
+from predictor.model.decision import largest_prefix, saved_by
 from predictor.policies.base import View
 
 SAVED = np.array([0.1, 0.4, 1.0])
 
 
-def test_the_last_front_saves_the_whole_step():
+def test_the_whole_network_saves_the_whole_step():
     np.testing.assert_allclose(saved_by([1.0, 0.9, 0.6, 0.33]), SAVED)
 
 
 @pytest.mark.parametrize(
-    ("probability", "front"),
+    ("probability", "prefix"),
     [
         ([0.96, 0.4, 0.4], 1),  # .04 of .05
         ([0.94, 0.5, 0.4], 0),  # .06
         ([0.94, 0.81, 0.4], 2),  # its own doubt would not do for the first alone
         ([0.81, 0.94, 0.4], 2),
-        ([0.79, 0.99, 0.4], 0),  # a front is as sure as its least sure layer
+        ([0.79, 0.99, 0.4], 0),  # a prefix has the probability of its least certain layer
         ([0.5, 0.5, 0.5], 3),
         ([0.49, 1.0, 1.0], 0),
         ([1.0, 1.0, 1.0], 3),
     ],
 )
-def test_a_fronts_doubt_may_be_that_of_the_threshold_times_what_it_saves(probability, front):
-    assert front_of(probability, SAVED, 0.5) == front
+def test_a_prefix_may_have_the_doubt_of_the_threshold_times_what_it_saves(probability, prefix):
+    assert largest_prefix(probability, SAVED, 0.5) == prefix
 
 
 def test_several_thresholds_at_once():
-    assert front_of([0.96, 0.8, 0.2], SAVED, [1.0, 0.7, 0.5, 0.2]).tolist() == [0, 0, 2, 3]
+    assert largest_prefix([0.96, 0.8, 0.2], SAVED, [1.0, 0.7, 0.5, 0.2]).tolist() == [0, 0, 2, 3]
 
 
 def test_a_threshold_of_one_freezes_what_is_certain_alone():
-    assert front_of([1.0, 0.999, 0.5], SAVED, 1.0) == 1
+    assert largest_prefix([1.0, 0.999, 0.5], SAVED, 1.0) == 1
 
 
 RISKS = ((0.5, 0.5), (1.0, 0.2))

@@ -1,91 +1,33 @@
-"""The freeze predictor and its file."""
+"""A predictor's file: what travels with it, and what is refused."""
 
 import json
-import math
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from predictor.errors import FileFault, UsageError
-from predictor.model.features import SIGNALS
+from predictor.model.config import PredictorConfig
 from predictor.model.file import PredictorFile, load_predictor, save_predictor
-from predictor.model.network import FreezePredictor, PredictorConfig, motion_BTF
+from predictor.model.network import FreezePredictor
 from predictor.model.sampling import SampleSpec
+from predictor.policies.smartfrz import SHIPPED
 
 SMALL = PredictorConfig(window=4, weights=8, hidden=8, key=4)
 
 
-def make(config=SMALL):
+def make():
     torch.manual_seed(0)
-    return FreezePredictor(config).eval()
+    return FreezePredictor(SMALL).eval()
 
 
-def batch(size=64, window=4, weights=8):
-    torch.manual_seed(1)
-    return torch.randn(size, window, weights).cumsum(dim=1), torch.rand(size, window, len(SIGNALS))
-
-
-def test_motion_by_hand():
-    # Two weights: (0, 0) -> (3, 4) -> (3, 1). RMS of the newest is sqrt(5).
-    motion = motion_BTF(torch.tensor([[[0.0, 0.0], [3.0, 4.0], [3.0, 1.0]]]))[0]
-    first, second = math.sqrt(12.5) / math.sqrt(5), math.sqrt(4.5) / math.sqrt(5)
-    assert motion[0].tolist() == pytest.approx(
-        [math.log(first), 0, math.log(first), 1, 0, 3.5 / math.sqrt(12.5)], abs=1e-5
-    )
-    expected = [math.log(second), -0.8, 0.0, 1 / (first + second), math.log(second / first), 1.5 / math.sqrt(4.5)]
-    assert motion[1].tolist() == pytest.approx(expected, abs=1e-5)
-
-
-def test_motion_knows_neither_scale_nor_order_of_the_weights():
-    windows, _ = batch(weights=32)
-    motion = motion_BTF(windows)
-    assert torch.allclose(motion, motion_BTF(windows * 1000), atol=1e-4)
-    assert torch.allclose(motion, motion_BTF(windows[..., torch.randperm(32)]), atol=1e-5)
-
-
-def test_motion_of_standing_and_of_zero_weights_is_finite():
-    assert motion_BTF(torch.ones(1, 4, 8)).isfinite().all()
-    assert motion_BTF(torch.zeros(1, 4, 8)).isfinite().all()
-
-
-@pytest.mark.parametrize("inputs", ["gain", "motion", "raw"])
-def test_one_window_is_judged_alike_alone_and_among_others(inputs):
-    model = make(PredictorConfig(inputs=inputs, window=4, weights=8))
-    windows, signals = batch(64)
-    together = model(windows, signals)
-    alone = torch.cat([model(windows[i : i + 1], signals[i : i + 1]) for i in range(64)])
-    assert together.shape == (64,)
-    assert torch.allclose(together, alone, atol=1e-5)
-
-
-def test_the_newest_asks_and_the_older_answer_by_a_plain_reference():
-    model = make(PredictorConfig(inputs="raw", window=4, weights=8, hidden=8, key=4))
-    windows, signals = batch(3)
-    for i in range(3):
-        key, query, value = model.networks(windows[i])
-        scores = torch.stack([query[3] @ key[t] for t in range(3)]) / math.sqrt(4)
-        z = sum(weight * value[t] for t, weight in enumerate(scores.softmax(dim=0)))
-        assert torch.allclose(model(windows, signals)[i], model.output(z)[0], atol=1e-5)
-
-
-def test_of_more_weights_than_configured_some_all_over_are_taken_and_fewer_are_refused():
-    model = make()
-    windows, signals = batch(weights=12)
-    taken = [0, 1, 3, 4, 6, 7, 9, 10]  # place * 12 // 8
-    assert torch.equal(model(windows, signals), model(windows[..., taken].clone(), signals))
-    with pytest.raises(UsageError, match=r"needs 4 snapshots of at least 8 weights"):
-        model(windows[..., :7], signals)
-    with pytest.raises(UsageError, match="needs 4 snapshots"):
-        model(windows[:, :3], signals[:, :3])
-    with pytest.raises(UsageError, match="3 signals: this predictor needs progress, depth"):
-        model(windows[..., :8], signals[..., :3])
-
-
-def test_without_gains_the_clock_is_enough():
-    model = make(PredictorConfig(inputs="motion", window=4, weights=8))
-    windows, signals = batch()
-    assert torch.equal(model(windows, signals), model(windows, signals[..., :3]))
+def test_the_scaling_keeps_the_names_that_it_has_in_files_of_earlier_versions(tmp_path):
+    save_predictor(tmp_path / "again.safetensors", load_predictor(SHIPPED))
+    with safe_open(SHIPPED, "pt") as one, safe_open(tmp_path / "again.safetensors", "pt") as other:
+        assert {"mean", "deviation"} < set(one.keys()) == set(other.keys())
+        assert all(torch.equal(one.get_tensor(name), other.get_tensor(name)) for name in one.keys())  # noqa: SIM118
+    assert (load_predictor(SHIPPED).model.scaling.deviation != 1).any()
 
 
 RISKS = ((0.25, 0.9), (0.5, 0.7), (1.0, 0.3))
@@ -117,26 +59,10 @@ def test_without_risks_a_risk_is_refused(tmp_path):
         load_predictor(saved(tmp_path / "p.safetensors")).threshold_for(0.5)
 
 
-def test_scaling_is_fitted_stored_and_survives_a_constant_token():
-    model = make()
-    windows, signals = batch()
-    signals[..., 1] = 0.5
-    model.fit_scaling(model.tokens(windows, signals))
-    assert "mean" in model.state_dict()
-    assert model.deviation.min() == 0
-    assert model(windows, signals).isfinite().all()
-
-
-@pytest.mark.parametrize(("setting", "value"), [("window", 2), ("weights", 0), ("dropout", 1.0)])
-def test_a_form_that_cannot_be_is_refused(setting, value):
-    with pytest.raises(UsageError, match=str(value)):
-        PredictorConfig(**{setting: value})
-
-
 def saved(path, **changes):
     save_predictor(path, PredictorFile(make(), SampleSpec(weights=8), 0.7, {"figures": {"auroc": 0.9}}))
     if changes:
-        tensors = {name: tensor.clone() for name, tensor in make().state_dict().items()}
+        tensors = {name.removeprefix("scaling."): tensor.clone() for name, tensor in make().state_dict().items()}
         meta = {
             "format": "smartfrz-predictor",
             "version": 3,
@@ -152,8 +78,8 @@ def saved(path, **changes):
 
 def test_save_and_load_give_the_same_answers(tmp_path):
     file = load_predictor(saved(tmp_path / "p.safetensors"))
-    windows, signals = batch()
-    assert torch.equal(file.model(windows, signals), make()(windows, signals))
+    tokens = torch.randn(16, 3, SMALL.width)
+    assert torch.equal(file.model(tokens), make()(tokens))
     assert (file.spec, file.threshold, file.card) == (SampleSpec(weights=8), 0.7, {"figures": {"auroc": 0.9}})
 
 
@@ -183,6 +109,7 @@ BAD = {
     "weights that are not numbers": {"tensors": {"output.2.bias": torch.tensor([float("nan")])}},
     "weights of another type": {"tensors": {"output.2.bias": torch.zeros(1, dtype=torch.float64)}},
     "a tensor too many": {"tensors": {"extra": torch.zeros(1)}},
+    "a tensor by its name in the network": {"tensors": {"scaling.mean": torch.zeros(15)}},
     "a configuration that is a list": {"config": [1, 2]},
 }
 

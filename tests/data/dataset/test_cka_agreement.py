@@ -113,7 +113,7 @@ def test_the_figures_of_a_summary():
 
 def test_a_prefix_of_less_than_an_eighth_is_not_taken_for_a_quarter():
     fronts = [made_outcome("front", 0, tuple(range(count)), layer_count=9) for count in (1, 2)]
-    text = describe_outcomes([*fronts, made_outcome("noise", 0, layer_count=9)])
+    text = describe_outcomes([*fronts, made_outcome("noise", 0, (), layer_count=9)])
     assert "a smaller prefix" in text
     assert "a prefix of about 1/4" in text
 

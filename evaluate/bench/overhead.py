@@ -102,9 +102,17 @@ def _start_hooks(training: Training, spec: SampleSpec, batches: Iterator[Batch])
         hook.on_start(training)
     training.take_step(batches)  # its gradients are what the policy looks at
     for _ in range(config.window * training.total_steps // spec.snapshots):
+        _nudge(training)
         freezing.on_step(training)  # until its window is full: before, it has nothing to judge
     training.optimizer.zero_grad()
     return hooks
+
+
+@torch.no_grad()
+def _nudge(training: Training) -> None:
+    """Move every weight a little: the policy leaves out a snapshot at which nothing has moved."""
+    for parameter in training.model.parameters():
+        parameter.mul_(0.9999)
 
 
 def _span(training: Training, batches: Iterator[Batch], spec: SampleSpec, hooks: Sequence[Hook]) -> _Span:

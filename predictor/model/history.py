@@ -183,5 +183,7 @@ def _moved(now_LK: Tensor, before_LK: Tensor, frozen: Collection[int]) -> bool:
 def _updated(before_L: Tensor, now_L: Tensor, trained_L: Tensor, fading_L: Tensor) -> Tensor:
     """`now_L` for the layers that train. A fading one changes by their common factor, others keep their value."""
     both_L = trained_L & (before_L > 0)
-    change = now_L[both_L].norm() / before_L[both_L].norm() if both_L.any() else now_L.new_ones(())
-    return now_L.where(trained_L, before_L.where(~fading_L, before_L * change))
+    if fading_L.any() and both_L.any():
+        change = now_L[both_L].norm() / before_L[both_L].norm()
+        before_L = before_L.where(~fading_L, before_L * change)
+    return now_L.where(trained_L, before_L)

@@ -1,6 +1,7 @@
 """`python -m predictor`: from trajectories to a predictor file, and the text about one."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -233,6 +234,17 @@ def test_help_answers_without_importing_anything_heavy(command):
     done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True, cwd=CHECKOUT)
     assert done.returncode == 0, done.stderr
     assert "--" in done.stdout
+
+
+def test_in_the_installed_library_it_says_where_it_runs(tmp_path):
+    """The wheel has no `predictor.training`."""
+    shutil.copytree(CHECKOUT / "predictor", tmp_path / "predictor", ignore=shutil.ignore_patterns("training"))
+    command = [sys.executable, "-S", "-m", "predictor", "train"]  # -S: without the checkout's editable install
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "checkout" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_every_setting_is_a_flag_of_train():

@@ -23,7 +23,9 @@ _PUBLISHED = Path(__file__).parent / "results" / "trials"
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     flags = _parser().parse_args(argv)
-    return {"run-suite": _run_suite, "report": _report, "oracle": _oracle, "bench": _bench}[flags.command](flags)
+    return {"run-suite": _run_suite, "report": _report, "oracle": _oracle, "bench": _bench, "published": _published}[
+        flags.command
+    ](flags)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="what recording, deciding and frozen layers cost, against the limits")
     bench.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="default: %(default)s")
     _add_device(bench)
+    commands.add_parser("published", help="what the published trials show, as Markdown, and the README's picture")
     return parser
 
 
@@ -185,6 +188,13 @@ def _show(folder: Path, oracles: Path | None = None, cost: str | None = None, ag
     print()
     print_table(folder, oracles, cost, against)
     print(f"\nreport: {make_report(folder, oracles, cost, against).resolve()}")
+
+
+def _published(flags: argparse.Namespace) -> None:
+    from evaluate.report.published import PICTURE, publish
+
+    print(publish())
+    print(f"picture: {PICTURE}", file=sys.stderr)
 
 
 def _bench(flags: argparse.Namespace) -> int:

@@ -6,10 +6,11 @@ Areas and costs are by one measure: the one that the results are compared by.
 from collections.abc import Mapping
 
 from evaluate.analysis.area import areas
+from evaluate.analysis.compute_multiplier import compute_multipliers
 from evaluate.analysis.families import Family, rival
 from evaluate.analysis.oracle_file import Oracle, shares_of_saving
 from evaluate.analysis.statistics import Row, compare, overall
-from evaluate.report.table import area, area_difference, percent, plain, where_area
+from evaluate.report.table import area, area_difference, multiplier, percent, plain, where_area
 from evaluate.trials.records import COST_AXES, Results
 
 
@@ -27,6 +28,9 @@ def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
     header = ["policy", "settings", "area", points]
     if other:
         header.insert(3, f"difference to `{_escaped(other.name)}`")
+    multipliers = compute_multipliers(results)
+    if multipliers:
+        header.append("compute multiplier")
     if shares:
         header.append("share of the oracle's saving")
     lines = [header, ["---"] * len(header)]
@@ -37,6 +41,9 @@ def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
         cells = [_escaped(each.family.name), settings, own, ", ".join(map(_point, members)) or "-"]
         if other:
             cells.insert(3, "-" if each.to_rival is None else area_difference(each.to_rival))
+        if multipliers:
+            own_multipliers = [multiplier(multipliers.get((row.workload, row.policy))) for row in members]
+            cells.append(", ".join(own_multipliers) or "-")
         if shares:
             cells.append(", ".join(percent(shares.get((row.workload, row.policy))) for row in members) or "-")
         lines.append(cells)

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from tqdm import tqdm
 
 from evaluate.analysis.area import LOSS, area_headline, areas
+from evaluate.analysis.compute_multiplier import compute_multipliers, full_training_lengths
 from evaluate.analysis.families import MANY, families, places, policy_names, rival
 from evaluate.analysis.oracle_file import Oracle, find_oracles, oracles_beside, shares_of_saving
 from evaluate.analysis.statistics import (
@@ -82,6 +83,8 @@ def render(results: Results, oracles: Mapping[str, Oracle] | None = None, refuse
         area_loss=LOSS,
         rival=other,
         curves=curve_plots(results, rows, found),
+        multipliers=compute_multipliers(results),
+        lengths=full_training_lengths(results),
         oracles=oracles or {},
         oracle_shares=shares_of_saving(rows, oracles or {}, results.suite.margin),
         cards=cards(policy_names(results)),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaluate.analysis.area import LOSS, FamilyArea, areas
+from evaluate.analysis.compute_multiplier import Multiplier, compute_multipliers, full_training_lengths
 from evaluate.analysis.families import rival
 from evaluate.analysis.oracle_file import Oracle, find_oracles, oracles_beside, shares_of_saving
 from evaluate.analysis.statistics import Estimate, Row, compare, headline
@@ -42,21 +43,27 @@ def table(results: Results, width: int, oracles: Mapping[str, Oracle] | None = N
     """
     rows = compare(results)
     shares = shares_of_saving(rows, oracles or {}, results.suite.margin)
+    multipliers = compute_multipliers(results)
     speedup = _SPEEDUPS[results.suite.cost]
-    header = ("policy", "accuracy %", "difference", "verdict", speedup, "FLOPs", "own time", "seeds", "div")
+    factor = ["compute multiplier"] if multipliers else []
+    header = ["policy", "accuracy %", "difference", "verdict", speedup, "FLOPs", *factor, "own time", "seeds", "div"]
+    header += ["of oracle"] if shares else []
     letters = distinct_length(results.policies, _LABEL_WIDTH)
     blocks: _Blocks = []
     for row in rows:
         title = shortened(row.workload, width) if row.workload is not None else "all workloads"
         if not blocks or blocks[-1][0] != title:
             blocks.append((title, []))
-        share = (percent(shares.get((row.workload, row.policy))),) if shares else ()
-        blocks[-1][1].append((*_cells(row, letters), *share))
+        found_multiplier = multipliers.get((row.workload, row.policy))
+        factor = [multiplier(found_multiplier)] if multipliers else []
+        share = [percent(shares.get((row.workload, row.policy)))] if shares else []
+        blocks[-1][1].append((*_cells(row, letters, factor), *share))
     lines = [shortened(results.suite.name, width), ""]
-    lines += _columns((*header, "of oracle") if shares else header, blocks, width)
+    lines += _columns(header, blocks, width)
     found = areas(results)
     lines += _area_lines(results, found, width) if found else []
-    more = [_area_note(results)] if found else []
+    more = [_multiplier_note(results)] if multipliers else []
+    more += [_area_note(results)] if found else []
     more += [oracle_note(oracle) for oracle in (oracles or {}).values()]
     return "\n".join([*lines, *notes(results), *map(plain, more), "", plain(headline(results, rows))])
 
@@ -107,6 +114,14 @@ def points(difference: Estimate) -> str:
 def times(ratio: Estimate) -> str:
     """A ratio with its interval."""
     return f"{ratio.mean:.2f}x" + _interval(ratio, 1, 2, "")
+
+
+def multiplier(value: Multiplier | None) -> str:
+    """A compute multiplier with its interval, and whether it is a bound; "-" for None."""
+    if value is None:
+        return "-"
+    bound = {(True, True): "~ ", (True, False): ">= ", (False, True): "<= "}
+    return bound.get((value.at_least, value.at_most), "") + times(value.value)
 
 
 def area(value: Estimate) -> str:
@@ -166,7 +181,7 @@ def _interval(value: Estimate, scale: float, digits: int, sign: str) -> str:
     return f" [{value.low * scale:{sign}.{digits}f}, {value.high * scale:{sign}.{digits}f}]"
 
 
-def _cells(row: Row, letters: int) -> tuple[str, ...]:
+def _cells(row: Row, letters: int, factor: Sequence[str]) -> tuple[str, ...]:
     return (
         "  " + shortened(row.policy, letters),
         accuracy(row),
@@ -174,6 +189,7 @@ def _cells(row: Row, letters: int) -> tuple[str, ...]:
         row.verdict,
         times(row.speedup) if row.speedup else "-",
         percent(row.flops_share),
+        *factor,
         percent(row.policy_share, 1),
         f"{row.finished}/{row.planned}",
         str(row.diverged) if not row.failed else f"{row.diverged}+{row.failed}!",
@@ -193,6 +209,15 @@ def _area_lines(results: Results, found: Sequence[FamilyArea], width: int) -> li
         last = [place or "all"] if any(where) else []
         cells.append((name, str(len(row.family.members)), area(row.area), *to_rival, *last))
     return _columns(header, [("area under the front", cells)], width)
+
+
+def _multiplier_note(results: Results) -> str:
+    lengths = ", ".join(plain(label) for label in full_training_lengths(results))
+    return (
+        f"compute multiplier: FLOPs with which full training of the best length ({lengths}) is as accurate as the "
+        "policy, over the policy's [95 % interval]; above 1 beats fewer steps; on a workload at least it is >= more "
+        "accurate than all lengths, <= less accurate than the shortest, ~ both"
+    )
 
 
 def _area_note(results: Results) -> str:

@@ -8,12 +8,28 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from evaluate.trials.plan import Plan, SuiteFolder, trial_id
-from evaluate.trials.records import ADOPTED, MALFORMED, has_result, trial_of
+from evaluate.trials.records import ADOPTED, MALFORMED, Results, Suite, has_result, trial_of
+from evaluate.trials.suite import read_suite
 from predictor.errors import FileFault
 from predictor.shared.files import read_json_lines
 
 _LONGEST_LINE = 1 << 20
 """Bytes; a trial's line has some thousands. A packed file of a few kilobytes may unpack to any length."""
+
+
+PUBLISHED = Path(__file__).parents[1] / "results" / "trials"
+"""Where this repository keeps the trials that it publishes, packed, a file for each suite."""
+
+
+def published_results(suite: str) -> Results:
+    """The published trials of a suite of `evaluate/suites`, to be compared by FLOPs. Raises FileFault without them."""
+    plan = read_suite(suite)
+    workloads, policies = (tuple(entry.label for entry in entries) for entries in (plan.workloads, plan.policies))
+    description = Suite(plan.name, plan.baseline, plan.margin, "flops", workloads, policies, plan.seeds)
+    read = (trial_of(row) for row in _rows(PUBLISHED / f"{plan.name}.jsonl.gz"))
+    planned = [trial for trial in read if trial.workload in workloads and trial.policy in policies]
+    trials = {(trial.workload, trial.policy, trial.seed): trial for trial in planned if trial.seed in plan.seeds}
+    return Results(description, tuple(trials.values()), ())
 
 
 def adopt(path: Path, plan: Plan, folder: SuiteFolder) -> list[dict[str, Any]]:

@@ -20,13 +20,15 @@ def rows(trial):
 
 def test_each_family_has_a_line_with_its_settings_dearest_first(write, rows):
     lines = markdown(read_results(write(rows), "flops"), {}).splitlines()
-    assert lines[0] == "| policy | settings | area | difference to `shorter 0.7` | FLOPs: points to `none` |"
-    assert lines[1] == "| --- | --- | --- | --- | --- |"
+    assert lines[0] == (
+        "| policy | settings | area | difference to `shorter 0.7` | FLOPs: points to `none` | compute multiplier |"
+    )
+    assert lines[1].count("---") == 6
     # 0.8 to 1 at half a point of five lost, and 0.5 to 0.8 at two: .2 x .9 + .3 x .6
     assert lines[2].startswith(
-        "| static | 2 | 0.360 [0.360, 0.360] | +0.240 [+0.240, +0.240] | 80 %: -0.5, 50 %: -2.0 |"
+        "| static | 2 | 0.360 [0.360, 0.360] | +0.240 [+0.240, +0.240] | 80 %: -0.5, 50 %: -2.0 | "
     )
-    assert lines[3] == "| shorter 0.7 | 1 | 0.120 [0.120, 0.120] | - | 70 %: -3.0 |"
+    assert lines[3] == "| shorter 0.7 | 1 | 0.120 [0.120, 0.120] | - | 70 %: -3.0 | 1.00x [1.00, 1.00] |"
     assert len(lines) == 4
 
 
@@ -34,8 +36,8 @@ def test_with_an_oracle_there_is_a_column_for_the_share_of_its_saving(write, row
     results = read_results(write(rows), "flops")
     lines = markdown(results, {"a": read_oracle(oracle(tmp_path, "a"))}).splitlines()
     assert lines[0].endswith("| share of the oracle's saving |")
-    assert all(line.count("|") == 7 for line in lines)
-    assert "%" in lines[2].split("|")[6]
+    assert all(line.count("|") == 8 for line in lines)
+    assert "%" in lines[2].split("|")[7]
 
 
 def test_what_is_missing_from_a_setting_is_named(write, rows, trial):

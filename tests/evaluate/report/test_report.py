@@ -239,8 +239,10 @@ def test_the_oracles_saving_has_a_column_where_there_is_an_oracle(many, text):
     assert "oracle" not in text[text.index("<body") :].lower()
     assert many.count(">Of the oracle's saving<") == 1
     assert "the best of 60 freezing schedules, found on the test set: an upper limit" in many
-    rows = re.findall(r"<tr>(?:(?!</tr>).)*</tr>", many[many.index('id="table"') :], flags=re.DOTALL)
-    shares = {cells[1]: cells[7] for row in rows if len(cells := Elements(row).cells) == 12 and cells[0] != "Workload"}
+    rows = re.findall(
+        r"<tr>(?:(?!</tr>).)*</tr>", many[many.index('id="table"') : many.index('id="trials"')], flags=re.DOTALL
+    )
+    shares = {cells[1]: cells[8] for row in rows if len(cells := Elements(row).cells) == 13 and cells[0] != "Workload"}
     assert len(shares) == 45
     assert shares["none"] == "-"
     assert all(share.endswith(" %") for label, share in shares.items() if label != "none")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.validation import validated
 from evaluate.analysis.families import is_full_training
 from evaluate.analysis.pareto import unbeaten
 from evaluate.analysis.statistics import Row
@@ -164,28 +165,11 @@ def _same_network(oracle: Oracle, config: Mapping[str, Any]) -> bool:
 
 def read_oracle(path: Path) -> Oracle:
     """Read what `python -m evaluate oracle` wrote. Raises FileFault for a file that is nothing of the kind."""
+    again = "not an oracle: run `python -m evaluate oracle` again"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Oracle(
-            workload=str(content["workload"]),
-            recipe=dict(content["recipe"]),
-            source=str(content["source"]),
-            seeds=tuple(int(seed) for seed in content["seeds"]),
-            tried=int(content["tried"]),
-            front=tuple(_schedule(each) for each in content["front"]),
-            name=content.get("name"),
-            code=content.get("code", ""),
-        )
     except OSError as error:
         raise FileFault(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise FileFault(f"{path}: not an oracle ({error}): run `python -m evaluate oracle` again") from error
-
-
-def _schedule(row: Any) -> Schedule:
-    return Schedule(
-        flops_share=float(row["flops_share"]),
-        difference=float(row["difference"]),
-        accuracy=float(row["accuracy"]),
-        fronts=tuple((float(progress), float(share)) for progress, share in row["fronts"]),
-    )
+    except (ValueError, RecursionError) as error:
+        raise FileFault(f"{path}: {again}: {error}") from error
+    return validated(Oracle, content, f"{path}: {again}", FileFault)

@@ -245,7 +245,7 @@ def _losses(trial: Trial) -> tuple[list[tuple[int, float]], list[tuple[int, floa
 
 
 def _costs(trial: Trial, axis: str) -> list[tuple[int, float]]:
-    seconds = [(p.step, p.train_seconds if axis == "train_seconds" else p.cpu_seconds) for p in trial.step_cost]
+    seconds = [(p.step, p.seconds if axis == "train_seconds" else p.cpu_seconds) for p in trial.step_cost]
     return [(step, value * 1000) for step, value in seconds if value is not None]
 
 

@@ -177,8 +177,8 @@ def _oracle(flags: argparse.Namespace) -> None:
     print(f"oracle of {flags.workload}: {search.trials} schedules, seeds {list(search.seeds)}", flush=True)
     path = find_oracle(search, flags.out, Settings(flags.device, flags.slots))
     oracle = read_oracle(path)
-    print("\n".join(["", *written(oracle.front)]))
-    print(f"\nThe best of {oracle.tried} on the test set: an upper limit, part of it luck.\n{path.resolve()}")
+    print(f"\n{written(oracle.front)}\n")
+    print(f"The best of {oracle.tried} on the test set: an upper limit, part of it luck.\n{path.resolve()}")
 
 
 def _show(folder: Path, oracles: Path | None = None, cost: str | None = None, against: str = "") -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from tabulate import tabulate
+
 from collect.workloads import own_code
 from evaluate.analysis.oracle_file import Schedule, pareto
 from evaluate.trials.plan import Settings, SuiteFolder, make_plan
@@ -191,11 +193,16 @@ def _content(search: Search, tried: list[Schedule]) -> Mapping[str, Any]:
     }
 
 
-def written(front: Sequence[Schedule]) -> list[str]:
-    """The front as lines for a terminal."""
-    lines = ["FLOPs  accuracy %  difference  front of the layers"]
-    for each in front:
-        when = ", ".join(f"{share:.0%} from {time:.0%} on" for time, share in each.fronts) or "nothing freezes"
-        cells = f"{each.flops_share:5.0%}  {each.accuracy * 100:10.2f}  {each.difference * 100:+10.2f}"
-        lines.append(f"{cells}  {when}")
-    return lines
+def written(front: Sequence[Schedule]) -> str:
+    """The Pareto front as a table for a terminal."""
+    rows = [
+        (
+            f"{each.flops_share:.0%}",
+            f"{each.accuracy * 100:.2f}",
+            f"{each.difference * 100:+.2f}",
+            ", ".join(f"{share:.0%} from {time:.0%} on" for time, share in each.fronts) or "nothing freezes",
+        )
+        for each in front
+    ]
+    header = ("FLOPs", "accuracy %", "difference, pp", "frozen share of the layers")
+    return tabulate(rows, header, tablefmt="plain", disable_numparse=True)

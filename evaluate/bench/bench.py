@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from tabulate import tabulate
 from tqdm import tqdm
 
 from collect.training.device import pick_device
@@ -153,9 +154,7 @@ def _memory_table(rows: Sequence[FrontMemory]) -> list[str]:
 
 
 def _lines(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    rows = ([text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in [head, *cells])
-    return ["  " + "  ".join(row).rstrip() for row in rows]
+    return tabulate(cells, head, tablefmt="plain", disable_numparse=True).splitlines()
 
 
 def _change(change: Change) -> str:

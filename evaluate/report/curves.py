@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from evaluate.analysis.area import LOSS, FamilyArea
 from evaluate.analysis.families import Family, families, rival
 from evaluate.analysis.statistics import Row
+from evaluate.report.format import shortened
 from evaluate.report.panels import arrange, columns_for, height_for, letters_for, panel_grid
 from evaluate.report.svg import BAND, Plot, colour, drawn, marker
-from evaluate.report.table import shortened
 from evaluate.report.tradeoff import PARTIAL, Point, cost_label, relative_points
 from evaluate.trials.records import Results
 

@@ -10,9 +10,9 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 
 from evaluate.analysis.families import MANY, families, places
+from evaluate.report.format import shortened
 from evaluate.report.panels import arrange, columns_for, height_for, letters_for, panel_grid
 from evaluate.report.svg import BAND, INK, Plot, colour, drawn
-from evaluate.report.table import shortened
 from evaluate.trials.records import Results, Trial
 
 # The time axis is cut into this many parts: a policy that changes its mind at every step must not fill the page.

@@ -25,7 +25,8 @@ from evaluate.analysis.statistics import (
     headline,
     overall,
 )
-from evaluate.report import figures, table, tradeoff
+from evaluate.report import figures, tradeoff
+from evaluate.report import format as write
 from evaluate.report.cards import cards
 from evaluate.report.curves import curve_plots
 from evaluate.report.protocol import protocol
@@ -105,7 +106,7 @@ def render(results: Results, oracles: Mapping[str, Oracle] | None = None, refuse
         ],
         versions=distinct(trial.versions for trial in results.trials),
         hardware=distinct(trial.hardware for trial in results.trials),
-        write=table,
+        write=write,
     )
 
 

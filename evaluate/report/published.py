@@ -16,8 +16,8 @@ from evaluate.analysis.compute_multiplier import compute_multipliers, full_train
 from evaluate.analysis.families import families
 from evaluate.analysis.pareto import unbeaten
 from evaluate.analysis.statistics import Row, compare, overall
+from evaluate.report.format import difference, multiplier
 from evaluate.report.svg import FAINT, INK, colour, drawn, standalone
-from evaluate.report.table import multiplier, points
 from evaluate.trials.adopt import published_results
 from evaluate.trials.records import Results
 
@@ -79,7 +79,7 @@ def _lines(kind: _Kind, results: Results) -> list[tuple[str, ...]]:
     for label in kind.settings:
         row = by_label[label]
         what = kind.title if label == kind.settings[0] else ""
-        accuracy = points(row.difference) if row.difference else "-"
+        accuracy = difference(row.difference) if row.difference else "-"
         factor = multiplier(multipliers.get((row.workload, label))).replace(">=", "≥").replace("<=", "≤")
         lines.append((what, _name(label), _saved(row), accuracy, factor, _rival(row, rivals)))
     return lines

@@ -15,8 +15,8 @@ from evaluate.analysis.area import LOSS
 from evaluate.analysis.families import MANY, places
 from evaluate.analysis.pareto import unbeaten
 from evaluate.analysis.statistics import Row, overall
+from evaluate.report.format import shortened
 from evaluate.report.svg import BAND, INK, Plot, colour, drawn, marker
-from evaluate.report.table import shortened
 from evaluate.trials.records import COST_AXES, Results
 
 _HEIGHT = 3.7

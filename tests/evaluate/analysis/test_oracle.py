@@ -83,7 +83,7 @@ def test_a_front_is_written_with_its_times(tmp_path):
     ]
     facts = {"workload": "a", "recipe": {}, "source": "digits", "seeds": [0], "tried": 2}
     path.write_text(json.dumps(facts | {"front": front}))
-    assert [line.split() for line in written(read_oracle(path).front)[1:]] == [
+    assert [line.split() for line in written(read_oracle(path).front).splitlines()[1:]] == [
         ["61%", "80.00", "-1.00", *["50%", "from", "20%", "on,", "100%", "from", "50%", "on"]],
         ["100%", "81.00", "+0.00", "nothing", "freezes"],
     ]

@@ -95,13 +95,14 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 def _run_suite(flags: argparse.Namespace) -> int:
     from evaluate.trials.adopt import adopt
-    from evaluate.trials.plan import Settings, SuiteFolder, make_plan
+    from evaluate.trials.folder import SuiteFolder
+    from evaluate.trials.plan import Settings, make_plan
     from evaluate.trials.run import pending, run_suite
     from evaluate.trials.suite import read_suite
 
     suite = read_suite(flags.suite)
     folder = SuiteFolder(flags.out or _RUNS / suite.name)
-    plan = make_plan(suite, folder, Settings(flags.device, flags.slots, flags.predictor))
+    plan = make_plan(suite, Settings(flags.device, flags.slots, flags.predictor))
     adopted = []
     if flags.adopt is not None:
         # All that is published: a user's suite may take trials of several, and has a name of its own.

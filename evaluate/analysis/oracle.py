@@ -17,7 +17,8 @@ from tabulate import tabulate
 
 from collect.workloads import own_code
 from evaluate.analysis.oracle_file import Schedule, pareto
-from evaluate.trials.plan import Settings, SuiteFolder, make_plan
+from evaluate.trials.folder import SuiteFolder
+from evaluate.trials.plan import Settings, make_plan
 from evaluate.trials.records import Results, Trial, read_results
 from evaluate.trials.run import run_suite
 from evaluate.trials.suite import PolicyEntry, Suite, WorkloadEntry, read_suite
@@ -144,7 +145,7 @@ def _train(search: Search, entries: tuple[PolicyEntry, ...], folder: SuiteFolder
     """Train what has no result yet, as a suite that has grown by these schedules."""
     name = f"oracle-{search.workload.label}"
     suite = Suite(name, (search.workload,), entries, search.seeds, _FULL.label, scores=search.scores)
-    run_suite(make_plan(suite, folder, settings), folder, lambda figures, done: None)
+    run_suite(make_plan(suite, settings), folder, lambda figures, done: None)
     return read_results(folder.root)
 
 

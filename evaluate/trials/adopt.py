@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from evaluate.trials.plan import Plan, SuiteFolder, trial_id
+from evaluate.trials.config import trial_id
+from evaluate.trials.folder import SuiteFolder
+from evaluate.trials.plan import Plan
 from evaluate.trials.records import ADOPTED, MALFORMED, Results, Suite, has_result, trial_of
 from evaluate.trials.suite import read_suite
 from predictor.errors import FileFault

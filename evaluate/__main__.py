@@ -129,7 +129,7 @@ def _run_suite(flags: argparse.Namespace) -> int:
 
 
 def _introduce(plan: "Plan", left: int, root: Path, adopted: bool) -> None:
-    """Say what is going to happen, and what it will be able to tell."""
+    """Say what is going to happen, and what the costs will be."""
     from collect.training.device import pick_device
 
     suite, settings = plan.suite, plan.settings

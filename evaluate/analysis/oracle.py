@@ -4,7 +4,7 @@ A schedule freezes the first quarter of the layers at one time, the half, three 
 or never. Optuna's TPE proposes a few schedules, each is trained with every seed as an ordinary trial of a suite, and
 what came of them guides the next proposals (Ozaki et al. 2022, "Multiobjective tree-structured Parzen estimator"). The
 search is seeded and reads every result from the folder's results.jsonl, so the same command proposes the same
-schedules again, finds them trained, and goes on where it was broken off, or further with more trials.
+schedules again, finds them trained, and goes on where it was interrupted, or further with more trials.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,10 +36,10 @@ _STEP = 0.05
 _ROUND = 8
 """Schedules that are proposed, and trained side by side, before the search learns from them."""
 _FIRST = (0.0, 0.2, 0.4, 0.6, 0.8)
-"""Before it proposes any, fronts that begin at these times and grow evenly: the whole range of costs."""
+"""Before it proposes any, prefixes that begin at these times and grow evenly: the whole range of costs."""
 _FULL = PolicyEntry("none", "none")
 
-Fronts = tuple[tuple[float, float], ...]
+Prefixes = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def find_oracle(search: Search, out: Path, settings: Settings, say: Callable[[st
     study, proposed = _study(search.seed), 0
     while proposed < search.trials:
         asked = [study.ask() for _ in range(min(_ROUND, search.trials - proposed))]
-        wanted = [_entry(_fronts(trial)) for trial in asked]
+        wanted = [_entry(_prefixes(trial)) for trial in asked]
         entries |= {entry.label: entry for entry in wanted}
         results = _train(search, tuple(entries.values()), folder, settings)
         for trial, entry in zip(asked, wanted, strict=True):
@@ -116,15 +116,15 @@ def _study(seed: int) -> "optuna.Study":
     return study
 
 
-def _fronts(trial: "optuna.Trial") -> Fronts:
-    """The schedule that a trial proposes: a time to begin, then how long to wait for each next front."""
+def _prefixes(trial: "optuna.Trial") -> Prefixes:
+    """The schedule that a trial proposes: a time to begin, then how long to wait for each larger prefix."""
     times = [trial.suggest_float("begin", 0.0, 1.0, step=_STEP)]
     for place in range(1, len(SHARES)):
         times.append(times[-1] + trial.suggest_float(f"wait{place}", 0.0, 1.0, step=_STEP))
-    return fronts_at(times)
+    return prefixes_at(times)
 
 
-def fronts_at(times: Sequence[float]) -> Fronts:
+def prefixes_at(times: Sequence[float]) -> Prefixes:
     """The option of the policy "schedule" for the times at which each of SHARES freezes; from 1 on it is never.
 
     Of several at the same time the largest counts.
@@ -133,12 +133,12 @@ def fronts_at(times: Sequence[float]) -> Fronts:
     return tuple((time, share) for time, share in steps.items() if time < 1)
 
 
-def _entry(fronts: Fronts) -> PolicyEntry:
+def _entry(prefixes: Prefixes) -> PolicyEntry:
     """Full training for a schedule that never freezes anything, which is trained anyway."""
-    if not fronts:
+    if not prefixes:
         return _FULL
-    label = "schedule " + ", ".join(f"{share:g} at {time:g}" for time, share in fronts)
-    return PolicyEntry("schedule", label, {"fronts": [list(front) for front in fronts]})
+    label = "schedule " + ", ".join(f"{share:g} at {time:g}" for time, share in prefixes)
+    return PolicyEntry("schedule", label, {"fronts": [list(each) for each in prefixes]})
 
 
 def _train(search: Search, entries: tuple[PolicyEntry, ...], folder: SuiteFolder, settings: Settings) -> Results:
@@ -158,8 +158,8 @@ def _measured(results: Results, search: Search, entry: PolicyEntry) -> Schedule 
     if len(whole) < len(numbers):
         return None
     accuracy, difference, share = (fmean(column) for column in zip(*whole, strict=True))
-    fronts = tuple((time, part) for time, part in entry.options.get("fronts", ()))
-    return Schedule(share, difference, accuracy, fronts)
+    prefixes = tuple((time, part) for time, part in entry.options.get("fronts", ()))
+    return Schedule(share, difference, accuracy, prefixes)
 
 
 def _numbers(full: Trial | None, own: Trial | None) -> tuple[float, float, float] | None:

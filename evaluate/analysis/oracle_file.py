@@ -32,7 +32,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Oracle:
-    """The front of a workload's schedules, cheapest first.
+    """The Pareto front of a workload's schedules, cheapest first.
 
     It is the best of many on the test set, so part of its accuracy is luck that another seed would not repeat: an
     upper limit of what freezing could save, not a rival.
@@ -87,7 +87,7 @@ def share_of_saving(savings: Sequence[Saving]) -> float | None:
     """The policy's saving over the oracle's, of one workload or of several that weigh the same.
 
     Sums over sums: on a workload where hardly anything can be saved a ratio of its own would outweigh all others. None
-    where the oracle saves nothing. More than 1 is possible: the search tries few schedules, of whole fronts alone.
+    where the oracle saves nothing. More than 1 is possible: the search tries few schedules, of whole prefixes alone.
     """
     best = sum(each.oracle for each in savings)
     return sum(each.own for each in savings) / best if best > 0 else None

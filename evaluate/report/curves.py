@@ -31,7 +31,7 @@ class _Plane:
     """The settings of each family, cheapest first."""
     rival: Family | None
     margin: float
-    """Points that may be lost."""
+    """Percentage points that may be lost."""
     right: float
     low: float
     high: float
@@ -52,7 +52,7 @@ def curve_plots(results: Results, rows: Sequence[Row], areas: Sequence[FamilyAre
     lines = -(-len(order) // (figures * _COLUMNS))
     size = lines * _COLUMNS if figures > 1 else len(order)
     parts = [order[start : start + size] for start in range(0, len(order), size)]
-    labels = (cost_label(results), "accuracy difference, points")
+    labels = (cost_label(results), "accuracy difference, pp")
     return [_plot(plane, part, labels, _title(part, areas)) for part in parts]
 
 
@@ -94,7 +94,7 @@ def _plot(plane: _Plane, part: Sequence[Family], labels: tuple[str, str], title:
     note = (
         "In colour: a family, a point for each setting; whiskers: 95 % intervals over paired seeds. Grey: the other "
         f"families.{dashed} Cross: the baseline. Hollow, at an edge: lies beyond it. Shaded: more than "
-        f"{plane.margin:g} points lost."
+        f"{plane.margin:g} percentage points lost."
     )
     if any(not point.whole for family in part for point in plane.curves[family]):
         note = f"{note} {PARTIAL}"

@@ -25,8 +25,8 @@ from evaluate.analysis.statistics import (
     headline,
     overall,
 )
-from evaluate.report import figures, tradeoff
 from evaluate.report import format as write
+from evaluate.report import over_time, tradeoff
 from evaluate.report.cards import cards
 from evaluate.report.curves import curve_plots
 from evaluate.report.protocol import protocol
@@ -158,7 +158,7 @@ def _missing_seeds(results: Results) -> list[tuple[str, str, str]]:
 
 
 def _caches(results: Results) -> list[tuple[str, float]]:
-    """The policies that had a cache, each with the share of batches for which it skipped the frozen front."""
+    """The policies that had a cache, each with the share of batches for which it skipped the frozen prefix."""
     shares = {name: [t.hit_share for t in results.trials if t.policy == name] for name in results.policies}
     known = {name: [share for share in found if share is not None] for name, found in shares.items()}
     return [(name, fmean(found)) for name, found in known.items() if found]
@@ -172,11 +172,11 @@ def _workloads(results: Results, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Each workload's name, its plots, and the policies that froze nothing on it."""
     sections = []
     for name in tqdm(results.workloads, desc="report", unit="workload", disable=None, delay=3):
-        timelines, idle = figures.timeline_plots(results, name)
+        timelines, idle = over_time.timeline_plots(results, name)
         plots: list[Plot | None] = [
             tradeoff.workload_plot(results, rows, name),
-            figures.loss_plot(results, name),
-            figures.step_cost_plot(results, name),
+            over_time.loss_plot(results, name),
+            over_time.step_cost_plot(results, name),
         ]
         found = [plot for plot in plots if plot]
         sections.append({"name": name, "plots": found, "timelines": timelines, "idle": idle})

@@ -37,9 +37,10 @@ def published_results(suite: str) -> Results:
 def adopt(path: Path, plan: Plan, folder: SuiteFolder) -> list[dict[str, Any]]:
     """The results in `path` that the plan asks for and that `folder` has not, marked as taken over; writes nothing.
 
-    path: a results.jsonl, or one packed by gzip. Results are told by the id of their configuration, so that a trial is
-    taken only where it is the very one of the plan, trained on the same kind of device, and its costs were counted as
-    they are now.
+    Results are matched by the id of their configuration. So a trial is taken only where it is the very one of the plan,
+    trained on the same kind of device, and where its costs were counted as they are now.
+
+    path: a results.jsonl, or one packed by gzip.
 
     Raises FileFault where the file cannot be read.
     """
@@ -53,8 +54,8 @@ def _is_one_of(row: dict[str, Any], wanted: set[str]) -> bool:
     """Whether a line from elsewhere is what it says: of a wanted configuration, and a trial of just that."""
     try:
         trial, config = trial_of(row), row["config"]
-        told = config["label"], config["policy"]["label"], config["seed"]
-        return trial.trial_id == trial_id(config) in wanted and (trial.workload, trial.policy, trial.seed) == told
+        expected = config["label"], config["policy"]["label"], config["seed"]
+        return trial.trial_id == trial_id(config) in wanted and (trial.workload, trial.policy, trial.seed) == expected
     except MALFORMED:
         return False
 

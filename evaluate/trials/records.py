@@ -39,7 +39,7 @@ _Name = Annotated[str, StringConstraints(min_length=1)]
 
 @dataclass(frozen=True)
 class Suite:
-    """What was to be run and how it is judged."""
+    """What was to be run and how it is compared."""
 
     name: _Name
     baseline: _Name
@@ -233,8 +233,8 @@ def has_result(row: dict[str, Any]) -> bool:
 
     Nor is it a result without the id of its trial, or without how many ran at a time.
     """
-    told = isinstance(row.get("trial_id"), str) and type(row.get("slots")) is int
-    return told and row.get("status") in ("finished", "diverged") and row.get("accounting") == ACCOUNTING
+    complete = isinstance(row.get("trial_id"), str) and type(row.get("slots")) is int
+    return complete and row.get("status") in ("finished", "diverged") and row.get("accounting") == ACCOUNTING
 
 
 def trial_of(row: Any) -> Trial:

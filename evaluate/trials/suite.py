@@ -1,4 +1,4 @@
-"""Suite files: which workloads are trained under which policies with which seeds, and how the results are judged."""
+"""Suite files: which workloads are trained under which policies with which seeds, and how the results are compared."""
 
 import sys
 from collections.abc import Iterable, Mapping

@@ -15,7 +15,7 @@ from collect.training.provenance import hardware, versions
 from collect.workloads import Workload, load_workload
 from data.sources import load_source
 from evaluate.trials.config import BY_FINGERPRINT, TrialConfig
-from evaluate.trials.cost import StepFlops, steps_by_pattern
+from evaluate.trials.flops import StepFlops, steps_by_pattern
 from evaluate.trials.folder import SuiteFolder
 from evaluate.trials.freezing import CacheHook, FreezeHook
 from evaluate.trials.lora import with_lora
@@ -147,7 +147,7 @@ def _freezing(controller: FreezeController, caching: CacheHook | None, training:
 def _spared(caching: CacheHook | None, step_flops: StepFlops) -> int:
     """FLOPs of the forward passes that the cache made unnecessary, less those that it made to find where to cut.
 
-    These count as whole passes, though most of them skip the front that is tried.
+    These count as whole passes, though most of them skip the prefix that is tried.
     """
     if caching is None:
         return 0

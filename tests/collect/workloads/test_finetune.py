@@ -21,7 +21,7 @@ from data.locations import folder_of
 from data.sources import load_source
 from data.sources.base import Source, balanced
 from data.sources.memory import Look
-from evaluate.trials.cost import StepFlops
+from evaluate.trials.flops import StepFlops
 from predictor import layers_of
 from predictor.errors import FileFault
 from predictor.model.sampling import SampleSpec

@@ -6,7 +6,7 @@ import pytest
 
 from collect.workloads import own_code
 from evaluate.__main__ import main
-from evaluate.analysis.oracle import find_oracle, fronts_at, make_search, written
+from evaluate.analysis.oracle import find_oracle, make_search, prefixes_at, written
 from evaluate.analysis.oracle_file import find_oracles, read_oracle
 from evaluate.trials.plan import Settings
 from evaluate.trials.records import read_results
@@ -21,10 +21,10 @@ def lines(out):
 
 
 def test_times_become_fronts_and_never_is_left_out():
-    assert fronts_at([0.1, 0.1, 0.35, 1.2]) == ((0.1, 0.5), (0.35, 0.75))
-    assert fronts_at([0.30000000000000004, 0.7, 0.95, 1.0]) == ((0.3, 0.25), (0.7, 0.5), (0.95, 0.75))
-    assert fronts_at([0.0] * 4) == ((0.0, 1.0),)
-    assert fronts_at([1.0] * 4) == ()
+    assert prefixes_at([0.1, 0.1, 0.35, 1.2]) == ((0.1, 0.5), (0.35, 0.75))
+    assert prefixes_at([0.30000000000000004, 0.7, 0.95, 1.0]) == ((0.3, 0.25), (0.7, 0.5), (0.95, 0.75))
+    assert prefixes_at([0.0] * 4) == ((0.0, 1.0),)
+    assert prefixes_at([1.0] * 4) == ()
 
 
 def test_a_search_ends_with_a_front_and_the_same_search_trains_nothing_again(tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 
 from evaluate.analysis.families import families
 from evaluate.analysis.statistics import compare
-from evaluate.report.figures import frozen_share, frozen_spans, loss_plot, step_cost_plot, timeline_plots
+from evaluate.report.over_time import frozen_share, frozen_spans, loss_plot, step_cost_plot, timeline_plots
 from evaluate.report.svg import colour, drawn, marker, swatch
 from evaluate.report.tradeoff import Point, Span, overall_plot, pareto, relative_points, workload_plot
 from evaluate.trials.records import read_results
@@ -120,7 +120,7 @@ def test_settings_of_a_policy_share_a_panel_and_their_looks(write, trial):
     assert titles == ["static", "linear"]
     assert plot.note == "Grey: the baseline. Several settings of a policy: the paler, the later in the suite."
     assert [point.place for point in relative_points(results, compare(results))] == [0, 1, 1, 2]
-    assert "Points that look alike are settings of one policy." in overall_plot(results, compare(results)).note
+    assert "Markers that look alike are settings of one policy." in overall_plot(results, compare(results)).note
 
 
 def test_of_many_policies_a_timeline_shows_a_family(many_page):

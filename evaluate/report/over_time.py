@@ -113,7 +113,7 @@ def timeline_plots(results: Results, workload: str) -> tuple[list[Plot], list[st
 
 
 def frozen_spans(trial: Trial) -> list[list[tuple[int, int]]]:
-    """For each layer, front to back, the spans of steps over which it was frozen."""
+    """For each layer, in order of execution, the spans of steps over which it was frozen."""
     spans = []
     for place in range(len(trial.layers)):
         spans.append(_joined((start, end) for start, frozen, end in _stretches(trial) if place in frozen))
@@ -162,7 +162,7 @@ def _timeline(spoken: str, title: str, panels: Sequence[tuple[str, Trial]], plac
             text = f"{shortened(name, letters_for(columns))}{lost}"
             axes.set_title(text, fontsize="small" if lost else None)
             _bars(axes, trial, place, length)
-        _finish(figure, grid, len(panels), "layer, front first", length, whole_y=True)
+        _finish(figure, grid, len(panels), "layer index", length, whole_y=True)
         grid[0][0].set_ylim(0, len(panels[0][1].layers))
 
     return Plot(title, drawn(height_for(len(panels), columns), draw, spoken))

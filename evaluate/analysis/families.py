@@ -61,9 +61,9 @@ def rival(found: Sequence[Family], against: str = "") -> Family | None:
     return next((family for family in found if family.policy in _FEWER_STEPS and not family.changes), None)
 
 
-def places(results: Results) -> dict[str, int]:
+def colour_indices(results: Results) -> dict[str, int]:
     """Each policy's index among the colours and markers: 0 for the baseline, then one for all members of a family."""
-    numbered = {label: place for place, family in enumerate(families(results), 1) for label in family.members}
+    numbered = {label: index for index, family in enumerate(families(results), 1) for label in family.members}
     return {results.suite.baseline: 0} | numbered
 
 

@@ -164,7 +164,7 @@ def _same_network(oracle: Oracle, config: Mapping[str, Any]) -> bool:
 
 
 def read_oracle(path: Path) -> Oracle:
-    """Read what `python -m evaluate oracle` wrote. Raises FileFault for a file that is nothing of the kind."""
+    """Read what `python -m evaluate oracle` wrote. Raises FileFault for any other file."""
     again = "not an oracle: run `python -m evaluate oracle` again"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

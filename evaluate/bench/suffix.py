@@ -54,7 +54,7 @@ def suffix_training(subject: Subject, count: int, batches: Sequence[Batch]) -> T
     """A training in which the first `count` layers' modules are never called: their outputs for `batches` are given.
 
     Its optimizer holds the other parameters alone. To be trained on `batches` in their order, over and over. What a
-    model computes outside its modules, such as the sum of a residual connection, is computed as ever. Raises UsageError
+    model computes outside its modules, such as the sum of a residual connection, is still computed. Raises UsageError
     when none of the modules is ever called.
     """
     training = frozen_training(subject, count)
@@ -153,7 +153,7 @@ def _arguments(training: Training, batch: Batch) -> tuple[tuple[Any, ...], dict[
 
 
 def _run_up_to(training: Training, batches: Iterator[Batch]) -> None:
-    """Begin a step whose forward pass something in the model will break off."""
+    """Begin a step whose forward pass something in the model will interrupt."""
     try:
         training.take_step(batches)
     except _Reached:

@@ -120,7 +120,7 @@ def _panel(axes: Axes, plane: _Plane, family: Family) -> None:
 
 def _own(axes: Axes, plane: _Plane, points: Sequence[Point]) -> None:
     """A family's line, and its points with their whiskers."""
-    look, shape = colour(points[0].place), marker(points[0].place)
+    look, shape = colour(points[0].index), marker(points[0].index)
     axes.plot(*zip(*_line(points), strict=True), color=look)
     for point in points:
         cost, accuracy = point.cost, point.accuracy

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from evaluate.analysis.area import LOSS, area_headline, areas
 from evaluate.analysis.compute_multiplier import compute_multipliers, full_training_lengths
-from evaluate.analysis.families import MANY, families, places, policy_names, rival
+from evaluate.analysis.families import MANY, colour_indices, families, policy_names, rival
 from evaluate.analysis.oracle_file import Oracle, find_oracles, oracles_beside, shares_of_saving
 from evaluate.analysis.statistics import (
     AS_ACCURATE,
@@ -91,7 +91,7 @@ def render(results: Results, oracles: Mapping[str, Oracle] | None = None, refuse
         cards=cards(policy_names(results)),
         main_plot=tradeoff.overall_plot(results, rows),
         workloads=_workloads(results, rows),
-        swatches={policy: swatch(place) for policy, place in places(results).items()},
+        swatches={policy: swatch(index) for policy, index in colour_indices(results).items()},
         legend=_legend(results),
         symbols=_SYMBOLS,
         trials=results.trials,
@@ -146,7 +146,7 @@ def _grouped(results: Results, rows: Sequence[Row]) -> list[list[Row]]:
 def _legend(results: Results) -> list[tuple[str, str]]:
     """The baseline and each family, with the swatch that stands for it."""
     names = [results.suite.baseline, *(family.name for family in families(results))]
-    return [(name, swatch(place)) for place, name in enumerate(names)]
+    return [(name, swatch(index)) for index, name in enumerate(names)]
 
 
 def _missing_seeds(results: Results) -> list[tuple[str, str, str]]:

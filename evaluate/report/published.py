@@ -121,7 +121,7 @@ class _Series:
     """Settings that share a colour."""
 
     name: str
-    place: int
+    index: int
     """Among the colours of the report's figures."""
     line: str
     """matplotlib's line style through the unbeaten settings; empty for points alone."""
@@ -174,7 +174,7 @@ def _split(results: Results) -> list[list[Row]]:
 
 
 def _draw_series(axes: Axes, series: _Series, rows: Sequence[Row]) -> None:
-    own = colour(series.place)
+    own = colour(series.index)
     shown = [row for row in rows if -100 * _lost(row) > _LOWEST]
     if not series.line:
         x, y = [100 * _share(row) for row in shown], [-100 * _lost(row) for row in shown]

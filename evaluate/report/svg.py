@@ -37,7 +37,7 @@ _STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
-    "axes.titley": 1.0,  # else its place is looked for, which takes a fifth of the time that many panels take
+    "axes.titley": 1.0,  # else its index is looked for, which takes a fifth of the time that many panels take
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.facecolor": "none",
@@ -65,14 +65,14 @@ class Plot:
     """How to read it."""
 
 
-def colour(place: int) -> str:
-    """The placeholder of a policy's colour; place 0 is the baseline."""
-    return _SERIES[0] if place == 0 else _SERIES[1 + (place - 1) % (len(_SERIES) - 1)]
+def colour(index: int) -> str:
+    """The placeholder of a policy's colour; index 0 is the baseline."""
+    return _SERIES[0] if index == 0 else _SERIES[1 + (index - 1) % (len(_SERIES) - 1)]
 
 
-def marker(place: int) -> str:
+def marker(index: int) -> str:
     """A policy's marker; with the colour it is different for each of 42 policies besides the baseline."""
-    return "X" if place == 0 else _MARKERS[(place - 1) % len(_MARKERS)]
+    return "X" if index == 0 else _MARKERS[(index - 1) % len(_MARKERS)]
 
 
 def drawn(height: float, draw: Callable[[Figure], Any], title: str, width: float = WIDTH) -> str:
@@ -104,12 +104,12 @@ def standalone(svg: str) -> str:
     return f'{opening} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">{style}{paper}{rest}\n'
 
 
-def swatch(place: int) -> str:
+def swatch(index: int) -> str:
     """A policy's marker in its colour, for legends in HTML."""
-    style = MarkerStyle(marker(place))
+    style = MarkerStyle(marker(index))
     outline = np.array(style.get_path().transformed(style.get_transform()).to_polygons()[0])
     points = " ".join(f"{x:.2f},{-y:.2f}" for x, y in outline)
-    fill = f'style="fill: {_VARIABLES[colour(place)]}"'
+    fill = f'style="fill: {_VARIABLES[colour(index)]}"'
     return (
         f'<svg class="swatch" viewBox="-.75 -.75 1.5 1.5" aria-hidden="true"><polygon points="{points}" {fill}/></svg>'
     )

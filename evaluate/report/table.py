@@ -93,7 +93,7 @@ def _area_lines(results: Results, found: Sequence[FamilyArea]) -> list[_Line]:
     other = rival([row.family for row in found], results.suite.against)
     where = [write.area_workloads(row, len(results.workloads)) for row in found]
     lines: list[_Line] = [{"family": "area under the Pareto front"}]
-    for row, place in zip(found, where, strict=True):
+    for row, on in zip(found, where, strict=True):
         line = {
             "family": f"  {shortened(row.family.name, _LABEL_WIDTH)}",
             "settings": str(len(row.family.members)),
@@ -102,7 +102,7 @@ def _area_lines(results: Results, found: Sequence[FamilyArea]) -> list[_Line]:
         if other:
             difference = write.area_difference(row.to_rival) if row.to_rival else "-"
             line[f"to {shortened(other.name, _LABEL_WIDTH)}"] = difference
-        lines.append(line | ({"workloads": place or "all"} if any(where) else {}))
+        lines.append(line | ({"workloads": on or "all"} if any(where) else {}))
     return lines
 
 

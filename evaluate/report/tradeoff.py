@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from evaluate.analysis.area import LOSS
-from evaluate.analysis.families import MANY, places
+from evaluate.analysis.families import MANY, colour_indices
 from evaluate.analysis.pareto import unbeaten
 from evaluate.analysis.statistics import Row, overall
 from evaluate.report.format import shortened
@@ -50,7 +50,7 @@ class Span:
 class Point:
     """A policy in the plane of cost and accuracy."""
 
-    place: int
+    index: int
     """Among the colours: 0 for the baseline, then one for all settings of a family."""
     label: str
     cost: Span
@@ -108,7 +108,7 @@ def pareto(points: Sequence[Point]) -> list[Point]:
 def _looks(points: Sequence[Point], floor: float) -> str:
     """What the points' looks mean; empty where each has its own and its name."""
     parts = []
-    if len({point.place for point in points}) < len(points):
+    if len({point.index for point in points}) < len(points):
         parts.append("Markers that look alike are settings of one policy.")
     if len(points) > MANY:
         parts.append("Named, and with whiskers: those on the Pareto front.")
@@ -129,7 +129,7 @@ def _unbeaten(points: Sequence[Point]) -> str:
 
 def _points(results: Results, rows: Sequence[Row], cost_unit: float, accuracy_zero: float) -> list[Point]:
     """The baseline at (cost_unit, accuracy_zero), and every policy that has a pair, in relation to it."""
-    known, points = places(results), []
+    known, points = colour_indices(results), []
     for row in rows:
         if row.policy == results.suite.baseline and row.accuracy is not None:
             cost, accuracy = Span(*[cost_unit] * 3), Span(*[accuracy_zero] * 3)
@@ -167,7 +167,7 @@ def _draw(points: Sequence[Point], labels: tuple[str, str], floor: float, title:
         for point in shown:
             _point(axes, point, whole=point in named)
         for point in beyond:
-            look: dict[str, Any] = {"color": colour(point.place), "marker": marker(point.place), "fillstyle": "none"}
+            look: dict[str, Any] = {"color": colour(point.index), "marker": marker(point.index), "fillstyle": "none"}
             axes.plot(point.cost.value, axes.get_ylim()[0], markersize=6, clip_on=False, **look)
         if named is shown:
             _join(axes, shown)
@@ -213,16 +213,16 @@ def _steps(axes: Axes, front: Sequence[Point]) -> list[Bbox]:
 
 def _join(axes: Axes, points: Sequence[Point]) -> None:
     """A thin line through the settings of each family, cheapest first."""
-    for place in {point.place for point in points}:
-        own = sorted((p.cost.value, p.accuracy.value) for p in points if p.place == place)
+    for index in {point.index for point in points}:
+        own = sorted((p.cost.value, p.accuracy.value) for p in points if p.index == index)
         if len(own) > 1:
-            axes.plot(*zip(*own, strict=True), color=colour(place), linewidth=0.9, alpha=0.6)
+            axes.plot(*zip(*own, strict=True), color=colour(index), linewidth=0.9, alpha=0.6)
 
 
 def _point(axes: Axes, point: Point, *, whole: bool) -> None:
     """A marker; the whole point has its whiskers too, and stands before those that have none."""
     cost, accuracy = point.cost, point.accuracy
-    look: dict[str, Any] = {"color": colour(point.place), "marker": marker(point.place)}
+    look: dict[str, Any] = {"color": colour(point.index), "marker": marker(point.index)}
     look |= {} if point.whole else {"fillstyle": "none"}
     if not whole:
         axes.plot(cost.value, accuracy.value, markersize=5, alpha=0.6, zorder=2, **look)
@@ -253,7 +253,7 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point], named: Sequence[
                 textcoords="offset points",
                 horizontalalignment=horizontal,
                 verticalalignment=vertical,
-                color=colour(point.place),
+                color=colour(point.index),
                 in_layout=False,
             )
             box = text.get_window_extent()

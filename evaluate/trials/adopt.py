@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from evaluate.trials.config import trial_id
-from evaluate.trials.folder import SuiteFolder
+from evaluate.trials.folder import PUBLISHED, SuiteFolder
 from evaluate.trials.plan import Plan
 from evaluate.trials.records import ADOPTED, MALFORMED, Results, Suite, has_result, trial_of
 from evaluate.trials.suite import read_suite
@@ -17,10 +17,6 @@ from predictor.shared.files import read_json_lines
 
 _LONGEST_LINE = 1 << 20
 """Bytes; a trial's line has some thousands. A packed file of a few kilobytes may unpack to any length."""
-
-
-PUBLISHED = Path(__file__).parents[1] / "results" / "trials"
-"""Where this repository keeps the trials that it publishes, packed, a file for each suite."""
 
 
 def published_results(suite: str) -> Results:

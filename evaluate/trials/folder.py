@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+PUBLISHED = Path(__file__).parents[1] / "results" / "trials"
+"""Where this repository keeps the trials that it publishes, packed, a file for each suite."""
+
 
 class SuiteFolder:
     """Names every file of a suite's results."""

@@ -56,7 +56,7 @@ class FreezeHook(Hook):
             training.finish()
 
     def on_end(self, training: Training) -> None:
-        """Let go of what the policy holds."""
+        """Release what the policy holds."""
         self.controller.close()
 
     def state_dict(self) -> dict[str, Any]:

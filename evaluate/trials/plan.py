@@ -99,7 +99,7 @@ class _Method:
         A policy's own draws are chance as the first weights are, and intervals have to hold it too.
         """
         drawn = _parameters(self.entry.name).get("seed")
-        by_seed = drawn is not None and drawn.default != seed  # with the default's own id, as ever
+        by_seed = drawn is not None and drawn.default != seed  # the default has the id that it always had
         own = {"seed": seed} if by_seed else {}
         predictor = {} if self.mark is None else {"predictor": f"{BY_FINGERPRINT}{self.mark}"}
         return replace(self.entry, options={**own, **self.entry.options, **predictor})
@@ -179,8 +179,8 @@ def _refuse_unfit(work: _Work, entry: PolicyEntry, policy: FreezePolicy) -> None
     _refuse_sieve(work, entry)
     if entry.stop and (policy.thaws or not policy.freezes):
         raise UsageError(
-            f"policy {entry.label!r} ends once all layers are frozen for good (stop = true), and with {entry.name} "
-            'they never are: leave it out, or break off at a fixed time with name = "stopped"'
+            f"policy {entry.label!r} stops once all layers are frozen for good (stop = true), and with {entry.name} "
+            'they never are: leave it out, or stop at a fixed time with name = "stopped"'
         )
     if entry.lora is None:
         return

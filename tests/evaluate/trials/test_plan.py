@@ -156,7 +156,7 @@ def test_what_does_not_go_together(tmp_path, recipe, settings, message):
 
 def test_an_end_that_never_comes(tmp_path):
     for name in ("shorter", "greentrainer"):
-        with pytest.raises(UsageError, match=f"'x' ends once all layers are frozen .* with {name} they never are"):
+        with pytest.raises(UsageError, match=f"'x' stops once all layers are frozen .* with {name} they never are"):
             plan(tmp_path, with_entry(name, "x", stop=True))
 
 

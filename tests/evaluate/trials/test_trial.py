@@ -1,5 +1,6 @@
 """One trial: what it reports, that freezing is all it changes, and that a lost training loses nothing else."""
 
+import gc
 import importlib.metadata
 import json
 
@@ -21,6 +22,14 @@ SIX = "tests.evaluate.toys:six_linear"
 
 CHANGES = ("cache", "stop", "lora", "sieve", "sparse")
 """What an entry may say besides its policy."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap():
+    """Lets each trial's garbage collection pass over what the imports have left."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def trial(tmp_path, policy="none", seed=0, recipe=None, workload=SIX, when="epoch", **options):

@@ -89,7 +89,7 @@ def overheads(
 def _start_hooks(training: Training, spec: SampleSpec, batches: Iterator[Batch]) -> dict[str, list[Hook]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "untrained.safetensors"
-        # Its judgement costs the same as a trained one's; at this threshold it never freezes, the dearest case.
+        # An untrained one costs the same as a trained one. At this threshold it never freezes, the dearest case.
         config = PredictorConfig()
         save_predictor(path, PredictorFile(FreezePredictor(config), spec, threshold=1.0, card={}))
         freezing = FreezeHook(make_policy("smartfrz", predictor=path))
@@ -103,7 +103,7 @@ def _start_hooks(training: Training, spec: SampleSpec, batches: Iterator[Batch])
     training.take_step(batches)  # its gradients are what the policy looks at
     for _ in range(config.window * training.total_steps // spec.snapshots):
         _nudge(training)
-        freezing.on_step(training)  # until its window is full: before, it has nothing to judge
+        freezing.on_step(training)  # until its window is full: before, it predicts nothing
     training.optimizer.zero_grad()
     return hooks
 

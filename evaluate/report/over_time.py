@@ -1,6 +1,7 @@
 """Small multiples over time: loss, the cost of a step, and which layers were frozen when."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -9,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 
-from evaluate.analysis.families import MANY, families, places
+from evaluate.analysis.families import MANY, colour_indices, families
+from evaluate.report.format import shortened
 from evaluate.report.panels import arrange, columns_for, height_for, letters_for, panel_grid
 from evaluate.report.svg import BAND, INK, Plot, colour, drawn
-from evaluate.report.table import shortened
 from evaluate.trials.records import Results, Trial
 
 # The time axis is cut into this many parts: a policy that changes its mind at every step must not fill the page.
@@ -43,17 +44,17 @@ def loss_plot(results: Results, workload: str) -> Plot | None:
     }
     finite = [y for group in lines.values() for solid, _, bad in group if not bad for _, y in solid]
 
-    def draw(axes: Axes, policy: str, place: int, strength: float) -> None:
+    def draw(axes: Axes, policy: str, index: int, strength: float) -> None:
         for solid, thin, bad in lines[policy]:
-            _line(axes, thin, place, alpha=strength, linewidth=0.8, linestyle=(0, (1, 1.5)))
-            _line(axes, solid, place, alpha=strength, bad=bad)
+            _line(axes, thin, index, alpha=strength, linewidth=0.8, linestyle=(0, (1, 1.5)))
+            _line(axes, solid, index, alpha=strength, bad=bad)
 
     def trim(axes: Axes) -> None:
         if finite:  # a loss on its way to infinity would flatten all others
             axes.set_ylim(0, max(finite) * 1.05)
 
     note = "Solid: test loss; dotted: training loss; grey: the baseline; a cross: the training diverged."
-    return _multiples(results, workload, title, "loss", note, draw, trim)
+    return _multiples(results, workload, _Texts(title, "loss", note), draw, trim)
 
 
 def step_cost_plot(results: Results, workload: str) -> Plot | None:
@@ -79,12 +80,13 @@ def step_cost_plot(results: Results, workload: str) -> Plot | None:
     else:
         title = f"Towards the end no policy's step is cheaper than one under {_named(baseline)}"
 
-    def draw(axes: Axes, policy: str, place: int, strength: float) -> None:
+    def draw(axes: Axes, policy: str, index: int, strength: float) -> None:
         for line in lines[policy]:
-            _line(axes, line, place, alpha=strength)
+            _line(axes, line, index, alpha=strength)
 
     kind = "CPU milliseconds" if axis == "cpu_seconds" else "milliseconds"
-    return _multiples(results, workload, title, f"{kind} a step", "Grey: the baseline.", draw, lambda a: a.set_ylim(0))
+    texts = _Texts(title, f"{kind} a step", "Grey: the baseline.")
+    return _multiples(results, workload, texts, draw, lambda axes: axes.set_ylim(0))
 
 
 def timeline_plots(results: Results, workload: str) -> tuple[list[Plot], list[str]]:
@@ -96,7 +98,7 @@ def timeline_plots(results: Results, workload: str) -> tuple[list[Plot], list[st
     groups: list[tuple[str, Sequence[str]]] = [(policy, (policy,)) for policy in results.policies]
     if by_family:
         groups = [(family.name, family.members) for family in families(results)]
-    known, plots, idle = places(results), [], []
+    known, plots, idle = colour_indices(results), [], []
     for name, policies in groups:
         cells = {policy: [t for t in results.cell(workload, policy).values() if t.layers] for policy in policies}
         cells = {policy: trials for policy, trials in cells.items() if trials}
@@ -113,10 +115,10 @@ def timeline_plots(results: Results, workload: str) -> tuple[list[Plot], list[st
 
 
 def frozen_spans(trial: Trial) -> list[list[tuple[int, int]]]:
-    """For each layer, front to back, the spans of steps over which it was frozen."""
+    """For each layer, in order of execution, the spans of steps over which it was frozen."""
     spans = []
-    for place in range(len(trial.layers)):
-        spans.append(_joined((start, end) for start, frozen, end in _stretches(trial) if place in frozen))
+    for index in range(len(trial.layers)):
+        spans.append(_joined((start, end) for start, frozen, end in _stretches(trial) if index in frozen))
     return spans
 
 
@@ -150,7 +152,7 @@ def _stretches(trial: Trial) -> Iterator[tuple[int, frozenset[int], int]]:
         yield event.step, event.frozen, min(end, trial.steps)
 
 
-def _timeline(spoken: str, title: str, panels: Sequence[tuple[str, Trial]], place: int) -> Plot:
+def _timeline(spoken: str, title: str, panels: Sequence[tuple[str, Trial]], index: int) -> Plot:
     """A panel for each of the trainings, under the name that it comes with."""
     length = _longest([trial for _, trial in panels])
     columns = min(3, len(panels))
@@ -161,14 +163,14 @@ def _timeline(spoken: str, title: str, panels: Sequence[tuple[str, Trial]], plac
             lost = "" if trial.status == "finished" else f", {trial.status}"
             text = f"{shortened(name, letters_for(columns))}{lost}"
             axes.set_title(text, fontsize="small" if lost else None)
-            _bars(axes, trial, place, length)
-        _finish(figure, grid, len(panels), "layer, front first", length, whole_y=True)
+            _bars(axes, trial, index, length)
+        _finish(figure, grid, len(panels), "layer index", length, whole_y=True)
         grid[0][0].set_ylim(0, len(panels[0][1].layers))
 
     return Plot(title, drawn(height_for(len(panels), columns), draw, spoken))
 
 
-def _bars(axes: Axes, trial: Trial, place: int, length: int) -> None:
+def _bars(axes: Axes, trial: Trial, index: int, length: int) -> None:
     """A light area for what was trained, and on it a bar for each stretch in which layers were frozen."""
     axes.grid(False)
     axes.fill_between([0, trial.steps], 0, len(trial.layers), color=BAND, linewidth=0)
@@ -180,25 +182,37 @@ def _bars(axes: Axes, trial: Trial, place: int, length: int) -> None:
     ]
     if bars:
         outline = Path.make_compound_path(*(bar.get_transform().transform_path(bar.get_path()) for bar in bars))
-        axes.add_patch(PathPatch(outline, facecolor=colour(place), linewidth=0))
+        axes.add_patch(PathPatch(outline, facecolor=colour(index), linewidth=0))
     if trial.status != "finished":
         axes.plot([trial.steps], [len(trial.layers) / 2], marker="x", color=INK, markersize=7, markeredgewidth=1.6)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What is written around a figure."""
+
+    title: str
+    y_label: str
+    note: str
 
 
 def _multiples(
     results: Results,
     workload: str,
-    title: str,
-    y_label: str,
-    note: str,
+    texts: _Texts,
     draw_policy: Callable[[Axes, str, int, float], None],
     finish: Callable[[Axes], object],
 ) -> Plot:
     """A panel a family with all its settings, the baseline in grey in each of them, all with the same axes.
 
-    draw_policy: takes the axes, the policy, its place among the colours, and how strongly it should be drawn.
+    Args:
+        results: What is drawn, of one workload.
+        workload: Its label.
+        texts: What is written around the figure.
+        draw_policy: Takes the axes, the policy, its index among the colours, and how strongly it should be drawn.
+        finish: Takes the first axes, with which all share their scales.
     """
-    baseline, known = results.suite.baseline, places(results)
+    baseline, known = results.suite.baseline, colour_indices(results)
     settings = {
         family.name: [policy for policy in family.members if results.cell(workload, policy)]
         for family in families(results)
@@ -216,11 +230,11 @@ def _multiples(
                 faded = (_STRONG - _PALE) * number / max(1, len(policies) - 1)
                 draw_policy(axes, policy, known[policy], _STRONG - faded)
         finish(grid[0][0])
-        _finish(figure, grid, len(panels), y_label, _longest(trials))
+        _finish(figure, grid, len(panels), texts.y_label, _longest(trials))
 
     several = any(len(policies) > 1 for policies in panels.values())
-    svg = drawn(max(2.4, height_for(len(panels), columns)), draw, f"{workload}: {title}")
-    return Plot(title, svg, f"{note} {_SETTINGS}" if several else note)
+    svg = drawn(max(2.4, height_for(len(panels), columns)), draw, f"{workload}: {texts.title}")
+    return Plot(texts.title, svg, f"{texts.note} {_SETTINGS}" if several else texts.note)
 
 
 def _finish(figure: Figure, grid: Any, used: int, y_label: str, steps: int, *, whole_y: bool = False) -> None:
@@ -245,7 +259,7 @@ def _losses(trial: Trial) -> tuple[list[tuple[int, float]], list[tuple[int, floa
 
 
 def _costs(trial: Trial, axis: str) -> list[tuple[int, float]]:
-    seconds = [(p.step, p.train_seconds if axis == "train_seconds" else p.cpu_seconds) for p in trial.step_cost]
+    seconds = [(p.step, p.seconds if axis == "train_seconds" else p.cpu_seconds) for p in trial.step_cost]
     return [(step, value * 1000) for step, value in seconds if value is not None]
 
 
@@ -254,11 +268,11 @@ def _last(line: Sequence[tuple[int, float]]) -> list[float]:
     return [value for _, value in line[-max(1, len(line) // 10) :]] if line else []
 
 
-def _line(axes: Axes, points: Sequence[tuple[int, float]], place: int, *, bad: bool = False, **style: Any) -> None:
+def _line(axes: Axes, points: Sequence[tuple[int, float]], index: int, *, bad: bool = False, **style: Any) -> None:
     if not points:
         return
     x, y = zip(*points, strict=True)
-    axes.plot(x, y, color=colour(place), **style)
+    axes.plot(x, y, color=colour(index), **style)
     if bad:
         axes.plot(x[-1:], y[-1:], marker="x", color=INK, markersize=7, markeredgewidth=1.6)
 

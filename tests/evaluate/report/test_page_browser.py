@@ -1,10 +1,6 @@
 """The report in a real browser: what a reader sees on a desk and on a phone, in light and in dark, with no network."""
 
-import json
-import os
-import select
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,107 +12,47 @@ from evaluate.trials.records import read_results
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe", "--hide-scrollbars"),
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
 )
 
 
 class Browser:
-    """Chromium behind its debugging pipe: JSON messages that end in a zero byte, written to 3 and read from 4."""
+    """A tab of Chromium, and what went wrong in it since a page was opened."""
 
-    def __init__(self, profile: Path) -> None:
-        (self._commands_end, self._commands), (self._answers, self._answers_end) = os.pipe(), os.pipe()
-        ends = (self._commands_end, self._answers_end)
-        # bash, because the plain shell of Debian takes no descriptors above 9 in a redirection
-        shell = f"exec {CHROMIUM} {' '.join(FLAGS)} --user-data-dir={profile} 3<&{ends[0]} 4>&{ends[1]}"
-        self._process = subprocess.Popen(
-            ["bash", "-c", shell], pass_fds=ends, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        for end in ends:
-            os.close(end)
-        self._number, self._rest = 0, b""
-        self.events: list[dict[str, Any]] = []
-        self._session = ""
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.ask(f"{domain}.enable")
-
-    def ask(self, method: str, **params: Any) -> dict[str, Any]:
-        """Send a command and wait for its answer; events that come before it are kept."""
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": params}
-        if self._session:
-            message["sessionId"] = self._session
-        try:
-            os.write(self._commands, json.dumps(message).encode() + b"\0")
-        except BrokenPipeError as error:
-            raise self._ended() from error
-        while (answer := self._next()).get("id") != self._number:
-            self.events.append(answer)
-        assert "error" not in answer, answer
-        return answer["result"]
+    def __init__(self, tab: Any) -> None:
+        self._tab = tab
+        self.faults: list[str] = []
+        tab.on("console", lambda message: self.faults.append(message.text))
+        tab.on("pageerror", lambda error: self.faults.append(str(error)))
+        tab.on("dialog", lambda dialog: (self.faults.append(dialog.message), dialog.dismiss()))
+        tab.on("request", lambda request: self._requested(request.url))
 
     def open(self, page: Path, *, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
         """Load a page as a screen of this width with this preference shows it."""
-        self.events.clear()
-        media = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.ask("Emulation.setEmulatedMedia", features=media)
-        self.ask(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
-        )
-        self.ask("Page.navigate", url=page.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self._next())
+        self.faults.clear()
+        self._tab.emulate_media(color_scheme=scheme)
+        self._tab.set_viewport_size({"width": width, "height": height})
+        self._tab.goto(page.as_uri())
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression in the page."""
-        answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
+        return self._tab.evaluate(script)
 
-    def faults(self) -> list[str]:
-        """Errors and warnings of the console, uncaught exceptions, and requests for anything but the page itself."""
-        found = []
-        for event in self.events:
-            name, params = event.get("method"), event.get("params", {})
-            address = params.get("request", {}).get("url", "")
-            if name in ("Runtime.exceptionThrown", "Log.entryAdded"):
-                found.append(json.dumps(params))
-            elif name == "Network.requestWillBeSent" and not address.startswith(("file://", "data:")):
-                found.append(address)
-        return found
-
-    def close(self) -> None:
-        """End the browser and every process of it."""
-        self._session = ""
-        self.ask("Browser.close")
-        self._process.wait(timeout=30)
-        os.close(self._commands)
-        os.close(self._answers)
-
-    def _ended(self) -> Exception:
-        self._process.kill()
-        return RuntimeError(f"chromium stopped answering, or ended with status {self._process.wait(timeout=30)}")
-
-    def _next(self) -> dict[str, Any]:
-        while b"\0" not in self._rest:
-            ready, _, _ = select.select([self._answers], [], [], 60)
-            part = os.read(self._answers, 1 << 16) if ready else b""
-            if not part:
-                raise self._ended()
-            self._rest += part
-        line, self._rest = self._rest.split(b"\0", 1)
-        return json.loads(line)
+    def _requested(self, address: str) -> None:
+        if not address.startswith(("file://", "data:")):
+            self.faults.append(address)
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+def browser() -> Iterator[Browser]:
     """One browser for all tests of this file."""
-    opened = Browser(tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield Browser(chromium.new_page())
+        chromium.close()
 
 
 # Texts of figures that stick out of their figure by more than two pixels, where they would be cut off.
@@ -147,7 +83,7 @@ def number(text: str) -> float:
 @pytest.mark.parametrize(("scheme", "width"), SIZES)
 def test_a_reader_sees_the_whole_page(browser: Browser, page: Path, scheme: str, width: int) -> None:
     browser.open(page, width=width, scheme=scheme)
-    assert browser.faults() == []
+    assert browser.faults == []
     assert browser.run("document.title") == "Made-up suite"
     assert browser.run("document.documentElement.scrollWidth") <= width
     rows = [row for row in compare(read_results(page.parent)) if row.workload is None]
@@ -161,7 +97,7 @@ def test_a_reader_sees_the_whole_page(browser: Browser, page: Path, scheme: str,
 @pytest.mark.parametrize(("scheme", "width"), SIZES)
 def test_hostile_names_do_nothing_and_fit(browser: Browser, hostile_page: Path, scheme: str, width: int) -> None:
     browser.open(hostile_page, width=width, scheme=scheme)
-    assert browser.faults() == []  # an alert would have stopped the page from loading, a blocked one would be reported
+    assert browser.faults == []  # an alert would have stopped the page from loading, a blocked one would be reported
     assert browser.run("document.documentElement.scrollWidth") <= width
     assert browser.run(CUT_OFF) == []
     names = read_results(hostile_page.parent).policies
@@ -216,7 +152,7 @@ def test_a_click_on_a_heading_sorts_the_table(browser: Browser, page: Path) -> N
 @pytest.mark.parametrize(("scheme", "width"), SIZES)
 def test_forty_five_policies_fit(browser: Browser, many_page: Path, scheme: str, width: int) -> None:
     browser.open(many_page, width=width, scheme=scheme)
-    assert browser.faults() == []
+    assert browser.faults == []
     assert browser.run("document.documentElement.scrollWidth") <= width
     assert browser.run(CUT_OFF) == []
     assert browser.run("document.querySelectorAll('.verdicts tbody tr').length") == 45

@@ -192,8 +192,8 @@ def test_a_cache_is_told_of_where_there_was_one(write, trial, text):
     rows = [trial("a", name, seed) for name in ("none", "other") for seed in (0, 1)]
     rows += [trial("a", "static, cached", seed, cache=cache) for seed, cache in enumerate(caches)]
     page = make_report(write(rows)).read_text(encoding="utf-8")
-    assert "the frozen front was skipped: static, cached, 65 % of the samples. FLOPs" in page
-    assert "the frozen front was skipped" not in text
+    assert "the frozen prefix was skipped: static, cached, 65 % of the samples. FLOPs" in page
+    assert "the frozen prefix was skipped" not in text
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_only_the_unbeaten_of_many_are_named_in_the_overall_plot(many_page, many
     named = [text for text in re.findall(r"<text[^>]*>([^<]*)</text>", plot) if text in results.policies]
     assert named
     assert set(named) <= {point.label for point in front}
-    assert "Named, and with whiskers: those on the front." in plot
+    assert "Named, and with whiskers: those on the Pareto front." in plot
 
 
 def test_areas_stand_in_a_table_the_largest_first(many_page, many):
@@ -239,8 +239,10 @@ def test_the_oracles_saving_has_a_column_where_there_is_an_oracle(many, text):
     assert "oracle" not in text[text.index("<body") :].lower()
     assert many.count(">Of the oracle's saving<") == 1
     assert "the best of 60 freezing schedules, found on the test set: an upper limit" in many
-    rows = re.findall(r"<tr>(?:(?!</tr>).)*</tr>", many[many.index('id="table"') :], flags=re.DOTALL)
-    shares = {cells[1]: cells[7] for row in rows if len(cells := Elements(row).cells) == 12 and cells[0] != "Workload"}
+    rows = re.findall(
+        r"<tr>(?:(?!</tr>).)*</tr>", many[many.index('id="table"') : many.index('id="trials"')], flags=re.DOTALL
+    )
+    shares = {cells[1]: cells[8] for row in rows if len(cells := Elements(row).cells) == 13 and cells[0] != "Workload"}
     assert len(shares) == 45
     assert shares["none"] == "-"
     assert all(share.endswith(" %") for label, share in shares.items() if label != "none")

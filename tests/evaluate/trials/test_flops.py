@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data.sources import load_source
-from evaluate.trials.cost import StepFlops, steps_by_pattern
+from evaluate.trials.flops import StepFlops, steps_by_pattern
 from evaluate.trials.lora import with_lora
 from predictor.freezing.event import FreezeEvent
 from tests.evaluate import toys

@@ -18,7 +18,7 @@ def test_everything_that_was_written_is_read(folder, rows):
     assert trial.accuracy == row["accuracy"]
     assert trial.curve[-1].test_loss == row["curve"][-1]["test_loss"]
     assert trial.freezes[-1].frozen == set(row["freezes"][-1]["frozen"])
-    assert trial.step_cost[0].train_seconds == row["step_cost"][0]["seconds"]
+    assert trial.step_cost[0].seconds == row["step_cost"][0]["seconds"]
     assert trial.cost("cpu_seconds") == row["cpu_seconds"]
     assert trial.cost("train_seconds") == row["train_seconds"]
 
@@ -41,20 +41,20 @@ def test_of_two_lines_for_one_trial_the_last_counts(write, trial):
         ('{"trial_id": "cut', "line 2: cut short"),
         ("\x00\x00\x00", "line 2: cut short, or not JSON"),
         ("[1, 2]", "line 2: not an object"),
-        ({"seed": "zero"}, "line 2: seed is 'zero', not a whole number"),
-        ({"seed": True}, "line 2: seed is True"),
-        ({"policy": None}, "line 2: policy is None, not a name"),
-        ({"accuracy": "high"}, "line 2: accuracy is 'high', not a number"),
-        ({"status": "perhaps"}, "line 2: status 'perhaps' is unknown"),
-        ({"accuracy": 1.01}, "line 2: accuracy is 1.01, not from 0 to 1"),
-        ({"accuracy": -0.1}, "line 2: accuracy is -0.1, not from 0 to 1"),
-        ({"curve": [{"step": 1, "test_accuracy": 93.0}]}, "line 2: test_accuracy is 93.0, not from 0 to 1"),
-        ({"flops": -1}, "line 2: flops is -1, not from 0 to inf"),
-        ({"cpu_seconds": -0.5}, "line 2: cpu_seconds is -0.5, not from 0 to inf"),
-        ({"steps": 2**53 + 1}, "line 2: steps is 9007199254740993, not from 0 to 9007199254740992"),
-        ({"planned_steps": -1}, "line 2: planned_steps is -1, not from 0"),
-        ({"slots": 10**30}, "line 2: slots is 1000000000000000000000000000000, not from 0"),
-        ({"slots": None}, "line 2: slots is None, not a whole number"),
+        ({"seed": "zero"}, "line 2: seed: 'zero'"),
+        ({"seed": True}, "line 2: seed: True"),
+        ({"policy": None}, "line 2: policy: missing"),
+        ({"accuracy": "high"}, "line 2: accuracy: 'high'"),
+        ({"status": "perhaps"}, "line 2: status: 'perhaps'"),
+        ({"accuracy": 1.01}, "line 2: accuracy: 1.01"),
+        ({"accuracy": -0.1}, "line 2: accuracy: -0.1"),
+        ({"curve": [{"step": 1, "test_accuracy": 93.0}]}, "line 2: curve[0].test_accuracy: 93.0"),
+        ({"flops": -1}, "line 2: flops: -1"),
+        ({"cpu_seconds": -0.5}, "line 2: cpu_seconds: -0.5"),
+        ({"steps": 2**53 + 1}, "line 2: steps: 9007199254740993"),
+        ({"planned_steps": -1}, "line 2: planned_steps: -1"),
+        ({"slots": 10**30}, "line 2: slots: 1000000000000000000000000000000"),
+        ({"slots": None}, "line 2: slots: None"),
         ({"accuracy": None}, "line 2: finished without an accuracy"),
         ({"accuracy": float("nan")}, "line 2: finished without an accuracy"),
         ({"flops": 10**400}, "line 2: "),
@@ -106,12 +106,12 @@ def test_a_missing_file_is_named_with_the_cure(folder, name):
 )
 def test_a_broken_description_is_refused(folder, content):
     (folder / "suite.json").write_text(content)
-    with pytest.raises(FileFault, match=r"suite\.json: not a suite's description"):
+    with pytest.raises(FileFault, match=r"suite\.json: not"):
         read_results(folder)
 
 
 def test_an_unknown_cost_axis_is_refused(write, rows):
-    with pytest.raises(FileFault, match="cost 'euros' is unknown"):
+    with pytest.raises(FileFault, match="cost: 'euros'"):
         read_results(write(rows, cost="euros"))
 
 
@@ -121,7 +121,8 @@ def test_the_share_of_batches_that_hit_the_cache(write, trial):
     rows = [trial("a", "none", seed, cache=cache) for seed, cache in enumerate(caches)]
     results = read_results(write(rows))
     assert [trial.hit_share for trial in results.trials] == [None, 0.75, 0.0]
-    assert results.faults == ("results.jsonl, line 4: hits is 'many', not a whole number",)
+    assert len(results.faults) == 1
+    assert "line 4: cache.hits: 'many'" in results.faults[0]
 
 
 def test_how_many_ran_at_a_time_and_where_is_kept(write, trial):

@@ -1,4 +1,4 @@
-"""Steps with frozen fronts: that the right things are compared, not how long they took."""
+"""Steps with frozen prefixes: that the right things are compared, not how long they took."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from torch import nn
 
 from collect.workloads import Recipe, Workload
 from data.sources import load_source
-from evaluate.bench.frozen_prefixes import FrontCost, batches_of, counts_of, front_costs
+from evaluate.bench.frozen_prefixes import PrefixCost, counts_of, prefix_costs
+from evaluate.bench.suffix import Subject
 from evaluate.trials.stopwatch import Spread
 from tests.evaluate import toys
 
@@ -18,9 +19,9 @@ def small():
     return toys.six_linear(), load_source("digits", train_samples=100)
 
 
-def test_fronts_of_a_quarter_to_all_layers(small):
+def test_prefixes_of_a_quarter_to_all_layers(small):
     ticks = []
-    rows = front_costs(*small, CPU, 2, lambda: ticks.append(1))
+    rows = prefix_costs(Subject(*small, CPU), 2, lambda: ticks.append(1))
     assert [(row.frozen, row.layers) for row in rows] == [(1, 5), (2, 5), (4, 5), (5, 5)]
     # Of 17 products: frozen layers pass nothing on, and need no gradient of their weights; cached, no output either.
     assert [row.flops_uncached for row in rows] == pytest.approx([15 / 17, 13 / 17, 9 / 17, 7 / 17])
@@ -44,13 +45,13 @@ class Centred(nn.Module):
 
 def test_a_cache_that_is_off_says_why():
     workload = Workload("centred", "toy", lambda _: Centred(), "digits", Recipe(epochs=1, batch_size=10))
-    (row,) = front_costs(workload, load_source("digits", train_samples=100), CPU, 2, lambda: None)
+    (row,) = prefix_costs(Subject(workload, load_source("digits", train_samples=100), CPU), 2, lambda: None)
     assert "depend on the other samples" in row.cut
     assert row.flops_cached == row.flops_uncached < 1
 
 
 def test_one_set_of_samples_in_another_order_each_epoch(small):
-    first, second = (batches_of(*small, CPU, epoch) for epoch in (0, 1))
+    first, second = (Subject(*small, CPU).batches(epoch) for epoch in (0, 1))
     orders = [torch.cat([batch[0] for batch in batches]) for batches in (first, second)]
     assert len(first) == 4
     assert not torch.equal(*orders)
@@ -68,7 +69,7 @@ def test_counts_are_distinct_and_not_zero():
 def test_the_verdict(ratio, over, holds):
     def row(cached, uncached):
         spreads = [Spread(value, 0, 9) for value in (cached[0], uncached[0], cached[1], uncached[1], 1, 1)]
-        return FrontCost("w", 1, 5, *spreads, 0.5, 0.7, 1.0, 0.5, "body")
+        return PrefixCost("w", 1, 5, *spreads, 0.5, 0.7, 1.0, 0.5, "body")
 
     assert row((ratio, over), (1.0, 0.0)).holds == holds
     assert row((1.0, 0.0), (ratio, over)).holds == holds

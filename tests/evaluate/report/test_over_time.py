@@ -7,15 +7,15 @@ import pytest
 
 from evaluate.analysis.families import families
 from evaluate.analysis.statistics import compare
-from evaluate.report.figures import frozen_share, frozen_spans, loss_plot, step_cost_plot, timeline_plots
+from evaluate.report.over_time import frozen_share, frozen_spans, loss_plot, step_cost_plot, timeline_plots
 from evaluate.report.svg import colour, drawn, marker, swatch
 from evaluate.report.tradeoff import Point, Span, overall_plot, pareto, relative_points, workload_plot
 from evaluate.trials.records import read_results
 
 
 def frozen(write, trial, events, steps=100, layers=3):
-    freezes = [{"step": step, "froze": [], "thawed": [], "frozen": places} for step, places in events]
-    row = trial("a", "none", 0, freezes=freezes, steps=steps, layers=[f"layer {place}" for place in range(layers)])
+    freezes = [{"step": step, "froze": [], "thawed": [], "frozen": frozen} for step, frozen in events]
+    row = trial("a", "none", 0, freezes=freezes, steps=steps, layers=[f"layer {index}" for index in range(layers)])
     return read_results(write([row])).trials[0]
 
 
@@ -44,7 +44,7 @@ def test_the_pareto_front_holds_what_nothing_beats():
 
 
 def test_forty_two_policies_and_the_baseline_look_different():
-    assert len({(colour(place), marker(place)) for place in range(43)}) == 43
+    assert len({(colour(index), marker(index)) for index in range(43)}) == 43
 
 
 def test_titles_state_what_is_seen(folder):
@@ -119,8 +119,8 @@ def test_settings_of_a_policy_share_a_panel_and_their_looks(write, trial):
     titles = [text for text in re.findall(r"<text[^>]*>([^<]*)</text>", plot.svg) if text in (*labels, "static")]
     assert titles == ["static", "linear"]
     assert plot.note == "Grey: the baseline. Several settings of a policy: the paler, the later in the suite."
-    assert [point.place for point in relative_points(results, compare(results))] == [0, 1, 1, 2]
-    assert "Points that look alike are settings of one policy." in overall_plot(results, compare(results)).note
+    assert [point.index for point in relative_points(results, compare(results))] == [0, 1, 1, 2]
+    assert "Markers that look alike are settings of one policy." in overall_plot(results, compare(results)).note
 
 
 def test_of_many_policies_a_timeline_shows_a_family(many_page):

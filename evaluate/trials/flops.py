@@ -20,7 +20,7 @@ from predictor.layers.layer import layers_of
 from predictor.policies.base import FreezePolicy, View
 
 _COUNTED_SAMPLES = 2
-"""BatchNorm needs two; FLOPs grow in proportion to the batch, so more would tell nothing."""
+"""BatchNorm needs two; FLOPs grow in proportion to the batch, so more samples would add nothing."""
 
 
 class StepFlops:
@@ -46,7 +46,7 @@ class StepFlops:
         """FLOPs of a step with these layers frozen; counted once.
 
         kept_under: the step begins from features that a FeatureCache kept where it cut while these layers were frozen,
-            `frozen` or a part of them. Where it finds no place to cut, the step costs what it costs without the cache.
+            `frozen` or a part of them. Where it finds no cut, the step costs what it costs without the cache.
         """
         if (frozen, kept_under) not in self._known:
             with torch.random.fork_rng(devices=[]):
@@ -117,7 +117,7 @@ _FORMULAS = {torch.ops.aten.convolution_backward: _conv_backward}
 
 
 class _Chosen(FreezePolicy):
-    """Wants the layers frozen that it was told to."""
+    """Freezes a given set of layers."""
 
     def __init__(self, frozen: frozenset[int]) -> None:
         self.frozen = frozen

@@ -1,6 +1,6 @@
 """Reads trajectory files, one run at a time. Nothing in a file is trusted."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -73,7 +73,7 @@ class TrajectoryFile:
             found = {name.decode("utf-8", "replace") for name in guard.names(location, group, _MOST_NAMES)}
         except FileFault as fault:
             return None, [fault]
-        arrays, faults = _read_fields(location, group, [name for name in _FIELDS if name in found])
+        arrays, faults = _read_fields(location, group, found)
         faults += [location.at(field=name).damaged("missing") for name in sorted(_NEEDED - found)]
         faults += [
             location.at(field=name).hostile("the format has no such field") for name in sorted(found - _FIELDS.keys())
@@ -88,20 +88,6 @@ class TrajectoryFile:
         trajectory = trajectory_of(run_id, arrays, parts)
         faults += [location.at(field=name).damaged(what) for name, what in content_faults(trajectory)]
         return trajectory, faults
-
-    def config(self, run_id: str) -> dict[str, Any]:
-        """One run's configuration, without the rest of the run. Only `read` verifies the checksum."""
-        location, group = self._open_run(run_id)
-        arrays, faults = _read_fields(location, group, ("config",))
-        parts, more = _parse(location, arrays)
-        if faults or more:
-            raise (faults + more)[0]
-        config: dict[str, Any] = parts["config"]
-        return config
-
-    def configs(self) -> Mapping[str, dict[str, Any]]:
-        """Every run's configuration by its id. Each is read when it is looked up."""
-        return _Configs(self)
 
     def copy_run(self, run_id: str, target: Any) -> None:
         """Copy one run, as it is stored, into an HDF5 group of another file. Read it first to know that it is sound."""
@@ -174,29 +160,12 @@ class TrajectoryFile:
         return location, guard.open_member(location, self._runs, run_id, h5g.GroupID)
 
 
-class _Configs(Mapping[str, dict[str, Any]]):
-    def __init__(self, file: TrajectoryFile) -> None:
-        self._file = file
-
-    def __getitem__(self, run_id: str) -> dict[str, Any]:
-        return self._file.config(run_id)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file.run_ids)
-
-    def __len__(self) -> int:
-        return len(self._file)
-
-    def __contains__(self, run_id: object) -> bool:
-        return run_id in self._file.run_ids
-
-
-def _read_fields(location: Location, group: h5g.GroupID, wanted: Collection[str]) -> tuple[Arrays, list[FileFault]]:
+def _read_fields(location: Location, group: h5g.GroupID, found: set[str]) -> tuple[Arrays, list[FileFault]]:
     """A run's arrays, and what is wrong with the others. Everything declared is checked before a byte is read."""
     datasets: dict[str, h5d.DatasetID] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     faults: list[FileFault] = []
-    for name in wanted:
+    for name in (name for name in _FIELDS if name in found):
         at = location.at(field=name)
         try:
             datasets[name] = guard.open_member(at, group, name, h5d.DatasetID)

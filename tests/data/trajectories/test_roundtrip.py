@@ -69,21 +69,6 @@ def test_numbers_that_json_does_not_have_become_null(tmp_path):
         assert file.read("mlp-0").provenance == {"a": [None, {"b": None}], "c": [1, 2]}
 
 
-def test_configs_are_read_one_by_one_without_the_rest(tmp_path):
-    runs = [made_trajectory(name) for name in ("a", "b")]
-    write_runs(tmp_path / "t.h5", runs)
-    with h5py.File(tmp_path / "t.h5", "r+") as file:
-        del file["runs/a/weights"]
-    with open_trajectories(tmp_path / "t.h5") as file:
-        configs = file.configs()
-        assert list(configs) == ["a", "b"]
-        assert len(configs) == 2
-        assert "a" in configs
-        assert "z" not in configs
-        assert configs["a"] == runs[0].config
-        assert file.config("b") == runs[1].config
-
-
 def test_a_run_that_is_not_there(tmp_path):
     write_runs(tmp_path / "t.h5", [made_trajectory()])
     with open_trajectories(tmp_path / "t.h5") as file, pytest.raises(UsageError, match=r"no run 'x'.*inspect"):

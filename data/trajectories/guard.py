@@ -22,8 +22,8 @@ from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t, h5z
 from data.trajectories.schema import Field
 from predictor.errors import DamagedFile, FileFault
 
-_DAMAGED = "copy it anew, or make it again with `python -m collect gather trajectories`"
-_HOSTILE = "no file of this toolkit holds that; do not use it, and get it anew from where it came"
+_DAMAGED = "copy it again, or make it with `python -m collect gather trajectories`"
+_HOSTILE = "no file of this toolkit holds that; do not use it, and get it again from its author"
 _UNREADABLE = "make it readable for this user, or try again when the machine can read it"
 _TYPES = {"|u1": h5t.STD_U8LE, "<i8": h5t.STD_I64LE, "<f4": h5t.IEEE_F32LE, "<f8": h5t.IEEE_F64LE}
 _FILTERS = (h5z.FILTER_SHUFFLE, h5z.FILTER_DEFLATE)
@@ -186,7 +186,8 @@ def stored_array(location: Location, dataset: h5d.DatasetID, field: Field, shape
     if len(raw) != size:
         raise location.damaged(f"{len(raw)} bytes or more where its shape needs {size}")
     planes = np.frombuffer(raw, dtype=np.uint8).reshape(field.item_bytes, -1)
-    return planes.T.copy().view(field.dtype).reshape(shape)
+    values: npt.NDArray[Any] = planes.T.copy().view(field.dtype).reshape(shape)
+    return values
 
 
 def _of_the_machine(error: Exception) -> bool:

@@ -6,7 +6,9 @@ values, or more memory than the limit is a failure. The files depend on their nu
 
 import argparse
 import random
+import re
 import resource
+import struct
 import subprocess
 import sys
 import tempfile
@@ -40,6 +42,8 @@ def mutated(content: bytes, number: int) -> bytes:
     """Flip bits, overwrite integers, splice, insert, remove or cut off, once to a few times."""
     chance = random.Random(number)
     data = bytearray(content)
+    if content.count(b"OHDR") and chance.random() < 0.5:
+        return _with_a_changed_structure(data, chance)
     for _ in range(chance.choice((1, 1, 2, 4, 16))):
         start, length = chance.randrange(len(data)), chance.choice((1, 2, 4, 8, 64, 512))
         kind = chance.choice(("flip", "flip", "number", "number", "splice", "insert", "remove", "cut"))
@@ -61,6 +65,58 @@ def mutated(content: bytes, number: int) -> bytes:
         if not data:
             break
     return bytes(data)
+
+
+def _with_a_changed_structure(data: bytearray, chance: random.Random) -> bytes:
+    """Change a structure of HDF5 1.8 or newer, and make its checksum right again, as an attacker would."""
+    start = chance.choice([found.start() for found in re.finditer(b"|".join(STRUCTURES), data)])
+    end = _end_of(data, start)
+    for _ in range(chance.choice((1, 1, 2, 4))):
+        at, width = chance.randrange(start + 4, end), chance.choice((1, 1, 2, 4, 8))
+        value = chance.choice(
+            (0, 1, 2**31, 2**63 - 1, 2**64 - 1, chance.getrandbits(64), data[at] ^ 1 << chance.randrange(8))
+        )
+        stop = min(at + width, end)
+        data[at:stop] = (value & (256 ** (stop - at) - 1)).to_bytes(stop - at, "little")
+    data[end : end + 4] = lookup3(bytes(data[start:end])).to_bytes(4, "little")
+    return bytes(data)
+
+
+STRUCTURES = (b"OHDR", b"BTHD", b"FRHP")
+
+
+def _end_of(data: bytearray | bytes, start: int) -> int:
+    """Where the checksum of a structure is: an object header, a B-tree's header, or a fractal heap's header."""
+    kind, flags = bytes(data[start : start + 4]), data[start + 5]
+    if kind != b"OHDR":
+        return start + {b"BTHD": 34, b"FRHP": 142}[kind]
+    body = start + 6 + (16 if flags & 0x20 else 0) + (4 if flags & 0x10 else 0)
+    width = 1 << (flags & 3)
+    return body + width + int.from_bytes(data[body : body + width], "little")
+
+
+def lookup3(key: bytes) -> int:
+    """HDF5's checksum of its structures: Bob Jenkins' lookup3, hashlittle with a start value of 0."""
+
+    def turn(value: int, bits: int) -> int:
+        return (value << bits | value >> 32 - bits) & 0xFFFFFFFF
+
+    a = b = c = (0xDEADBEEF + len(key)) & 0xFFFFFFFF
+    words = struct.iter_unpack("<III", key + bytes(-len(key) % 12))
+    left = len(key)
+    for one, two, three in words:
+        a, b, c = (a + one) & 0xFFFFFFFF, (b + two) & 0xFFFFFFFF, (c + three) & 0xFFFFFFFF
+        if left > 12:
+            for bits in (4, 6, 8, 16, 19, 4):
+                a = ((a - c) & 0xFFFFFFFF) ^ turn(c, bits)
+                c = (c + b) & 0xFFFFFFFF
+                a, b, c = b, c, a
+        left -= 12
+    for bits in (14, 11, 25, 16, 4, 14, 24):
+        c = ((c ^ b) - turn(b, bits)) & 0xFFFFFFFF
+        a, b, c = b, c, a
+    # Seven turns of three names leave the result in the second.
+    return b
 
 
 def try_files(first: int, last: int) -> None:

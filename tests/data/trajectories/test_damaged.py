@@ -57,7 +57,7 @@ def test_a_wrong_value_behind_right_hdf5_is_found_by_the_checksum(tmp_path, good
         file["runs/mlp-1/weights"][2, 1, 3] += 1
     with open_trajectories(path) as file:
         assert_same(file.read("mlp-0"), RUNS[0])
-        with pytest.raises(DamagedFile, match=r"good.h5: run mlp-1: .*checksum.*make it again"):
+        with pytest.raises(DamagedFile, match=r"good.h5: run mlp-1: .*checksum.*make it with"):
             file.read("mlp-1")
 
 

@@ -48,6 +48,7 @@ class TrajectoryFile:
         self._location = Location(self.path)
         self._file = guard.open_file(self._location)
         try:
+            self.version = self._checked_version()
             self._runs, self.run_ids = self._open_runs()
         except BaseException:
             self.close()
@@ -118,10 +119,10 @@ class TrajectoryFile:
     def __iter__(self) -> Iterator[Trajectory]:
         return map(self.read, self.run_ids)
 
-    def _open_runs(self) -> tuple[h5g.GroupID, tuple[str, ...]]:
-        location, root = self._location, self._file.id
+    def _checked_version(self) -> int:
+        location = self._location
         with location.reading():
-            root = h5g.open(root, b"/")
+            self._root = root = h5g.open(self._file.id, b"/")
         if guard.attribute(location, root, "format") != FORMAT:
             raise FileFault(f"{self.path}: an HDF5 file without trajectories: name one that gather or merge wrote")
         version = guard.attribute(location, root, "version")
@@ -129,6 +130,10 @@ class TrajectoryFile:
             newer = isinstance(version, int) and version > FORMAT_VERSION
             kind, cure = (FileFault, "update the toolkit") if newer else (DamagedFile, "gather it again")
             raise kind(f"{self.path}: format version {version}, but this toolkit reads 1 to {FORMAT_VERSION}: {cure}")
+        return int(version)
+
+    def _open_runs(self) -> tuple[h5g.GroupID, tuple[str, ...]]:
+        location, root = self._location, self._root
         self._note(lambda: guard.check_attributes(location, root, 2))
         for name in guard.names(location, root, _MOST_NAMES):
             if name != b"runs":

@@ -12,7 +12,7 @@ import numpy as np
 
 from data.trajectories.checks import content_faults, shape_faults
 from data.trajectories.reader import TrajectoryFile
-from data.trajectories.schema import FORMAT, FORMAT_VERSION, WRITTEN, is_run_id
+from data.trajectories.schema import FIELDS, FORMAT, FORMAT_VERSION, WRITTEN, is_run_id
 from data.trajectories.trajectory import Arrays, Trajectory, arrays_of, checksum
 from predictor.errors import UsageError
 from predictor.shared.files import written_whole
@@ -47,16 +47,19 @@ class NewRuns:
         run = self._group.create_group(trajectory.run_id)
         for field in WRITTEN:
             array = arrays[field.name]
-            # One chunk a field: it is read whole, and a reader can check its size before it reads.
-            run.create_dataset(
-                field.name, data=array, chunks=array.shape, compression="gzip", compression_opts=4, shuffle=True
-            )
+            run.create_dataset(field.name, data=array, **_options(array.shape))
         run.attrs["sha256"] = np.bytes_(checksum(trajectory.run_id, arrays))
         self._output.check()
 
     def copy(self, source: TrajectoryFile, run_id: str) -> None:
         """Copy one run from a file, as it is stored. Let `source` read it first to know that it is sound."""
-        source.copy_run(run_id, self._group)
+        stored = source.stored(run_id)
+        run = self._group.create_group(run_id)
+        for field in (field for field in FIELDS if field.name in stored.chunks):
+            shape, mask, raw = stored.chunks[field.name]
+            dataset = run.create_dataset(field.name, shape, field.dtype, **_options(shape))
+            dataset.id.write_direct_chunk((0,) * len(shape), raw, mask)
+        run.attrs["sha256"] = np.bytes_(stored.sha256)
         self._output.check()
 
     def __contains__(self, run_id: str) -> bool:
@@ -80,6 +83,11 @@ def new_file(path: Path) -> Iterator[NewRuns]:
             output.check()  # the disk's own error, rather than what HDF5 makes of it
             raise
         output.check()
+
+
+def _options(shape: tuple[int, ...]) -> dict[str, Any]:
+    """One chunk a field: it is read whole, and a reader can check its size before it reads."""
+    return {"chunks": shape, "compression": "gzip", "compression_opts": 4, "shuffle": True}
 
 
 class _Output(io.FileIO):

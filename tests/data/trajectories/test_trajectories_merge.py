@@ -6,6 +6,7 @@ import pytest
 
 from data.trajectories import GatherFolder, open_trajectories, write_runs
 from data.trajectories.merge import merge
+from data.trajectories.writer import NewRuns
 from predictor.errors import FileFault, UsageError
 from tests.data.made import assert_same, made_trajectory, write_changed
 
@@ -97,16 +98,13 @@ def test_an_unsound_source_is_named_and_the_older_result_stays(two, tmp_path):
 
 
 def test_copies_are_verified(two, tmp_path, monkeypatch):
-    def careless(source, run_id, target):
-        target.copy(source._runs_of(run_id), run_id)
-        target[run_id]["weights"][0, 0, 0] = 99
+    copy = NewRuns.copy
 
-    monkeypatch.setattr(
-        "data.trajectories.reader.TrajectoryFile._runs_of",
-        lambda self, run_id: self._file["runs"][run_id],
-        raising=False,
-    )
-    monkeypatch.setattr("data.trajectories.reader.TrajectoryFile.copy_run", careless)
+    def careless(runs, source, run_id):
+        copy(runs, source, run_id)
+        runs._group[run_id]["weights"][0, 0, 0] = 99
+
+    monkeypatch.setattr(NewRuns, "copy", careless)
     with pytest.raises(FileFault, match=r"run a: .*checksum"):
         merge(two, tmp_path / "all.h5")
     assert not list(tmp_path.glob("all*"))

@@ -177,10 +177,10 @@ def check_unchanged(ids: Sequence[int], prints_B: Tensor, then_B: Tensor) -> Non
 
 def check_unique(ids: Sequence[int], prints_B: Tensor) -> None:
     """Raise UsageError where two different samples of a batch have the same id. One sample may come twice."""
+    if len(set(ids)) == len(ids):
+        return
     firsts: dict[int, int] = {}
     indices = [firsts.setdefault(i, index) for index, i in enumerate(ids)]
-    if len(firsts) == len(ids):
-        return
     odd = _first_apart(prints_B, prints_B[indices])
     if odd is not None:
         raise UsageError(f"id {ids[odd]} names two different samples of a batch: give each sample a number of its own")

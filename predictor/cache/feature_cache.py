@@ -21,7 +21,7 @@ from predictor.cache.arguments import (
 )
 from predictor.cache.compression import CompressedStore, Compression, precision_for
 from predictor.cache.cut_points import Cut, uncompiled
-from predictor.cache.cut_search import find_again, find_cut, gpus_of, prefix_outputs, same_features
+from predictor.cache.cut_search import REPEATED, close, find_again, find_cut, gpus_of, prefix_outputs
 from predictor.cache.levels import Level, Levels
 from predictor.cache.prefetch import ReadAhead, with_next
 from predictor.cache.store import FeatureStore, Precision
@@ -312,9 +312,12 @@ class FeatureCache:
     def _same_features(self, batch: int, arguments: Arguments) -> bool:
         """Whether some samples' features are the same with the shared arguments of now and those of then."""
         some = list(range(min(_TRIED, batch)))
-        cut = self._levels[-1].cut
         inputs = (arguments.rows(self._layout, some, shared) for shared in (None, self._shared))
-        return same_features(self._model, cut, *inputs)
+        try:
+            now, then = (prefix_outputs(self._model, self._levels[-1].cut, each) for each in inputs)
+        except Exception:
+            return False  # a length, say, that goes with the other
+        return close(now, then, REPEATED)
 
     def _check(self, level: Level, ids: list[int], prints: Tensor, arguments: Arguments) -> None:
         """Give up where the prefix no longer gives what the level holds of some of these samples."""

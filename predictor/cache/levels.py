@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from predictor.cache.cut_points import Call, Cut, at_call, replayed, uncompiled, versions_of
-from predictor.cache.cut_search import close, look_passes, rounding
+from predictor.cache.cut_search import REPEATED, close, look_passes, rounding
 from predictor.cache.store import FeatureStore
 from predictor.policies.base import View
 
 _MUCH_LARGER = 1.5
-_TOLERANCE = 1e-5
 _COARSE = {"full": 0.0, "half": 2e-3, "int8": 2e-2}
 """By what share of the largest number kept features may be off."""
 _SUMMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -120,7 +119,7 @@ class Level:
         rows = self.cut.rows(outputs)
         if rows is None or not self.store.fits([*rows, prints_B]):
             return
-        if self._expected and not close(self._expected, rows, _TOLERANCE):
+        if self._expected and not close(self._expected, rows, REPEATED):
             self._give_up(
                 "the frozen prefix gives other features in training than in evaluation: something in it is still in "
                 "training mode, such as dropout or BatchNorm outside the frozen layers"

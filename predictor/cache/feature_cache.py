@@ -197,7 +197,7 @@ class FeatureCache:
 
     def _front_changed(self, event: FreezeEvent) -> None:
         self._ahead.drop()
-        if event.thawed:
+        if event.unfroze:
             self.clear()
         self._stale = True
 

@@ -42,7 +42,7 @@ class EgeriaPolicy(FreezePolicy):
     which the reference is made anew. checks: in a whole training, evenly spread.
     """
 
-    thaws = True
+    unfreezes = True
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ class GradualPolicy(FreezePolicy):
     but for one layer where they do not divide evenly; one layer each by default.
     """
 
-    thaws = True
+    unfreezes = True
 
     def __init__(self, until: float = 0.5, groups: int | None = None) -> None:
         if not 0 < until <= 1:

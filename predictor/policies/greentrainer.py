@@ -39,7 +39,7 @@ class GreenTrainerPolicy(FreezePolicy):
     """
 
     wants_flops = True
-    thaws = True
+    unfreezes = True
 
     def __init__(self, share: float = 0.7, rounds: int = 10) -> None:
         if not 0 < share <= 1:

@@ -19,7 +19,7 @@ class LisaPolicy(FreezePolicy):
     layers: how many train besides the first and the head. every: optimizer steps between draws. seed: of the draws.
     """
 
-    thaws = True
+    unfreezes = True
 
     def __init__(self, layers: int = 2, every: int = 20, seed: int = 0) -> None:
         if layers < 1:

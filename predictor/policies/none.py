@@ -11,6 +11,10 @@ class NonePolicy(FreezePolicy):
 
     freezes = False
 
+    def due(self, step: int, total_steps: int) -> bool:
+        """Never."""
+        return False
+
     def decide(self, view: View) -> frozenset[int]:
         """The empty set."""
         return frozenset()

@@ -26,7 +26,7 @@ class SchedulePolicy(FreezePolicy):
         times = [progress for progress, _ in self.fronts]
         if times != sorted(set(times)):
             raise UsageError(f"fronts={fronts}: the progress must rise from pair to pair")
-        self.thaws = any(later < share for (_, share), (_, later) in pairwise(self.fronts))
+        self.unfreezes = any(later < share for (_, share), (_, later) in pairwise(self.fronts))
 
     def decide(self, view: View) -> frozenset[int]:
         """The front of the last pair whose time has come."""

@@ -33,7 +33,7 @@ class SlimFitPolicy(FreezePolicy):
     share: of the layers that are frozen, rounded to whole layers. every: optimizer steps between choices.
     """
 
-    thaws = True
+    unfreezes = True
 
     def __init__(self, share: float = 0.5, every: int = 10) -> None:
         if not 0 <= share <= 1:

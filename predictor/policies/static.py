@@ -29,6 +29,10 @@ class StaticPolicy(FreezePolicy):
         self.layers = layers
         self.last = last
 
+    def due(self, step: int, total_steps: int) -> bool:
+        """Before the first step alone."""
+        return step == 0
+
     def decide(self, view: View) -> frozenset[int]:
         """The first `layers`, or that share of them, or all but the `last` ones."""
         found = len(view.layers)

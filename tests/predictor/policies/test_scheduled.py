@@ -23,8 +23,8 @@ def test_each_front_stands_from_its_time_on():
 
 def test_a_front_may_stand_from_the_start_and_shrink_again():
     policy = make_policy("schedule", fronts=[[0, 1], [0.5, 0.4]])
-    assert policy.thaws
-    assert not make_policy("schedule", fronts=[[0.5, 0.4], [0.6, 1]]).thaws
+    assert policy.unfreezes
+    assert not make_policy("schedule", fronts=[[0.5, 0.4], [0.6, 1]]).unfreezes
     assert fronts(policy, 5, [0, 9, 10, 20]) == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1], [0, 1]]
 
 

@@ -39,7 +39,7 @@ def test_a_line_names_what_changed_and_its_cost_before_and_after(make_toy):
     assert lines == [
         f"step 1: froze body.0 {say % (1, 100 * shares[1], 100)}",
         f"step 2: froze body.3, body.8 {say % (3, 100 * shares[3], 100 * shares[1])}; only the head still trains",
-        f"step 3: thawed body.8 {say % (2, 100 * shares[2], 100 * shares[3])}",
+        f"step 3: unfroze body.8 {say % (2, 100 * shares[2], 100 * shares[3])}",
     ]
     assert 0 < shares[3] < shares[2] < shares[1] < 1
 
@@ -141,9 +141,9 @@ def test_a_model_can_be_copied_while_it_is_watched(copied, make_toy):
 
 def test_waiting_for_data_is_told_once_where_it_is_the_bound(make_toy):
     lines, _ = train(make_toy(), Script({1: {0}, 40: {0, 1}}), steps=70, pause=0.03)
-    told = [line for line in lines if line.startswith("data loading has become the bound: ")]
+    told = [line for line in lines if line.startswith("data loading has become the bottleneck: ")]
     assert len(told) == 1
-    share = int(told[0].removeprefix("data loading has become the bound: ").split("%")[0])
+    share = int(told[0].removeprefix("data loading has become the bottleneck: ").split("%")[0])
     assert 50 < share < 100
 
 

@@ -199,5 +199,5 @@ def _held_by_user(model: nn.Module) -> set[nn.Module]:
 
 
 def _stay_in_evaluation(module: nn.Module, mode: bool = True, *, former: object = None) -> nn.Module:
-    """Takes the place of a frozen module's `train`. former: the user's own, if there was one."""
+    """Replaces a frozen module's `train`. former: the user's own, if there was one."""
     return module

@@ -126,7 +126,7 @@ class Agreement:
         self._group: Any = group
         # Over the CPU, so that no training waits for its GPU to see what was decided.
         if "cpu" not in dist.get_backend_config(group):
-            ranks = dist.get_process_group_ranks(group)
+            ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
             self._group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
     def __call__(self, wanted: frozenset[int], layers: int) -> frozenset[int]:

@@ -146,7 +146,7 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
 
 def _refuse_unfit(args: TrainingArguments) -> None:
     """The Trainer keeps its DDP to itself, so that one must look for parameters without gradients."""
-    if args.ddp_static_graph:
+    if getattr(args, "ddp_static_graph", False):  # newer than the oldest Transformers that works
         raise UsageError("ddp_static_graph=True cannot freeze layers while it trains: leave it out")
     if not args.fsdp and not args.ddp_find_unused_parameters:
         raise UsageError(

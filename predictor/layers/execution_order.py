@@ -11,7 +11,7 @@ from torch.jit import ScriptModule
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from predictor.layers.isolated_pass import undisturbed
+from predictor.layers.isolated_pass import isolated
 from predictor.layers.parts import holds_weight
 from predictor.layers.tensors import tensors_in
 
@@ -34,24 +34,24 @@ def definition_order(model: nn.Module, parts: Iterable[nn.Module]) -> Order:
     """As if every part ran once, in the order of definition, and a container's own parameters just before what it
     contains.
     """
-    places = {part: place for place, part in enumerate(parts)}
+    indices = {part: index for index, part in enumerate(parts)}
     parameters: dict[int, int] = {}
     for module in model.modules():
-        first = min((places[part] for part in module.modules() if part in places), default=None)
+        first = min((indices[part] for part in module.modules() if part in indices), default=None)
         if first is not None:
             for parameter in module.parameters(recurse=False):
                 parameters.setdefault(id(parameter), first)
-    return Order(places, dict(places), parameters)
+    return Order(indices, dict(indices), parameters)
 
 
 def traced_order(model: nn.Module, parts: Iterable[nn.Module], example: object) -> Order:
     """What happens when `model` is called with `example`: a tuple of inputs, a dict of named ones, or the only one.
 
-    The model is left as it was (see `undisturbed`), apart from what its own code keeps in plain attributes. Raises what
+    The model is left as it was (see `isolated`), apart from what its own code keeps in plain attributes. Raises what
     the model raises.
     """
     watch = _Watch(model, tuple(parts))
-    with undisturbed(model), ExitStack() as hooks:
+    with isolated(model), ExitStack() as hooks:
         # TorchScript takes no hooks; the weights of its modules are seen at work.
         for part in (part for part in watch.parts if not isinstance(part, ScriptModule)):
             hooks.callback(part.register_forward_pre_hook(watch.called).remove)

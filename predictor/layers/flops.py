@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from predictor.layers.isolated_pass import undisturbed
+from predictor.layers.isolated_pass import isolated
 from predictor.layers.layer import Layer
 from predictor.layers.tensors import tensors_in
 
@@ -39,10 +39,10 @@ class LayerFlops:
         input's, where something in front of it trains. A product of two activations costs twice more for both inputs'.
         """
         layers = range(len(self.forward_L))
-        first = next((place for place in layers if place not in frozen), len(layers))
+        first = next((index for index in layers if index not in frozen), len(layers))
         forward = self.head + sum(self.forward_L[first if cached else 0 :])
-        weights = self.head + sum(self._weighted(place) for place in layers if place not in frozen)
-        inputs = sum(self._weighted(place) + 2 * self.weightless_L[place] for place in layers[first:])
+        weights = self.head + sum(self._weighted(index) for index in layers if index not in frozen)
+        inputs = sum(self._weighted(index) + 2 * self.weightless_L[index] for index in layers[first:])
         inputs += self.head - self.entry_L[first] if first < len(layers) else 0
         return forward + weights + inputs
 
@@ -50,8 +50,8 @@ class LayerFlops:
         """The cost of a step with these layers frozen, as a share of a full step's."""
         return self.step(frozen) / max(self.step(frozenset()), 1)
 
-    def _weighted(self, place: int) -> int:
-        return self.forward_L[place] - self.weightless_L[place]
+    def _weighted(self, index: int) -> int:
+        return self.forward_L[index] - self.weightless_L[index]
 
 
 def count_flops(
@@ -59,24 +59,24 @@ def count_flops(
 ) -> LayerFlops:
     """Run `model` once on these inputs and count.
 
-    It is left as it was (see `undisturbed`). Where a front ends inside a block, a side branch that starts there is
+    It is left as it was (see `isolated`). Where a front ends inside a block, a side branch that starts there is
     taken to need its input's gradient, which it does not: under one percent in a ResNet. Raises what the model raises.
     """
     counter = _Counter(layers, model)
     # The fused attention of a CPU is not in the table of known operators; its plain form has the same products.
-    with undisturbed(model), sdpa_kernel(SDPBackend.MATH), counter:
+    with isolated(model), sdpa_kernel(SDPBackend.MATH), counter:
         model.forward(*args, **kwargs)  # not the hooks on the model itself, which are the training's
     *forward_L, head = counter.forward
     return LayerFlops(tuple(forward_L), tuple(counter.weightless[:-1]), tuple(counter.entry[:-1]), head)
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts every operator to the layer whose parameter was used last; the last place is the head's."""
+    """Counts every operator to the layer whose parameter was used last; the last index is the head's."""
 
     def __init__(self, layers: Sequence[Layer], model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._owner = {id(parameter): len(layers) for parameter in model.parameters()}
-        self._owner.update({id(p): place for place, layer in enumerate(layers) for p in layer.parameters()})
+        self._owner.update({id(p): index for index, layer in enumerate(layers) for p in layer.parameters()})
         self._made_of_weights: dict[int, Tensor] = {}  # held, so that no other tensor gets the same id
         self._now = 0
         self.forward = [0] * (len(layers) + 1)

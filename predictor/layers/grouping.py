@@ -11,7 +11,7 @@ from predictor.layers.model_hints import declared_heads
 from predictor.layers.parts import block_names, holds_weight
 
 _HEAD = -1
-"""The place of what is no layer: the head and what is tied to it."""
+"""The index of what is no layer: the head and what is tied to it."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,23 @@ def grouped(model: nn.Module, parts: dict[nn.Module, str], order: Order, blocks:
         block_of = block_names(model, {part: parts[part] for part in starts})
         names = [block_of[team[0]] for team in teams]
     layers = list(dict.fromkeys(names))
-    places = {part: layers.index(name) for name, team in zip(names, teams, strict=True) for part in team}
+    indices = {part: layers.index(name) for name, team in zip(names, teams, strict=True) for part in team}
     # The head begins where it computes the outputs, not where something tied to it computes.
     ends = [max(order.last[part] for part in heads.intersection(team)) for team in tied if team not in teams]
     timeline = _Timeline(
-        [*((order.first[team[0]], places[team[0]]) for team in teams), *((end, _HEAD) for end in ends)]
+        [*((order.first[team[0]], indices[team[0]]) for team in teams), *((end, _HEAD) for end in ends)]
     )
-    home_of = _parts_at_home(parts, order, timeline, dict.fromkeys([*starts, *declared], _HEAD) | places)
+    home_of = _parts_at_home(parts, order, timeline, dict.fromkeys([*starts, *declared], _HEAD) | indices)
     home_of_parameter = _parameters_at_home(model, order, timeline, home_of)
     modules = _modules_of(model, parts, order, home_of, home_of_parameter, len(layers))
     return [
-        Group(name, tuple(modules[place]), tuple(p for p in model.parameters() if home_of_parameter[id(p)] == place))
-        for place, name in enumerate(layers)
+        Group(name, tuple(modules[index]), tuple(p for p in model.parameters() if home_of_parameter[id(p)] == index))
+        for index, name in enumerate(layers)
     ]
 
 
 def _tied(starts: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """Parts with weights, those that share a parameter together, at the place of the first of them.
+    """Parts with weights, those that share a parameter together, at the index of the first of them.
 
     Not of the last: while a parameter trains, the backward pass goes back to its first use.
     """
@@ -75,19 +75,19 @@ class _Timeline:
     """Which layer, or the head, what is used at a moment belongs to."""
 
     def __init__(self, begins: Iterable[tuple[int, int]]) -> None:
-        self._moments, self._places = zip(*sorted(begins), strict=True)
-        self._front = next(place for place in self._places if place != _HEAD)
+        self._moments, self._indices = zip(*sorted(begins), strict=True)
+        self._front = next(index for index in self._indices if index != _HEAD)
 
     def at(self, moment: int) -> int:
-        """The place of the layer that has begun last before `moment`; that of the first where none has."""
+        """The index of the layer that has begun last before `moment`; that of the first where none has."""
         after = bisect_right(self._moments, moment)
-        return int(self._places[after - 1] if after else self._front)
+        return int(self._indices[after - 1] if after else self._front)
 
 
 def _parts_at_home(
     parts: Iterable[nn.Module], order: Order, timeline: _Timeline, known: dict[nn.Module, int]
 ) -> dict[nn.Module, int]:
-    """The place of every part, those with parameters that are never used left out. known: places that stand."""
+    """The index of every part, those with parameters that are never used left out. known: indices that stand."""
     home_of = dict(known)
     before = 0
     for part in parts:
@@ -103,17 +103,17 @@ def _parts_at_home(
 def _parameters_at_home(
     model: nn.Module, order: Order, timeline: _Timeline, home_of: dict[nn.Module, int]
 ) -> dict[int, int | None]:
-    """The place of every parameter, by its id; None for those that are never used."""
-    places: dict[int, int | None] = {}
-    for part, place in sorted(home_of.items(), key=lambda item: not holds_weight(item[0])):
+    """The index of every parameter, by its id; None for those that are never used."""
+    indices: dict[int, int | None] = {}
+    for part, index in sorted(home_of.items(), key=lambda item: not holds_weight(item[0])):
         for parameter in part.parameters():
-            places.setdefault(id(parameter), place)
+            indices.setdefault(id(parameter), index)
     for module in model.modules():
         inside = [order.first[part] for part in module.modules() if part in order.first]
         for parameter in module.parameters(recurse=False):
             moment = order.parameters.get(id(parameter), min(inside, default=None))
-            places.setdefault(id(parameter), None if moment is None else timeline.at(moment))
-    return places
+            indices.setdefault(id(parameter), None if moment is None else timeline.at(moment))
+    return indices
 
 
 def _modules_of(
@@ -131,9 +131,9 @@ def _modules_of(
             continue
         inside: set[int | None] = {home_of.get(part) for part in module.modules() if part in parts}
         inside |= {home_of_parameter[id(parameter)] for parameter in module.parameters()}
-        place = inside.pop() if len(inside) == 1 else None
-        if place is not None and place != _HEAD:
-            modules[place].append(module)
+        index = inside.pop() if len(inside) == 1 else None
+        if index is not None and index != _HEAD:
+            modules[index].append(module)
     for part in sorted(home_of, key=lambda part: order.first.get(part, -1)):
         if home_of[part] != _HEAD:
             modules[home_of[part]].append(part)

@@ -62,7 +62,7 @@ def layers_of(
     and when those are frozen the backward pass ends there.
 
     **Used again.** The first use counts: while a parameter trains, the backward pass goes back to there. For the same
-    reason modules that share a parameter are one layer, at the place of the first of them. Only a module without
+    reason modules that share a parameter are one layer, at the index of the first of them. Only a module without
     parameters that several layers call (one dropout for all) goes to the last: it stays on until all are frozen.
 
     **Never used** in the pass (auxiliary classifiers, which run in training alone): a module and its parameters are

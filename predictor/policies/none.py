@@ -6,7 +6,15 @@ from predictor.policies.base import FreezePolicy, View
 class NonePolicy(FreezePolicy):
     """Freezes nothing.
 
-    Paper: none. Rule: the frozen set is empty. Signal: none. Differs: not at all. Cost: none.
+    Paper: none.
+
+    Rule: the frozen set is empty.
+
+    Signal: none.
+
+    Differs: nothing.
+
+    Cost: none.
     """
 
     freezes = False

@@ -135,6 +135,7 @@ def test_what_the_user_froze_stays_so_when_its_layer_thaws_or_is_let_go():
     assert all(map(torch.equal, before, (*model.blocks[0].parameters(), kept)))
 
 
+@pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl")
 def test_torchs_own_wrapper_is_refused_at_once_where_it_is_reentrant():
     model = Blocks()
     model.blocks[1] = checkpoint_wrapper(model.blocks[1], CheckpointImpl.REENTRANT)

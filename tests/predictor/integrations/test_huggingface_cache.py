@@ -111,12 +111,9 @@ def test_activations_that_are_checkpointed_are_computed_from_whole_inputs(tmp_pa
     plain.train()
     # The front ends inside the first block, which the backward pass computes once more.
     callback = FreezeCallback(Script({0: FRONT}), ids="sample_id")
-    cached = make_trainer(
-        tmp_path,
-        callback,
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-    )
+    newer = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    setting = "activation_checkpointing" if newer else "gradient_checkpointing"
+    cached = make_trainer(tmp_path, callback, **{setting: True, f"{setting}_kwargs": {"use_reentrant": False}})
     cached.train()
     assert "activations are checkpointed" in callback.cache.reason
     assert all(map(alike, plain.model.state_dict().values(), cached.model.state_dict().values()))

@@ -9,7 +9,6 @@ from predictor import FreezeController
 from predictor.errors import UsageError
 from predictor.layers.layer import layers_of
 from predictor.policies import make_policy
-from predictor.policies.base import View
 from predictor.policies.egeria import slope
 from predictor.policies.measuring.activations import Batch
 from predictor.policies.measuring.quantized import QuantizedReference
@@ -77,7 +76,7 @@ def test_the_loss_is_that_of_a_sample_whatever_the_batch():
         reference = QuantizedReference(policy._model)
         with torch.no_grad():
             layers[0].modules[0].weight.add_(torch.tensor([[0.0, 0.5], [0.0, 0.0]]))
-        policy._measure(0, View(layers, frozenset(), 1, 10), Batch((x,), {}, ""), reference)
+        policy._measure(layers[0], 0, Batch((x,), {}, ""), reference)
         losses += policy._losses
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -96,20 +95,20 @@ def test_what_is_flat_is_told_by_the_largest_loss_of_any_layer():
 
 def test_all_thaw_when_the_rate_is_a_tenth_and_freeze_again_with_half_the_window():
     policy, optimizer, layers = made(window=5, patience=1)
-    policy._front, policy._calm = 1, 1
+    policy._layer, policy._calm = 1, 1
     assert run(policy, optimizer, layers, [0.5, 0.5, 0.2, 0.05, 0.05]) == [[0, 1], [0, 1], [0, 1], [], []]
-    assert (policy.window, policy._front, policy._losses, policy._calm) == (2, -1, [], 0)
-    policy._front, policy._calm = 0, 1
+    assert (policy.window, policy._layer, policy._losses, policy._calm) == (2, -1, [], 0)
+    policy._layer, policy._calm = 0, 1
     assert run(policy, optimizer, layers, [0.05, 0.006, 0.005]) == [[0], [0], []]
     assert policy.window == 2
 
 
 def test_the_rate_of_the_first_freezing_counts_also_when_it_falls_right_after_it():
     policy, optimizer, layers = made(patience=1)
-    policy._front, policy._calm = 0, 1
+    policy._layer, policy._calm = 0, 1
     assert run(policy, optimizer, layers, [1.0, 0.1]) == [[0], []]
     policy, optimizer, layers = made(patience=1)
-    policy._front, policy._calm = 0, 1
+    policy._layer, policy._calm = 0, 1
     assert run(policy, optimizer, layers, [0.0, 0.0]) == [[0], [0]]  # a rate of 0 does not fall any more
 
 

@@ -1,4 +1,4 @@
-"""What a model's layers cost: FLOPs of one forward pass, and from them those of a step with any layers frozen."""
+"""What a model's layers cost: FLOPs of one forward pass, and of a step with any layers frozen."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,23 +20,27 @@ class LayerFlops:
 
     Matrix products, convolutions and attention, as PyTorch's FlopCounterMode counts them; not normalization,
     elementwise operations and the optimizer's work. What happens between two layers, such as the product of attention
-    scores and values, counts to the one before.
+    scores and values, counts for the one before.
     """
 
     forward_L: tuple[int, ...]
     """FLOPs of each layer's part of the forward pass, front to back."""
     weightless_L: tuple[int, ...]
-    """Those of them in products of two activations, in which no weight takes part."""
+    """The share of these in products of two activations, without any weight."""
     entry_L: tuple[int, ...]
-    """Those of each layer's first product, which takes what the layer before gives."""
+    """FLOPs of each layer's first product, whose input is the output of the layer before."""
     head: int
-    """FLOPs of what comes behind the last layer."""
+    """FLOPs of all that follows the last layer."""
 
     def step(self, frozen: frozenset[int], cached: bool = False) -> int:
-        """FLOPs of a forward and backward pass with these layers frozen; with `cached`, without the frozen front's.
+        """FLOPs of a forward and backward pass with some layers frozen.
 
         A product with a weight costs once more for the weight's gradient, where it trains, and once more for the
-        input's, where something in front of it trains. A product of two activations costs twice more for both inputs'.
+        input's, where a layer in front of it trains. A product of two activations costs twice more, for both inputs.
+
+        Args:
+            frozen: indices of the frozen layers.
+            cached: leave out the forward pass of the frozen prefix.
         """
         layers = range(len(self.forward_L))
         first = next((index for index in layers if index not in frozen), len(layers))
@@ -47,7 +51,7 @@ class LayerFlops:
         return forward + weights + inputs
 
     def share(self, frozen: frozenset[int]) -> float:
-        """The cost of a step with these layers frozen, as a share of a full step's."""
+        """The cost of a step with these layers frozen, as a share of a full step's, from 0 to 1."""
         return self.step(frozen) / max(self.step(frozenset()), 1)
 
     def _weighted(self, index: int) -> int:
@@ -57,13 +61,22 @@ class LayerFlops:
 def count_flops(
     model: nn.Module, layers: Sequence[Layer], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> LayerFlops:
-    """Run `model` once on these inputs and count.
+    """Run `model` once on these inputs, and count its FLOPs.
 
-    It is left as it was (see `isolated`). Where a front ends inside a block, a side branch that starts there is
-    taken to need its input's gradient, which it does not: under one percent in a ResNet. Raises what the model raises.
+    The model is left as it was (see `isolated`). Where a frozen prefix ends inside a block, a side branch that starts
+    there is counted as if it needed its input's gradient, which it does not: under one percent in a ResNet.
+
+    Args:
+        model: the model itself, without wrappers.
+        layers: its layers, front to back.
+        args: positional inputs.
+        kwargs: named inputs.
+
+    Raises:
+        Exception: what the model raises.
     """
     counter = _Counter(layers, model)
-    # The fused attention of a CPU is not in the table of known operators; its plain form has the same products.
+    # The table of known operators lacks the CPU's fused attention; its plain form has the same products.
     with isolated(model), sdpa_kernel(SDPBackend.MATH), counter:
         model.forward(*args, **kwargs)  # not the hooks on the model itself, which are the training's
     *forward_L, head = counter.forward
@@ -71,7 +84,7 @@ def count_flops(
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts every operator to the layer whose parameter was used last; the last index is the head's."""
+    """Counts every operator for the layer whose parameter was used last. The last index stands for the head."""
 
     def __init__(self, layers: Sequence[Layer], model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -88,7 +101,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         count = flop_registry.get(func._overloadpacket)
         if count is None:
-            with self:  # an operator that is made of others is counted by its parts
+            with self:  # a composite operator is counted by its parts
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -102,6 +115,6 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.forward[self._now] += flops
             self.weightless[self._now] += 0 if weights else flops
             self.entry[self._now] = self.entry[self._now] or flops * bool(weights)
-        elif tensors and len(weights) == len(tensors):  # a transposed or cast weight is one still
+        elif tensors and len(weights) == len(tensors):  # a transposed or cast weight is still a weight
             self._made_of_weights.update({id(tensor): tensor for tensor in tensors_in(result)})
         return result

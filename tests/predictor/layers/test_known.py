@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from predictor.layers.layer import layers_of
-from predictor.layers.model_hints import declared_heads, own_examples
+from predictor.layers.model_hints import declared_heads, example_inputs
 
 timm = pytest.importorskip("timm")
 
@@ -31,9 +31,9 @@ def test_a_model_of_timm_is_traced_without_an_example():
 
 def test_its_example_is_of_the_images_that_it_was_made_for():
     vit = made("test_vit", img_size=48, in_chans=1)
-    assert next(iter(own_examples(vit))).shape == (1, 1, 48, 48)
+    assert next(iter(example_inputs(vit))).shape == (1, 1, 48, 48)
     net = made("test_resnet", in_chans=5).to(torch.bfloat16)
-    example = next(iter(own_examples(net)))
+    example = next(iter(example_inputs(net)))
     assert example.shape == (1, 5, 64, 64)
     assert example.dtype == torch.bfloat16
 

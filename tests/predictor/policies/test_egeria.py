@@ -9,6 +9,7 @@ from predictor import FreezeController
 from predictor.errors import UsageError
 from predictor.layers.layer import layers_of
 from predictor.policies import make_policy
+from predictor.policies.base import View
 from predictor.policies.egeria import slope
 from predictor.policies.measuring.activations import Batch
 from predictor.policies.measuring.quantized import QuantizedReference

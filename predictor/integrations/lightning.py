@@ -105,8 +105,8 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
         if self.cache is not None and not self.cache.hits + self.cache.misses:
             named = f"self.{self._network}(...)" if self._network else "self(...)"
             raise UsageError(
-                f"network={self._network!r}: training_step did not call {named}, whose frozen prefix was to be skipped: "
-                "name the attribute that it calls, FreezeCallback(..., network='net')"
+                f"network={self._network!r}: training_step did not call {named}, whose frozen layers were to be "
+                "skipped: name the attribute that it calls, FreezeCallback(..., network='net')"
             )
 
     def on_train_batch_end(

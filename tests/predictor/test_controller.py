@@ -52,7 +52,7 @@ def test_a_policy_is_asked_before_the_first_step_and_then_at_its_cadence(make_to
     assert policy.observed == [(1, True), (2, True), (3, True), (4, True)]
 
 
-def test_events_tell_what_changed(make_toy):
+def test_events_say_what_changed(make_toy):
     model = make_toy()
     optimizer, controller = start(model, Script({1: {0, 2}, 3: {0}}))
     heard = []
@@ -94,9 +94,9 @@ def test_a_training_is_finished_once_all_layers_are_frozen_after_its_start(make_
         step(model, optimizer, controller)
         finished.append(controller.finished)
     assert finished == [False, True, False]
-    thawing = Script({1: {0, 1, 2}})
-    thawing.unfreezes = True
-    optimizer, never = start(model := make_toy(), thawing)
+    unfreezing = Script({1: {0, 1, 2}})
+    unfreezing.unfreezes = True
+    optimizer, never = start(model := make_toy(), unfreezing)
     step(model, optimizer, never)
     assert (len(never.frozen), never.finished) == (3, False)
     again = start(make_toy(), Script({}))[1]
@@ -118,10 +118,10 @@ def test_total_steps_below_one_is_refused(make_toy, total_steps):
         start(make_toy(), make_policy("none"), total_steps=total_steps)
 
 
-@pytest.mark.parametrize("place", [-1, 3])
-def test_a_layer_that_does_not_exist_is_refused(make_toy, place):
-    with pytest.raises(UsageError, match=f"Script wants to freeze layer {place} of 3"):
-        start(make_toy(), Script({0: {place}}))
+@pytest.mark.parametrize("index", [-1, 3])
+def test_a_layer_that_does_not_exist_is_refused(make_toy, index):
+    with pytest.raises(UsageError, match=f"Script wants to freeze layer {index} of 3"):
+        start(make_toy(), Script({0: {index}}))
 
 
 def test_an_optimizer_without_a_layers_parameters_is_refused(make_toy):
@@ -146,21 +146,21 @@ def test_what_user_code_switches_on_is_frozen_again_before_it_moves_and_said_onc
     optimizer, controller = start(model, make_policy("static", layers=1), total_steps=9)
     step(model, optimizer, controller)
     before = model.body[0].weight.clone()
-    told = []
-    controller.on_moved(lambda: told.append(controller.frozen))
+    messages = []
+    controller.on_moved(lambda: messages.append(controller.frozen))
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     with pytest.warns(UserWarning, match=r"switched frozen layer 0 \(body.0\) back on"):
         step(model, optimizer, controller)
     assert not model.body[0].weight.requires_grad
-    assert told == [{0}]
+    assert messages == [{0}]
     assert len(controller.history) == 1  # it is no change of what is frozen
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     step(model, optimizer, controller)  # a second warning would be an error here
     assert not model.body[0].weight.requires_grad
     assert torch.equal(before, model.body[0].weight)
-    assert told == [{0}] * 2
+    assert messages == [{0}] * 2
 
 
 def test_a_gradient_set_by_hand_is_noticed_at_the_next_look(make_toy):
@@ -277,7 +277,7 @@ def test_layers_that_an_earlier_controller_left_frozen_are_warned_of(make_toy):
     start(model, make_policy("none"))  # a warning would be an error here, and below
 
 
-def test_those_who_listen_are_told_of_a_release(make_toy):
+def test_listeners_are_called_at_a_release(make_toy):
     controller = start(make_toy(), make_policy("static", layers=2))[1]
     heard = []
     controller.on_change(heard.append)
@@ -325,7 +325,7 @@ def test_state_of_another_model_or_length_is_refused(make_toy):
         controller.load_state_dict({**state, "total_steps": 7})
 
 
-def test_loading_thaws_what_the_state_does_not_freeze_and_keeps_loaded_momentum(make_toy):
+def test_loading_unfreezes_what_the_state_does_not_freeze_and_keeps_loaded_momentum(make_toy):
     model = make_toy()
     optimizer, controller = start(model, Script({0: {0}, 1: ()}))
     for _ in range(2):

@@ -88,7 +88,7 @@ def test_frozen_layers_stand_still_and_the_others_train(tmp_path):
     callback = FreezeCallback(WatchingScript({0: FRONT}))
     trainer = make_trainer(tmp_path, callback)
     trained(trainer)
-    frozen = {id(p) for place in FRONT for p in callback.controller.layers[place].parameters()}
+    frozen = {id(p) for index in FRONT for p in callback.controller.layers[index].parameters()}
     in_optimizer = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     held = {name for name, parameter in trainer.model.named_parameters() if id(parameter) in frozen}
     assert held

@@ -23,8 +23,8 @@ def chain(layers):
 
 
 def answers(policy, layers, total_steps, steps):
-    places = layers_of(chain(layers))
-    return [sorted(policy.decide(View(places, frozenset(), step, total_steps))) for step in steps]
+    indices = layers_of(chain(layers))
+    return [sorted(policy.decide(View(indices, frozenset(), step, total_steps))) for step in steps]
 
 
 def test_none_freezes_nothing():
@@ -45,7 +45,7 @@ def test_stopped_is_shorter_without_another_schedule():
     assert answers(policy, 4, 10, [0, 10]) == [[], []]
 
 
-def test_static_freezes_the_same_front_always():
+def test_static_freezes_the_same_prefix_always():
     assert answers(make_policy("static", share=0.5), 4, 10, [0, 9]) == [[0, 1], [0, 1]]
     assert answers(make_policy("static", layers=3), 4, 10, [0]) == [[0, 1, 2]]
 
@@ -56,7 +56,7 @@ def test_static_leaves_the_last_layers_alone():
     assert answers(make_policy("static"), 4, 10, [0]) == [[0, 1]]
 
 
-def test_gradual_thaws_one_layer_after_another_from_the_back():
+def test_gradual_unfreezes_one_layer_after_another_from_the_back():
     # Four layers until .5: one more at each .125 of the training.
     expected = [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2], [0, 1], [0], [0], [], []]
     assert answers(make_policy("gradual"), 4, 1000, [0, 124, 125, 250, 375, 499, 500, 1000]) == expected
@@ -154,7 +154,7 @@ def test_smartfrz_does_not_take_cleared_gradients_for_a_network_that_has_learnt_
         policy.decide(View(layers, frozenset(), 3, 60))
 
 
-def test_smartfrz_waits_for_a_whole_window_and_then_freezes_what_is_judged_ready(make_predictor_file):
+def test_smartfrz_waits_for_a_whole_window_and_then_freezes_what_is_ready(make_predictor_file):
     # 12 snapshots over 24 steps: one every second step; the third (that of step 0 counts) is taken at step 4.
     _, history = run_smartfrz(make_predictor_file(probability=0.9, threshold=0.5), steps=5, total_steps=24)
     assert history == [[], [], [], [], [0, 1, 2], [0, 1, 2]]
@@ -167,7 +167,7 @@ def test_smartfrz_freezes_nothing_below_its_threshold(make_predictor_file):
 
 
 @pytest.mark.parametrize(("prefix", "expected"), [(True, {0}), (False, {0, 2})])
-def test_smartfrz_keeps_a_front_unless_told_otherwise(make_predictor_file, prefix, expected):
+def test_smartfrz_keeps_a_prefix_unless_set_otherwise(make_predictor_file, prefix, expected):
     policy, _ = run_smartfrz(make_predictor_file(threshold=0.5), steps=1, prefix=prefix)
     view = View(layers_of(chain(3)), frozenset(), 1, 12)
     assert policy._choose(view, torch.tensor([0.9, 0.1, 0.9])) == expected
@@ -175,7 +175,7 @@ def test_smartfrz_keeps_a_front_unless_told_otherwise(make_predictor_file, prefi
     assert policy._choose(view, torch.tensor([0.9, 0.1])) == {2}
 
 
-def test_smartfrz_judges_the_windows_that_it_saw(make_predictor_file):
+def test_smartfrz_reads_the_windows_that_it_saw(make_predictor_file):
     policy, _ = run_smartfrz(make_predictor_file(probability=0.1), steps=5)
     seen = {}
     policy._model.forward = lambda windows, signals: seen.update(w=windows, s=signals) or torch.zeros(len(windows))
@@ -259,7 +259,7 @@ def test_smartfrz_waits_for_votes_in_a_row(make_predictor_file):
     assert resumed._choose(view, torch.tensor([0.9, 0.9, 0.1])) == {0, 1}
 
 
-def test_smartfrz_freezes_a_front_before_the_first_step_where_it_is_told_to(make_predictor_file):
+def test_smartfrz_freezes_a_prefix_before_the_first_step_where_it_is_set_to(make_predictor_file):
     path = make_predictor_file(probability=0.1, threshold=0.5)
     assert run_smartfrz(path, steps=1)[1] == [[], []]
     _, history = run_smartfrz(path, steps=5, total_steps=12, front=0.4)  # of three layers

@@ -38,7 +38,7 @@ def test_its_example_is_of_the_images_that_it_was_made_for():
     assert example.dtype == torch.bfloat16
 
 
-def test_a_failing_example_of_its_own_is_told_and_the_order_is_that_of_definition():
+def test_a_failing_example_of_its_own_causes_a_warning_and_the_order_is_that_of_definition():
     model = made("test_resnet")
     model.forward_features = None
     with pytest.warns(UserWarning, match=r"ResNet could not be run.*order of definition.*layers_of\(model, example\)"):

@@ -1,6 +1,7 @@
-"""SmartFRZ: freeze each layer of a network, during training, when it has learnt what it will learn.
+"""SmartFRZ: freeze each layer of a network during training, once training it further gains nothing.
 
-The library's public names. They are imported at first use, so that a command's `--help` need not wait for torch.
+These are the library's public names. They are imported at first use, so that a command's `--help` does not wait for
+torch.
 """
 
 from importlib import import_module

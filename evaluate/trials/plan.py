@@ -177,7 +177,7 @@ def _refuse_unfit(work: _Work, entry: PolicyEntry, policy: FreezePolicy) -> None
             "leave the cache out, or set augment = false in the recipe"
         )
     _refuse_sieve(work, entry)
-    if entry.stop and (policy.thaws or not policy.freezes):
+    if entry.stop and (policy.unfreezes or not policy.freezes):
         raise UsageError(
             f"policy {entry.label!r} stops once all layers are frozen for good (stop = true), and with {entry.name} "
             'they never are: leave it out, or stop at a fixed time with name = "stopped"'

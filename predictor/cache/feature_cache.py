@@ -236,7 +236,7 @@ class FeatureCache:
 
     def _prefix_changed(self, event: FreezeEvent) -> None:
         self._ahead.drop()
-        if event.thawed:
+        if event.unfroze:
             self.clear()
         self._stale = True
 

@@ -77,7 +77,7 @@ def write_trajectories(tmp_path: Path) -> Callable[..., Path]:
                 "train_seconds": 2.0,
                 "cpu_seconds": 2.0,
             },
-            layer_names=tuple(f"layer{place}" for place in range(layers)),
+            layer_names=tuple(f"layer{index}" for index in range(layers)),
             layer_sizes_L=np.full(layers, 1000),
             step_T=time_T,
             lr_T=1.0 - time_T / snapshots,

@@ -17,8 +17,8 @@ def chain(layers):
 
 
 def answers(policy, layers, total_steps, steps):
-    places = layers_of(chain(layers))
-    return [sorted(policy.decide(View(places, frozenset(), step, total_steps))) for step in steps]
+    indices = layers_of(chain(layers))
+    return [sorted(policy.decide(View(indices, frozenset(), step, total_steps))) for step in steps]
 
 
 def test_none_freezes_nothing():
@@ -39,7 +39,7 @@ def test_stopped_is_shorter_without_another_schedule():
     assert answers(policy, 4, 10, [0, 10]) == [[], []]
 
 
-def test_static_freezes_the_same_front_always():
+def test_static_freezes_the_same_prefix_always():
     assert answers(make_policy("static", share=0.5), 4, 10, [0, 9]) == [[0, 1], [0, 1]]
     assert answers(make_policy("static", layers=3), 4, 10, [0]) == [[0, 1, 2]]
 
@@ -50,7 +50,7 @@ def test_static_leaves_the_last_layers_alone():
     assert answers(make_policy("static"), 4, 10, [0]) == [[0, 1]]
 
 
-def test_gradual_thaws_one_layer_after_another_from_the_back():
+def test_gradual_unfreezes_one_layer_after_another_from_the_back():
     # Four layers until .5: one more at each .125 of the training.
     expected = [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2], [0, 1], [0], [0], [], []]
     assert answers(make_policy("gradual"), 4, 1000, [0, 124, 125, 250, 375, 499, 500, 1000]) == expected

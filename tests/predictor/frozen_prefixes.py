@@ -1,4 +1,4 @@
-"""What a frozen front must keep: said of any model, without a look at how its layers were found."""
+"""What must hold of a frozen prefix, for any model, however its layers were found."""
 
 import torch
 from torch import Tensor
@@ -44,15 +44,15 @@ def check_order(model, example, layers, blocks):
         handle.remove()
     end = begin = -1
     for layer in layers:
-        places = sorted(first[module] for module in layer.modules if module in first)
+        indices = sorted(first[module] for module in layer.modules if module in first)
         if "+" in layer.name:
-            places = places[:1]  # of tied modules the first call counts
-        assert not places or places[0] > end
-        end = max(places, default=end)
+            indices = indices[:1]  # of tied modules the first call counts
+        assert not indices or indices[0] > end
+        end = max(indices, default=end)
     for block in blocks:
-        places = [first[module] for module in block.modules if module in first]
-        assert min(places) > begin
-        begin = min(places)
+        indices = [first[module] for module in block.modules if module in first]
+        assert min(indices) > begin
+        begin = min(indices)
 
 
 class Step(TorchDispatchMode):
@@ -71,7 +71,7 @@ class Step(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self._begun |= any(id(tensor) in self._training for tensor in tensors)
         if not self._begun:
-            assert not any(tensor.requires_grad for tensor in tensors), f"{func} is before the front's end"
+            assert not any(tensor.requires_grad for tensor in tensors), f"{func} is before the prefix's end"
         result = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry:
             flops = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
@@ -79,16 +79,16 @@ class Step(TorchDispatchMode):
         return result
 
 
-def freeze_front(layers):
+def freeze_all(layers):
     for layer in layers:
         freeze(layer)
 
 
-def check_ends(model, example, fronts):
-    """With these layers frozen, one front after the other, nothing wants a gradient before what trains."""
+def check_ends(model, example, prefixes):
+    """With these layers frozen, one prefix after the other, nothing wants a gradient before what trains."""
     left = []
-    for front in fronts:
-        freeze_front(front)
+    for prefix in prefixes:
+        freeze_all(prefix)
         model.train()
         with Step(model) as step:
             call(model, example)

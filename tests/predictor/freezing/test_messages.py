@@ -39,24 +39,24 @@ def test_a_line_names_what_changed_and_its_cost_before_and_after(make_toy):
     assert lines == [
         f"step 1: froze body.0 {say % (1, 100 * shares[1], 100)}",
         f"step 2: froze body.3, body.8 {say % (3, 100 * shares[3], 100 * shares[1])}; only the head still trains",
-        f"step 3: thawed body.8 {say % (2, 100 * shares[2], 100 * shares[3])}",
+        f"step 3: unfroze body.8 {say % (2, 100 * shares[2], 100 * shares[3])}",
     ]
     assert 0 < shares[3] < shares[2] < shares[1] < 1
 
 
-def test_the_end_is_told_though_no_step_follows(make_toy):
+def test_the_end_is_reported_though_no_step_follows(make_toy):
     lines, controller = train(make_toy(), Script({1: {0}, 2: {0, 1, 2}}), steps=2, close=False)
     assert controller.finished
     assert lines[-1].endswith("before; only the head still trains")
 
 
-def test_what_freezes_before_the_first_step_is_told_after_it(make_toy):
+def test_what_freezes_before_the_first_step_is_reported_after_it(make_toy):
     lines, _ = train(make_toy(), make_policy("static", layers=2), steps=1)
     assert len(lines) == 1
     assert lines[0].startswith("step 0: froze body.0, body.3 (2 of 3 layers frozen): a step takes ")
 
 
-def test_what_freezes_at_the_last_step_is_told_at_the_end(make_toy):
+def test_what_freezes_at_the_last_step_is_reported_at_the_end(make_toy):
     lines, _ = train(make_toy(), Script({2: {0}}), steps=2)
     assert lines == ["step 2: froze body.0 (1 of 3 layers frozen)"]
 
@@ -93,7 +93,7 @@ def test_a_policy_that_wants_flops_has_them_after_the_first_pass(make_toy):
     assert seen == [False, True, True]
 
 
-def test_telling_changes_nothing_of_the_training(make_toy):
+def test_reporting_changes_nothing_of_the_training(make_toy):
     weights = []
     for say in (print, None):
         model = make_toy()
@@ -109,7 +109,7 @@ def test_telling_changes_nothing_of_the_training(make_toy):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_costs_are_told_beside_a_cache_and_under_compile(make_toy):
+def test_costs_are_reported_beside_a_cache_and_under_compile(make_toy):
     model = make_toy()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     lines = []
@@ -139,11 +139,11 @@ def test_a_model_can_be_copied_while_it_is_watched(copied, make_toy):
     assert torch.equal(twin.eval()(X), copy.deepcopy(model).eval()(X))
 
 
-def test_waiting_for_data_is_told_once_where_it_is_the_bound(make_toy):
-    lines, _ = train(make_toy(), Script({1: {0}, 40: {0, 1}}), steps=70, pause=0.03)
-    told = [line for line in lines if line.startswith("data loading has become the bound: ")]
+def test_waiting_for_data_is_reported_once_where_it_is_the_bottleneck(make_toy):
+    lines, _ = train(make_toy(), Script({1: {0}, 25: {0, 1}}), steps=48, pause=0.02)
+    told = [line for line in lines if line.startswith("data loading has become the bottleneck: ")]
     assert len(told) == 1
-    share = int(told[0].removeprefix("data loading has become the bound: ").split("%")[0])
+    share = int(told[0].removeprefix("data loading has become the bottleneck: ").split("%")[0])
     assert 50 < share < 100
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from predictor.errors import UsageError
 from predictor.freezing.freeze import freeze
 from predictor.layers.layer import layers_of
-from tests.predictor.fronts import check_ends
+from tests.predictor.frozen_prefixes import check_ends
 
 ONES = torch.ones(2, 4)
 

@@ -29,6 +29,7 @@ from evaluate.report import format as write
 from evaluate.report import over_time, tradeoff
 from evaluate.report.cards import cards
 from evaluate.report.curves import curve_plots
+from evaluate.report.findings import findings
 from evaluate.report.protocol import protocol
 from evaluate.report.svg import Plot, swatch
 from evaluate.trials.records import COST_AXES, Results, Trial, read_results
@@ -73,6 +74,7 @@ def render(results: Results, oracles: Mapping[str, Oracle] | None = None, refuse
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         suite=results.suite,
         headline=headline(results, rows),
+        findings=findings(results),
         cost_axis=COST_AXES[results.suite.cost],
         protocol=protocol(results),
         groups=_grouped(results, rows),

@@ -12,6 +12,7 @@ from evaluate.analysis.compute_multiplier import compute_multipliers, full_train
 from evaluate.analysis.families import rival
 from evaluate.analysis.oracle_file import Oracle, find_oracles, oracles_beside, shares_of_saving
 from evaluate.analysis.statistics import Row, compare, headline
+from evaluate.report import findings
 from evaluate.report import format as write
 from evaluate.report.format import plain, shortened
 from evaluate.report.protocol import protocol
@@ -54,7 +55,8 @@ def table(results: Results, width: int, oracles: Mapping[str, Oracle] | None = N
     lines += _columns(_policy_lines(results, rows, oracles or {}, width), width)
     lines += _columns(_area_lines(results, found), width) if found else []
     notes = [*_notes(results), *map(write.oracle_note, (oracles or {}).values())]
-    return "\n".join([*lines, *map(plain, notes), "", plain(headline(results, rows))])
+    said = findings.text(results, min(width, 120))
+    return "\n".join([*lines, *map(plain, notes), "", plain(headline(results, rows)), *(["", said] if said else [])])
 
 
 def _policy_lines(results: Results, rows: Sequence[Row], oracles: Mapping[str, Oracle], width: int) -> list[_Line]:

@@ -4,7 +4,7 @@ import difflib
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -30,20 +30,29 @@ def validated(model: type[M], content: Any, where: str, fault: type[Exception] =
         fault: The content does not fit. One line for each of the first five errors, such as
             "FILE: seeds[2]: 'x': give a valid integer".
     """
-    lines: list[str] = []
-    kind: Any = model
+    instance, lines = _parsed(model, content)
+    if lines:
+        raise fault("\n".join(f"{where}: {line}" for line in lines[:_MOST_LINES]))
+    return cast(M, instance)
+
+
+def faults_of(model: Any, content: Any) -> list[str]:
+    """What `validated` would refuse: a line for each error, with the path into the content, the value and the cure."""
+    return _parsed(model, content)[1]
+
+
+def _parsed(model: Any, content: Any) -> tuple[Any, list[str]]:
+    """The instance and no errors, or None and the lines of the errors."""
     try:
         # Strict JSON rather than strict Python: a list may become a tuple, and text a Path.
-        instance: M = _adapter(kind).validate_json(json.dumps(content, default=str), strict=True)
-        return instance
+        return _adapter(model).validate_json(json.dumps(content, default=str), strict=True), []
     except RecursionError:
-        lines = ["nested too deeply"]
+        return None, ["nested too deeply"]
     except ValidationError as error:
-        lines = [f"{path}: {what}" if path else what for path, what in explained(error, model, content)]
-    raise fault("\n".join(f"{where}: {line}" for line in lines[:_MOST_LINES]))
+        return None, [f"{path}: {what}" if path else what for path, what in _explained(error, model, content)]
 
 
-def explained(error: ValidationError, model: Any, content: Any) -> list[tuple[str, str]]:
+def _explained(error: ValidationError, model: Any, content: Any) -> list[tuple[str, str]]:
     """What is wrong, as pairs of a path into the content, such as "seeds[2]", and a value with its cure."""
     found: dict[tuple[str, str], list[str]] = {}
     for each in error.errors(include_url=False):
@@ -51,11 +60,13 @@ def explained(error: ValidationError, model: Any, content: Any) -> list[tuple[st
         if each["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             cure, value = f"there is no such key: {suggestion(each['loc'][-1], _keys(model, each['loc'][:-1]))}", ""
         elif each["type"] in ("missing", "missing_argument"):
-            cure, value = "missing", ""
+            cure, value = "missing: add it", ""
         elif each["type"] == "literal_error" and isinstance(each["input"], str):
             close = _closest(each["input"], each["ctx"]["expected"].split("'")[1::2])
             cure = f"{close}{cure}"
-        elif isinstance(each["input"], dict | list) or each["type"] in ("value_error", "json_invalid"):
+        elif each["type"] == "json_invalid":
+            cure, value = "nested too deeply, or text that is no Unicode", ""
+        elif isinstance(each["input"], dict | list) or each["type"] == "value_error":
             value = ""  # the message names what matters of it
         cures = found.setdefault((path, value), [])
         cures.append(_cure(cure))
@@ -81,6 +92,7 @@ def _closest(name: str, known: list[str]) -> str:
 
 def _cure(message: str) -> str:
     message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    message = message.replace("a valid array", "a valid list")
     return message.replace("Input should be less", "give a number less").replace(
         "Input should be greater", "give a number greater"
     ).replace("Input should be", "give")  # fmt: skip

@@ -101,7 +101,7 @@ def _start_hooks(training: Training, spec: SampleSpec, batches: Iterator[Batch])
         hook.on_start(training)
     training.take_step(batches)  # its gradients are what the policy looks at
     for _ in range(config.window * training.total_steps // spec.snapshots):
-        freezing.on_step(training)  # until its window is full: before, it predicts nothing
+        freezing.on_step(training)  # until its window is full: before, it has nothing to judge
     training.optimizer.zero_grad()
     return hooks
 

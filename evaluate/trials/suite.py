@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from collect.gather.plan import suite_path
 from collect.training.state import Scores
@@ -18,6 +18,12 @@ from predictor.errors import FileFault, unknown
 _toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 SUITES = Path(__file__).parents[1] / "suites"
 _FORBID = ConfigDict(extra="forbid")
+
+
+def _not_exact(cache: bool | CacheForm) -> bool | CacheForm:
+    if cache == "exact":
+        raise ValueError("'exact': write true, so that trials with such a cache have one id")
+    return cache
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,7 @@ class PolicyEntry:
     """What tables and plots call it; the name by default."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The policy's options."""
-    # The form "exact" is `true` in a suite, so that its trials have one id.
-    cache: bool | Literal["compressed", "views", "first"] = False
+    cache: Annotated[bool | CacheForm, AfterValidator(_not_exact)] = False
     """Whether the features that the frozen prefix gives for each sample are kept, so that its forward pass is skipped;
     or in which form they are kept (`evaluate.trials.freezing.CacheHook`)."""
     stop: bool = False

@@ -23,13 +23,13 @@ def _parser() -> argparse.ArgumentParser:
     text = "print what trajectory files hold: fields, runs by workload, labels, versions"
     inspect = commands.add_parser("inspect", help=text, description=text)
     _add_paths(inspect)
-    cli.add_fields(inspect, LabelRule)
+    _add_rule(inspect)
     inspect.set_defaults(command=_inspect)
 
     text = "count what there is to learn from and to be judged on, and what progress, learning rate or depth alone tell"
     card = commands.add_parser("card", help=text, description=text)
     _add_paths(card)
-    cli.add_fields(card, LabelRule)
+    _add_rule(card)
     card.set_defaults(command=_card)
 
     text = "name every fault of trajectory files; the exit status is 1 if there is one"
@@ -73,18 +73,24 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="*", type=Path, metavar="FILE", help=text)
 
 
+def _add_rule(parser: argparse.ArgumentParser) -> None:
+    text = "CKA to the final network that a layer must reach before it may be frozen (default: %(default)s)"
+    parser.add_argument("--threshold", type=float, default=LabelRule.threshold, help=text)
+    text = "how far the similarity may fall below the threshold later (default: %(default)s)"
+    parser.add_argument("--dip", type=float, default=LabelRule.dip, help=text)
+
+
 def _inspect(flags: argparse.Namespace) -> int:
     from data.trajectories.summary import describe
 
-    rule = cli.from_flags(LabelRule, flags)
-    print(describe(flags.paths or [DEFAULT_FILE], rule, progress=_terminal()), end="")
+    print(describe(flags.paths or [DEFAULT_FILE], LabelRule(flags.threshold, flags.dip), progress=_terminal()), end="")
     return 0
 
 
 def _card(flags: argparse.Namespace) -> int:
     from data.dataset.card import data_card
 
-    print(data_card(flags.paths or [DEFAULT_FILE], cli.from_flags(LabelRule, flags)), end="")
+    print(data_card(flags.paths or [DEFAULT_FILE], LabelRule(flags.threshold, flags.dip)), end="")
     return 0
 
 

@@ -1,22 +1,23 @@
-"""When a layer may be frozen: labels are made from the stored similarity when needed, so the rule can be tuned."""
+"""When a layer may be frozen. Labels are computed from the stored similarity when read, so the rule can be tuned."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from predictor.errors import UsageError
-from predictor.shared.flags import option
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the command line takes its defaults from here, and must not wait for NumPy
     import numpy as np
     import numpy.typing as npt
 
 
 @dataclass(frozen=True)
 class LabelRule:
-    """A layer may be frozen once its output resembles the final network's and goes on doing so to the end."""
+    """A layer may be frozen once its output is similar to the final network's and stays so to the end."""
 
-    threshold: float = option(0.98, "CKA to the final network that a layer must reach before it may be frozen")
-    dip: float = option(0.0, "How far below the threshold the similarity may fall again later")
+    threshold: float = 0.98
+    """CKA to the final network that a layer must reach before it may be frozen."""
+    dip: float = 0.0
+    """How far the similarity may fall below the threshold later."""
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
@@ -25,11 +26,11 @@ class LabelRule:
             raise UsageError(f"dip={self.dip}: give a number from 0 to below the threshold of {self.threshold}")
 
     def labels(self, similarity_TL: "npt.NDArray[np.float32]") -> "npt.NDArray[np.bool_]":
-        """labels_TL: whether each layer may be frozen at each snapshot. Where the similarity is NaN, it may not.
+        """labels_TL: whether each layer may be frozen at each snapshot.
 
-        A NaN says nothing about the snapshots before it.
+        It may not where the similarity is NaN. A NaN has no effect on the snapshots before it.
         """
-        import numpy as np  # not at the top, so that a command's `--help` need not wait for it
+        import numpy as np
 
         known_TL = np.where(np.isnan(similarity_TL), np.inf, similarity_TL)
         lowest_TL = np.minimum.accumulate(known_TL[::-1])[::-1]  # from here to the end

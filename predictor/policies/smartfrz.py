@@ -89,6 +89,7 @@ class SmartFRZPolicy(FreezePolicy):
         self._spec = file.spec
         self._knows_costs = file.weighs
         self._history: LayerHistory | None = None  # made at the first decision
+        self._loaded: dict[str, Any] = {}  # the state of a history that is not made yet
         self._votes: dict[int, int] = {}  # by active layer: consecutive decisions at which it was found ready
         self._lr: float | Tensor | None = None  # of the newest step, if there was one since the newest snapshot
         self._lr_hook: RemovableHandle | None = None
@@ -100,6 +101,7 @@ class SmartFRZPolicy(FreezePolicy):
         self._lr_hook = innermost(optimizer).register_step_post_hook(self._note_lr)
         self._sampler = LayerSampler(layers, self._spec)
         self._history = None
+        self._loaded = {}
         self._votes = {}
         self._missed = 0  # consecutive snapshots without any gradient
         self._saved_L: Floats | None = None
@@ -126,13 +128,16 @@ class SmartFRZPolicy(FreezePolicy):
 
     def state_dict(self) -> dict[str, Any]:
         """The history of the layers, and the votes so far."""
-        history = {} if self._history is None else self._history.state_dict()
+        history = self._loaded if self._history is None else self._history.state_dict()
         return {**history, "votes": dict(self._votes)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state. Without a decision before it, only the votes are taken."""
-        if self._history is not None and "snapshots" in state:
-            self._history.load_state_dict(state)
+        """Go on from a state."""
+        history = {name: value for name, value in state.items() if name != "votes"}
+        if self._history is None:
+            self._loaded = history
+        elif history:
+            self._history.load_state_dict(history)
         self._votes = dict(state["votes"])
 
     def close(self) -> None:
@@ -147,7 +152,11 @@ class SmartFRZPolicy(FreezePolicy):
 
     def _new_history(self, view: View) -> LayerHistory:
         sizes = [layer.size for layer in view.layers]
-        return LayerHistory(sizes, view.total_steps, self._model.config.window, fade_frozen=self._knows_costs)
+        history = LayerHistory(sizes, view.total_steps, self._model.config.window, fade_frozen=self._knows_costs)
+        if self._loaded:
+            history.load_state_dict(self._loaded)
+            self._loaded = {}
+        return history
 
     def _note_lr(self, optimizer: Optimizer, *_: object) -> None:
         """Keep the rate of the step just taken: in some loops the schedule has gone on when `decide` is called."""

@@ -101,6 +101,19 @@ def test_a_resumed_training_has_the_same_history(make):
     assert torch.equal(resumed.history.features_LF, training.history.features_LF)
 
 
+def test_a_state_may_be_loaded_before_the_first_decision(make):
+    training = Training(make())
+    for _ in range(3):
+        training.step()
+    policy, layers = make(), training.controller.layers
+    policy.bind(training.model, training.optimizer, layers)
+    policy.load_state_dict(training.controller.policy.state_dict())
+    assert policy.state_dict().keys() == training.controller.policy.state_dict().keys()
+    training.step()
+    policy.decide(View(layers, frozenset(), 4, STEPS))
+    assert policy._history.length == 5
+
+
 def test_a_policy_with_a_hook_can_be_copied_pickled_bound_again_and_closed(make):
     policy = make()
     training = Training(policy)

@@ -97,7 +97,7 @@ def warn_of_leftover_freezing(layers: Sequence[Layer]) -> None:
         warnings.warn(
             f"{len(left)} of {len(layers)} layers, the first {left[0]!r}, were left frozen by an earlier controller, "
             "as in a training that was interrupted, and will not train: call release() of that controller before the "
-            "optimizer is made, or make the model anew",
+            "optimizer is made, or make the model again",
             stacklevel=3,
         )
 

@@ -186,6 +186,14 @@ def test_ddp_settings_that_cannot_be_followed_are_refused(setting, one_process):
         start(model, {})
 
 
+def test_a_ddp_whose_private_parts_are_others_has_to_look_for_unused_parameters(one_process, monkeypatch):
+    plain, looking = (DistributedDataParallel(Blocks(), find_unused_parameters=looks) for looks in (False, True))
+    monkeypatch.delattr(DistributedDataParallel, "_build_params_for_reducer")
+    with pytest.raises(UsageError, match="find_unused_parameters=True"):
+        start(plain, {})
+    assert torch.equal(train(looking, {2: {0, 1}}), train(Blocks(), {2: {0, 1}}))
+
+
 def test_what_is_wrapped_later_is_followed_or_refused_alike(one_process):
     net = Blocks()
     _, controller = start(net, {})

@@ -113,7 +113,7 @@ class _Probe:
         self._model, self._arguments, self._layout, self._batch = model, arguments, layout, batch
         # In another order, and less than all: what depends on the batch shows.
         self._few = list(range(min(_FEW, batch - 1)))[::-1]
-        self._hooked = [name for name, module in model.named_modules() if name and module._forward_hooks]
+        self._hooked = [name for name, module in model.named_modules() if name and _is_watched(module)]
         self.calls: list[Call] = []
         self.samples = 0
         self._broken = ""
@@ -272,6 +272,8 @@ class _Probe:
         return next((fault for fault in (_UNSTEADY, _MIXED, _NO_ROWS, _WRITTEN) if fault in faults), _NO_CALL)
 
 
+_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "lightning", "pytorch_lightning")
+"""Whose hooks may miss a pass: they move tensors or switch gradients on, and keep nothing that they see."""
 _UNSTEADY = (
     "the frozen prefix gives other features for the same samples from pass to pass: it draws random numbers in "
     "evaluation mode too, or keeps a state between batches"
@@ -339,6 +341,12 @@ def _with_least(among: Sequence[Call], keepable: Callable[[Call], bool], right: 
 def _given_from(among: Sequence[Call], index: int, keepable: Callable[[Call], bool]) -> Cut:
     """Everything before `index` is skipped, what can be given of the rest is, and what cannot runs."""
     return Cut(tuple(filter(keepable, among[index:])), tuple(among[:index]))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a module has a forward hook of the user's own."""
+    owners = (getattr(hook, "__module__", "") or "" for hook in module._forward_hooks.values())
+    return any(owner.partition(".")[0] not in _LIBRARIES for owner in owners)
 
 
 def _within(name: str, call: Call) -> bool:

@@ -61,7 +61,6 @@ def write_trajectories(tmp_path: Path) -> Callable[..., Path]:
     def trajectory(run_id, family, source, seed, snapshots, layers, weights):
         ago_TL, weights_TLK = settling_walk(seed, snapshots, layers, weights)
         time_T = np.arange(snapshots)
-        blank_TL = np.where(time_T[:, None] > 0, np.ones((snapshots, layers)), np.nan)
         return Trajectory(
             run_id=run_id,
             config={

@@ -99,7 +99,8 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes] | N
 
 def children(pid: int) -> list[int]:
     lists = Path(f"/proc/{pid}/task").glob("*/children")  # each thread has those that it started
-    return [int(child) for path in lists for child in path.read_text().split()]
+    found = [int(child) for path in lists for child in path.read_text().split()]
+    return [child for child in found if b"data.trajectories.child" not in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def assert_same(one: Path, other: Path) -> None:

@@ -30,7 +30,7 @@ TRAINED = [
     "mobilenetv2-imagefolder",
     "deit-tiny-imagefolder",
 ]
-"""The networks for CIFAR-10 and CIFAR-100 differ in the head alone, and the large ones for folders are torchvision's."""
+"""The networks for CIFAR-10 and CIFAR-100 differ in the head alone; large ones for folders are torchvision's."""
 
 
 @pytest.fixture

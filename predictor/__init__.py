@@ -1,6 +1,7 @@
-"""SmartFRZ: freeze each layer of a network, during training, when it has learnt what it will learn.
+"""SmartFRZ: freeze each layer of a network during training, once training it further gains nothing.
 
-The library's public names. They are imported at first use, so that a command's `--help` need not wait for torch.
+These are the library's public names. They are imported at first use, so that a command's `--help` does not wait for
+torch.
 """
 
 from importlib import import_module
@@ -10,7 +11,6 @@ if TYPE_CHECKING:
     from predictor.cache.augmented import AugmentedCache as AugmentedCache
     from predictor.cache.compression import Compression as Compression
     from predictor.cache.feature_cache import FeatureCache as FeatureCache
-    from predictor.cache.order import chunked_order as chunked_order
     from predictor.controller import FreezeController as FreezeController
     from predictor.freezing.event import FreezeEvent as FreezeEvent
     from predictor.layers.layer import Layer as Layer
@@ -30,7 +30,6 @@ _HOME = {
     "Layer": "predictor.layers.layer",
     "SieveSampler": "predictor.sieving",
     "View": "predictor.policies.base",
-    "chunked_order": "predictor.cache.order",
     "layers_of": "predictor.layers.layer",
     "make_policy": "predictor.policies",
 }

@@ -1,4 +1,4 @@
-"""When a policy is asked, and how its answer is carried out. The controller acts; it never judges."""
+"""When a policy is asked, and how its answer is carried out. The controller acts; it decides nothing."""
 
 import time
 import warnings
@@ -10,16 +10,25 @@ from torch.optim import Optimizer
 
 from predictor.errors import UsageError
 from predictor.freezing.event import FreezeEvent
-from predictor.freezing.freeze import freeze, is_frozen, settle_containers, thaw, warn_of_left
+from predictor.freezing.freeze import (
+    GradientGuard,
+    freeze,
+    is_frozen,
+    settle_containers,
+    unfreeze,
+    warn_of_leftover_freezing,
+)
 from predictor.freezing.learning_rates import LayerRates
-from predictor.freezing.messages import Teller
+from predictor.freezing.messages import FreezeReporter
 from predictor.freezing.wrappers import GradientWatch, follow, forget_compiled, refuse_unfit
 from predictor.layers.layer import Layer, layers_of
 from predictor.layers.parts import unwrapped
 from predictor.policies.base import FreezePolicy, View
 
-_FAR = 1000
-"""Steps to look ahead for the next decision."""
+_MOST_STEPS_UNCHECKED = 100
+"""Steps after which the controller looks at the frozen layers at the latest."""
+_CHECKS = 20
+"""How often it does so in a training that is too short for that."""
 
 
 class FreezeController:
@@ -32,22 +41,37 @@ class FreezeController:
             controller.step()
             optimizer.zero_grad()
 
-    A policy that freezes before the first step does so here, in the constructor. Warns of layers that an earlier
-    controller left frozen, which stay so: `release` them before the optimizer is made.
+    A policy that freezes before the first step does so here, in the constructor. Layers that an earlier controller
+    left frozen stay frozen, with a warning: call its `release` before the optimizer is made.
 
-    To resume: make model, optimizer (over all parameters) and controller as at the start, then load the state of each.
+    To resume, make model, optimizer (over all parameters) and controller as at the start, then load the state of each.
 
-    model: any module, as it is called in the loop: inside DDP or `torch.compile` too, which then keep up with what is
-    frozen. optimizer: one, or several, over all parameters. total_steps: optimizer steps of the whole training. layers:
-    those that may freeze, front to back; by default `layers_of(model)`. agree: where several processes train one model,
-    makes one process's answer that of all, given the answer and the number of layers; by default that of the first
-    process where `model` is DDP or sharded. say: takes one line at each freeze, with what froze and what a step costs
-    before and after, and one where data loading has become the bound; None for silence. The cost is counted once, in a
-    pass forward of its own; with silence, and no policy that asks for it, there is none.
+    **Cost of a step.** A step in which nothing is due costs one comparison, before the first freeze and after it.
 
-    Raises UsageError when total_steps is below 1, when a layer's parameter belongs to no optimizer, when the policy
-    names a layer that does not exist, when what is around the model cannot freeze layers while it trains (DeepSpeed,
-    FSDP1, DDP with a static graph, reentrant checkpointing), and when gradients no longer reach a layer that trains.
+    **What your code switches back on.** A `requires_grad_(True)` on a frozen layer does nothing until a gradient
+    arrives. That gradient is dropped in the backward pass, so that no optimizer moves the layer, with one warning; the
+    next `step` freezes the layer again and calls whoever is registered by `on_moved`. A `.grad` that is set by hand is
+    noticed within a twentieth of the training and 100 steps; the layer may have moved by then. To train frozen layers
+    again, call `release`.
+
+    Args:
+        model: any module, as the loop calls it. Inside DDP or `torch.compile` it is followed there.
+        optimizer: one or several, over all parameters.
+        policy: what decides, from `make_policy` or a subclass of `FreezePolicy`.
+        total_steps: optimizer steps of the whole training.
+        layers: those that may freeze, front to back. By default `layers_of(model)`.
+        agree: makes one process's answer that of all, given the answer and the number of layers. By default the first
+            process decides where `model` is DDP or sharded.
+        say: takes one line at each freeze, with what froze and what a step costs before and after, and one line where
+            data loading has become the bottleneck. None for silence. The cost is counted once, in a forward pass of
+            its own, and not at all under silence unless the policy needs it.
+        dry_run: ask the policy and report what it would freeze, and change nothing. `history` holds what would have
+            happened; `frozen` stays empty. The policy sees a training in which all layers train on.
+
+    Raises:
+        UsageError: total_steps is below 1; no optimizer holds a layer's parameter; the policy names a layer that does
+            not exist; something around the model cannot freeze layers while it trains (DeepSpeed, FSDP1, DDP with a
+            static graph, reentrant checkpointing); or gradients no longer reach a layer that trains.
     """
 
     def __init__(
@@ -60,6 +84,7 @@ class FreezeController:
         layers: Sequence[Layer] | None = None,
         agree: Callable[[frozenset[int], int], frozenset[int]] | None = None,
         say: Callable[[str], None] | None = print,
+        dry_run: bool = False,
     ) -> None:
         if total_steps < 1:
             raise UsageError(f"total_steps={total_steps}: give the number of optimizer steps of the whole training")
@@ -70,57 +95,61 @@ class FreezeController:
         self.policy = policy
         self.layers = tuple(layers_of(model) if layers is None else layers)
         self.total_steps = total_steps
+        self.dry_run = dry_run
         self.history: list[FreezeEvent] = []
         self.seconds = 0.0
         """Wall-clock seconds spent in here so far, decisions included."""
-        self.agree: Callable[[frozenset[int], int], frozenset[int]] = _as_it_is
-        self._frozen: frozenset[int] = frozenset()
-        warn_of_left(self.layers)
-        self._still = {id(p) for layer in self.layers for p in layer.parameters() if not p.requires_grad}  # the user's
+        self.agree: Callable[[frozenset[int], int], frozenset[int]] = _own_answer
+        self._planned: frozenset[int] = frozenset()  # what the policy wants frozen; frozen unless in a dry run
+        warn_of_leftover_freezing(self.layers)
+        self._users_frozen = {id(p) for layer in self.layers for p in layer.parameters() if not p.requires_grad}
         self._step = 0
+        self._next_wake = 0
+        self._next_check = 0
+        self._check_every = max(1, min(_MOST_STEPS_UNCHECKED, total_steps // _CHECKS))
         self._listeners: list[Callable[[FreezeEvent], None]] = [forget_compiled]
         self._moved: list[Callable[[], None]] = []
+        self._guard = GradientGuard(self._on_dropped_gradient)
         self._watch = GradientWatch(self.layers, self._optimizers)
-        self._teller = Teller(model, self.layers, say, whole=layers is None)
-        self._reset_seen = self._overran = False
+        self._reporter = FreezeReporter(model, self.layers, say, whole=layers is None, dry_run=dry_run)
+        self._warned_of_reset = self._warned_of_overrun = False
         self._observing = type(policy).observe is not FreezePolicy.observe
-        self._wake = 0
         self._check_optimizers()
         follow(self, model)
         self.agree = agree or self.agree
         if policy.wants_flops:
-            self._teller.count()
+            self._reporter.count()
         policy.bind(self.model, self._optimizers[0], self.layers)
         self._rates: LayerRates | None = None
-        if type(policy).rates is not FreezePolicy.rates:  # otherwise not even a hook
+        if type(policy).rates is not FreezePolicy.rates and not dry_run:  # otherwise not even a hook
             self._rates = LayerRates(self.layers, self._optimizers, lambda: policy.rates(self.view), self._timed)
         self._timed(self._decide)
 
     @property
     def frozen(self) -> frozenset[int]:
-        """Places in `layers` of those frozen now."""
-        return self._frozen
+        """Indices in `layers` of those frozen now."""
+        return frozenset() if self.dry_run else self._planned
 
     @property
     def finished(self) -> bool:
-        """Whether all layers have become frozen, for good: a training may end here, with only the head still training.
+        """Whether all layers are frozen for good. A training may end here, since only the head still trains.
 
-        Never under a policy that thaws, and not where all were frozen before the first step, as for a linear probe.
-        With `layers` that are a part of the model it is about these: the others still train.
+        Never under a policy that unfreezes, and not where all were frozen before the first step, as for a linear probe.
+        With `layers` that are a part of the model it is about these; the others still train.
         """
-        whole = 0 < len(self.layers) == len(self._frozen) and not self.policy.thaws
-        return whole and bool(self.history) and self.history[-1].step > 0
+        all_frozen = 0 < len(self.layers) == len(self.frozen) and not self.policy.unfreezes
+        return all_frozen and bool(self.history) and self.history[-1].step > 0
 
     @property
     def view(self) -> View:
         """What the policy may look at now."""
-        return View(self.layers, self._frozen, self._step, self.total_steps, self._teller.flops)
+        return View(self.layers, self._planned, self._step, self.total_steps, self._reporter.flops)
 
     def step(self) -> FreezeEvent | None:
         """Call after `optimizer.step()` and before `zero_grad()`. Returns what changed, if anything did."""
         self._step += 1
         # Most steps of most trainings end here, and have to: with a fast network, Python's time counts.
-        if self._step < self._wake:
+        if self._step < self._next_wake:
             return None
         return self._timed(self._advance)
 
@@ -129,12 +158,12 @@ class FreezeController:
         self._listeners.append(callback)
 
     def on_moved(self, callback: Callable[[], None]) -> None:
-        """Call `callback` where somebody else had switched frozen layers on, which may have moved."""
+        """Call `callback` where the user's code had switched frozen layers back on, so that they may have moved."""
         self._moved.append(callback)
 
     def hide_argument(self, name: str) -> None:
-        """Say that calls of the model have a keyword argument that a hook takes out before its own `forward`."""
-        self._teller.hidden.add(name)
+        """Declare a keyword argument of the model's calls that a hook removes before the model's own `forward`."""
+        self._reporter.hidden.add(name)
 
     def state_dict(self) -> dict[str, Any]:
         """Step, frozen layers, history and the policy's state: numbers, strings, tensors, lists and dicts of them."""
@@ -142,15 +171,16 @@ class FreezeController:
             "step": self._step,
             "total_steps": self.total_steps,
             "layers": [layer.name for layer in self.layers],
-            "frozen": sorted(self._frozen),
+            "frozen": sorted(self._planned),
             "history": [event.as_dict() for event in self.history],
             "policy": self.policy.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`'s result; freezes and thaws layers to match. In any order with the optimizer's.
+        """Go on from a state of `state_dict`: freeze and unfreeze layers to match. In any order with the optimizer's.
 
-        Raises UsageError when the state is of a model with other layers or of a training of another length.
+        Raises:
+            UsageError: the state is of a model with other layers, or of a training of another length.
         """
         names = [layer.name for layer in self.layers]
         if state["layers"] != names:
@@ -162,119 +192,139 @@ class FreezeController:
         if state["total_steps"] != self.total_steps:
             raise UsageError(
                 f"this state is of a training of {state['total_steps']} steps, and total_steps={self.total_steps}: "
-                "make the controller with the former, or begin anew: what froze was right for that length"
+                "make the controller with the former, or start a new training: what froze was right for that length"
             )
         self._step = state["step"]
-        self._wake = 0
+        self._next_wake = 0
         self.history = [FreezeEvent.from_dict(event) for event in state["history"]]
-        if self._frozen != frozenset(state["frozen"]):
+        if self._planned != frozenset(state["frozen"]):
             self._change(frozenset(state["frozen"]))
         self.policy.load_state_dict(state["policy"])
 
     def close(self) -> None:
-        """Take the hooks off the model and let go of what the policy holds. Layers stay as they are."""
-        self._teller.close()
+        """Remove all hooks and drop what the policy holds. Layers stay as they are."""
+        self._reporter.close()
+        self._guard.close()
         if self._rates is not None:
             self._rates.close()
         self.policy.close()
 
     def release(self) -> None:
-        """Let the frozen layers train again, after the last step; what stood still before the controller came stays so.
+        """Let the frozen layers train again, after the last step. What the user froze stays frozen.
 
-        What is wrapped around the model, a cache and whoever listens are told. Take states, the cache's too, before.
+        What is wrapped around the model, a cache and all listeners are informed. Take states, the cache's too, before.
         """
-        if self._frozen:
+        if self._planned:
             self._change(frozenset())
 
     def _advance(self) -> FreezeEvent | None:
-        self._teller.stepped()
-        if self._step > self.total_steps and not self._overran:
-            self._overran = True
+        self._reporter.stepped()
+        if self._step > self.total_steps and not self._warned_of_overrun:
+            self._warned_of_overrun = True
             warnings.warn(
                 f"this is step {self._step}, and total_steps={self.total_steps}: layers have frozen too early for a "
                 "training that goes on. Give the optimizer steps of all epochs: len(loader) * epochs // accumulation",
                 stacklevel=4,
             )
-        self._hold()
+        if self._step >= self._next_check:
+            self._next_check = self._step + self._check_every
+            self._freeze_again()
         view = self.view
         if self._watch.watching:
             self._watch.check(view.active)
         self.policy.observe(view)
         event = self._decide() if self.policy.due(self._step, self.total_steps) else None
-        self._wake = self._step + 1 if self._busy else self._next_due()
+        if self._step >= self.total_steps:
+            self._guard.close()  # what a model is used for after its training is the user's
+        self._next_wake = self._step + 1 if self._busy else self._next_due()
         return event
 
     @property
     def _busy(self) -> bool:
         """Whether there is something to do at each step, besides deciding where that is due."""
-        return bool(self._observing or self._watch.watching or self._teller.busy or self._frozen)
+        return self._observing or self._watch.watching or self._reporter.busy
 
     def _next_due(self) -> int:
-        """The next step at which a decision is due, or one before that where it is far off."""
-        step, far = self._step + 1, self._step + _FAR
-        if step <= self.total_steps:
-            far = min(far, self.total_steps + 1)
+        """The next step at which a decision is due, or an earlier one where that is far off.
+
+        The last step of the training and the first behind it are never skipped.
+        """
+        step = self._step + 1
+        far = max(step, self._next_check)
+        if step <= self.total_steps + 1:
+            far = min(far, max(step, self.total_steps))
         while step < far and not self.policy.due(step, self.total_steps):
             step += 1
         return step
 
     def _decide(self) -> FreezeEvent | None:
         wanted = frozenset(self.policy.decide(self.view))
-        outside = sorted(place for place in wanted if not 0 <= place < len(self.layers))
+        outside = sorted(index for index in wanted if not 0 <= index < len(self.layers))
         if outside:
             raise UsageError(
                 f"{type(self.policy).__name__} wants to freeze layer {outside[0]} of {len(self.layers)}: "
-                "places run from 0 to one less"
+                "indices run from 0 to one less"
             )
         wanted = self.agree(wanted, len(self.layers))
-        if wanted == self._frozen:
+        if wanted == self._planned:
             return None
-        return self._change(wanted, note=True)
+        return self._change(wanted, record=True)
 
-    def _change(self, wanted: frozenset[int], note: bool = False) -> FreezeEvent:
+    def _change(self, wanted: frozenset[int], record: bool = False) -> FreezeEvent:
         event = FreezeEvent(
             self._step,
-            tuple(sorted(wanted - self._frozen)),
-            tuple(sorted(self._frozen - wanted)),
+            tuple(sorted(wanted - self._planned)),
+            tuple(sorted(self._planned - wanted)),
             tuple(sorted(wanted)),
             len(self.layers),
         )
-        before = self._frozen
-        self._apply(wanted)
+        before = self._planned
+        if not self.dry_run:
+            self._apply(event)
+        self._planned = wanted
         self._watch.start(self.view.active)
-        if note:
+        if record:
             self.history.append(event)
-            self._teller.changed(event, before, self.finished)
-        for listener in self._listeners:
+            self._reporter.changed(event, before, self.finished)
+        for listener in () if self.dry_run else self._listeners:
             listener(event)
         return event
 
-    def _apply(self, wanted: frozenset[int]) -> None:
+    def _apply(self, event: FreezeEvent) -> None:
         # Before the first step an optimizer's state can only be one that was loaded to resume, and what the policy
-        # froze so early may be thawed by the controller's own state, which is loaded next.
+        # froze so early may be unfrozen by the controller's own state, which is loaded next.
         optimizers = self._optimizers if self._step else ()
-        for place in sorted(wanted - self._frozen):
-            freeze(self.layers[place], optimizers)
-        thaw([self.layers[place] for place in sorted(self._frozen - wanted)], self.model, self._still)
-        settle_containers(self.model, self.layers, wanted)
-        self._frozen = wanted
+        for index in event.froze:
+            self._guard.guard(index, self.layers[index])
+            freeze(self.layers[index], optimizers)
+        self._guard.leave(event.unfroze)
+        unfreeze([self.layers[index] for index in event.unfroze], self.model, self._users_frozen)
+        settle_containers(self.model, self.layers, event.frozen)
+        self._next_check = self._step + self._check_every
 
-    def _hold(self) -> None:
-        """Freeze again what the user's code has switched back on, tell who keeps its outputs, and say so once."""
-        moved = [place for place in sorted(self._frozen) if _stirred(self.layers[place])]
-        if not moved:
-            return
-        for place in moved:
-            freeze(self.layers[place], self._optimizers)
-        if not self._reset_seen:
-            self._reset_seen = True
-            warnings.warn(
-                f"something switched frozen layer {moved[0]} ({self.layers[moved[0]].name}) back on, and it may have "
-                "moved; it is frozen again. Look for requires_grad_(True) in the training loop",
-                stacklevel=4,
-            )
-        for callback in self._moved:
+    def _on_dropped_gradient(self, index: int) -> None:
+        """A frozen layer had got a gradient. It is gone; the next step freezes the layer again."""
+        self._next_wake = self._next_check = 0
+        self._warn_of_reset(index)
+
+    def _freeze_again(self) -> None:
+        """Freeze again what the user's code has switched back on, and inform whoever keeps its outputs."""
+        reset = [index for index in sorted(self.frozen) if _may_move(self.layers[index])]
+        for index in reset:
+            freeze(self.layers[index], self._optimizers)
+            self._warn_of_reset(index)
+        for callback in self._moved if reset else ():
             callback()
+
+    def _warn_of_reset(self, index: int) -> None:
+        if self._warned_of_reset:
+            return
+        self._warned_of_reset = True
+        warnings.warn(
+            f"something switched frozen layer {index} ({self.layers[index].name}) back on; it is frozen again. Look "
+            "for requires_grad_(True) in the training loop, or call controller.release() to train frozen layers",
+            stacklevel=5,
+        )
 
     def _check_optimizers(self) -> None:
         held = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
@@ -293,10 +343,10 @@ class FreezeController:
             self.seconds += time.perf_counter() - start
 
 
-def _stirred(layer: Layer) -> bool:
-    """Whether a frozen layer could move, or has."""
+def _may_move(layer: Layer) -> bool:
+    """Whether an optimizer could move a frozen layer, or has."""
     return any(parameter.requires_grad or parameter.grad is not None for parameter in layer.parameters())
 
 
-def _as_it_is(wanted: frozenset[int], layers: int) -> frozenset[int]:
+def _own_answer(wanted: frozenset[int], layers: int) -> frozenset[int]:
     return wanted

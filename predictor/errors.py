@@ -1,4 +1,4 @@
-"""What a user can cure: every error that names a value and says what to do about it."""
+"""The errors of the toolkit: each names a value and the cure."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,24 +9,28 @@ class UsageError(ValueError):
 
 
 class FileFault(UsageError):
-    """A file that is missing, broken, of another version or hostile. The message names the file and the fault."""
+    """A file that is missing, broken, hostile or of another version. The message names the file and the fault."""
 
 
 class DamagedFile(FileFault):
-    """A file whose content is spoilt: making it anew is all that helps. Not one that merely cannot be read."""
+    """A file whose content is damaged, so that it has to be made again. Not one that merely cannot be read."""
 
 
 class DivergedError(ArithmeticError):
-    """A loss that is no longer a finite number."""
+    """A loss that is not finite any more."""
 
 
 def unknown(what: str, name: object, known: Iterable[str], more: str = "") -> UsageError:
-    """The error for a name that does not exist, with the closest that does and all that do.
+    """The error for a name that does not exist. It suggests the closest name and lists all.
 
-    what: what is named, such as "policy". more: what else may be given, for the end of the list.
+    Args:
+        what: what is named, such as "policy".
+        name: the name that was given.
+        known: all names that exist.
+        more: what else may be given, for the end of the list.
     """
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    listed = [repr(each) if "," in each else each for each in known]  # else nobody sees where a name ends
+    listed = [repr(each) if "," in each else each for each in known]  # so that it is clear where a name ends
     return UsageError(f"there is no {what} {name!r}: {hint}there are {', '.join([*listed, *([more] if more else [])])}")

@@ -1,4 +1,4 @@
-"""Circular data sieving: epochs go through some of the training samples, and the easiest make room for others."""
+"""Circular data sieving: each epoch leaves some training samples out, after some time the easiest ones."""
 
 from collections.abc import Iterator
 from math import ceil
@@ -14,21 +14,28 @@ _HARDEST = torch.iinfo(torch.int32).max
 
 
 class SampleQueue:
-    """The samples that a training goes through, those that wait, and what is known of each.
+    """The samples that a training uses, those that wait, and what is known of each.
 
-    Paper: Layer Freezing & Data Sieving (Yuan et al., NeurIPS 2022, arXiv 2209.11204). Rule: a random part of the
-    samples is left out and stands in a queue. After each interval the samples with the fewest forgetting events in it
-    go to the queue's tail, and as many from its head take their place. Our reading: a forgetting event is a sample that
-    was right when seen last and now is wrong, as the training's own forward passes show it; a share `moved` of the
-    queue's length moves; a sample that was wrong when seen last is harder than all that were right; those equally hard
-    are drawn by lot. What is known of a sample is kept while it is left out, so that its first look after its return
-    can be a forgetting event too.
+    Paper: Layer Freezing & Data Sieving (Yuan et al., NeurIPS 2022, arXiv 2209.11204).
 
-    Costs a few operations on one batch's numbers at each step, none of which waits for a GPU, and one look at the
+    Rule: a random part of the samples is left out and waits in a queue. After each interval the samples with the fewest
+    forgetting events in it go to the queue's tail, and as many from its head replace them.
+
+    Differs: all of this is our reading. A forgetting event is a sample that was right when seen last and now is wrong,
+    in the training's own forward passes. A share `moved` of the queue's length moves. A sample that was wrong when seen
+    last is harder than all that were right, and equally hard samples are drawn at random. What is known of a sample is
+    kept while it is left out, so that its first use after its return can be a forgetting event too.
+
+    Cost: a few operations on one batch's numbers at each step, none of which waits for a GPU, and one look at the
     counts at each exchange.
 
-    among: ascending ids_M of the samples gone through. queue: ids_Q of the others, those that come next first; together
-    they are all from 0. Raises UsageError for a share that is none.
+    Args:
+        among: ascending ids_M of the samples in use.
+        queue: ids_Q of the others, in the order in which they return. Together they are all ids from 0.
+        moved: the share of the queue that moves at each exchange, above 0 and at most 1.
+
+    Raises:
+        UsageError: `moved` is no such share.
     """
 
     def __init__(self, among: Tensor, queue: Tensor, moved: float = 0.5) -> None:
@@ -45,7 +52,7 @@ class SampleQueue:
 
     @torch.no_grad()
     def note(self, ids_B: Tensor, right_B: Tensor) -> None:
-        """Take in whether the samples of a batch were answered right."""
+        """Record whether the samples ids_B of a batch were classified right: right_B, of bools."""
         device = right_B.device
         self._right_N, self._forgotten_N = self._right_N.to(device), self._forgotten_N.to(device)
         ids_B = ids_B.to(device, non_blocking=True)
@@ -54,7 +61,7 @@ class SampleQueue:
         self._right_N.index_copy_(0, ids_B, right_B)
 
     def exchange(self, order_M: Tensor) -> None:
-        """End an interval. order_M: the places 0 to M - 1 in a random order, by which those equally hard are drawn."""
+        """End an interval. order_M: the positions 0 to M - 1 in random order, which decides among equally hard ones."""
         ids_M = self.among[order_M]
         forgotten_M, right_M = self._forgotten_N.cpu()[ids_M], self._right_N.cpu()[ids_M]
         hardness_M = torch.where(right_M, forgotten_M, _HARDEST)
@@ -66,7 +73,7 @@ class SampleQueue:
         self.exchanges += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Who is in, who waits, and what is known of each sample."""
+        """Which samples are in use, which wait, and what is known of each."""
         return {
             "among": self.among,
             "queue": self.queue,
@@ -76,29 +83,35 @@ class SampleQueue:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Load a state of `state_dict`."""
         self.among, self.queue = state["among"], state["queue"]
         self._right_N, self._forgotten_N = state["right"].clone(), state["forgotten"].clone()  # written to in place
         self.exchanges = state["exchanges"]
 
 
 class SieveSampler(Sampler[int]):
-    """A DataLoader's sampler whose epochs leave some samples out, after some time the easiest (a SampleQueue).
+    """A DataLoader's sampler whose epochs leave some samples out, after some time the easiest ones (`SampleQueue`).
 
         sampler = SieveSampler(len(data), left_out=0.2)
-        loader = DataLoader(data, batch_size=64, sampler=sampler)  # a sample comes with its place: (i, x, y)
+        loader = DataLoader(data, batch_size=64, sampler=sampler)  # a sample comes with its index: (i, x, y)
         for epoch in range(epochs):
             for ids, x, y in loader:
                 logits = model(x)
                 sampler.note(ids, logits.argmax(dim=1) == y)
 
     Epochs are that much shorter: take the steps of the learning rate's schedule and of a FreezeController from
-    `len(loader)`. Each time that the loader is gone through is an epoch, in another order. For one process; to be saved
+    `len(loader)`. Each iteration over the loader is an epoch, in another order. It works in one process, and is saved
     and loaded between epochs.
 
-    size: samples in all. left_out: the share that an epoch leaves out, above 0 and below 1. every: epochs between
-    exchanges. moved: the share of those left out that come in at each. seed: of the order and of the first choice.
-    Raises UsageError for shares that leave nobody in or nobody out, and for less than one epoch.
+    Args:
+        size: the number of samples.
+        left_out: the share that an epoch leaves out, above 0 and below 1.
+        every: epochs between exchanges.
+        moved: the share of the samples left out that return at each exchange.
+        seed: the seed of the order and of the first choice.
+
+    Raises:
+        UsageError: the shares leave no sample in or none out, or `every` is below 1.
     """
 
     def __init__(self, size: int, *, left_out: float = 0.2, every: int = 1, moved: float = 0.5, seed: int = 0) -> None:
@@ -116,7 +129,7 @@ class SieveSampler(Sampler[int]):
         self._samples = SampleQueue(order_N[out:].sort().values, order_N[:out], moved)
 
     def __len__(self) -> int:
-        """The samples of an epoch."""
+        """The number of samples in an epoch."""
         return len(self._samples.among)
 
     def __iter__(self) -> Iterator[int]:
@@ -127,11 +140,11 @@ class SieveSampler(Sampler[int]):
         return iter(self._samples.among[self._order(len(self))].tolist())
 
     def note(self, ids: Tensor, right: Tensor) -> None:
-        """Take in whether the samples of a batch, by their ids_B, were answered right: right_B, of bools."""
+        """Record whether the samples of a batch, by their ids_B, were classified right: right_B, of bools."""
         self._samples.note(ids, right)
 
     def state_dict(self) -> dict[str, Any]:
-        """The epochs gone through, the samples' state, and the generator's."""
+        """The number of epochs so far, the samples' state, and the generator's."""
         return {
             "epochs": self._epochs,
             "generator": self._generator.get_state(),
@@ -139,7 +152,7 @@ class SieveSampler(Sampler[int]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of a sampler of as many samples."""
+        """Load a state of a sampler with as many samples."""
         here, there = len(self) + len(self._samples.queue), len(state["samples"]["right"])
         if here != there:
             raise UsageError(f"the state is of {there} samples, and there are {here} here: make the sampler as it was")

@@ -1,4 +1,4 @@
-"""What there is to learn from and to be judged on: how many runs, how balanced, and what is told without weights."""
+"""What there is to train on and to evaluate on: runs, windows, class balance, and what single features say alone."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,13 +9,11 @@ import numpy.typing as npt
 
 from data.dataset.windows import SHIPPED_SPLIT, Part, part_of
 from data.trajectories.labels import LabelRule
-from predictor.model.network import PredictorConfig
-from predictor.training.baselines import signals_NF
-from predictor.training.card import held_out_text
+from predictor.model.config import PredictorConfig
+from predictor.training.card import figure, held_out_text, percent, table, text
+from predictor.training.dataset import RunWindows, WindowSet
 from predictor.training.metrics import Bools, auroc
 from predictor.training.splits import HeldOut, read_held_out
-from predictor.training.tables import figure, percent, table, text
-from predictor.training.windows import RunWindows, WindowSet
 
 _ALONE = (("progress", "progress"), ("log learning rate", "log_lr"), ("depth", "depth"))
 _LEGEND = """\
@@ -29,13 +27,17 @@ def data_card(
     held_out: HeldOut | None = None,
     window: int = PredictorConfig().window,
 ) -> str:
-    """Counts, label balance and what single signals tell, for the runs to learn from and those held out, as text.
+    """Counts, class balance and the AUROC of single features, for the runs to train on and those held out, as text.
 
-    paths: trajectory files or gather folders. rule: what labels a layer freezable. held_out: the families and sources
-    of the second part; by default what data/dataset/held_out.toml names. window: snapshots in a window. Only runs that
-    finished and have as many count.
+    Args:
+        paths: trajectory files or gather folders.
+        rule: what labels a layer freezable.
+        held_out: the families and sources of the second part. By default what data/dataset/held_out.toml names.
+        window: snapshots in a window. Only finished runs that have as many count.
 
-    Raises FileFault for a run that is not sound, UsageError for runs that a training would refuse together.
+    Raises:
+        FileFault: for a damaged run.
+        UsageError: for runs that a training would refuse together.
     """
     rule = rule or LabelRule()
     held_out = read_held_out(SHIPPED_SPLIT) if held_out is None else held_out
@@ -62,12 +64,12 @@ def _counts(parts: dict[Part, WindowSet]) -> str:
 
 
 def _groups(title: str, parts: dict[Part, WindowSet], name_of: Callable[[RunWindows], str]) -> str:
-    """The counts by family or by source; one whose runs lie in both parts has two rows."""
+    """The counts by family or by source. One with runs in both parts has two rows."""
     rows = []
     for part, windows in parts.items():
         for name in sorted({name_of(run) for run in windows.runs}):
-            places = [place for place, run in enumerate(windows.runs) if name_of(run) == name]
-            rows.append([text(name)[:40], part, *_row(windows.subset(places))])
+            own = [index for index, run in enumerate(windows.runs) if name_of(run) == name]
+            rows.append([text(name)[:40], part, *_row(windows.subset(own))])
     return table([title, "part", "runs", "layers", "windows", "freezable"], rows)
 
 
@@ -92,23 +94,23 @@ def _by_progress(parts: dict[Part, WindowSet]) -> str:
 
 
 def _tenths(windows: WindowSet) -> npt.NDArray[np.int64]:
-    """Of each window, 0 to 9; a progress of 1 is in the last."""
+    """The tenth of each window, 0 to 9. A progress of 1 is in the last."""
     if not windows.runs:
         return np.zeros(0, dtype=np.int64)
-    # What is stored in 32 bits may lie a little below the tenth that it stands for.
-    tenth_N = np.floor(signals_NF(windows, "progress")[:, 0].astype(np.float64) * 10 + 1e-6)
+    # A progress of 32 bits may lie a little below the tenth that it stands for.
+    tenth_N = np.floor(windows.features_NF("progress")[:, 0].double().numpy() * 10 + 1e-6)
     return np.clip(tenth_N, 0, 9).astype(np.int64)
 
 
 def _alone(parts: dict[Part, WindowSet]) -> str:
     rows = [[title, *(figure(_auroc(windows, name)) for windows in parts.values())] for title, name in _ALONE]
-    return table(["AUROC of one signal alone", *parts], rows)
+    return table(["AUROC of one feature alone", *parts], rows)
 
 
-def _auroc(windows: WindowSet, signal: str) -> float | None:
+def _auroc(windows: WindowSet, feature: str) -> float | None:
     if not windows.runs:
         return None
-    return auroc(_labels(windows), signals_NF(windows, signal)[:, 0].astype(np.float64))
+    return auroc(_labels(windows), windows.features_NF(feature)[:, 0].double().numpy())
 
 
 def _labels(windows: WindowSet) -> Bools:

@@ -1,4 +1,4 @@
-"""How well labels from CKA, which stand for the harm of freezing, tell what freezing really did."""
+"""How well labels from CKA predict what freezing did: they are a proxy for its accuracy cost."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from data.outcomes.records import Outcome
 from data.trajectories.labels import LabelRule
 from data.trajectories.trajectory import Trajectory
 from predictor.errors import UsageError
+from predictor.training.card import figure, table
 from predictor.training.metrics import auroc
-from predictor.training.tables import figure, table
 
 THRESHOLDS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
-"""Of the label rules that are compared."""
+"""The CKA thresholds of the label rules that are compared."""
 _BELOW_ALL = -1.0
 _AGAIN = "its outcomes: gather both anew, with the same version"
 
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """An outcome of freezing, and what the run's trajectory says of the layers that were frozen."""
+    """An outcome of freezing, and the run's similarity for the layers that were frozen."""
 
     outcome: Outcome
     similarity_TL: npt.NDArray[np.float32]
@@ -32,14 +32,14 @@ class Labelled:
 
     def freezable(self, rule: LabelRule) -> tuple[bool, ...]:
         """Whether each of the outcome's layers may be frozen at its step, by a rule."""
-        # A label looks ahead only: on what is left of the run it is the same.
+        # A label depends on later snapshots alone, so that it is the same on the rest of the run.
         return tuple(bool(label) for label in rule.labels(self.similarity_TL)[0])
 
     @property
     def lowest(self) -> float:
-        """The lowest CKA from the step on, over the layers: with no dip, at most this threshold calls all freezable.
+        """The lowest CKA from the step on: without a dip, the highest threshold at which all layers are freezable.
 
-        -1 where a layer has none at the step.
+        -1 if a layer has no CKA at the step.
         """
         if np.isnan(self.similarity_TL[0]).any():
             return _BELOW_ALL
@@ -47,12 +47,10 @@ class Labelled:
 
 
 def join(outcomes: Iterable[Outcome], sources: Path | str | Iterable[Path | str | Trajectory]) -> list[Labelled]:
-    """Each front and single of `outcomes` beside the similarity of its layers, for runs that `sources` hold.
+    """Each frozen prefix and single layer of `outcomes` with the similarity of its layers, for runs in `sources`.
 
-    sources: trajectory files, gather folders or trajectories. Runs that diverged there have no labels, and are left
-    out.
-
-    Raises UsageError where a run's steps or layers there are others than here.
+    `sources` are trajectory files, gather folders or trajectories. Runs that diverged there have no labels, and are
+    left out. Raises UsageError if a run's steps or layers differ between the two.
     """
     by_run: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
@@ -67,7 +65,7 @@ def join(outcomes: Iterable[Outcome], sources: Path | str | Iterable[Path | str 
 
 
 def noise_of(outcomes: Iterable[Outcome]) -> dict[str, float]:
-    """What chance does to a run's final loss: the root mean square of `extra_loss` over its noise, by the run's id."""
+    """The noise of each run's final loss, by the run's id: the RMS of `extra_loss` over its noise outcomes."""
     extra: dict[str, list[float]] = {}
     for outcome in outcomes:
         if outcome.kind == "noise" and outcome.result.status == "finished":
@@ -76,16 +74,22 @@ def noise_of(outcomes: Iterable[Outcome]) -> dict[str, float]:
 
 
 def harmless(outcome: Outcome, noise: Mapping[str, float], times: float = 1.0) -> bool:
-    """Whether the final loss is above the unfrozen run's by no more than so many times that run's noise."""
+    """Whether the final loss is above the unfrozen run's by at most so many times that run's noise."""
     return outcome.extra_loss <= times * noise[outcome.run_id]
 
 
 def describe_outcomes(
     outcomes: Sequence[Outcome], sources: Sequence[Path | str | Trajectory] = (), times: float = 1.0
 ) -> str:
-    """What freezing did, in tables; with trajectories of the same runs, how well their labels tell it.
+    """What freezing did, in tables. With trajectories of the same runs, how well their labels predict it.
 
-    Raises UsageError where nothing can be judged.
+    Args:
+        outcomes: of any number of runs.
+        sources: trajectory files, gather folders or trajectories.
+        times: how many times a run's noise its loss may rise by and still be called harmless.
+
+    Raises:
+        UsageError: if no run has both frozen layers and noise to compare with.
     """
     if not times >= 0:
         raise UsageError(f"times={times}: give how many times the noise a loss may rise by, from 0")
@@ -108,11 +112,11 @@ def _labelled(outcome: Outcome, trajectory: Trajectory) -> Labelled:
     total = trajectory.config["total_steps"]
     if total != outcome.total_steps:
         raise UsageError(f"run {outcome.run_id}: {total} steps in its trajectory and {outcome.total_steps} in {_AGAIN}")
-    for place, name in zip(outcome.layers, outcome.layer_names, strict=True):
-        theirs = dict(enumerate(trajectory.layer_names)).get(place)
+    for index, name in zip(outcome.layers, outcome.layer_names, strict=True):
+        theirs = dict(enumerate(trajectory.layer_names)).get(index)
         if theirs != name:
             raise UsageError(
-                f"run {outcome.run_id}: layer {place} is {theirs!r} in its trajectory, {name!r} in {_AGAIN}"
+                f"run {outcome.run_id}: layer {index} is {theirs!r} in its trajectory, {name!r} in {_AGAIN}"
             )
     row = int(np.searchsorted(trajectory.step_T, outcome.step, side="right")) - 1
     return Labelled(outcome, trajectory.similarity_TL[row:, list(outcome.layers)])
@@ -127,7 +131,7 @@ def _head(outcomes: Sequence[Outcome], frozen: list[Outcome], noise: Mapping[str
     return (
         f"{len(runs)} runs, {lost} of them diverged; {len(frozen)} continuations with frozen layers, {diverged} of "
         f"them diverged\nharmless: the final test loss is above the unfrozen run's by at most {times:g} times the "
-        f"noise, which is what another order of the samples does to it: {typical} of the loss, in the median run"
+        f"noise, which is the effect of another order of the samples: {typical} of the loss, in the median run"
     )
 
 
@@ -151,14 +155,15 @@ def _label_head(joined: list[Labelled], frozen: list[Outcome]) -> str:
         )
     left_out = f"; {len(missing)} runs have no trajectory there, and are left out" if missing else ""
     return (
-        f"what labels from CKA tell of it: {len(joined)} continuations{left_out}\nlabelled: all layers that were "
-        "frozen may be, by the rule; a false label: frozen so, it did harm; missed: harmless, and not labelled"
+        f"how well labels from CKA predict it: {len(joined)} continuations{left_out}\nlabelled: the rule lets all "
+        "layers freeze that were frozen; a false label: labelled, and not harmless; missed: harmless, and not labelled"
     )
 
 
 def _by_rule(kind: str, some: list[Labelled], noise: Mapping[str, float], times: float) -> str:
     harmless_N = np.array([harmless(labelled.outcome, noise, times) for labelled in some])
-    rows = [(f"{kind}s: {len(some)}, {harmless_N.mean():.0%} harmless", "labelled", "false labels", "missed", "AUROC")]
+    title = {"front": "prefixes", "single": "singles"}[kind]
+    rows = [(f"{title}: {len(some)}, {harmless_N.mean():.0%} harmless", "labelled", "false labels", "missed", "AUROC")]
     for threshold in THRESHOLDS:
         rule = LabelRule(threshold)
         label_N = np.array([all(labelled.freezable(rule)) for labelled in some])
@@ -179,17 +184,17 @@ def _auroc(harmless_N: npt.NDArray[np.bool_], score_N: npt.NDArray[np.generic]) 
 
 
 def _what(outcome: Outcome) -> str:
-    """Fronts by the quarter of the layers that they come nearest to, those nearest to none apart."""
+    """Prefixes by the nearest quarter of the layers."""
     if outcome.kind == "single":
         return "a single layer"
     quarters = round(4 * len(outcome.layers) / outcome.layer_count)
     if quarters == 0:
-        return "a smaller front"
-    return "all layers" if quarters == 4 else f"a front of about {quarters}/4"
+        return "a smaller prefix"
+    return "all layers" if quarters == 4 else f"a prefix of about {quarters}/4"
 
 
 def _nearest(progress: float) -> float:
-    """Rounded to 0.05: the same point of runs with different numbers of steps."""
+    """Rounded to 0.05, so that runs with different numbers of steps share a column."""
     return round(progress * 20) / 20
 
 

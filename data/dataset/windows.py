@@ -1,6 +1,6 @@
-"""From trajectory files to the windows that a predictor is trained on, and to those that it is judged on."""
+"""From trajectory files to the windows that a predictor is trained on, and to those that it is evaluated on."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -8,55 +8,65 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from data.outcomes.accuracy_cost import AccuracyCost
+from data.outcomes.accuracy_cost import AccuracyCost, accuracy_costs
+from data.outcomes.records import read_outcomes
 from data.trajectories.folder import trajectory_files
 from data.trajectories.labels import LabelRule
 from data.trajectories.reader import open_trajectories
 from data.trajectories.trajectory import Trajectory
 from predictor.errors import UsageError, unknown
-from predictor.model.features import recorded_signals
 from predictor.model.sampling import SampleSpec
+from predictor.training.dataset import Recording, RunWindows, WindowSet, replay
 from predictor.training.splits import HeldOut, read_held_out
-from predictor.training.windows import RunWindows, WindowSet
 
 Sources = Path | str | Iterable[Path | str | Trajectory]
 Part = Literal["learning", "held-out"]
 SHIPPED_SPLIT = Path(__file__).parent / "held_out.toml"
-"""The families and sources that are held out unless somebody says otherwise."""
+"""The families and sources that are held out by default."""
 
 
 @dataclass(frozen=True, eq=False)
 class OutcomeRule:
-    """A layer may be frozen where freezing the front up to it, from there to the end, costs little accuracy.
+    """A layer may be frozen if freezing the prefix up to it, from there to the end, costs little accuracy.
 
-    That has been measured, by `python -m collect gather outcomes`. Runs of which it is not known are left out.
+    `python -m collect gather outcomes` measures that. Runs without outcomes are left out.
     """
 
-    harms: Mapping[str, AccuracyCost]
-    """What freezing does to each run, by the run's id."""
+    costs: Mapping[str, AccuracyCost]
+    """What freezing costs each run, by the run's id."""
     tolerance: float = 0.5
     """Percentage points of accuracy that it may cost."""
+
+    def __post_init__(self) -> None:
+        if not self.tolerance > 0:
+            raise UsageError(f"tolerance={self.tolerance}: give percentage points above 0")
 
 
 Rule = LabelRule | OutcomeRule
 """What makes a window freezable."""
 
 
-def windows_from(sources: Sources, window: int, rule: Rule | None = None, held_out: HeldOut | None = None) -> WindowSet:
-    """The windows to learn from: those of `part_of` the runs that are not held out.
+def outcome_rule(paths: Sequence[Path], tolerance: float, held_out: HeldOut) -> OutcomeRule:
+    """The rule of outcome files. What accuracy a loss stands for is learned without the runs that are held out."""
+    outcomes = [outcome for path in paths for outcome in read_outcomes(path)]
+    return OutcomeRule(accuracy_costs(outcomes, held_out), tolerance)
 
-    Raises UsageError as that does, and when nothing is left.
+
+def windows_from(sources: Sources, window: int, rule: Rule | None = None, held_out: HeldOut | None = None) -> WindowSet:
+    """The windows to train on: those of `part_of` the runs that are not held out.
+
+    Raises UsageError as `part_of` does, and if there are none.
     """
     windows = part_of("learning", sources, window, rule, held_out)
     if not windows.runs and isinstance(rule, OutcomeRule):
         raise UsageError(
-            f"none of these runs has both {window} snapshots and outcomes, those that are held out left aside: gather "
-            "trajectories and outcomes of the same suite"
+            f"no run that is not held out has both {window} snapshots and outcomes: gather trajectories and outcomes "
+            "of the same suite"
         )
     if not windows.runs:
         raise UsageError(
-            f"no finished run has {window} snapshots with a similarity, those that are held out left aside: gather "
-            "more, take a smaller window, or hold less out with --held-out"
+            f"no finished run that is not held out has {window} snapshots with a similarity: gather more, take a "
+            "smaller window, or hold less out with --held-out"
         )
     return windows
 
@@ -64,18 +74,23 @@ def windows_from(sources: Sources, window: int, rule: Rule | None = None, held_o
 def part_of(
     part: Part, sources: Sources, window: int, rule: Rule | None = None, held_out: HeldOut | None = None
 ) -> WindowSet:
-    """The windows of one part of the runs of trajectory files, gather folders or trajectories, labelled by `rule`.
+    """The windows of one part of the runs, labelled by `rule`.
 
-    part: "learning" for the runs of families and sources that are not held out, "held-out" for the others, which are
-        there for a trained predictor to be judged on and for nothing else.
-    held_out: which those are; by default what data/dataset/held_out.toml names.
+    Runs are read one by one. Only the weights of the part's own runs stay in memory. Runs that diverged have no final
+    network and are left out. With labels from CKA so is, run by run, a layer without a similarity at some snapshot. The
+    set may be empty.
 
-    Runs are read one by one; what stays in memory are the weights of the part's own. Runs that diverged have no final
-    network and are left out, and so is, run by run, a layer whose similarity is missing at any snapshot. The set may be
-    empty.
+    Args:
+        part: "learning" for the runs of families and sources that are not held out. "held-out" for the others, which
+            are for the evaluation of a trained predictor and for nothing else.
+        sources: trajectory files, gather folders or trajectories.
+        window: snapshots in a window.
+        rule: by default labels from CKA.
+        held_out: by default what data/dataset/held_out.toml names.
 
-    Raises UsageError when runs were sampled differently, whatever their part, and when a run comes twice: it would be
-    on both sides of a split.
+    Raises:
+        UsageError: for runs of either part that were sampled differently, and for a run that comes twice: it would be
+            on both sides of a split.
     """
     if part not in get_args(Part):
         raise unknown("part", part, get_args(Part))
@@ -97,8 +112,16 @@ def part_of(
         held = held_out.holds(trajectory.config["family"], trajectory.config["source"])
         if held == (part == "held-out") and trajectory.finished and len(trajectory.step_T) >= window:
             run = _by_outcomes(trajectory, rule) if isinstance(rule, OutcomeRule) else _by_similarity(trajectory, rule)
-            runs.extend([run] if run else [])
-    return WindowSet(tuple(run for run in runs if run.labels_TL.numel()), window)
+            if run and run.labels_TL.numel() and len(run.newest(window)):
+                runs.append(run)
+    return WindowSet(tuple(runs), window)
+
+
+def relabelled(windows: WindowSet, sources: Sources, rule: Rule, held_out: HeldOut) -> WindowSet:
+    """The same windows with the labels of another rule. The weights are shared."""
+    others = windows_from(sources, windows.window, rule, held_out).runs
+    pairs = zip(windows.runs, others, strict=True)
+    return replace(windows, runs=tuple(replace(run, labels_TL=other.labels_TL) for run, other in pairs))
 
 
 def trajectories_in(sources: Sources) -> Iterator[Trajectory]:
@@ -113,59 +136,67 @@ def trajectories_in(sources: Sources) -> Iterator[Trajectory]:
 
 
 def spec_of(trajectory: Trajectory) -> SampleSpec:
-    """How a run was sampled; a predictor that is trained on it must be used with the same.
+    """How a run was sampled. A predictor that is trained on it must sample in the same way.
 
-    Raises UsageError for a run that cannot have been sampled so.
+    Raises UsageError for a run whose sampling cannot be.
     """
     try:
         return SampleSpec(**{name: trajectory.config["sampling"][name] for name in ("weights", "snapshots", "seed")})
     except UsageError as error:
-        raise UsageError(f"run {trajectory.run_id}: its sampling is none ({error}): leave it out") from error
+        raise UsageError(f"run {trajectory.run_id}: its sampling cannot be ({error}): leave it out") from error
 
 
 def _by_similarity(trajectory: Trajectory, rule: LabelRule) -> RunWindows:
     known_L = np.flatnonzero(~np.isnan(trajectory.similarity_TL).any(axis=0))
-    run = _unlabelled(trajectory)
+    run, kept = _unlabelled(trajectory, fade_frozen=False)
     return replace(
         run,
         weights_TLK=run.weights_TLK[:, known_L],
-        signals_TLS=run.signals_TLS[:, known_L],
-        labels_TL=torch.from_numpy(rule.labels(trajectory.similarity_TL[:, known_L])),
+        features_TLF=run.features_TLF[:, known_L],
+        labels_TL=torch.from_numpy(rule.labels(trajectory.similarity_TL[:, known_L])[kept]),
     )
 
 
 def _by_outcomes(trajectory: Trajectory, rule: OutcomeRule) -> RunWindows | None:
-    """None where nothing is known of what freezing does to this run."""
-    harm = rule.harms.get(trajectory.run_id)
-    if harm is None:
+    """None for a run without outcomes."""
+    cost = rule.costs.get(trajectory.run_id)
+    if cost is None:
         return None
-    if (harm.total_steps, harm.layer_count) != (trajectory.config["total_steps"], len(trajectory.layer_names)):
+    if (cost.total_steps, cost.layer_count) != (trajectory.config["total_steps"], len(trajectory.layer_names)):
         raise UsageError(
-            f"run {trajectory.run_id}: its outcomes are of a training of {harm.total_steps} steps and "
-            f"{harm.layer_count} layers, its trajectory is not: gather both anew, with the same version"
+            f"run {trajectory.run_id}: its outcomes are of a training of {cost.total_steps} steps and "
+            f"{cost.layer_count} layers, its trajectory is not: gather both anew, with the same version"
         )
-    harm_TL = torch.from_numpy(harm.cost(trajectory.step_T))
-    labels_TL = harm_TL <= rule.tolerance
-    return replace(
-        _unlabelled(trajectory), labels_TL=labels_TL, harm_TL=harm_TL, flops_F=torch.from_numpy(harm.flops())
-    )
+    run, kept = _unlabelled(trajectory, fade_frozen=True)
+    cost_TL = torch.from_numpy(cost.cost(trajectory.step_T[kept]))
+    return replace(run, labels_TL=cost_TL <= rule.tolerance, cost_TL=cost_TL, flops_F=torch.from_numpy(cost.flops()))
 
 
-def _unlabelled(trajectory: Trajectory) -> RunWindows:
-    weights_TLK = torch.from_numpy(trajectory.weights_TLK)
-    signals_TLS = recorded_signals(
-        weights_TLK,
-        torch.from_numpy(trajectory.gradient_norm_TL),
-        torch.from_numpy(trajectory.step_T),
-        torch.from_numpy(trajectory.lr_T),
-        torch.from_numpy(trajectory.layer_sizes_L),
-        trajectory.config["total_steps"],
-    )
-    return RunWindows(
+def _unlabelled(trajectory: Trajectory, fade_frozen: bool) -> tuple[RunWindows, list[int]]:
+    """The run with labels that are all false, and which of its snapshots it has."""
+    recording = recording_of(trajectory)
+    replayed = replay(recording, fade_frozen)
+    whole = len(replayed.kept) == len(recording.step_T)
+    weights_TLK = recording.weights_TLK if whole else recording.weights_TLK[replayed.kept]
+    run = RunWindows(
         run_id=trajectory.run_id,
         family=trajectory.config["family"],
         source=trajectory.config["source"],
         weights_TLK=weights_TLK,
-        signals_TLS=signals_TLS,
+        features_TLF=replayed.features_TLF,
         labels_TL=torch.zeros(weights_TLK.shape[:2], dtype=torch.bool),
+        length_T=replayed.length_T,
+    )
+    return run, replayed.kept
+
+
+def recording_of(trajectory: Trajectory) -> Recording:
+    """The part of a trajectory that the predictor sees."""
+    return Recording(
+        step_T=torch.from_numpy(trajectory.step_T),
+        lr_T=torch.from_numpy(trajectory.lr_T),
+        weights_TLK=torch.from_numpy(trajectory.weights_TLK),
+        gradient_norm_TL=torch.from_numpy(trajectory.gradient_norm_TL),
+        size_L=torch.from_numpy(trajectory.layer_sizes_L),
+        total_steps=trajectory.config["total_steps"],
     )

@@ -161,7 +161,7 @@ def _lost(prefix: Outcome) -> float:
 
 def _filled(cost_MK: npt.NDArray[np.float64], size_K: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """The costs with each NaN interpolated linearly between the known prefixes of the same step."""
-    filled_MK = cost_MK.copy()
+    filled_MK: npt.NDArray[np.float64] = cost_MK.copy()
     for cost_K in filled_MK:
         known_K = ~np.isnan(cost_K)
         known = np.append(0, size_K[known_K]), np.append(0.0, cost_K[known_K])

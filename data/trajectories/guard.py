@@ -2,34 +2,50 @@
 
 HDF5 lets a file have other files read, load plugins and ask for any amount of memory. So only hard links are opened.
 The storage, type, filters and size that a dataset declares are checked before its data are read. Its one chunk is then
-fetched as stored, and inflated here by zlib: HDF5 itself would inflate far beyond the declared size.
+fetched as stored, because HDF5 would inflate it far beyond the declared size. All of this runs in the child process.
 """
 
 import math
 import re
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
-import numpy.typing as npt
 from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t, h5z
 
-from data.trajectories.schema import Field
+from data.trajectories.checks import shape_faults, total_bytes
+from data.trajectories.schema import (
+    FIELDS,
+    FORMAT,
+    FORMAT_VERSION,
+    MOST_RUN_BYTES,
+    MOST_RUNS,
+    READABLE_VERSIONS,
+    Field,
+    is_run_id,
+)
 from predictor.errors import DamagedFile, FileFault
 
-_DAMAGED = "copy it anew, or make it again with `python -m collect gather trajectories`"
-_HOSTILE = "no file of this toolkit holds that; do not use it, and get it anew from where it came"
+_DAMAGED = "copy it again, or make it with `python -m collect gather trajectories`"
+_HOSTILE = "no file of this toolkit holds that; do not use it, and get it again from its author"
 _UNREADABLE = "make it readable for this user, or try again when the machine can read it"
 _TYPES = {"|u1": h5t.STD_U8LE, "<i8": h5t.STD_I64LE, "<f4": h5t.IEEE_F32LE, "<f8": h5t.IEEE_F64LE}
 _FILTERS = (h5z.FILTER_SHUFFLE, h5z.FILTER_DEFLATE)
-_NOT_DEFLATED = 0b10
-"""Filter mask of a chunk that deflate would have made larger: HDF5 stores it shuffled only."""
+_MOST_NAMES = 1_000
+"""How many members of a run are listed, surplus ones included."""
 _LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "an external link"}
+
+
+class Chunk(NamedTuple):
+    """A field as it is stored: shuffled and deflated, but for a filter whose bit is set in the mask."""
+
+    shape: tuple[int, ...]
+    mask: int
+    raw: bytes
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,77 @@ def open_file(location: Location) -> h5py.File:
         return h5py.File(path, "r", locking="best-effort")
 
 
+def contents(location: Location, file: h5py.File) -> dict[str, Any]:
+    """The version and the ids of all runs of a file, and what is wrong beside them."""
+    faults: list[FileFault] = []
+    root = _root(location, file)
+    if attribute(location, root, "format") != FORMAT:
+        raise FileFault(f"{location.path}: an HDF5 file without trajectories: name one that gather or merge wrote")
+    version = attribute(location, root, "version")
+    if version not in READABLE_VERSIONS:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        kind, cure = (FileFault, "update the toolkit") if newer else (DamagedFile, "gather it again")
+        raise kind(f"{location.path}: format version {version}, but this toolkit reads 1 to {FORMAT_VERSION}: {cure}")
+    faults += attribute_faults(location, root, 2)
+    faults += [
+        location.hostile(f"{name!r:.60} is beside the runs")
+        for name in names(location, root, _MOST_NAMES)
+        if name != b"runs"
+    ]
+    runs = open_member(location, root, "runs", h5g.GroupID)
+    faults += attribute_faults(location, runs, 0)
+    found = [raw.decode("utf-8", "replace") for raw in sorted(names(location, runs, MOST_RUNS))]
+    rule = "a run's id is up to 100 letters, digits, . _ and -"
+    faults += [location.at(run=name).hostile(rule) for name in found if not is_run_id(name)]
+    return {"faults": faults, "version": version, "run_ids": [name for name in found if is_run_id(name)]}
+
+
+def stored_run(location: Location, file: h5py.File) -> dict[str, Any]:
+    """The checksum and the chunks of one run, and what is wrong with its other fields.
+
+    Everything declared is checked before a chunk is read.
+    """
+    runs = open_member(location, _root(location, file), "runs", h5g.GroupID)
+    group = open_member(location, runs, location.run, h5g.GroupID)
+    found = {name.decode("utf-8", "replace") for name in names(location, group, _MOST_NAMES)}
+    datasets: dict[str, h5d.DatasetID] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    faults: list[FileFault] = []
+    for field in (field for field in FIELDS if field.name in found):
+        at = location.at(field=field.name)
+        try:
+            datasets[field.name] = open_member(at, group, field.name, h5d.DatasetID)
+            shapes[field.name] = declared_shape(at, datasets[field.name], field)
+        except FileFault as fault:
+            faults.append(fault)
+    wrong = list(shape_faults(shapes))
+    faults += [location.at(field=name).hostile(what) for name, what in wrong]
+    chunks: dict[str, Chunk] = {}
+    for field in FIELDS if total_bytes(shapes) <= MOST_RUN_BYTES else ():
+        if field.name in shapes and field.name not in dict(wrong):
+            at = location.at(field=field.name)
+            try:
+                chunks[field.name] = stored_chunk(at, datasets[field.name], field, shapes[field.name])
+            except FileFault as fault:
+                faults.append(fault)
+    missing = sorted({field.name for field in FIELDS if not field.retired} - found)
+    faults += [location.at(field=name).damaged("missing") for name in missing]
+    extra = sorted(found - {field.name for field in FIELDS})
+    faults += [location.at(field=name).hostile("the format has no such field") for name in extra]
+    faults += attribute_faults(location, group, 1)
+    sha256 = ""
+    try:
+        sha256 = str(attribute(location, group, "sha256"))
+    except FileFault as fault:
+        faults.append(fault)
+    return {"faults": faults, "sha256": sha256, "chunks": chunks}
+
+
+def _root(location: Location, file: h5py.File) -> h5g.GroupID:
+    with location.reading():
+        return h5g.open(file.id, b"/")
+
+
 def names(location: Location, group: h5g.GroupID, most: int) -> list[bytes]:
     """The names in a group. A group with more than `most` is refused without listing the rest."""
     found: list[bytes] = []
@@ -112,12 +199,14 @@ def open_member(location: Location, group: h5g.GroupID, name: str, kind: type) -
     return found
 
 
-def check_attributes(location: Location, thing: Any, expected: int) -> None:
-    """Refuse attributes that the format does not have."""
-    with location.reading():
-        count = h5a.get_num_attrs(thing)
-    if count != expected:
-        raise location.hostile(f"{count} attributes where the format has {expected}")
+def attribute_faults(location: Location, thing: Any, expected: int) -> list[FileFault]:
+    """A fault if something has more or fewer attributes than the format says."""
+    try:
+        with location.reading():
+            count = h5a.get_num_attrs(thing)
+    except FileFault as fault:
+        return [fault]
+    return [] if count == expected else [location.hostile(f"{count} attributes where the format has {expected}")]
 
 
 def attribute(location: Location, thing: Any, name: str) -> str | int:
@@ -148,7 +237,8 @@ def declared_shape(location: Location, dataset: h5d.DatasetID, field: Field) -> 
             raise location.hostile("external storage, with the data in other files")
         if plan.get_layout() != h5d.CHUNKED:
             raise location.hostile("its storage is not in chunks")
-        check_attributes(location, dataset, 0)
+        for fault in attribute_faults(location, dataset, 0):
+            raise fault
         kind = dataset.get_type()
         if kind != _TYPES[field.dtype]:
             raise location.hostile(
@@ -168,8 +258,8 @@ def declared_shape(location: Location, dataset: h5d.DatasetID, field: Field) -> 
     return shape
 
 
-def stored_array(location: Location, dataset: h5d.DatasetID, field: Field, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """The values of a dataset. Memory is bounded by its declared size, whatever the stored bytes would expand to."""
+def stored_chunk(location: Location, dataset: h5d.DatasetID, field: Field, shape: tuple[int, ...]) -> Chunk:
+    """The one chunk of a dataset, which takes no more memory than the dataset declares."""
     size = math.prod(shape) * field.item_bytes
     with location.reading():
         if dataset.get_num_chunks() != 1:
@@ -178,15 +268,7 @@ def stored_array(location: Location, dataset: h5d.DatasetID, field: Field, shape
         if stored > size + size // 100 + 1000:  # deflate adds less than that to what it cannot compress
             raise location.hostile(f"stores {stored} bytes for the {size} that it declares")
         mask, raw = dataset.read_direct_chunk((0,) * len(shape))
-    if mask != _NOT_DEFLATED:
-        try:
-            raw = zlib.decompressobj().decompress(raw, size + 1)
-        except zlib.error as error:
-            raise location.damaged(f"its compressed data are broken ({error})") from None
-    if len(raw) != size:
-        raise location.damaged(f"{len(raw)} bytes or more where its shape needs {size}")
-    planes = np.frombuffer(raw, dtype=np.uint8).reshape(field.item_bytes, -1)
-    return planes.T.copy().view(field.dtype).reshape(shape)
+    return Chunk(shape, mask, raw)
 
 
 def _of_the_machine(error: Exception) -> bool:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from data.trajectories.folder import trajectory_files
 from data.trajectories.labels import LabelRule
 from data.trajectories.reader import open_trajectories
-from data.trajectories.schema import FORMAT_VERSION, WRITTEN
+from data.trajectories.schema import WRITTEN
 from data.trajectories.trajectory import Trajectory
 
 _MOST_VALUES = 4
@@ -54,8 +54,10 @@ def describe(paths: Sequence[Path], rule: LabelRule, *, progress: bool = False) 
     files = trajectory_files(paths)
     groups: dict[str, _Group] = {}
     facts: dict[str, Counter[str]] = defaultdict(Counter)
+    versions = set()
     for path in files:
         with open_trajectories(path) as file:
+            versions.add(str(file.version))
             for trajectory in tqdm(file, desc=f"reading {path}", unit="run", leave=False, disable=not progress):
                 config = trajectory.config
                 fresh = _Group(config["family"], config["source"])
@@ -64,7 +66,7 @@ def describe(paths: Sequence[Path], rule: LabelRule, *, progress: bool = False) 
     size = sum(path.stat().st_size for path in files)
     runs = sum(group.runs for group in groups.values())
     name = str(paths[0]) if len(paths) == 1 else f"{len(files)} files"
-    title = f"{name}: {runs} runs, {size / 1e6:.1f} MB, format version {FORMAT_VERSION}"
+    title = f"{name}: {runs} runs, {size / 1e6:.1f} MB, format version {' and '.join(sorted(versions))}"
     parts = [title, _table(groups), _label_line(groups.values(), rule), *_fact_lines(facts), "", schema_table()]
     return "\n".join(parts) + "\n"
 

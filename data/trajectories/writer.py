@@ -1,10 +1,10 @@
 """Writes trajectory files, whole or not at all, also when the disk fills up."""
 
+import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import h5py
@@ -12,7 +12,7 @@ import numpy as np
 
 from data.trajectories.checks import content_faults, shape_faults
 from data.trajectories.reader import TrajectoryFile
-from data.trajectories.schema import FORMAT, FORMAT_VERSION, WRITTEN, is_run_id
+from data.trajectories.schema import FIELDS, FORMAT, FORMAT_VERSION, WRITTEN, is_run_id
 from data.trajectories.trajectory import Arrays, Trajectory, arrays_of, checksum
 from predictor.errors import UsageError
 from predictor.shared.files import written_whole
@@ -47,16 +47,19 @@ class NewRuns:
         run = self._group.create_group(trajectory.run_id)
         for field in WRITTEN:
             array = arrays[field.name]
-            # One chunk a field: it is read whole, and a reader can check its size before it reads.
-            run.create_dataset(
-                field.name, data=array, chunks=array.shape, compression="gzip", compression_opts=4, shuffle=True
-            )
+            run.create_dataset(field.name, data=array, **_options(array.shape))
         run.attrs["sha256"] = np.bytes_(checksum(trajectory.run_id, arrays))
         self._output.check()
 
     def copy(self, source: TrajectoryFile, run_id: str) -> None:
         """Copy one run from a file, as it is stored. Let `source` read it first to know that it is sound."""
-        source.copy_run(run_id, self._group)
+        stored = source.stored(run_id)
+        run = self._group.create_group(run_id)
+        for field in (field for field in FIELDS if field.name in stored.chunks):
+            shape, mask, raw = stored.chunks[field.name]
+            dataset = run.create_dataset(field.name, shape, field.dtype, **_options(shape))
+            dataset.id.write_direct_chunk((0,) * len(shape), raw, mask)
+        run.attrs["sha256"] = np.bytes_(stored.sha256)
         self._output.check()
 
     def __contains__(self, run_id: str) -> bool:
@@ -82,7 +85,12 @@ def new_file(path: Path) -> Iterator[NewRuns]:
         output.check()
 
 
-class _Output:
+def _options(shape: tuple[int, ...]) -> dict[str, Any]:
+    """One chunk a field: it is read whole, and a reader can check its size before it reads."""
+    return {"chunks": shape, "compression": "gzip", "compression_opts": 4, "shuffle": True}
+
+
+class _Output(io.FileIO):
     """The file below HDF5. It keeps the first error until `check`, and drops what is written after it.
 
     HDF5 itself must not see an error. When the disk is full it fails again while closing, where h5py cannot raise, and
@@ -90,8 +98,7 @@ class _Output:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w+b", buffering=0)
-        self._offset = 0
+        super().__init__(path, "w+")
         self._error: BaseException | None = None
 
     def check(self) -> None:
@@ -99,45 +106,24 @@ class _Output:
         if self._error is not None:
             raise self._error
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._offset = offset + (os.fstat(self._file.fileno()).st_size if whence == os.SEEK_END else 0)
-        return self._offset
-
-    def tell(self) -> int:
-        return self._offset
-
-    def read(self, size: int = -1) -> bytes:
-        """Without this method h5py does not take it for a file."""
-        raise NotImplementedError("h5py uses readinto")
-
     def readinto(self, buffer: Any) -> int:
-        return self._try(lambda: os.preadv(self._file.fileno(), [buffer], self._offset))
+        return self._try(super().readinto, buffer)
 
     def write(self, content: Any) -> int:
         left = memoryview(content).cast("B")
+        end = self.tell() + len(left)
         while left and not self._error:
-            written = self._try(lambda part=left: os.pwrite(self._file.fileno(), part, self._offset))
-            left, self._offset = left[written:], self._offset + written
+            left = left[self._try(os.write, self.fileno(), left) :]
+        self.seek(end)
         return len(content)
 
-    def truncate(self, size: int) -> int:
-        self._try(lambda: os.ftruncate(self._file.fileno(), size))
-        return size
+    def truncate(self, size: int | None = None) -> int:
+        self._try(super().truncate, size)
+        return size or 0
 
-    def flush(self) -> None:
-        """Do nothing: `written_whole` flushes to the disk at the end."""
-
-    def __enter__(self) -> "_Output":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def _try(self, call: Any) -> int:
+    def _try(self, call: Callable[..., int | None], *arguments: Any) -> int:
         try:
-            return call() or 0
+            return call(*arguments) or 0
         except BaseException as error:  # Ctrl-C too: this runs below HDF5
             self._error = self._error or error
             return 0

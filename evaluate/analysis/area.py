@@ -4,12 +4,12 @@ On one workload, with one seed, x is a training's cost over that of the baseline
 the baseline that the family reaches at a cost of at most x. The area is the integral from x = 0 to 1 of
 max(0, 1 + d(x) / LOSS), where there is nothing before the cost of the cheapest setting. So it is 0 for a family that
 never loses less than LOSS, and would be 1 for the baseline's accuracy at no cost; to be more accurate than the baseline
-counts too. The baseline's own point, at x = 1, ends every front and adds no area of its own.
+counts too. The baseline's own point, at x = 1, ends every Pareto front and adds no area of its own.
 
-Which settings make the front of a workload is settled by their means over the seeds, as in the plots. Settled seed by
-seed, the front would be made of each seed's lucky settings, and a family with many settings would have more luck. The
-areas of the seeds, all under the same settings, then give Student's interval, as everywhere in the report. A bootstrap
-of three seeds has ten different samples, and its intervals come out too narrow.
+The means over the seeds decide which settings make the Pareto front of a workload, as in the plots. Decided seed by
+seed, it would be made of each seed's lucky settings, and a family with many settings would have more luck. The areas of
+the seeds, all under the same settings, then give Student's interval, as everywhere in the report. A bootstrap of three
+seeds has ten different samples, and its intervals come out too narrow.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class FamilyArea:
 
 
 def area_under(points: Sequence[tuple[float, float]]) -> float:
-    """The area under the settings of a front, pairs of x and of the difference in accuracy, cheapest first.
+    """The area under the settings of a Pareto front, pairs of x and of the difference in accuracy, cheapest first.
 
     The order is that of their means: where, with one seed, a setting costs no more than the one before it, the later
     one counts from there on.
@@ -56,7 +56,7 @@ def seed_areas(results: Results, family: Family, workload: str) -> dict[int, flo
     """A family's area on a workload by seed; nothing where it was not run, or a cost was not measured.
 
     Only seeds with which the baseline finished and all its settings were run. A setting that diverged or failed with
-    one of them is not on the front with any.
+    one of them is not on the Pareto front with any.
     """
     full = results.cell(workload, results.suite.baseline)
     cells = [cell for label in family.members if (cell := results.cell(workload, label))]

@@ -21,7 +21,7 @@ class Family:
     name: str
     """Different for each family: of a single setting its label, else the policy and what it changes."""
     policy: str
-    """The policy's name; a label where the results do not tell the name."""
+    """The policy's name; a label where the results do not say the name."""
     changes: tuple[str, ...]
     """What it changes of a training besides freezing, such as "cache" or "views cache"."""
     members: tuple[str, ...]
@@ -61,9 +61,9 @@ def rival(found: Sequence[Family], against: str = "") -> Family | None:
     return next((family for family in found if family.policy in _FEWER_STEPS and not family.changes), None)
 
 
-def places(results: Results) -> dict[str, int]:
-    """Each policy's place among the colours and markers: 0 for the baseline, then one for all members of a family."""
-    numbered = {label: place for place, family in enumerate(families(results), 1) for label in family.members}
+def colour_indices(results: Results) -> dict[str, int]:
+    """Each policy's index among the colours and markers: 0 for the baseline, then one for all members of a family."""
+    numbered = {label: index for index, family in enumerate(families(results), 1) for label in family.members}
     return {results.suite.baseline: 0} | numbered
 
 
@@ -73,14 +73,14 @@ def policy_names(results: Results) -> list[str]:
 
 
 def is_full_training(entry: Any) -> bool:
-    """Whether a policy, as a trial's configuration tells it, freezes nothing and changes nothing of the training."""
+    """Whether a policy, as a trial's configuration says, freezes nothing and changes nothing of the training."""
     if not isinstance(entry, Mapping) or entry.get("options"):
         return False
     return entry.get("name") == "none" and not any(key not in _NO_CHANGE for key in entry)
 
 
 def _kind(results: Results, label: str) -> tuple[str, tuple[str, ...]]:
-    """The policy's name and its changes, as the first trial under that label tells them."""
+    """The policy's name and its changes, as the first trial under that label says."""
     trials = (trial for workload in results.workloads for trial in results.cell(workload, label).values())
     entry = next((trial.config.get("policy") for trial in trials), None)
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):

@@ -4,7 +4,7 @@ A schedule freezes the first quarter of the layers at one time, the half, three 
 or never. Optuna's TPE proposes a few schedules, each is trained with every seed as an ordinary trial of a suite, and
 what came of them guides the next proposals (Ozaki et al. 2022, "Multiobjective tree-structured Parzen estimator"). The
 search is seeded and reads every result from the folder's results.jsonl, so the same command proposes the same
-schedules again, finds them trained, and goes on where it was broken off, or further with more trials.
+schedules again, finds them trained, and goes on where it was interrupted, or further with more trials.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +13,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from tabulate import tabulate
+
 from collect.workloads import own_code
 from evaluate.analysis.oracle_file import Schedule, pareto
-from evaluate.trials.plan import Settings, SuiteFolder, make_plan
+from evaluate.trials.folder import SuiteFolder
+from evaluate.trials.plan import Settings, make_plan
 from evaluate.trials.records import Results, Trial, read_results
 from evaluate.trials.run import run_suite
 from evaluate.trials.suite import PolicyEntry, Suite, WorkloadEntry, read_suite
@@ -33,10 +36,10 @@ _STEP = 0.05
 _ROUND = 8
 """Schedules that are proposed, and trained side by side, before the search learns from them."""
 _FIRST = (0.0, 0.2, 0.4, 0.6, 0.8)
-"""Before it proposes any, fronts that begin at these times and grow evenly: the whole range of costs."""
+"""Before it proposes any, prefixes that begin at these times and grow evenly: the whole range of costs."""
 _FULL = PolicyEntry("none", "none")
 
-Fronts = tuple[tuple[float, float], ...]
+Prefixes = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def find_oracle(search: Search, out: Path, settings: Settings, say: Callable[[st
     study, proposed = _study(search.seed), 0
     while proposed < search.trials:
         asked = [study.ask() for _ in range(min(_ROUND, search.trials - proposed))]
-        wanted = [_entry(_fronts(trial)) for trial in asked]
+        wanted = [_entry(_prefixes(trial)) for trial in asked]
         entries |= {entry.label: entry for entry in wanted}
         results = _train(search, tuple(entries.values()), folder, settings)
         for trial, entry in zip(asked, wanted, strict=True):
@@ -113,15 +116,15 @@ def _study(seed: int) -> "optuna.Study":
     return study
 
 
-def _fronts(trial: "optuna.Trial") -> Fronts:
-    """The schedule that a trial proposes: a time to begin, then how long to wait for each next front."""
+def _prefixes(trial: "optuna.Trial") -> Prefixes:
+    """The schedule that a trial proposes: a time to begin, then how long to wait for each larger prefix."""
     times = [trial.suggest_float("begin", 0.0, 1.0, step=_STEP)]
     for place in range(1, len(SHARES)):
         times.append(times[-1] + trial.suggest_float(f"wait{place}", 0.0, 1.0, step=_STEP))
-    return fronts_at(times)
+    return prefixes_at(times)
 
 
-def fronts_at(times: Sequence[float]) -> Fronts:
+def prefixes_at(times: Sequence[float]) -> Prefixes:
     """The option of the policy "schedule" for the times at which each of SHARES freezes; from 1 on it is never.
 
     Of several at the same time the largest counts.
@@ -130,19 +133,19 @@ def fronts_at(times: Sequence[float]) -> Fronts:
     return tuple((time, share) for time, share in steps.items() if time < 1)
 
 
-def _entry(fronts: Fronts) -> PolicyEntry:
+def _entry(prefixes: Prefixes) -> PolicyEntry:
     """Full training for a schedule that never freezes anything, which is trained anyway."""
-    if not fronts:
+    if not prefixes:
         return _FULL
-    label = "schedule " + ", ".join(f"{share:g} at {time:g}" for time, share in fronts)
-    return PolicyEntry("schedule", label, {"fronts": [list(front) for front in fronts]})
+    label = "schedule " + ", ".join(f"{share:g} at {time:g}" for time, share in prefixes)
+    return PolicyEntry("schedule", label, {"fronts": [list(each) for each in prefixes]})
 
 
 def _train(search: Search, entries: tuple[PolicyEntry, ...], folder: SuiteFolder, settings: Settings) -> Results:
     """Train what has no result yet, as a suite that has grown by these schedules."""
     name = f"oracle-{search.workload.label}"
     suite = Suite(name, (search.workload,), entries, search.seeds, _FULL.label, scores=search.scores)
-    run_suite(make_plan(suite, folder, settings), folder, lambda figures, done: None)
+    run_suite(make_plan(suite, settings), folder, lambda figures, done: None)
     return read_results(folder.root)
 
 
@@ -155,8 +158,8 @@ def _measured(results: Results, search: Search, entry: PolicyEntry) -> Schedule 
     if len(whole) < len(numbers):
         return None
     accuracy, difference, share = (fmean(column) for column in zip(*whole, strict=True))
-    fronts = tuple((time, part) for time, part in entry.options.get("fronts", ()))
-    return Schedule(share, difference, accuracy, fronts)
+    prefixes = tuple((time, part) for time, part in entry.options.get("fronts", ()))
+    return Schedule(share, difference, accuracy, prefixes)
 
 
 def _numbers(full: Trial | None, own: Trial | None) -> tuple[float, float, float] | None:
@@ -191,11 +194,16 @@ def _content(search: Search, tried: list[Schedule]) -> Mapping[str, Any]:
     }
 
 
-def written(front: Sequence[Schedule]) -> list[str]:
-    """The front as lines for a terminal."""
-    lines = ["FLOPs  accuracy %  difference  front of the layers"]
-    for each in front:
-        when = ", ".join(f"{share:.0%} from {time:.0%} on" for time, share in each.fronts) or "nothing freezes"
-        cells = f"{each.flops_share:5.0%}  {each.accuracy * 100:10.2f}  {each.difference * 100:+10.2f}"
-        lines.append(f"{cells}  {when}")
-    return lines
+def written(front: Sequence[Schedule]) -> str:
+    """The Pareto front as a table for a terminal."""
+    rows = [
+        (
+            f"{each.flops_share:.0%}",
+            f"{each.accuracy * 100:.2f}",
+            f"{each.difference * 100:+.2f}",
+            ", ".join(f"{share:.0%} from {time:.0%} on" for time, share in each.fronts) or "nothing freezes",
+        )
+        for each in front
+    ]
+    header = ("FLOPs", "accuracy %", "difference, pp", "frozen share of the layers")
+    return tabulate(rows, header, tablefmt="plain", disable_numparse=True)

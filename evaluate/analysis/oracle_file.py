@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.validation import validated
 from evaluate.analysis.families import is_full_training
 from evaluate.analysis.pareto import unbeaten
 from evaluate.analysis.statistics import Row
@@ -31,7 +32,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Oracle:
-    """The front of a workload's schedules, cheapest first.
+    """The Pareto front of a workload's schedules, cheapest first.
 
     It is the best of many on the test set, so part of its accuracy is luck that another seed would not repeat: an
     upper limit of what freezing could save, not a rival.
@@ -86,7 +87,7 @@ def share_of_saving(savings: Sequence[Saving]) -> float | None:
     """The policy's saving over the oracle's, of one workload or of several that weigh the same.
 
     Sums over sums: on a workload where hardly anything can be saved a ratio of its own would outweigh all others. None
-    where the oracle saves nothing. More than 1 is possible: the search tries few schedules, of whole fronts alone.
+    where the oracle saves nothing. More than 1 is possible: the search tries few schedules, of whole prefixes alone.
     """
     best = sum(each.oracle for each in savings)
     return sum(each.own for each in savings) / best if best > 0 else None
@@ -163,29 +164,12 @@ def _same_network(oracle: Oracle, config: Mapping[str, Any]) -> bool:
 
 
 def read_oracle(path: Path) -> Oracle:
-    """Read what `python -m evaluate oracle` wrote. Raises FileFault for a file that is nothing of the kind."""
+    """Read what `python -m evaluate oracle` wrote. Raises FileFault for any other file."""
+    again = "not an oracle: run `python -m evaluate oracle` again"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Oracle(
-            workload=str(content["workload"]),
-            recipe=dict(content["recipe"]),
-            source=str(content["source"]),
-            seeds=tuple(int(seed) for seed in content["seeds"]),
-            tried=int(content["tried"]),
-            front=tuple(_schedule(each) for each in content["front"]),
-            name=content.get("name"),
-            code=content.get("code", ""),
-        )
     except OSError as error:
         raise FileFault(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise FileFault(f"{path}: not an oracle ({error}): run `python -m evaluate oracle` again") from error
-
-
-def _schedule(row: Any) -> Schedule:
-    return Schedule(
-        flops_share=float(row["flops_share"]),
-        difference=float(row["difference"]),
-        accuracy=float(row["accuracy"]),
-        fronts=tuple((float(progress), float(share)) for progress, share in row["fronts"]),
-    )
+    except (ValueError, RecursionError) as error:
+        raise FileFault(f"{path}: {again}: {error}") from error
+    return validated(Oracle, content, f"{path}: {again}", FileFault)

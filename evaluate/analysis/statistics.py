@@ -148,7 +148,7 @@ def headline(results: Results, rows: Sequence[Row]) -> str:
     One whose mean is larger still, with an interval that reaches to 1, is not shown to be faster at all.
     """
     suite = results.suite
-    within = f"as accurate as {suite.baseline} within {suite.margin * 100:g} points"
+    within = f"as accurate as {suite.baseline} within {suite.margin * 100:g} percentage points"
     good = [(row.policy, row.speedup) for row in overall(rows) if row.verdict == AS_ACCURATE and row.speedup]
     if not good:
         return f"No policy is shown to be {within}."
@@ -172,14 +172,14 @@ def _row(results: Results, policy: str, workloads: Sequence[str]) -> Row:
     flops = geometric([_ratios(group, lambda trial: trial.flops) for group in pairs])
     accuracy, deviation = _mean_and_deviation(accuracies)
     gap = "" if is_baseline else _gap(results, policy, workloads)
-    judged, reason = _judge(results, policy, workloads, difference, gap)
+    result, reason = _verdict_and_reason(results, policy, workloads, difference, gap)
     return Row(
         workload=workloads[0] if len(workloads) == 1 else None,
         policy=policy,
         accuracy=accuracy,
         accuracy_deviation=deviation,
         difference=difference,
-        verdict=judged,
+        verdict=result,
         reason=reason,
         gap=gap,
         speedup=speedup,
@@ -235,7 +235,7 @@ def _gap(results: Results, policy: str, workloads: Sequence[str]) -> str:
     return f"no pair on {', '.join(empty)}" if empty else ""
 
 
-def _judge(
+def _verdict_and_reason(
     results: Results, policy: str, workloads: Sequence[str], difference: Estimate | None, gap: str
 ) -> tuple[str, str]:
     """The verdict and what kept it from being clear. Averages must not hide what went wrong.
@@ -246,18 +246,18 @@ def _judge(
     suite = results.suite
     if policy == suite.baseline:
         return BASELINE, ""
-    judged = verdict(difference, suite.margin)
+    result = verdict(difference, suite.margin)
     if difference is None:
         return CANNOT_TELL, "no seed finished under both this policy and the baseline"
     if gap:
-        return LESS_ACCURATE if judged == LESS_ACCURATE else CANNOT_TELL, gap
+        return LESS_ACCURATE if result == LESS_ACCURATE else CANNOT_TELL, gap
     groups = {name: _differences(_pairs(results, name, policy)) for name in workloads}
     if not difference.bounded:
         return CANNOT_TELL, f"a single pair on {', '.join(name for name, group in groups.items() if len(group) == 1)}"
     worse = [name for name, group in groups.items() if verdict(estimate([group]), suite.margin) == LESS_ACCURATE]
-    if worse and judged == AS_ACCURATE:
+    if worse and result == AS_ACCURATE:
         return CANNOT_TELL, f"less accurate on {', '.join(worse)}"
-    return judged, ""
+    return result, ""
 
 
 def _lost(results: Results, workload: str, policy: str) -> int:

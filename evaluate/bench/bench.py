@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from tabulate import tabulate
 from tqdm import tqdm
 
 from collect.training.device import pick_device
@@ -13,17 +14,18 @@ from collect.training.provenance import provenance
 from collect.workloads import Workload, load_workload
 from data.sources import load_source
 from data.sources.base import Source
-from evaluate.bench.frozen_prefixes import LIMIT, SLACK, FrontCost, front_costs
-from evaluate.bench.memory import TOLERANCE, Change, FrontMemory, front_memory
+from evaluate.bench.frozen_prefixes import LIMIT, SLACK, PrefixCost, prefix_costs
+from evaluate.bench.memory import TOLERANCE, Change, PrefixMemory, prefix_memory
 from evaluate.bench.overhead import LIMITS, Overhead, overheads
+from evaluate.bench.suffix import Subject
 from evaluate.trials.stopwatch import Spread
 from predictor.errors import UsageError
 from predictor.shared.files import write_json
 
 HOOKS_ON = {"mlp-fashion": 12, "resnet8-fashion": 4, "texttransformer-glosses": 4}
 """Where hooks are measured, in how many rounds: the fastest steps that there are, convolutions, and attention."""
-FRONTS_ON = {"resnet20-fashion": 9, "vit-fashion": 9, "lite0-fashion": 5, "minilm-glosses": 5}
-"""Where frozen fronts are: networks trained from scratch, and pretrained ones, whose steps take a second."""
+PREFIXES_ON = {"resnet20-fashion": 9, "vit-fashion": 9, "lite0-fashion": 5, "minilm-glosses": 5}
+"""Where frozen prefixes are: networks trained from scratch, and pretrained ones, whose steps take a second."""
 
 
 def run_bench(out: Path, device_name: str) -> bool:
@@ -33,37 +35,38 @@ def run_bench(out: Path, device_name: str) -> bool:
     """
     device = pick_device(device_name)
     write_json(out, {})  # before minutes of work: a place that cannot be written to fails now
-    fronts, memory, left_out = _fronts(device)
+    prefixes, memory, left_out = _prefixes(device)
     shares = _shares(device)
     tables = (
-        _front_table(fronts),
+        _prefix_table(prefixes),
         [f"left out: {why}" for why in left_out],
         _share_table(shares),
         _memory_table(memory),
     )
     print("\n\n".join("\n".join(lines) for lines in tables if lines))
-    rows = {"fronts": _rows(fronts), "shares": _rows(shares), "memory": _rows(memory)}
+    rows = {"fronts": _rows(prefixes), "shares": _rows(shares), "memory": _rows(memory)}
     write_json(out, {**provenance(), "device": str(device), **rows, "left_out": left_out})
     print(f"\nwritten: {out}")
-    judged: list[FrontCost | Overhead | FrontMemory] = [*fronts, *shares, *memory]
-    return all(row.holds for row in judged)
+    measured: list[PrefixCost | Overhead | PrefixMemory] = [*prefixes, *shares, *memory]
+    return all(row.holds for row in measured)
 
 
-def _fronts(device: torch.device) -> tuple[list[FrontCost], list[FrontMemory], list[str]]:
-    """The rows of both tables of frozen fronts, and why workloads are left out."""
-    costs: list[FrontCost] = []
-    memory: list[FrontMemory] = []
+def _prefixes(device: torch.device) -> tuple[list[PrefixCost], list[PrefixMemory], list[str]]:
+    """The rows of both tables of frozen prefixes, and why workloads are left out."""
+    costs: list[PrefixCost] = []
+    memory: list[PrefixMemory] = []
     left_out: list[str] = []
-    with tqdm(total=len(FRONTS_ON), unit="workload", disable=None, dynamic_ncols=True) as bar:
-        for name, rounds in FRONTS_ON.items():
-            _announce(bar, f"frozen fronts: {name}")
+    with tqdm(total=len(PREFIXES_ON), unit="workload", disable=None, dynamic_ncols=True) as bar:
+        for name, rounds in PREFIXES_ON.items():
+            _announce(bar, f"frozen prefixes: {name}")
             found = _loaded(name)
             if isinstance(found, str):
                 left_out.append(found)
             else:
                 # A workload takes minutes: the bar's clock should go on inside it.
-                costs += front_costs(*found, device, rounds, bar.refresh)
-                memory += front_memory(*found, device, bar.refresh)
+                subject = Subject(*found, device)
+                costs += prefix_costs(subject, rounds, bar.refresh)
+                memory += prefix_memory(subject, bar.refresh)
             bar.update()
     return costs, memory, left_out
 
@@ -99,16 +102,16 @@ def _shares(device: torch.device) -> list[Overhead]:
     return shares
 
 
-def _rows(rows: Sequence[Overhead | FrontCost | FrontMemory]) -> list[dict[str, object]]:
+def _rows(rows: Sequence[Overhead | PrefixCost | PrefixMemory]) -> list[dict[str, object]]:
     return [{**asdict(row), "holds": row.holds} for row in rows]
 
 
-def _front_table(rows: Sequence[FrontCost]) -> list[str]:
+def _prefix_table(rows: Sequence[PrefixCost]) -> list[str]:
     cells = [
         [
             *(row.workload, f"{row.frozen}/{row.layers}"),
-            *(_times(row.cached), _front_verdict(row.cached, row.cached_holds)),
-            *(_times(row.uncached), _front_verdict(row.uncached, row.uncached_holds)),
+            *(_times(row.cached), _prefix_verdict(row.cached, row.cached_holds)),
+            *(_times(row.uncached), _prefix_verdict(row.uncached, row.uncached_holds)),
             *(f"{row.gain_cached.median:.2f}x", f"{row.gain_uncached.median:.2f}x"),
             *(f"{row.flops_cached:.2f}", f"{row.flops_uncached:.2f}", row.cut),
         ]
@@ -118,8 +121,8 @@ def _front_table(rows: Sequence[FrontCost]) -> list[str]:
     head = (*paces, "FLOPs cached", "FLOPs uncached", "kept in the cache")
     return [
         "A step with its first layers frozen, over the limit: the other layers trained alone, on ready outputs",
-        f"(uncached: and the front's inference): median [quartiles]. ok: at most {LIMIT}; small: over that, by at most",
-        f"{SLACK:.0%} of a full step",
+        f"(uncached: and the prefix's inference): median [quartiles]. ok: at most {LIMIT}; small: over that, by at",
+        f"most {SLACK:.0%} of a full step",
         *_lines(head, cells),
     ]
 
@@ -133,7 +136,7 @@ def _share_table(rows: Sequence[Overhead]) -> list[str]:
     return ["What the hooks cost, at the cadence of a whole training: median [quartiles]", *_lines(head, cells)]
 
 
-def _memory_table(rows: Sequence[FrontMemory]) -> list[str]:
+def _memory_table(rows: Sequence[PrefixMemory]) -> list[str]:
     cells = [
         [
             *(row.workload, f"{row.frozen}/{row.layers}"),
@@ -145,7 +148,7 @@ def _memory_table(rows: Sequence[FrontMemory]) -> list[str]:
     head = ("workload", "frozen", "gradients", "optimizer state", "saved activations", "", "peak of a step")
     notes = dict.fromkeys(row.peak_note for row in rows if row.peak_note)
     return [
-        "Memory of a frozen front in MB, before -> after it froze, without a cache. To be gone: gradients and",
+        "Memory of a frozen prefix in MB, before -> after it froze, without a cache. To be gone: gradients and",
         f"optimizer state to the byte, activations to {TOLERANCE:.0%}, against the other layers trained alone",
         *_lines(head, cells),
         *(f"  no peak: {note}" for note in notes),
@@ -153,16 +156,14 @@ def _memory_table(rows: Sequence[FrontMemory]) -> list[str]:
 
 
 def _lines(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    rows = ([text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in [head, *cells])
-    return ["  " + "  ".join(row).rstrip() for row in rows]
+    return tabulate(cells, head, tablefmt="plain", disable_numparse=True).splitlines()
 
 
 def _change(change: Change) -> str:
     return f"{_megabytes(change.before)} -> {_megabytes(change.after)}"
 
 
-def _peaks(row: FrontMemory) -> str:
+def _peaks(row: PrefixMemory) -> str:
     if row.peak_before is None or row.peak_after is None:
         return "-"
     return f"{_megabytes(row.peak_before)} -> {_megabytes(row.peak_after)}"
@@ -180,7 +181,7 @@ def _times(spread: Spread) -> str:
     return f"{spread.median:.3f} [{spread.low:.3f}, {spread.high:.3f}]"
 
 
-def _front_verdict(ratio: Spread, holds: bool) -> str:
+def _prefix_verdict(ratio: Spread, holds: bool) -> str:
     return "ok" if ratio.median <= LIMIT else "small" if holds else "OVER"
 
 

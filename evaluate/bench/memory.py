@@ -1,19 +1,17 @@
-"""What memory a frozen front returns: gradients, optimizer state, activations and the peak of a step."""
+"""What memory a frozen prefix returns: gradients, optimizer state, activations and the peak of a step."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
 from collect.training.loop import Training
-from collect.workloads import Workload
-from data.sources.base import Batch, Source
-from evaluate.bench.frozen_prefixes import batches_of, counts_of
-from evaluate.bench.suffix import suffix_training
+from data.sources.base import Batch
+from evaluate.bench.frozen_prefixes import counts_of
+from evaluate.bench.suffix import Subject, suffix_training
 from evaluate.trials.stopwatch import PeakMemory, warm_up
 from predictor.controller import FreezeController
 from predictor.policies.base import FreezePolicy, View
@@ -24,16 +22,16 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Change:
-    """Bytes before and after a front froze."""
+    """Bytes before and after a prefix froze."""
 
     before: int
     after: int
     limit: int
-    """Those of the layers behind the front trained alone, on outputs of it that lie ready."""
+    """Those of the layers behind the prefix trained alone, on outputs of it that lie ready."""
 
 
 @dataclass(frozen=True)
-class FrontMemory:
+class PrefixMemory:
     """What freezing the first layers of one workload in mid-training returns, without a cache."""
 
     workload: str
@@ -69,40 +67,34 @@ class _Step:
     peak_note: str | None = None
 
 
-def front_memory(
-    workload: Workload, source: Source, device: torch.device, tick: Callable[[], None]
-) -> list[FrontMemory]:
-    """Measure the fronts of `counts_of`. tick: called after each."""
-    workload = workload.with_recipe(accumulate=1, augment=False)
-    warm_up(workload, source, device)
-    batches = batches_of(workload, source, device, epoch=0)[:1]
-    layers = len(Training(workload, source, seed=0, device=device).layers)
+def prefix_memory(subject: Subject, tick: Callable[[], None]) -> list[PrefixMemory]:
+    """Measure the prefixes of `counts_of`. tick: called after each."""
+    subject = replace(subject, workload=subject.workload.with_recipe(accumulate=1, augment=False))
+    warm_up(subject.workload, subject.source, subject.device)
+    batches = subject.batches(epoch=0)[:1]
     rows = []
-    for count in counts_of(layers):
-        rows.append(_measure(workload, source, device, count, batches))
+    for count in counts_of(len(subject.training().layers)):
+        rows.append(_measure(subject, count, batches))
         tick()
     return rows
 
 
-def _measure(
-    workload: Workload, source: Source, device: torch.device, count: int, batches: Sequence[Batch]
-) -> FrontMemory:
-    training = Training(workload, source, seed=0, device=device)
-    training.model.train()
+def _measure(subject: Subject, count: int, batches: Sequence[Batch]) -> PrefixMemory:
+    training = subject.training()
     controller = FreezeController(
         training.model, training.optimizer, _Later(count), total_steps=9, layers=training.layers, say=None
     )
     _step(training, batches)  # before it the optimizer has no state
     controller.step()
     before = _step_with_peak(training, batches)
-    controller.step()  # the front freezes
+    controller.step()  # the prefix freezes
     after = _step_with_peak(training, batches)
     layers = len(training.layers)
     del training, controller
-    alone = suffix_training(workload, source, device, count, batches)
+    alone = suffix_training(subject, count, batches)
     limit = _step(alone, batches)
-    return FrontMemory(
-        workload.name,
+    return PrefixMemory(
+        subject.workload.name,
         count,
         layers,
         Change(before.gradients, after.gradients, limit.gradients),
@@ -115,7 +107,7 @@ def _measure(
 
 
 class _Later(FreezePolicy):
-    """Freezes a front after the second step."""
+    """Freezes a prefix after the second step."""
 
     def __init__(self, count: int) -> None:
         self._count = count

@@ -15,8 +15,9 @@ from collect.workloads import Workload
 from data.sources.base import Batch, Source
 from evaluate.trials.freezing import FreezeHook
 from evaluate.trials.stopwatch import Spread, busy_seconds, warm_up
+from predictor.model.config import PredictorConfig
 from predictor.model.file import PredictorFile, save_predictor
-from predictor.model.network import FreezePredictor, PredictorConfig
+from predictor.model.network import FreezePredictor
 from predictor.model.sampling import SampleSpec
 from predictor.policies import make_policy
 
@@ -88,7 +89,7 @@ def overheads(
 def _start_hooks(training: Training, spec: SampleSpec, batches: Iterator[Batch]) -> dict[str, list[Hook]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "untrained.safetensors"
-        # Its judgement costs the same as a trained one's; at this threshold it never freezes, the dearest case.
+        # An untrained one costs the same as a trained one. At this threshold it never freezes, the dearest case.
         config = PredictorConfig()
         save_predictor(path, PredictorFile(FreezePredictor(config), spec, threshold=1.0, card={}))
         freezing = FreezeHook(make_policy("smartfrz", predictor=path))
@@ -101,9 +102,17 @@ def _start_hooks(training: Training, spec: SampleSpec, batches: Iterator[Batch])
         hook.on_start(training)
     training.take_step(batches)  # its gradients are what the policy looks at
     for _ in range(config.window * training.total_steps // spec.snapshots):
-        freezing.on_step(training)  # until its window is full: before, it has nothing to judge
+        _nudge(training)
+        freezing.on_step(training)  # until its window is full: before, it predicts nothing
     training.optimizer.zero_grad()
     return hooks
+
+
+@torch.no_grad()
+def _nudge(training: Training) -> None:
+    """Move every weight a little: the policy leaves out a snapshot at which nothing has moved."""
+    for parameter in training.model.parameters():
+        parameter.mul_(0.9999)
 
 
 def _span(training: Training, batches: Iterator[Batch], spec: SampleSpec, hooks: Sequence[Hook]) -> _Span:

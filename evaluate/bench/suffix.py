@@ -1,8 +1,9 @@
-"""The limit that a frozen front could reach: the layers behind it trained alone, on outputs of it that lie ready."""
+"""The limit that a frozen prefix could reach: the layers behind it trained alone, on outputs of it that lie ready."""
 
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,48 +20,66 @@ from predictor.freezing.freeze import freeze
 from predictor.layers.layer import Layer
 from predictor.layers.tensors import tensors_in
 
+_BATCHES = 4
 _COMPUTED = object()
 """Stands for a call whose output is not given."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a workload's training on a device."""
+
+    workload: Workload
+    source: Source
+    device: torch.device
+
+    def training(self) -> Training:
+        """A new training, before its first step."""
+        training = Training(self.workload, self.source, seed=0, device=self.device)
+        training.model.train()
+        return training
+
+    def batches(self, epoch: int) -> list[Batch]:
+        """A few whole batches, always of the same samples, in an order that depends on the epoch."""
+        size = self.workload.recipe.batch_size
+        few = self.source.limited(size * min(_BATCHES, self.source.size("train") // size))
+        return list(few.batches("train", size, epoch=epoch, shuffle=True, device=self.device, drop_last=True))
 
 
 class _Reached(Exception):
     """A forward pass was let run as far as it should."""
 
 
-def suffix_training(
-    workload: Workload, source: Source, device: torch.device, count: int, batches: Sequence[Batch]
-) -> Training:
+def suffix_training(subject: Subject, count: int, batches: Sequence[Batch]) -> Training:
     """A training in which the first `count` layers' modules are never called: their outputs for `batches` are given.
 
     Its optimizer holds the other parameters alone. To be trained on `batches` in their order, over and over. What a
-    model computes outside its modules, such as the sum of a residual connection, is computed as ever. Raises UsageError
+    model computes outside its modules, such as the sum of a residual connection, is still computed. Raises UsageError
     when none of the modules is ever called.
     """
-    training = frozen_training(workload, source, device, count)
+    training = frozen_training(subject, count)
     rest = nn.ParameterList(parameter for parameter in training.model.parameters() if parameter.requires_grad)
-    training.optimizer = make_optimizer(rest, workload.recipe)
+    training.optimizer = make_optimizer(rest, subject.workload.recipe)
     answers: dict[nn.Module, list[Any]] = defaultdict(list)
     for batch in batches:
         args, kwargs = _arguments(training, batch)
         calls, _ = trace_calls(training.model, args, kwargs)
-        front = set(_front(calls, training.layers[:count]))
+        prefix = set(_prefix_calls(calls, training.layers[:count]))
         for call in calls:
-            answers[call.module].append(call if call in front else _COMPUTED)
+            answers[call.module].append(call if call in prefix else _COMPUTED)
     for module, ready in answers.items():
         if any(call is not _COMPUTED for call in ready):
             module.__dict__["forward"] = _given(module.forward, ready)
     return training
 
 
-def front_pass(
-    workload: Workload, source: Source, device: torch.device, count: int, batches: Sequence[Batch]
-) -> Callable[[], None]:
+def prefix_pass(subject: Subject, count: int, batches: Sequence[Batch]) -> Callable[[], None]:
     """What computes the first `count` layers alone, in evaluation mode and without gradients, on the next batch."""
-    training = frozen_training(workload, source, device, count)
+    training = frozen_training(subject, count)
     training.model.eval()
     args, kwargs = _arguments(training, batches[0])
     calls, _ = trace_calls(training.model, args, kwargs)
-    last = max(_front(calls, training.layers[:count]), key=lambda call: call.end)
+    last = max(_prefix_calls(calls, training.layers[:count]), key=lambda call: call.end)
     runs = itertools.cycle(range(last.nth + 1))
 
     def stop(*_: object) -> None:
@@ -77,16 +96,15 @@ def front_pass(
     return run
 
 
-def frozen_training(workload: Workload, source: Source, device: torch.device, count: int) -> Training:
+def frozen_training(subject: Subject, count: int) -> Training:
     """A training whose first `count` layers are frozen, without anything that watches it."""
-    training = Training(workload, source, seed=0, device=device)
-    training.model.train()
+    training = subject.training()
     for layer in training.layers[:count]:
         freeze(layer, [training.optimizer])
     return training
 
 
-def _front(calls: Sequence[Call], layers: Sequence[Layer]) -> Iterator[Call]:
+def _prefix_calls(calls: Sequence[Call], layers: Sequence[Layer]) -> Iterator[Call]:
     """The outermost calls that hold nothing that trains and end no later than the last one of these layers' modules."""
     modules = {module for layer in layers for module in layer.modules}
     ends = [call.end for call in calls if call.module in modules]
@@ -135,7 +153,7 @@ def _arguments(training: Training, batch: Batch) -> tuple[tuple[Any, ...], dict[
 
 
 def _run_up_to(training: Training, batches: Iterator[Batch]) -> None:
-    """Begin a step whose forward pass something in the model will break off."""
+    """Begin a step whose forward pass something in the model will interrupt."""
     try:
         training.take_step(batches)
     except _Reached:

@@ -1,4 +1,4 @@
-"""What each policy of a report is, told from its class: the card in its docstring."""
+"""What each policy of a report is, read from its class: the card in its docstring."""
 
 import inspect
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 PARTS = ("Paper", "Rule", "Signal", "Differs", "Cost")
-"""What a card tells, in this order."""
+"""What a card says, in this order."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Card:
     parts: tuple[tuple[str, str], ...]
     """Each of PARTS with its text."""
     rest: tuple[str, ...]
-    """The other paragraphs, which tell of the options."""
+    """The other paragraphs, about the options."""
 
 
 def cards(names: Iterable[str]) -> list[Card]:
@@ -29,8 +29,19 @@ def cards(names: Iterable[str]) -> list[Card]:
 
 
 def _card(name: str, text: str) -> Card:
-    summary, *paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
-    told = next((paragraph for paragraph in paragraphs if paragraph.startswith(f"{PARTS[0]}: ")), "")
-    pieces = re.split(rf"(?:^|(?<=\s))({'|'.join(PARTS)}): ", told)[1:]
+    summary, *paragraphs = text.split("\n\n")
+    card, rest = "", []
+    for paragraph in paragraphs:
+        if paragraph.startswith(tuple(f"{part}: " for part in PARTS)):
+            card += f" {_one_line(paragraph)}"
+        elif paragraph.startswith(("Args:\n", "Raises:\n")):
+            rest += re.split(r"\n {4}(?=\S)", paragraph)[1:]
+        else:
+            rest.append(paragraph)
+    pieces = re.split(rf"(?<=\s)({'|'.join(PARTS)}): ", card)[1:]
     parts = tuple((title, content.strip()) for title, content in zip(pieces[::2], pieces[1::2], strict=True))
-    return Card(name, summary, parts, tuple(paragraph for paragraph in paragraphs if paragraph != told))
+    return Card(name, _one_line(summary), parts, tuple(map(_one_line, rest)))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

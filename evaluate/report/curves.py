@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from evaluate.analysis.area import LOSS, FamilyArea
 from evaluate.analysis.families import Family, families, rival
 from evaluate.analysis.statistics import Row
+from evaluate.report.format import shortened
 from evaluate.report.panels import arrange, columns_for, height_for, letters_for, panel_grid
 from evaluate.report.svg import BAND, Plot, colour, drawn, marker
-from evaluate.report.table import shortened
 from evaluate.report.tradeoff import PARTIAL, Point, cost_label, relative_points
 from evaluate.trials.records import Results
 
@@ -31,7 +31,7 @@ class _Plane:
     """The settings of each family, cheapest first."""
     rival: Family | None
     margin: float
-    """Points that may be lost."""
+    """Percentage points that may be lost."""
     right: float
     low: float
     high: float
@@ -52,7 +52,7 @@ def curve_plots(results: Results, rows: Sequence[Row], areas: Sequence[FamilyAre
     lines = -(-len(order) // (figures * _COLUMNS))
     size = lines * _COLUMNS if figures > 1 else len(order)
     parts = [order[start : start + size] for start in range(0, len(order), size)]
-    labels = (cost_label(results), "accuracy difference, points")
+    labels = (cost_label(results), "accuracy difference, pp")
     return [_plot(plane, part, labels, _title(part, areas)) for part in parts]
 
 
@@ -94,7 +94,7 @@ def _plot(plane: _Plane, part: Sequence[Family], labels: tuple[str, str], title:
     note = (
         "In colour: a family, a point for each setting; whiskers: 95 % intervals over paired seeds. Grey: the other "
         f"families.{dashed} Cross: the baseline. Hollow, at an edge: lies beyond it. Shaded: more than "
-        f"{plane.margin:g} points lost."
+        f"{plane.margin:g} percentage points lost."
     )
     if any(not point.whole for family in part for point in plane.curves[family]):
         note = f"{note} {PARTIAL}"
@@ -120,7 +120,7 @@ def _panel(axes: Axes, plane: _Plane, family: Family) -> None:
 
 def _own(axes: Axes, plane: _Plane, points: Sequence[Point]) -> None:
     """A family's line, and its points with their whiskers."""
-    look, shape = colour(points[0].place), marker(points[0].place)
+    look, shape = colour(points[0].index), marker(points[0].index)
     axes.plot(*zip(*_line(points), strict=True), color=look)
     for point in points:
         cost, accuracy = point.cost, point.accuracy

@@ -5,42 +5,52 @@ Areas and costs are by one measure: the one that the results are compared by.
 
 from collections.abc import Mapping
 
-from evaluate.analysis.area import areas
+from tabulate import tabulate
+
+from evaluate.analysis.area import FamilyArea, areas
+from evaluate.analysis.compute_multiplier import compute_multipliers
 from evaluate.analysis.families import Family, rival
 from evaluate.analysis.oracle_file import Oracle, shares_of_saving
 from evaluate.analysis.statistics import Row, compare, overall
-from evaluate.report.table import area, area_difference, percent, plain, where_area
+from evaluate.report import format as write
 from evaluate.trials.records import COST_AXES, Results
 
 
 def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
-    """Each family's area, that less the area of the one compared with, and where its settings lie, dearest first.
+    """Each family's area, that less the area of the one compared with, and its settings, dearest first.
 
-    oracles: by workload; where there are any, each setting's share of their saving has a column.
+    Args:
+        results: What is compared.
+        oracles: By workload. Where there are any, each setting's share of their saving has a column.
     """
-    rows = compare(results)
+    rows, found = compare(results), areas(results)
     by_label = {row.policy: row for row in overall(rows)}
     shares = shares_of_saving(rows, oracles, results.suite.margin)
-    found = areas(results)
+    multipliers = compute_multipliers(results)
     other = rival([each.family for each in found], results.suite.against)
-    points = f"{COST_AXES[results.suite.cost]}: points to `{_escaped(results.suite.baseline)}`"
-    header = ["policy", "settings", "area", points]
-    if other:
-        header.insert(3, f"difference to `{_escaped(other.name)}`")
-    if shares:
-        header.append("share of the oracle's saving")
-    lines = [header, ["---"] * len(header)]
-    for each in found:
+    axis = f"{COST_AXES[results.suite.cost]}: pp to `{_escaped(results.suite.baseline)}`"
+
+    def line(each: FamilyArea) -> dict[str, str]:
         members = _settings(each.family, by_label)
-        settings = str(len(each.family.members))
-        own = ", ".join(filter(None, [area(each.area), where_area(each, len(results.workloads))]))
-        cells = [_escaped(each.family.name), settings, own, ", ".join(map(_point, members)) or "-"]
+        where = write.area_workloads(each, len(results.workloads))
+        cells = {
+            "policy": _escaped(each.family.name),
+            "settings": str(len(each.family.members)),
+            "area": ", ".join(filter(None, [write.area(each.area), where])),
+        }
         if other:
-            cells.insert(3, "-" if each.to_rival is None else area_difference(each.to_rival))
+            to_rival = "-" if each.to_rival is None else write.area_difference(each.to_rival)
+            cells[f"difference to `{_escaped(other.name)}`"] = to_rival
+        cells[axis] = ", ".join(map(_point, members)) or "-"
+        if multipliers:
+            own = [write.multiplier(multipliers.get((row.workload, row.policy))) for row in members]
+            cells["compute multiplier"] = ", ".join(own) or "-"
         if shares:
-            cells.append(", ".join(percent(shares.get((row.workload, row.policy))) for row in members) or "-")
-        lines.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+            own = [write.percent(shares.get((row.workload, row.policy))) for row in members]
+            cells["share of the oracle's saving"] = ", ".join(own) or "-"
+        return cells
+
+    return tabulate([line(each) for each in found], "keys", tablefmt="github", disable_numparse=True)
 
 
 def _settings(family: Family, rows: Mapping[str, Row]) -> list[Row]:
@@ -51,11 +61,11 @@ def _settings(family: Family, rows: Mapping[str, Row]) -> list[Row]:
 
 
 def _point(row: Row) -> str:
-    """Its cost beside the baseline's and its difference in points; of how many trainings, where some are missing."""
+    """Its cost beside the baseline's and its difference in pp; of how many trainings, where some are missing."""
     difference = row.difference.mean * 100 if row.difference else 0.0
-    cost = percent(1 / row.speedup.mean if row.speedup else None)
+    cost = write.percent(1 / row.speedup.mean if row.speedup else None)
     return f"{cost}: {difference:+.1f}" + (f" ({row.finished} of {row.planned})" if row.finished < row.planned else "")
 
 
 def _escaped(text: str) -> str:
-    return plain(text).replace("|", r"\|")
+    return write.plain(text).replace("|", r"\|")

@@ -12,7 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from tqdm import tqdm
 
 from evaluate.analysis.area import LOSS, area_headline, areas
-from evaluate.analysis.families import MANY, families, places, policy_names, rival
+from evaluate.analysis.compute_multiplier import compute_multipliers, full_training_lengths
+from evaluate.analysis.families import MANY, colour_indices, families, policy_names, rival
 from evaluate.analysis.oracle_file import Oracle, find_oracles, oracles_beside, shares_of_saving
 from evaluate.analysis.statistics import (
     AS_ACCURATE,
@@ -24,9 +25,11 @@ from evaluate.analysis.statistics import (
     headline,
     overall,
 )
-from evaluate.report import figures, table, tradeoff
+from evaluate.report import format as write
+from evaluate.report import over_time, tradeoff
 from evaluate.report.cards import cards
 from evaluate.report.curves import curve_plots
+from evaluate.report.findings import findings
 from evaluate.report.protocol import protocol
 from evaluate.report.svg import Plot, swatch
 from evaluate.trials.records import COST_AXES, Results, Trial, read_results
@@ -71,6 +74,7 @@ def render(results: Results, oracles: Mapping[str, Oracle] | None = None, refuse
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         suite=results.suite,
         headline=headline(results, rows),
+        findings=findings(results),
         cost_axis=COST_AXES[results.suite.cost],
         protocol=protocol(results),
         groups=_grouped(results, rows),
@@ -82,12 +86,14 @@ def render(results: Results, oracles: Mapping[str, Oracle] | None = None, refuse
         area_loss=LOSS,
         rival=other,
         curves=curve_plots(results, rows, found),
+        multipliers=compute_multipliers(results),
+        lengths=full_training_lengths(results),
         oracles=oracles or {},
         oracle_shares=shares_of_saving(rows, oracles or {}, results.suite.margin),
         cards=cards(policy_names(results)),
         main_plot=tradeoff.overall_plot(results, rows),
         workloads=_workloads(results, rows),
-        swatches={policy: swatch(place) for policy, place in places(results).items()},
+        swatches={policy: swatch(index) for policy, index in colour_indices(results).items()},
         legend=_legend(results),
         symbols=_SYMBOLS,
         trials=results.trials,
@@ -102,7 +108,7 @@ def render(results: Results, oracles: Mapping[str, Oracle] | None = None, refuse
         ],
         versions=distinct(trial.versions for trial in results.trials),
         hardware=distinct(trial.hardware for trial in results.trials),
-        write=table,
+        write=write,
     )
 
 
@@ -142,7 +148,7 @@ def _grouped(results: Results, rows: Sequence[Row]) -> list[list[Row]]:
 def _legend(results: Results) -> list[tuple[str, str]]:
     """The baseline and each family, with the swatch that stands for it."""
     names = [results.suite.baseline, *(family.name for family in families(results))]
-    return [(name, swatch(place)) for place, name in enumerate(names)]
+    return [(name, swatch(index)) for index, name in enumerate(names)]
 
 
 def _missing_seeds(results: Results) -> list[tuple[str, str, str]]:
@@ -154,7 +160,7 @@ def _missing_seeds(results: Results) -> list[tuple[str, str, str]]:
 
 
 def _caches(results: Results) -> list[tuple[str, float]]:
-    """The policies that had a cache, each with the share of batches for which it skipped the frozen front."""
+    """The policies that had a cache, each with the share of batches for which it skipped the frozen prefix."""
     shares = {name: [t.hit_share for t in results.trials if t.policy == name] for name in results.policies}
     known = {name: [share for share in found if share is not None] for name, found in shares.items()}
     return [(name, fmean(found)) for name, found in known.items() if found]
@@ -168,11 +174,11 @@ def _workloads(results: Results, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Each workload's name, its plots, and the policies that froze nothing on it."""
     sections = []
     for name in tqdm(results.workloads, desc="report", unit="workload", disable=None, delay=3):
-        timelines, idle = figures.timeline_plots(results, name)
+        timelines, idle = over_time.timeline_plots(results, name)
         plots: list[Plot | None] = [
             tradeoff.workload_plot(results, rows, name),
-            figures.loss_plot(results, name),
-            figures.step_cost_plot(results, name),
+            over_time.loss_plot(results, name),
+            over_time.step_cost_plot(results, name),
         ]
         found = [plot for plot in plots if plot]
         sections.append({"name": name, "plots": found, "timelines": timelines, "idle": idle})

@@ -7,7 +7,7 @@ from evaluate.trials.records import Results
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a reader of the costs is told."""
+    """What a reader of the costs should know."""
 
     sentence: str
     warning: bool
@@ -15,7 +15,7 @@ class Protocol:
 
 
 def protocol(results: Results) -> Protocol:
-    """How the costs came about by which the results are compared, as the trials themselves tell it."""
+    """How the costs came about by which the results are compared, as the trials themselves say."""
     axis, trials = results.suite.cost, results.trials
     if axis == "flops":
         return Protocol("Costs are FLOPs and not times: they are the same on every machine.", False)

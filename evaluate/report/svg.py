@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -36,7 +37,7 @@ _STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
-    "axes.titley": 1.0,  # else its place is looked for, which takes a fifth of the time that many panels take
+    "axes.titley": 1.0,  # else its index is looked for, which takes a fifth of the time that many panels take
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.facecolor": "none",
@@ -64,18 +65,18 @@ class Plot:
     """How to read it."""
 
 
-def colour(place: int) -> str:
-    """The placeholder of a policy's colour; place 0 is the baseline."""
-    return _SERIES[0] if place == 0 else _SERIES[1 + (place - 1) % (len(_SERIES) - 1)]
+def colour(index: int) -> str:
+    """The placeholder of a policy's colour; index 0 is the baseline."""
+    return _SERIES[0] if index == 0 else _SERIES[1 + (index - 1) % (len(_SERIES) - 1)]
 
 
-def marker(place: int) -> str:
+def marker(index: int) -> str:
     """A policy's marker; with the colour it is different for each of 42 policies besides the baseline."""
-    return "X" if place == 0 else _MARKERS[(place - 1) % len(_MARKERS)]
+    return "X" if index == 0 else _MARKERS[(index - 1) % len(_MARKERS)]
 
 
-def drawn(height: float, draw: Callable[[Figure], Any], title: str) -> str:
-    """The SVG of a new figure of WIDTH x `height` inches that `draw` fills.
+def drawn(height: float, draw: Callable[[Figure], Any], title: str, width: float = WIDTH) -> str:
+    """The SVG of a new figure of `width` x `height` inches that `draw` fills.
 
     title: what a screen reader says. It is different for each figure of a page, because the identifiers inside the
         SVG are made from it.
@@ -84,18 +85,31 @@ def drawn(height: float, draw: Callable[[Figure], Any], title: str) -> str:
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}), warnings.catch_warnings():
         # A label in a script that matplotlib's font lacks is only measured with it; the browser has other fonts.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
-        figure = Figure(figsize=(WIDTH, height), dpi=72)
+        figure = Figure(figsize=(width, height), dpi=72)
         draw(figure)
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return _inline(text.getvalue(), title)
 
 
-def swatch(place: int) -> str:
+def standalone(svg: str) -> str:
+    """An SVG of `drawn` as a file of its own, in the page's colours, light or dark as the reader's system asks."""
+    variables = re.findall(r":root \{[^}]*\}", (Path(__file__).parent / "page.css").read_text(encoding="utf-8"))
+    light, dark = ("svg" + each.removeprefix(":root") for each in variables)
+    font = (
+        'svg { background: var(--paper); color: var(--ink); font-family: system-ui, "Segoe UI", Helvetica, sans-serif }'
+    )
+    style = f"<style>{light} @media (prefers-color-scheme: dark) {{ {dark} }} {font}</style>"
+    paper = '<rect width="100%" height="100%" style="fill: var(--paper)"/>'
+    opening, rest = svg.split(">", 1)
+    return f'{opening} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">{style}{paper}{rest}\n'
+
+
+def swatch(index: int) -> str:
     """A policy's marker in its colour, for legends in HTML."""
-    style = MarkerStyle(marker(place))
+    style = MarkerStyle(marker(index))
     outline = np.array(style.get_path().transformed(style.get_transform()).to_polygons()[0])
     points = " ".join(f"{x:.2f},{-y:.2f}" for x, y in outline)
-    fill = f'style="fill: {_VARIABLES[colour(place)]}"'
+    fill = f'style="fill: {_VARIABLES[colour(index)]}"'
     return (
         f'<svg class="swatch" viewBox="-.75 -.75 1.5 1.5" aria-hidden="true"><polygon points="{points}" {fill}/></svg>'
     )

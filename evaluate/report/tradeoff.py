@@ -12,17 +12,17 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from evaluate.analysis.area import LOSS
-from evaluate.analysis.families import MANY, places
+from evaluate.analysis.families import MANY, colour_indices
 from evaluate.analysis.pareto import unbeaten
 from evaluate.analysis.statistics import Row, overall
+from evaluate.report.format import shortened
 from evaluate.report.svg import BAND, INK, Plot, colour, drawn, marker
-from evaluate.report.table import shortened
 from evaluate.trials.records import COST_AXES, Results
 
 _HEIGHT = 3.7
 _DEEPEST = 300 * LOSS
-"""Points below what may be lost that the plane still shows. What lost more stands at its edge, so that one policy that
-learnt nothing does not press the others together."""
+"""Percentage points below what may be lost that the plane still shows. What lost more is drawn at its edge, so that one
+policy that learned nothing does not press the others together."""
 PARTIAL = "Hollow: trainings are missing from its means or were lost, so that it has no rank."
 # Where a label may stand beside its point: offset in points, horizontal and vertical alignment.
 _SIDES = (
@@ -50,7 +50,7 @@ class Span:
 class Point:
     """A policy in the plane of cost and accuracy."""
 
-    place: int
+    index: int
     """Among the colours: 0 for the baseline, then one for all settings of a family."""
     label: str
     cost: Span
@@ -63,17 +63,17 @@ def overall_plot(results: Results, rows: Sequence[Row]) -> Plot:
     """All workloads together, relative to the baseline."""
     points = relative_points(results, rows)
     title = _unbeaten(points)
-    axes = (cost_label(results), "accuracy difference, points")
+    axes = (cost_label(results), "accuracy difference, pp")
     note = (
         f"Cost in {COST_AXES[results.suite.cost]}. Whiskers: 95 % intervals over paired seeds. Dashed: the Pareto "
-        f"front of the means. Shaded: more than {results.suite.margin * 100:g} points lost."
+        f"front of the means. Shaded: more than {results.suite.margin * 100:g} percentage points lost."
     )
     svg = _draw(points, axes, -results.suite.margin * 100, f"All workloads: {title}")
     return Plot(title, svg, f"{note} {_looks(points, -results.suite.margin * 100)}".strip())
 
 
 def relative_points(results: Results, rows: Sequence[Row]) -> list[Point]:
-    """Every policy over all workloads: cost in percent of the baseline's, accuracy in points above the baseline's."""
+    """Every policy over all workloads: cost in percent of the baseline's, accuracy in pp above the baseline's."""
     return _points(results, overall(rows), cost_unit=100.0, accuracy_zero=0.0)
 
 
@@ -108,10 +108,10 @@ def pareto(points: Sequence[Point]) -> list[Point]:
 def _looks(points: Sequence[Point], floor: float) -> str:
     """What the points' looks mean; empty where each has its own and its name."""
     parts = []
-    if len({point.place for point in points}) < len(points):
-        parts.append("Points that look alike are settings of one policy.")
+    if len({point.index for point in points}) < len(points):
+        parts.append("Markers that look alike are settings of one policy.")
     if len(points) > MANY:
-        parts.append("Named, and with whiskers: those on the front.")
+        parts.append("Named, and with whiskers: those on the Pareto front.")
     if any(_beyond(point, floor) for point in points):
         parts.append("Hollow, at the edge: lies beyond it.")
     if any(not point.whole for point in points):
@@ -129,7 +129,7 @@ def _unbeaten(points: Sequence[Point]) -> str:
 
 def _points(results: Results, rows: Sequence[Row], cost_unit: float, accuracy_zero: float) -> list[Point]:
     """The baseline at (cost_unit, accuracy_zero), and every policy that has a pair, in relation to it."""
-    known, points = places(results), []
+    known, points = colour_indices(results), []
     for row in rows:
         if row.policy == results.suite.baseline and row.accuracy is not None:
             cost, accuracy = Span(*[cost_unit] * 3), Span(*[accuracy_zero] * 3)
@@ -162,16 +162,16 @@ def _draw(points: Sequence[Point], labels: tuple[str, str], floor: float, title:
             axes.set_ylim(_limits([point.accuracy for point in shown or points], -math.inf))
             axes.axhspan(min(floor, axes.get_ylim()[0]) - 1.0, floor, color=BAND, linewidth=0)
         front = pareto(shown)
-        told = front if len(points) > MANY else shown
+        named = front if len(points) > MANY else shown
         _front(axes, front)
         for point in shown:
-            _point(axes, point, whole=point in told)
+            _point(axes, point, whole=point in named)
         for point in beyond:
-            look: dict[str, Any] = {"color": colour(point.place), "marker": marker(point.place), "fillstyle": "none"}
+            look: dict[str, Any] = {"color": colour(point.index), "marker": marker(point.index), "fillstyle": "none"}
             axes.plot(point.cost.value, axes.get_ylim()[0], markersize=6, clip_on=False, **look)
-        if told is shown:
+        if named is shown:
             _join(axes, shown)
-        _label(figure, axes, shown, told)
+        _label(figure, axes, shown, named)
 
     return drawn(_HEIGHT, draw, title)
 
@@ -201,7 +201,7 @@ def _front(axes: Axes, front: Sequence[Point]) -> None:
 
 
 def _steps(axes: Axes, front: Sequence[Point]) -> list[Bbox]:
-    """The front's lines as boxes that no label should cross."""
+    """The Pareto front's lines as boxes that no label should cross."""
     boxes = []
     for point, after in pairwise(front):
         (x, y), (right, top) = axes.transData.transform(
@@ -213,16 +213,16 @@ def _steps(axes: Axes, front: Sequence[Point]) -> list[Bbox]:
 
 def _join(axes: Axes, points: Sequence[Point]) -> None:
     """A thin line through the settings of each family, cheapest first."""
-    for place in {point.place for point in points}:
-        own = sorted((p.cost.value, p.accuracy.value) for p in points if p.place == place)
+    for index in {point.index for point in points}:
+        own = sorted((p.cost.value, p.accuracy.value) for p in points if p.index == index)
         if len(own) > 1:
-            axes.plot(*zip(*own, strict=True), color=colour(place), linewidth=0.9, alpha=0.6)
+            axes.plot(*zip(*own, strict=True), color=colour(index), linewidth=0.9, alpha=0.6)
 
 
 def _point(axes: Axes, point: Point, *, whole: bool) -> None:
     """A marker; the whole point has its whiskers too, and stands before those that have none."""
     cost, accuracy = point.cost, point.accuracy
-    look: dict[str, Any] = {"color": colour(point.place), "marker": marker(point.place)}
+    look: dict[str, Any] = {"color": colour(point.index), "marker": marker(point.index)}
     look |= {} if point.whole else {"fillstyle": "none"}
     if not whole:
         axes.plot(cost.value, accuracy.value, markersize=5, alpha=0.6, zorder=2, **look)
@@ -239,12 +239,12 @@ def _point(axes: Axes, point: Point, *, whole: bool) -> None:
     )
 
 
-def _label(figure: Figure, axes: Axes, points: Sequence[Point], told: Sequence[Point]) -> None:
-    """Name each of the points to be told where there is room beside it; the tables name them all."""
+def _label(figure: Figure, axes: Axes, points: Sequence[Point], named: Sequence[Point]) -> None:
+    """Name each of these points where there is room beside it; the tables name them all."""
     figure.draw_without_rendering()
-    taken = [box for point in told for box in _boxes(axes, point)] + _steps(axes, pareto(points))
-    taken += [_boxes(axes, point)[0] for point in points if point not in told]
-    for point in told:
+    taken = [box for point in named for box in _boxes(axes, point)] + _steps(axes, pareto(points))
+    taken += [_boxes(axes, point)[0] for point in points if point not in named]
+    for point in named:
         for x, y, horizontal, vertical in _SIDES:
             text = axes.annotate(
                 shortened(point.label, 22),
@@ -253,7 +253,7 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point], told: Sequence[P
                 textcoords="offset points",
                 horizontalalignment=horizontal,
                 verticalalignment=vertical,
-                color=colour(point.place),
+                color=colour(point.index),
                 in_layout=False,
             )
             box = text.get_window_extent()

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from evaluate.trials.plan import Plan, SuiteFolder, trial_id
-from evaluate.trials.records import ADOPTED, MALFORMED, has_result, trial_of
+from evaluate.trials.config import trial_id
+from evaluate.trials.folder import PUBLISHED, SuiteFolder
+from evaluate.trials.plan import Plan
+from evaluate.trials.records import ADOPTED, MALFORMED, Results, Suite, has_result, trial_of
+from evaluate.trials.suite import read_suite
 from predictor.errors import FileFault
 from predictor.shared.files import read_json_lines
 
@@ -16,12 +19,24 @@ _LONGEST_LINE = 1 << 20
 """Bytes; a trial's line has some thousands. A packed file of a few kilobytes may unpack to any length."""
 
 
+def published_results(suite: str) -> Results:
+    """The published trials of a suite of `evaluate/suites`, to be compared by FLOPs. Raises FileFault without them."""
+    plan = read_suite(suite)
+    workloads, policies = (tuple(entry.label for entry in entries) for entries in (plan.workloads, plan.policies))
+    description = Suite(plan.name, plan.baseline, plan.margin, "flops", workloads, policies, plan.seeds)
+    read = (trial_of(row) for row in _rows(PUBLISHED / f"{plan.name}.jsonl.gz"))
+    planned = [trial for trial in read if trial.workload in workloads and trial.policy in policies]
+    trials = {(trial.workload, trial.policy, trial.seed): trial for trial in planned if trial.seed in plan.seeds}
+    return Results(description, tuple(trials.values()), ())
+
+
 def adopt(path: Path, plan: Plan, folder: SuiteFolder) -> list[dict[str, Any]]:
     """The results in `path` that the plan asks for and that `folder` has not, marked as taken over; writes nothing.
 
-    path: a results.jsonl, or one packed by gzip. Results are told by the id of their configuration, so that a trial is
-    taken only where it is the very one of the plan, trained on the same kind of device, and its costs were counted as
-    they are now.
+    Results are matched by the id of their configuration. So a trial is taken only where it is the very one of the plan,
+    trained on the same kind of device, and where its costs were counted as they are now.
+
+    path: a results.jsonl, or one packed by gzip.
 
     Raises FileFault where the file cannot be read.
     """
@@ -35,8 +50,8 @@ def _is_one_of(row: dict[str, Any], wanted: set[str]) -> bool:
     """Whether a line from elsewhere is what it says: of a wanted configuration, and a trial of just that."""
     try:
         trial, config = trial_of(row), row["config"]
-        told = config["label"], config["policy"]["label"], config["seed"]
-        return trial.trial_id == trial_id(config) in wanted and (trial.workload, trial.policy, trial.seed) == told
+        expected = config["label"], config["policy"]["label"], config["seed"]
+        return trial.trial_id == trial_id(config) in wanted and (trial.workload, trial.policy, trial.seed) == expected
     except MALFORMED:
         return False
 

@@ -8,20 +8,18 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import Tensor
 
 from collect.training.loop import Hook, Training
-from data.sources.base import Source
-from data.sources.memory import ImageSource
-from predictor.cache.augmented import AugmentedCache, DirectCache
+from predictor.cache.augmented import AugmentedCache
 from predictor.cache.compression import Compression
 from predictor.cache.feature_cache import FeatureCache
 from predictor.controller import FreezeController
-from predictor.errors import UsageError, unknown
+from predictor.errors import unknown
 from predictor.layers.layer import Layer
 from predictor.policies.base import FreezePolicy
 
-CacheForm: TypeAlias = Literal["exact", "compressed", "views", "first", "direct"]
+CacheForm: TypeAlias = Literal["exact", "compressed", "views", "first"]
 """How features are kept: a FeatureCache, without and with compression; an AugmentedCache with compression; and, to
-compare with, the features of a sample's first pass for good, or a DirectCache, which augments kept maps."""
-UNDER_AUGMENTATION: tuple[CacheForm, ...] = ("views", "first", "direct")
+compare with, the features of a sample's first pass for good."""
+UNDER_AUGMENTATION: tuple[CacheForm, ...] = ("views", "first")
 """The forms for samples that are augmented at random. The others refuse them."""
 
 
@@ -50,13 +48,13 @@ class FreezeHook(Hook):
         )
 
     def on_step(self, training: Training) -> None:
-        """Let the policy judge."""
+        """Ask the policy, and carry its answer out."""
         self.controller.step()
         if self._stop and self.controller.finished:
             training.finish()
 
     def on_end(self, training: Training) -> None:
-        """Let go of what the policy holds."""
+        """Release what the policy holds."""
         self.controller.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,7 +118,7 @@ class CacheHook(Hook):
 
     @property
     def looked(self) -> int:
-        """Samples in the passes forward in which the cache looked for places to cut, besides the steps' own."""
+        """Samples in the passes forward in which the cache looked for cuts, besides the steps' own."""
         return self._looked + self.cache.looked
 
     @property
@@ -153,16 +151,4 @@ def _made(form: CacheForm, controller: FreezeController, training: Training, opt
         return FeatureCache(controller, **{"compression": Compression(), **options})
     if form == "first":
         return FeatureCache(controller, **{"check_inputs": False, **options})
-    if form == "views":
-        return AugmentedCache(controller, **{"compression": Compression(), "seed": training.seed, **options})
-    return DirectCache(controller, **{**_moves(training.source), "seed": training.seed, **options})
-
-
-def _moves(source: Source) -> dict[str, Any]:
-    """What the source does to its images, for a DirectCache to do the same to maps."""
-    if not isinstance(source, ImageSource):
-        raise UsageError(
-            f"the cache's form 'direct' moves and mirrors maps as images in memory are, and {source.name} has none: "
-            "take 'views'"
-        )
-    return {"flip": source.look.flip, "shift": source.look.shift / source.shape[-1]}
+    return AugmentedCache(controller, **{"compression": Compression(), "seed": training.seed, **options})

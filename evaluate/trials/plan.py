@@ -1,19 +1,18 @@
 """From a suite to its trials: every name and file checked, every trial under an id made of its configuration."""
 
-import hashlib
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from collect.jobs import Job, default_slots, visible_gpus
 from collect.training.device import pick_device
 from collect.training.state import steps_per_epoch
 from collect.workloads import Workload, own_code
 from data.sources import load_source
+from evaluate.trials.config import BY_FINGERPRINT, TrialConfig
 from evaluate.trials.freezing import UNDER_AUGMENTATION
 from evaluate.trials.lora import with_lora
 from evaluate.trials.suite import PolicyEntry, Suite, WorkloadEntry
@@ -27,26 +26,6 @@ from predictor.shared.user_code import code_of
 
 TRAINED = Path("runs/predictor.safetensors")
 """Where `python -m predictor train` leaves a predictor."""
-
-
-class SuiteFolder:
-    """Names every file of a suite's results."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.suite = root / "suite.json"
-        self.results = root / "results.jsonl"
-        self.lock = root / ".lock"
-        self.earlier = root / "earlier.jsonl"
-        """Results that the suite no longer asks for, such as those with the predictor before."""
-
-    def log(self, trial_id: str) -> Path:
-        """What a trial printed."""
-        return self.root / "logs" / f"{trial_id}.log"
-
-    def predictor(self, mark: str) -> Path:
-        """The suite's own copy of the predictor with a fingerprint, so that training another one changes no trial."""
-        return self.root / "predictors" / f"{mark}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -82,65 +61,92 @@ class Plan:
 
     suite: Suite
     settings: Settings
-    jobs: tuple[Job, ...]
+    trials: tuple[TrialConfig, ...]
     """In the order in which they run."""
     predictors: Mapping[str, Path]
     """The predictor files that are used, by their fingerprint."""
 
+    @cached_property
+    def jobs(self) -> tuple[Job, ...]:
+        """The trials as work for a process of their own."""
+        target = "evaluate.trials.trial:run_trial"
+        return tuple(Job(trial.id, trial.title, target, trial.as_payload()) for trial in self.trials)
+
 
 @dataclass(frozen=True)
 class _Work:
+    """A suite's workload, loaded."""
+
     entry: WorkloadEntry
     workload: Workload
-
-    @cached_property
-    def code(self) -> str:
-        """A fingerprint of the user's own file; empty for a workload of the toolkit's."""
-        return own_code(self.entry.name)
+    code: str
+    """A fingerprint of the user's own file; empty for a workload of the toolkit's."""
 
 
 @dataclass(frozen=True)
-class _Judge:
+class _Method:
+    """A suite's policy."""
+
     entry: PolicyEntry
     mark: str | None
     """The fingerprint of its predictor file; None for a policy that takes none."""
+    code: str
+    """A fingerprint of the user's own file; empty for a policy of the toolkit's."""
 
-    @cached_property
-    def code(self) -> str:
-        """A fingerprint of the user's own file; empty for a policy of the toolkit's."""
-        return "" if self.entry.name in POLICIES else code_of(policy_class(self.entry.name))
-
-    def options(self, predictor: str | None, seed: int) -> dict[str, Any]:
-        """The policy's options, with `predictor` where it takes one, and the trial's seed where it draws by one.
+    def with_options(self, seed: int) -> PolicyEntry:
+        """The entry with a trial's options: the predictor where it takes one, the trial's seed where it draws by one.
 
         A policy's own draws are chance as the first weights are, and intervals have to hold it too.
         """
-        drawn = _takes(self.entry.name).get("seed")
-        by_seed = drawn is not None and drawn.default != seed  # with the default's own id, as ever
+        drawn = _parameters(self.entry.name).get("seed")
+        by_seed = drawn is not None and drawn.default != seed  # the default has the id that it always had
         own = {"seed": seed} if by_seed else {}
-        return {**own, **self.entry.options, **({} if self.mark is None else {"predictor": predictor})}
+        predictor = {} if self.mark is None else {"predictor": f"{BY_FINGERPRINT}{self.mark}"}
+        return replace(self.entry, options={**own, **self.entry.options, **predictor})
 
 
-def make_plan(suite: Suite, folder: SuiteFolder, settings: Settings) -> Plan:
+def make_plan(suite: Suite, settings: Settings) -> Plan:
     """Check all that a suite names, and list its trials. Trains and writes nothing.
 
     Raises UsageError or FileFault for a workload, recipe, source, policy, option or predictor file that does not work,
     and for two of them that do not work together.
     """
     device = pick_device(settings.device).type
-    works = {entry.label: _Work(entry, _checked(entry)) for entry in suite.workloads}
-    judges, predictors = {}, {}
+    works = {entry.label: _checked(entry) for entry in suite.workloads}
+    methods, predictors = {}, {}
     for entry in suite.policies:
         path = _predictor_of(entry, SHIPPED if settings.predictor is None and suite.shipped else settings.predictor)
-        judge = judges[entry.label] = _Judge(entry, None if path is None else fingerprint(path))
-        policy = make_policy(entry.name, **judge.options(str(path), suite.seeds[0]))
-        if path is not None and judge.mark is not None:
-            predictors[judge.mark] = path
+        mark = None if path is None else fingerprint(path)
+        code = "" if entry.name in POLICIES else code_of(policy_class(entry.name))
+        method = methods[entry.label] = _Method(entry, mark, code)
+        options = dict(method.with_options(suite.seeds[0]).options)
+        if path is not None and mark is not None:
+            predictors[mark] = path
+            options["predictor"] = str(path)
+        policy = make_policy(entry.name, **options)
         for work in works.values():
             _refuse_unfit(work, entry, policy)
-    where = {"device": device, "slots": settings.sharing, "scores": suite.scores}
-    jobs = [_job(seed, works[work.label], judges[policy.label], folder, where) for seed, work, policy in suite.cells()]
-    return Plan(suite, settings, tuple(jobs), predictors)
+
+    def config(seed: int, work: _Work, method: _Method) -> TrialConfig:
+        recipe = asdict(work.workload.recipe)
+        if method.entry.lr_factor != 1.0:
+            recipe["lr"] *= method.entry.lr_factor
+        return TrialConfig(
+            workload=work.entry.name,
+            label=work.entry.label,
+            family=work.workload.family,
+            source=work.workload.source,
+            recipe=recipe,
+            policy=method.with_options(seed),
+            seed=seed,
+            device=device,
+            slots=settings.sharing,
+            scores=suite.scores,
+            code={what: each.code for what, each in (("policy", method), ("workload", work)) if each.code},
+        )
+
+    trials = (config(seed, works[work.label], methods[policy.label]) for seed, work, policy in suite.cells())
+    return Plan(suite, settings, tuple(trials), predictors)
 
 
 def find_predictor(given: Path | None) -> Path:
@@ -156,10 +162,10 @@ def find_predictor(given: Path | None) -> Path:
     return found
 
 
-def _checked(entry: WorkloadEntry) -> Workload:
+def _checked(entry: WorkloadEntry) -> _Work:
     workload = build_workload(entry.name, entry.source, entry.recipe)
     load_source(workload.source, train_samples=workload.recipe.train_samples)
-    return workload
+    return _Work(entry, workload, own_code(entry.name))
 
 
 def _refuse_unfit(work: _Work, entry: PolicyEntry, policy: FreezePolicy) -> None:
@@ -171,10 +177,10 @@ def _refuse_unfit(work: _Work, entry: PolicyEntry, policy: FreezePolicy) -> None
             "leave the cache out, or set augment = false in the recipe"
         )
     _refuse_sieve(work, entry)
-    if entry.stop and (policy.thaws or not policy.freezes):
+    if entry.stop and (policy.unfreezes or not policy.freezes):
         raise UsageError(
-            f"policy {entry.label!r} ends once all layers are frozen for good (stop = true), and with {entry.name} "
-            'they never are: leave it out, or break off at a fixed time with name = "stopped"'
+            f"policy {entry.label!r} stops once all layers are frozen for good (stop = true), and with {entry.name} "
+            'they never are: leave it out, or stop at a fixed time with name = "stopped"'
         )
     if entry.lora is None:
         return
@@ -210,7 +216,7 @@ def _refuse_sieve(work: _Work, entry: PolicyEntry) -> None:
 
 def _predictor_of(entry: PolicyEntry, given: Path | None) -> Path | None:
     """The predictor file of a policy, read and found good; None for a policy that takes none."""
-    if "predictor" not in _takes(entry.name):
+    if "predictor" not in _parameters(entry.name):
         return None
     named = entry.options.get("predictor")
     path = find_predictor(given) if named is None else Path(named)
@@ -218,55 +224,6 @@ def _predictor_of(entry: PolicyEntry, given: Path | None) -> Path | None:
     return path
 
 
-def _takes(policy: str) -> Mapping[str, inspect.Parameter]:
-    """The settings that a policy takes."""
+def _parameters(policy: str) -> Mapping[str, inspect.Parameter]:
+    """The options that a policy takes."""
     return inspect.signature(policy_class(policy)).parameters
-
-
-def _job(seed: int, work: _Work, judge: _Judge, folder: SuiteFolder, where: dict[str, Any]) -> Job:
-    policy = judge.entry
-    options = judge.options(f"sha256:{judge.mark}", seed)
-    code = {key: each.code for key, each in (("policy", judge), ("workload", work)) if each.code}
-    faster = {} if policy.lr_factor == 1.0 else {"lr": work.workload.recipe.lr * policy.lr_factor}
-    config = {
-        "workload": work.entry.name,
-        "label": work.entry.label,
-        "source": work.workload.source,
-        "recipe": asdict(work.workload.recipe) | faster,
-        "policy": {"name": policy.name, "label": policy.label, "options": options, **policy.changes},
-        "seed": seed,
-        "device": where["device"],
-        **({"code": code} if code else {}),  # changed code of the user's makes another trial
-    }
-    row = {
-        "trial_id": trial_id(config),
-        "workload": work.entry.label,
-        "family": work.workload.family,
-        "source": work.workload.source,
-        "policy": policy.label,
-        "policy_name": policy.name,
-        "policy_options": options,
-        "seed": seed,
-        "slots": where["slots"],
-        "config": config,
-    }
-    payload = {
-        "row": row,
-        "workload": {"name": work.entry.name, "source": work.entry.source, "recipe": {**work.entry.recipe, **faster}},
-        "policy": {"name": policy.name, "options": judge.options(str(folder.predictor(judge.mark or "")), seed)},
-        "cache": policy.cache,
-        "stop": policy.stop,
-        "lora": policy.lora,
-        "sieve": policy.sieve,
-        "sparse": policy.sparse,
-        "scores": where["scores"],
-        "seed": seed,
-        "device": where["device"],
-    }
-    title = f"{work.entry.label}, {policy.label}, seed {seed}"
-    return Job(row["trial_id"], title, "evaluate.trials.trial:run_trial", payload)
-
-
-def trial_id(config: Mapping[str, Any]) -> str:
-    """The id of a trial with this configuration."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]

@@ -3,11 +3,14 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import BeforeValidator, Field, StringConstraints
+
+from data.validation import validated
 from predictor.errors import FileFault
 
 COST_AXES = {"train_seconds": "wall-clock seconds", "cpu_seconds": "CPU seconds", "flops": "FLOPs"}
@@ -18,21 +21,32 @@ ACCOUNTING = 3
 """Grows when what is counted into a trial's costs changes, so that trials counted otherwise are run again."""
 MALFORMED = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
 """What reading nonsense raises."""
-_STATUSES = ("finished", "diverged", "failed")
-_COSTS = ("train_seconds", "cpu_seconds", "policy_seconds", "flops", "peak_memory_bytes")
 _MOST = 1 << 53  # of steps and the like: beyond it, floating-point arithmetic loses count
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_Finite = BeforeValidator(_finite)
+"""Infinity and NaN, which JSON files of before may hold, count as not measured."""
+_Number = Annotated[float | None, _Finite]
+_Cost = Annotated[Annotated[float, Field(ge=0)] | None, _Finite]
+_Share = Annotated[Annotated[float, Field(ge=0, le=1)] | None, _Finite]
+_Count = Annotated[int, Field(ge=0, le=_MOST)]
+_Name = Annotated[str, StringConstraints(min_length=1)]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What was to be run and how it is judged."""
+    """What was to be run and how it is compared."""
 
-    name: str
-    baseline: str
+    name: _Name
+    baseline: _Name
     """The policy that every other is compared with."""
     margin: float
     """How much accuracy (a share of 1) may be lost and the policy still counts as accurate."""
-    cost: str
+    cost: Annotated[str, StringConstraints(pattern=f"^({'|'.join(COST_AXES)})$")]
     """The measure of training cost, a key of COST_AXES."""
     workloads: tuple[str, ...]
     policies: tuple[str, ...]
@@ -45,17 +59,17 @@ class Suite:
 class Reading:
     """One evaluation during a training. What was not measured, or was not a finite number, is None."""
 
-    step: int
-    train_loss: float | None
-    test_loss: float | None
-    test_accuracy: float | None
+    step: _Count
+    train_loss: _Number = None
+    test_loss: _Number = None
+    test_accuracy: _Share = None
 
 
 @dataclass(frozen=True)
 class Freeze:
     """The whole set of frozen layers after a change."""
 
-    step: int
+    step: _Count
     frozen: frozenset[int]
 
 
@@ -63,49 +77,66 @@ class Freeze:
 class StepCost:
     """The mean cost of the optimizer steps that end at `step`."""
 
-    step: int
-    train_seconds: float | None
-    cpu_seconds: float | None
+    step: _Count
+    seconds: _Cost = None
+    cpu_seconds: _Cost = None
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """How many samples' frozen prefix a feature cache skipped, and how many it did not."""
+
+    hits: _Count
+    misses: _Count
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of a workload under a policy with a seed."""
+    """One training of a workload under a policy with a seed: a line of results.jsonl, as far as the report reads it."""
 
-    trial_id: str
-    workload: str
-    policy: str
+    trial_id: _Name
+    workload: _Name
+    policy: _Name
     seed: int
-    status: str
-    error: str
-    accuracy: float | None
-    loss: float | None
-    train_seconds: float | None
-    cpu_seconds: float | None
-    policy_seconds: float | None
-    flops: float | None
-    peak_memory_bytes: float | None
-    steps: int
-    planned_steps: int
+    status: Literal["finished", "diverged", "failed"]
+    error: str = ""
+    accuracy: _Share = None
+    loss: _Number = None
+    train_seconds: _Cost = None
+    cpu_seconds: _Cost = None
+    policy_seconds: _Cost = None
+    flops: _Cost = None
+    peak_memory_bytes: _Cost = None
+    steps: _Count = 0
+    planned_steps: _Count = 0
     """Steps of the whole training without any policy: the length of the time axis."""
-    curve: tuple[Reading, ...]
-    layers: tuple[str, ...]
-    freezes: tuple[Freeze, ...]
-    step_cost: tuple[StepCost, ...]
-    hit_share: float | None
-    """Share of the samples for which a cache skipped the frozen front; None without a cache."""
-    slots: int
+    curve: tuple[Reading, ...] = ()
+    layers: tuple[str, ...] = ()
+    freezes: tuple[Freeze, ...] = ()
+    step_cost: tuple[StepCost, ...] = ()
+    cache: CacheUse | None = None
+    """None without a feature cache."""
+    slots: _Count = 1
     """Trials that shared the machine's cores, or the GPU, at a time."""
-    adopted: bool
+    adopted: bool = False
     """Whether it was taken over from elsewhere: its seconds are another machine's."""
-    config: Mapping[str, Any]
-    versions: Mapping[str, Any]
-    hardware: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.status == "finished" and self.accuracy is None:
+            raise ValueError("finished without an accuracy")
 
     def cost(self, axis: str) -> float | None:
         """The training's cost on an axis of COST_AXES, in seconds or FLOPs; None where it was not measured."""
         cost: float | None = getattr(self, axis)
         return cost
+
+    @property
+    def hit_share(self) -> float | None:
+        """Share of the samples for which a cache skipped the frozen prefix; None without a cache."""
+        return None if self.cache is None else self.cache.hits / max(self.cache.hits + self.cache.misses, 1)
 
 
 @dataclass(frozen=True)
@@ -191,21 +222,10 @@ def _text(path: Path) -> str:
 
 def _suite(path: Path) -> Suite:
     try:
-        row = json.loads(_text(path))
-        suite = Suite(
-            name=_string(row, "name"),
-            baseline=_string(row, "baseline"),
-            margin=_need(_number(row, "margin"), "margin"),
-            cost=_string(row, "cost"),
-            workloads=tuple(str(name) for name in row["workloads"]),
-            policies=tuple(str(name) for name in row["policies"]),
-            seeds=tuple(int(seed) for seed in row["seeds"]),
-        )
+        content = json.loads(_text(path))
     except MALFORMED as error:
-        raise FileFault(f"{path}: not a suite's description ({error}): run the suite again to write it anew") from error
-    if suite.cost not in COST_AXES:
-        raise FileFault(f"{path}: cost {suite.cost!r} is unknown: it is one of {', '.join(COST_AXES)}")
-    return suite
+        raise FileFault(f"{path}: not JSON ({error}): run the suite again to write it anew") from error
+    return validated(Suite, content, f"{path}: not a suite's description", FileFault)
 
 
 def has_result(row: dict[str, Any]) -> bool:
@@ -213,96 +233,24 @@ def has_result(row: dict[str, Any]) -> bool:
 
     Nor is it a result without the id of its trial, or without how many ran at a time.
     """
-    told = isinstance(row.get("trial_id"), str) and type(row.get("slots")) is int
-    return told and row.get("status") in ("finished", "diverged") and row.get("accounting") == ACCOUNTING
+    complete = isinstance(row.get("trial_id"), str) and type(row.get("slots")) is int
+    return complete and row.get("status") in ("finished", "diverged") and row.get("accounting") == ACCOUNTING
 
 
 def trial_of(row: Any) -> Trial:
     """A line of results.jsonl. Raises one of MALFORMED where it makes no sense."""
     if not isinstance(row, dict):
         raise ValueError("not an object")
-    parts: dict[str, Any] = {key: _number(row, key, 0) for key in _COSTS}
-    parts |= {key: dict(row.get(key) or {}) for key in ("config", "versions", "hardware")}
-    trial = Trial(
-        trial_id=_string(row, "trial_id"),
-        workload=_string(row, "workload"),
-        policy=_string(row, "policy"),
-        seed=_whole(row, "seed"),
-        status=_string(row, "status"),
-        error=str(row.get("error") or ""),
-        accuracy=_number(row, "accuracy", 0, 1),
-        loss=_number(row, "loss"),
-        steps=_count(row, "steps", 0),
-        planned_steps=_count(row, "planned_steps", 0),
-        slots=_count(row, "slots", 1),
-        adopted=bool(row.get(ADOPTED)),
-        curve=tuple(_reading(point) for point in row.get("curve") or ()),
-        layers=tuple(str(name) for name in row.get("layers") or ()),
-        freezes=tuple(Freeze(_count(f, "step"), frozenset(map(int, f["frozen"]))) for f in row.get("freezes") or ()),
-        step_cost=tuple(_step_cost(point) for point in row.get("step_cost") or ()),
-        hit_share=_hit_share(row.get("cache")),
-        **parts,
-    )
-    if trial.status not in _STATUSES:
-        raise ValueError(f"status {trial.status!r} is unknown")
-    if trial.status == "finished" and trial.accuracy is None:
-        raise ValueError("finished without an accuracy")
-    return trial
+    known = {key: value for key, value in row.items() if key in Trial.__dataclass_fields__}
+    return _validated(Trial, {key: value for key, value in known.items() if value is not None or key == "slots"})
 
 
-def _reading(row: Any) -> Reading:
-    train_loss, test_loss = _number(row, "train_loss"), _number(row, "test_loss")
-    return Reading(_count(row, "step"), train_loss, test_loss, _number(row, "test_accuracy", 0, 1))
+T = TypeVar("T")
 
 
-def _step_cost(row: Any) -> StepCost:
-    return StepCost(_count(row, "step"), _number(row, "seconds", 0), _number(row, "cpu_seconds", 0))
-
-
-def _hit_share(row: Any) -> float | None:
-    if row is None:
-        return None
-    hits, misses = _count(row, "hits"), _count(row, "misses")
-    return hits / max(hits + misses, 1)
-
-
-def _number(row: Any, key: str, least: float = -math.inf, most: float = math.inf) -> float | None:
-    """A finite number from `least` to `most`; None for null, NaN and infinity."""
-    value = row.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{key} is {value!r}, not a number")
-    if not math.isfinite(value):
-        return None
-    if not least <= value <= most:
-        raise ValueError(f"{key} is {value!r}, not from {least:g} to {most:g}")
-    return float(value)
-
-
-def _need(value: float | None, key: str) -> float:
-    if value is None:
-        raise ValueError(f"{key} is missing")
-    return value
-
-
-def _count(row: Any, key: str, default: int | None = None) -> int:
-    """A whole number of steps or the like."""
-    value = _whole(row, key, default)
-    if not 0 <= value <= _MOST:
-        raise ValueError(f"{key} is {value}, not from 0 to {_MOST}")
-    return value
-
-
-def _whole(row: Any, key: str, default: int | None = None) -> int:
-    value = row.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{key} is {value!r}, not a whole number")
-    return value
-
-
-def _string(row: Any, key: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{key} is {value!r}, not a name")
-    return value
+def _validated(kind: type[T], row: Any) -> T:
+    """As `validated`, with the first complaint alone: it stands in a list of them."""
+    try:
+        return validated(kind, row, "", ValueError)
+    except ValueError as error:
+        raise ValueError(str(error).splitlines()[0].removeprefix(": ")) from error

@@ -7,7 +7,8 @@ from typing import Any
 
 from collect.jobs import Job, run_jobs
 from collect.training.device import pick_device
-from evaluate.trials.plan import Plan, SuiteFolder
+from evaluate.trials.folder import SuiteFolder
+from evaluate.trials.plan import Plan
 from evaluate.trials.records import ADOPTED, has_result
 from predictor.errors import FileFault
 from predictor.model.file import fingerprint
@@ -59,6 +60,7 @@ def run_suite(
 def _run(left: list[Job], plan: Plan, folder: SuiteFolder, log: Callable[[dict[str, Any], int], None]) -> Summary:
     done = len(plan.jobs) - len(left)
     failed: dict[str, str] = {}
+    rows = {trial.id: trial.row for trial in plan.trials}
 
     def keep(job: Job, result: dict[str, Any]) -> None:
         nonlocal done
@@ -67,7 +69,7 @@ def _run(left: list[Job], plan: Plan, folder: SuiteFolder, log: Callable[[dict[s
         log({name: result[name] for name in _FIGURES}, done)
 
     def report(job: Job, error: str) -> None:
-        append_json_line(folder.results, {**job.payload["row"], "status": "failed", "error": error})
+        append_json_line(folder.results, {**rows[job.id], "status": "failed", "error": error})
         failed[job.title] = f"{error}; its log: {folder.log(job.id)}"
 
     settings = plan.settings

@@ -56,7 +56,7 @@ class Stopwatch(Hook):
             self._mark(training)
 
     def on_end(self, training: Training) -> None:
-        """End the span that a divergence broke off."""
+        """End the span in which a training diverged."""
         if training.step > self._last[0]:
             self._mark(training)
 

@@ -1,11 +1,11 @@
 """One trial: a workload trained under a policy with a seed, and everything that the report wants to know of it."""
 
 import math
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from collect.hooks.sieve import Sieve
 from collect.hooks.sparse_masks import SparseMasks
@@ -14,11 +14,14 @@ from collect.training.loop import Training, train
 from collect.training.provenance import hardware, versions
 from collect.workloads import Workload, load_workload
 from data.sources import load_source
-from evaluate.trials.cost import StepFlops, steps_by_pattern
-from evaluate.trials.freezing import CacheForm, CacheHook, FreezeHook
+from evaluate.trials.config import BY_FINGERPRINT, TrialConfig
+from evaluate.trials.flops import StepFlops, steps_by_pattern
+from evaluate.trials.folder import SuiteFolder
+from evaluate.trials.freezing import CacheHook, FreezeHook
 from evaluate.trials.lora import with_lora
 from evaluate.trials.records import ACCOUNTING
 from evaluate.trials.stopwatch import PeakMemory, Stopwatch, warm_up
+from evaluate.trials.suite import PolicyEntry
 from predictor.controller import FreezeController
 from predictor.errors import UsageError
 from predictor.layers.flops import count_flops
@@ -37,37 +40,36 @@ def build_workload(name: str, source: str | None, recipe: Mapping[str, Any]) -> 
 def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float], None]) -> dict[str, Any]:
     """Do one trial and return its line of results.jsonl.
 
-    payload: `row`, the facts that are known beforehand and head the result; and what it takes to train: `workload`
-        (arguments of `build_workload`), `policy` (name and options of `make_policy`), `cache` (whether, or in which
-        form, the frozen front's features are kept), `stop` (whether the training ends once all layers are frozen),
-        `lora` (rank of the adapters to train, or None), `sieve` (the share of the samples that each epoch leaves out),
-        `sparse` (the share of the weights that masks hold at zero), `scores` (when to test), `seed` and `device`.
+    Args:
+        payload: A `TrialConfig`, as a job carries it.
+        folder: The suite's, where the copies of predictor files are.
+        progress: Takes the share of the training that is done.
     """
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    workload, rank = build_workload(**payload["workload"]), payload["lora"]
-    if rank is not None:
-        workload = with_lora(workload, rank)
+    started = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    config = TrialConfig.from_payload(payload)
+    entry, workload = config.policy, build_workload(config.workload, config.source, config.recipe)
+    if entry.lora is not None:
+        workload = with_lora(workload, entry.lora)
     source = load_source(workload.source, train_samples=workload.recipe.train_samples)
-    policy = make_policy(payload["policy"]["name"], **payload["policy"]["options"])
-    device = pick_device(payload["device"])
+    policy = make_policy(entry.name, **_options(entry, SuiteFolder(folder)))
+    device = pick_device(config.device)
     warm_up(workload, source, device)
-    freezing = FreezeHook(policy, layers=None if rank is None else (), stop=payload["stop"])
-    cache: CacheForm | Literal[False] = "exact" if payload["cache"] is True else payload["cache"]
-    caching = CacheHook(freezing, cache) if cache else None
-    sieve = Sieve() if payload["sieve"] else None
-    masks = SparseMasks(payload["sparse"]) if payload["sparse"] else None
+    freezing = FreezeHook(policy, layers=None if entry.lora is None else (), stop=entry.stop)
+    caching = CacheHook(freezing, entry.cache_form) if entry.cache_form else None
+    sieve = Sieve() if entry.sieve else None
+    masks = SparseMasks(entry.sparse) if entry.sparse else None
     stopwatch, memory = Stopwatch(), PeakMemory(device)
     training = train(
         workload,
-        seed=payload["seed"],
+        seed=config.seed,
         hooks=[hook for hook in (masks, freezing, caching, sieve, stopwatch) if hook is not None],
-        device=payload["device"],
+        device=config.device,
         budget=policy.budget,
         rescaled=policy.rescaled,
         progress=lambda step, total: progress(step / total),
         source=source,
-        scores=payload["scores"],
-        left_out=payload["sieve"],
+        scores=config.scores,
+        left_out=entry.sieve,
     )
     measured = {
         "peak_memory_bytes": memory.bytes,
@@ -80,8 +82,16 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
         "sparse": None if masks is None else _sparse(masks, freezing.controller, training),
     }
     facts = {"versions": versions(), "hardware": hardware(), "started": started}
-    result: dict[str, Any] = finite({**payload["row"], **measured, **facts})
+    result: dict[str, Any] = finite({**config.row, **measured, **facts})
     return result
+
+
+def _options(entry: PolicyEntry, folder: SuiteFolder) -> dict[str, Any]:
+    """The policy's options, with the folder's copy of the predictor in place of its fingerprint."""
+    if "predictor" not in entry.options:
+        return dict(entry.options)
+    mark = entry.options["predictor"].removeprefix(BY_FINGERPRINT)
+    return {**entry.options, "predictor": str(folder.predictor(mark))}
 
 
 def finite(value: Any) -> Any:
@@ -122,7 +132,7 @@ def _freezing(controller: FreezeController, caching: CacheHook | None, training:
     return {
         "policy_seconds": controller.seconds,
         "layers": [layer.name for layer in controller.layers],
-        "freezes": [asdict(event) for event in controller.history],
+        "freezes": [event.as_dict() for event in controller.history],
         "patterns": [
             {"frozen": sorted(frozen), "step_flops": step_flops(frozen), "steps": count}
             for frozen, count in steps.items()
@@ -137,7 +147,7 @@ def _freezing(controller: FreezeController, caching: CacheHook | None, training:
 def _spared(caching: CacheHook | None, step_flops: StepFlops) -> int:
     """FLOPs of the forward passes that the cache made unnecessary, less those that it made to find where to cut.
 
-    These count as whole passes, though most of them skip the front that is tried.
+    These count as whole passes, though most of them skip the prefix that is tried.
     """
     if caching is None:
         return 0

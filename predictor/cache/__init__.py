@@ -1,1 +1,1 @@
-"""The feature cache: what a frozen front makes of each sample is kept, and the front skipped."""
+"""The feature cache: the frozen prefix's outputs are kept by sample, and the prefix is skipped."""

@@ -1,39 +1,51 @@
-"""Feature caches for samples that are augmented at random: kept views put together, or kept maps moved."""
+"""The feature cache for samples that are augmented at random: several views of each are kept and put together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from predictor.cache.compression import CompressedStore, channel_dimension, has_channels
 from predictor.cache.feature_cache import FeatureCache
-from predictor.cache.level import Level
-from predictor.cache.store import FeatureStore
-from predictor.cache.views import ViewStore
+from predictor.cache.levels import Level
+from predictor.cache.store import FeatureStore, Precision
 from predictor.controller import FreezeController
 from predictor.errors import UsageError
 
 
 class AugmentedCache(FeatureCache):
-    """A FeatureCache for samples that are augmented at random, which keeps several views of each. Near, never exact.
+    """A FeatureCache that keeps several views of each sample, for random augmentation. An approximation.
 
     Paper: similarity-aware channel augmentation of "Rethinking the Potential of Layer Freezing" (Yang et al., 2025,
-    arXiv 2508.15033): of what the frozen front gives, the few channels that are most sensitive to augmentation are kept
-    in augmented form. Its progressive compression is the option `compression`. Rule: a sample's first `views` passes
-    run the front, and what it gives is kept, whole the first time and then in the sensitive channels alone. Later
-    passes skip the front: they begin from the sensitive channels of one of the sample's views, drawn at random, and the
-    other channels of its first. Our reading: all of that but the principle. A training shows no sample as it is without
-    augmentation, so the channels that the views share are those of an augmented one, and sensitive are those in which
-    two views of the same samples are least alike (`predictor.cache.views.channel_similarity`), measured once for
-    each place of the cut, on the first samples that come a second time. A front that grows is filled from the views at
-    the old cut, the first from the first and so on. Cost: `views` passes of the front for each sample, after each
-    growth too where the old views were not complete; memory for 1 + (views - 1) * channels times what an exact cache
-    keeps, before compression; variety, since a sample is seen in no more than `views` ways. A `state_dict` holds all
-    features.
+    arXiv 2508.15033). Of the frozen prefix's features, the few channels that are most sensitive to augmentation are
+    kept in augmented form. The paper's progressive compression is the option `compression`.
 
-    views: kept of each sample. channels: the share of channels that count as sensitive. seed: of what is drawn, which
-    depends on it and on the number of the batch alone. options: memory_gb, directory and compression of a FeatureCache.
+    Rule: a sample's first `views` passes run the prefix, and its features are kept: whole the first time, then in the
+    sensitive channels alone. Later passes skip the prefix. They begin from the sensitive channels of one of the
+    sample's views, drawn at random, and the other channels of its first view.
+
+    Differs: the paper gives the principle, and the rest is ours. A training shows no sample without augmentation, so
+    the channels that the views share are those of an augmented one. Sensitive channels are those in which two views of
+    the same samples are least alike (`channel_similarity`). They are measured once for each cut, on the first samples
+    that come a second time. A prefix that grows is filled from the views at the old cut, the first from the first and
+    so on.
+
+    Cost: `views` passes of the prefix for each sample, after each growth too where the old views were not complete.
+    Memory for 1 + (views - 1) * channels times what an exact cache keeps, before compression. Variety, since a sample
+    is seen in at most `views` ways. A `state_dict` holds all features.
+
+    Args:
+        controller: freezes the layers.
+        views: how many views of a sample are kept.
+        channels: the share of channels that count as sensitive.
+        seed: of the views that are drawn, which depend on it and on the number of the batch alone.
+        options: `model`, `memory_gb`, `directory` and `compression` of a FeatureCache.
+
+    Raises:
+        UsageError: `views` is below 1, or `channels` is not in (0, 1].
     """
 
     _completes = False  # a sample has several passes of its own to run before it is known
@@ -52,7 +64,7 @@ class AugmentedCache(FeatureCache):
     def _fetching(self, level: Level, ids: list[int]) -> Callable[[], list[Tensor]]:
         newest = self._levels[-1]
         if level is newest:
-            views = torch.randint(self._views, (len(ids),), generator=_generator(self, self._seed)).tolist()
+            views = torch.randint(self._views, (len(ids),), generator=self._generator()).tolist()
         else:
             views = _view_store(newest).missing(ids)  # its first view is made of the old first one, and so on
         return partial(_view_store(level).fetch, ids, views)
@@ -67,60 +79,160 @@ class AugmentedCache(FeatureCache):
             channels=self._channels,
         )
 
+    def _generator(self) -> torch.Generator:
+        """Of the batch that comes next."""
+        return torch.Generator().manual_seed(self._seed * 1_000_003 + self.hits + self.misses)
 
-class DirectCache(FeatureCache):
-    """A FeatureCache that augments the kept maps themselves, as if they were images. To compare with.
 
-    Paper: "Rethinking the Potential of Layer Freezing" (arXiv 2508.15033) is told to have found that this loses much
-    accuracy. Rule: what a sample's last pass through the front gave is kept, and at each hit its maps are mirrored left
-    to right, one time in two, and moved. Our reading: how they are moved. All maps of a sample are moved alike, as its
-    image would be; outputs that are no maps (B, C, H, W) are given as they were kept. Cost: no more memory than an
-    exact cache; each hit gathers the maps anew. A `state_dict` holds all features.
+class ViewStore(CompressedStore):
+    """A CompressedStore whose `put` adds a view of a sample, until it has `views` of them.
 
-    flip: whether maps are mirrored. shift: by what share of their height and width they move at most, each way, rounded
-    to whole places; zeros come in at the border. seed: of what is drawn, which depends on it and on the number of the
-    batch alone. options: memory_gb, directory and compression of a FeatureCache.
+    The first view is kept whole. Which channels of the others are kept is measured once, on the first samples that come
+    a second time: in each output the share `channels` of its channels, at least one, in which their two views are
+    least alike. A sample is held when all of its views are.
+
+    Args:
+        like, memory_bytes, directory, precision: as for a CompressedStore; the bytes are divided among the views.
+        views: how many views of a sample are kept.
+        channels: the share of channels that is kept of each view but the first.
     """
 
     def __init__(
-        self, controller: FreezeController, *, flip: bool = True, shift: float = 0.125, seed: int = 0, **options: Any
+        self,
+        like: Sequence[Tensor],
+        memory_bytes: int,
+        directory: Path | str | None = None,
+        *,
+        precision: Precision,
+        views: int,
+        channels: float,
     ) -> None:
-        super().__init__(controller, check_inputs=False, **options)
-        if not 0 <= shift < 1:
-            raise UsageError(f"shift={shift}: give the share of a map's width by which it moves at most, below 1")
-        self._flip, self._shift = flip, shift
-        self._seed = seed
+        first_bytes = int(memory_bytes / (1 + (views - 1) * channels))
+        super().__init__(like, first_bytes, directory, precision=precision)
+        self._views = views
+        self._share = channels
+        self._later_bytes = memory_bytes - first_bytes
+        self._files = directory
+        self._later: CompressedStore | None = None  # a row for each view but the first, found by `_key`
+        self._sensitive: list[Tensor | None] = []  # of each output the channels, once they were measured
+        self._seen: dict[int, int] = {}
+        self._complete = 0
 
-    def _unpacked(self, level: Level, rows: list[Tensor], device: torch.device) -> list[Tensor]:
-        leaves = super()._unpacked(level, rows, device)
-        if level is not self._levels[-1]:
-            return leaves  # to fill the new level from, which moves its own
-        batch, generator = len(leaves[0]), _generator(self, self._seed)
-        mirror_B = torch.rand(batch, generator=generator) < (0.5 if self._flip else 0.0)
-        down_B, right_B = (2 * torch.rand(2, batch, generator=generator) - 1) * self._shift
-        return [moved(leaf, mirror_B, down_B, right_B) if leaf.dim() == 4 else leaf for leaf in leaves]
+    def __len__(self) -> int:
+        return self._complete
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all views held."""
+        return super().bytes + (0 if self._later is None else self._later.bytes)
+
+    def holds(self, ids: Sequence[int]) -> bool:
+        """Whether every view of every one of these samples is here."""
+        return all(self._seen.get(i) == self._views for i in ids)
+
+    def missing(self, ids: Sequence[int]) -> list[int]:
+        """The number of the view that each sample gets next, from 0; the last one where it has all."""
+        return [min(self._seen.get(i, 0), self._views - 1) for i in ids]
+
+    def put(self, ids: Sequence[int], leaves: Sequence[Tensor]) -> None:
+        """Keep the next view of each of these samples that has not got all."""
+        seen_B = [self._seen.get(i, 0) for i in ids]
+        for view in sorted(set(seen_B) - {self._views}):
+            at = [index for index, seen in enumerate(seen_B) if seen == view]
+            some = [ids[index] for index in at]
+            rows = [leaf.detach()[at] for leaf in leaves]
+            if view == 0:
+                super().put(some, rows)
+            else:
+                self._put_later(view, some, rows)
+            self._seen.update(dict.fromkeys(some, view + 1))
+            self._complete += len(set(some)) if view + 1 == self._views else 0
+
+    def fetch(self, ids: Sequence[int], views: Sequence[int] | None = None) -> list[Tensor]:
+        """The rows of these samples as they lie here, for `unpacked`: of these views, by default the first of each."""
+        at = [index for index, view in enumerate(views or ()) if view > 0]
+        later: list[Tensor] = []
+        if at and self._later is not None:
+            later = self._later.fetch([self._key(ids[index], (views or ())[index]) for index in at])
+        return [*super().fetch(ids), torch.tensor(at, dtype=torch.int64), *later]
+
+    def unpacked(self, rows: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """What `fetch` gave, as it goes into the model, on `device`."""
+        count = sum(self._parts)
+        first, at, later = rows[:count], rows[count], rows[count + 1 :]
+        leaves = super().unpacked(first, device)
+        if self._later is not None and len(at):
+            shown = iter(self._later.unpacked(later, device))
+            for leaf, channels_C in zip(leaves, self._sensitive, strict=True):
+                if channels_C is not None:
+                    dim = channel_dimension(leaf)
+                    view = next(shown).movedim(dim, 1)
+                    leaf.movedim(dim, 1)[at.to(device)[:, None], channels_C.to(device)] = view
+        return leaves
+
+    def state_dict(self) -> dict[str, Any]:
+        """All views held, with the samples' ids, and the sensitive channels."""
+        return {
+            "first": super().state_dict(),
+            "later": None if self._later is None else self._later.state_dict(),
+            "sensitive": self._sensitive,
+            "seen": torch.tensor(list(self._seen.items()), dtype=torch.int64).view(-1, 2),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep the views of a store of the same kind. Raises OSError when the disk is full."""
+        super().load_state_dict(state["first"])
+        self._seen = dict(state["seen"].tolist())
+        self._complete = sum(seen == self._views for seen in self._seen.values())
+        self._sensitive = list(state["sensitive"])
+        if state["later"] is not None:
+            one = self.get(state["first"]["ids"][:1].tolist(), torch.device("cpu"))
+            self._later = self._later_like(self._chosen(one))
+            self._later.load_state_dict(state["later"])
+
+    def _put_later(self, view: int, ids: list[int], rows: list[Tensor]) -> None:
+        if not self._sensitive:
+            before = self.get(ids, rows[0].device)
+            self._sensitive = [self._measured(a, b) for a, b in zip(before, rows, strict=True)]
+        chosen = self._chosen(rows)
+        if self._later is None:
+            self._later = self._later_like(chosen)
+        self._later.put([self._key(i, view) for i in ids], chosen)
+
+    def _later_like(self, chosen: list[Tensor]) -> CompressedStore:
+        return CompressedStore(chosen, self._later_bytes, self._files, precision=self.precision)
+
+    def _key(self, sample: int, view: int) -> int:
+        return sample * self._views + view
+
+    def _measured(self, first: Tensor, second: Tensor) -> Tensor | None:
+        return sensitive_channels(channel_similarity(first, second), self._share).cpu() if has_channels(first) else None
+
+    def _chosen(self, rows: list[Tensor]) -> list[Tensor]:
+        """What of a view is kept."""
+        return [
+            leaf.index_select(channel_dimension(leaf), channels_C.to(leaf.device))
+            for leaf, channels_C in zip(rows, self._sensitive, strict=True)
+            if channels_C is not None
+        ]
 
 
-def moved(map_BCHW: Tensor, mirror_B: Tensor, down_B: Tensor, right_B: Tensor) -> Tensor:
-    """Each sample's map mirrored left to right where `mirror_B` says so, and then moved, in its memory format.
+def channel_similarity(first: Tensor, second: Tensor) -> Tensor:
+    """How alike two outputs are in each channel, similarity_C: 1 where they are equal, less the more they differ.
 
-    down_B, right_B: by these shares of the height and the width, rounded to whole places. Zeros come in at the border.
+    2 <a, b> / (|a|^2 + |b|^2) over all samples and positions of the channel, which is the cosine between a and b where
+    both are of one length. A channel that is 0 in both is alike.
     """
-    batch, _, height, width = map_BCHW.shape
-    rows_BH = torch.arange(height) - (down_B * height).round().long()[:, None]
-    columns_BW = torch.arange(width) - (right_B * width).round().long()[:, None]
-    inside_BH, inside_BW = (rows_BH >= 0) & (rows_BH < height), (columns_BW >= 0) & (columns_BW < width)
-    inside_BHW = (inside_BH[:, :, None] & inside_BW[:, None, :]).to(map_BCHW.device)
-    columns_BW = torch.where(mirror_B[:, None], width - 1 - columns_BW, columns_BW)
-    place_BHW = rows_BH.clamp(0, height - 1)[:, :, None] * width + columns_BW.clamp(0, width - 1)[:, None, :]
-    place_BCP = place_BHW.to(map_BCHW.device).view(batch, 1, -1).expand(-1, map_BCHW.shape[1], -1)
-    found_BCHW = map_BCHW.flatten(2).gather(2, place_BCP).view(map_BCHW.shape)
-    return torch.empty_like(map_BCHW).copy_(found_BCHW.where(inside_BHW[:, None], 0.0))
+    others = [dim for dim in range(first.dim()) if dim != channel_dimension(first)]
+    a, b = first.float(), second.float()
+    size_C = (a * a + b * b).sum(others)
+    return torch.where(size_C > 0, 2 * (a * b).sum(others) / size_C, torch.ones_like(size_C))
 
 
-def _generator(cache: FeatureCache, seed: int) -> torch.Generator:
-    """Of the batch that comes next."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + cache.hits + cache.misses)
+def sensitive_channels(similarity_C: Tensor, share: float) -> Tensor:
+    """The indices of the share of channels, at least one, that are least alike, ascending."""
+    count = max(1, round(share * len(similarity_C)))
+    return torch.argsort(similarity_C, stable=True)[:count].sort().values
 
 
 def _view_store(level: Level) -> ViewStore:

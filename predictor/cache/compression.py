@@ -22,18 +22,23 @@ class Compression:
     """From which share of frozen layers on features are kept in fewer bytes.
 
     Paper: progressive compression of "Rethinking the Potential of Layer Freezing" (Yang et al., 2025, arXiv
-    2508.15033): kept features are compressed with loss, the more so the more layers are frozen. Rule: they are kept as
-    they were computed, then as float16, then as int8, by the share of the layers that the frozen front has reached when
-    a place to cut is found. Our reading: everything but that principle, so the shares and the ways of rounding. Cost:
-    accuracy of each number, the same at each hit: 2^-11 of itself in float16; in int8 1/254 of the largest number that
-    has its scale, which is the largest of its channel in the same sample, or of all channels there where these have
+    2508.15033). Kept features are compressed with loss, the more so the more layers are frozen.
+
+    Rule: features are kept as they were computed, then as float16, then as int8, by the share of the layers that the
+    frozen prefix has reached when a cut is found.
+
+    Differs: the paper gives the principle. The shares and the ways of rounding are ours.
+
+    Cost: accuracy of each number, the same at each hit. In float16 it is 2^-11 of the number. In int8 it is 1/254 of
+    the largest number with the same scale: of its channel in the same sample, or of all channels there where these have
     fewer than 16 numbers.
 
-    Raises UsageError for shares that are none, or in the wrong order.
+    Raises:
+        UsageError: the shares are negative, or in the wrong order.
     """
 
     half_from: float = 0.25
-    """The share from which on they are kept as float16: 0 for any front at all, above 1 for never."""
+    """The share from which on they are kept as float16: 0 for any prefix at all, above 1 for never."""
     int8_from: float = 0.5
     """The share from which on they are kept as int8, no smaller than the other."""
 
@@ -45,7 +50,7 @@ class Compression:
             )
 
     def precision(self, share: float) -> Precision:
-        """How features are kept when this share of the layers is in the frozen front."""
+        """How features are kept when this share of the layers is in the frozen prefix."""
         if share >= self.int8_from:
             return "int8"
         return "half" if share >= self.half_from else "full"
@@ -53,8 +58,8 @@ class Compression:
 
 def precision_for(frozen: frozenset[int], layers: int, compression: Compression | None) -> Precision:
     """How features are kept when these of so many layers are frozen."""
-    front = next((place for place in range(layers) if place not in frozen), layers)
-    return "full" if compression is None else compression.precision(front / layers)
+    prefix = next((index for index in range(layers) if index not in frozen), layers)
+    return "full" if compression is None else compression.precision(prefix / layers)
 
 
 class CompressedStore(FeatureStore):
@@ -79,7 +84,7 @@ class CompressedStore(FeatureStore):
     @property
     def exact_bytes(self) -> int:
         """Bytes that the rows held would take as they were computed."""
-        return len(self._places) * sum(prod(shape) * dtype.itemsize for shape, dtype in self._whole)
+        return len(self) * sum(prod(shape) * dtype.itemsize for shape, dtype in self._whole)
 
     def fits(self, leaves: Sequence[Tensor]) -> bool:
         """Whether these tensors have rows of the kind that is kept here."""
@@ -137,5 +142,5 @@ def _scale(leaf: Tensor) -> Tensor:
     """
     channel = channel_dimension(leaf)
     own = prod(leaf.shape[1:]) >= _SMALLEST_GROUP * leaf.shape[channel]
-    within = [place for place in range(1, leaf.dim()) if place != channel or not own]
+    within = [dim for dim in range(1, leaf.dim()) if dim != channel or not own]
     return leaf.float().abs().amax(within, keepdim=True) / _LARGEST_CODE

@@ -1,17 +1,19 @@
-"""Where a model's frozen front can be cut off: its calls in order, and running it with the front left out."""
+"""Where a model's frozen prefix can be cut off: the module calls of a pass, and a pass with some of them left out."""
 
+import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from predictor.cache.arguments import CONSTANTS
 from predictor.layers.tensors import tensors_in
 
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
@@ -27,64 +29,23 @@ class Call:
     """How often the module had been called before in this pass."""
     parent: "Call | None"
     start: int
-    """Place among all starts and ends of calls."""
+    """Index among all starts and ends of calls."""
     end: int = -1
     output: Any = None
     versions: tuple[int, ...] = ()
     """How often each of the output's tensors had been written to when the call ended."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What a pass with the front left out is given, and what it skips. Modules in neither run as ever."""
-
-    given: tuple[Call, ...]
-    """Calls whose outputs are given: one, or several where a connection leads around the last of them."""
-    skipped: tuple[Call, ...]
-    """Calls that only have to seem to happen."""
-    batch: int
-    """Samples in the pass that it was found in: the size of the dimension that follows the batch."""
-    _stand_ins: dict[int, list[Any]] = field(default_factory=dict)  # for the skipped calls, by the size of the batch
+    form: "OutputForm | None" = None
+    """How the output depends on the number of samples; None where that is unknown."""
 
     @property
-    def name(self) -> str:
-        """The foremost module whose output is given."""
-        return self.given[0].name
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All modules whose outputs are given, front to back."""
-        return tuple(call.name for call in self.given)
-
-    def leaves(self) -> list[Tensor]:
-        """The tensors of all outputs that are given."""
-        return [tensor for call in self.given for tensor in tensors_in(call.output)]
-
-    def answers(self, leaves: Iterable[Tensor], batch: int) -> dict[nn.Module, dict[int, Any]]:
-        """What each module answers to each of its calls that are left out, in a pass on `batch` samples."""
-        if batch not in self._stand_ins:
-            self._stand_ins[batch] = [_stand_in(call.output, self.batch, batch) for call in self.skipped]
-        answers: dict[nn.Module, dict[int, Any]] = defaultdict(dict)
-        for call, stand_in in zip(self.skipped, self._stand_ins[batch], strict=True):
-            # A tuple or a dict is made anew, since the model may change it.
-            answers[call.module][call.nth] = stand_in if isinstance(stand_in, Tensor) else _filled(stand_in)
-        rest = iter(leaves)
-        for call in self.given:
-            answers[call.module][call.nth] = (
-                next(rest) if isinstance(call.output, Tensor) else _filled(call.output, rest)
-            )
-        return answers
-
-    def forget_values(self) -> None:
-        """Keep the shapes of what the modules gave and let the values go."""
-        for call in (*self.given, *self.skipped):
-            call.output = _stand_in(call.output, self.batch, self.batch)
-            call.parent = None
+    def key(self) -> tuple[str, int]:
+        """What identifies this call in other passes of the model."""
+        return self.name, self.nth
 
 
 @torch.no_grad()
 def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Call], Any]:
-    """Every module call of one forward pass, in the order of their starts, outputs kept; and the pass's result."""
+    """Run one forward pass. Returns all module calls in the order of their starts, outputs kept, and the result."""
     calls: list[Call] = []
     stack: list[Call] = []
     counts: dict[nn.Module, int] = defaultdict(int)
@@ -117,83 +78,144 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return calls, result
 
 
-def best_cut(calls: Sequence[Call], batch: int, right: Callable[[Cut], bool]) -> Cut | None:
-    """The cut that skips most and is given least, of those that a frozen front allows; None where none is right.
+class TensorForm(NamedTuple):
+    """The shape of a tensor as a function of the number of samples: `base + slope * samples` in each dimension."""
 
-    calls: of one pass, from `trace_calls`. right: whether a pass with this cut gives what the pass without it gave.
+    base: tuple[int, ...]
+    slope: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
 
-    The front ends where the first module begins that holds a parameter that trains. A module that ends before that,
-    whose parent does not, can be left out as a whole. At first all of their outputs are given. Then as many as can be,
-    counted from the front, are only made to seem to happen, and then each of the others that can. Modules without
-    parameters are treated like the rest in the first round and run in the second: something hidden in them may be
-    needed. Where both rounds fail, one output alone is given and all behind it runs.
-    """
-    whole = whole_calls(calls)
-    weighty = [call for call in whole if any(True for _ in call.module.parameters())]
-    if not weighty:
+    @property
+    def batch_dim(self) -> int | None:
+        """The dimension with one row a sample, where there is exactly one such and no other depends on the batch."""
+        dims = [dim for dim, slope in enumerate(self.slope) if slope]
+        return dims[0] if len(dims) == 1 and self.slope[dims[0]] == 1 and self.base[dims[0]] == 0 else None
+
+    def stand_in(self, batch: int) -> Tensor:
+        """A tensor of this form without the memory. Its values are NaN, which show in a result that depends on them."""
+        shape = [base + slope * batch for base, slope in zip(self.base, self.slope, strict=True)]
+        value = float("nan") if self.dtype.is_floating_point else 0
+        return torch.full((), value, dtype=self.dtype, device=self.device).expand(shape)
+
+
+class OutputForm(NamedTuple):
+    """What a call returns: the structure, with a TensorForm for each tensor and everything else as it is."""
+
+    leaves: list[Any]
+    spec: TreeSpec
+
+    @property
+    def batch_dims(self) -> list[int] | None:
+        """The batch dimension of each tensor; None where one has none, or where there is none or another object."""
+        dims = [leaf.batch_dim for leaf in self.leaves if isinstance(leaf, TensorForm)]
+        plain = all(isinstance(leaf, (TensorForm, *CONSTANTS)) for leaf in self.leaves)
+        return cast(list[int], dims) if plain and dims and None not in dims else None
+
+    def rows(self, output: Any) -> list[Tensor] | None:
+        """The tensors of an output with the samples first; None for an output of another form."""
+        tensors, dims = list(tensors_in(output)), self.batch_dims
+        forms = [leaf for leaf in self.leaves if isinstance(leaf, TensorForm)]
+        if dims is None or [tensor.dim() for tensor in tensors] != [len(form.base) for form in forms]:
+            return None
+        return [tensor.movedim(dim, 0) for tensor, dim in zip(tensors, dims, strict=True)]
+
+    def filled(self, rows: Iterator[Tensor]) -> Any:
+        """An output of this form from the next of `rows`, which have the samples first."""
+
+        def moved(form: TensorForm) -> Tensor:
+            row, dim = next(rows), cast(int, form.batch_dim)
+            # Code behind the cut may need the memory order that the module's own output has.
+            return row if dim == 0 else row.movedim(0, dim).contiguous()
+
+        return self._made(moved)
+
+    def stand_in(self, batch: int) -> Any:
+        """An output of this form that holds nothing."""
+        return self._made(lambda form: form.stand_in(batch))
+
+    def _made(self, tensor_of: Callable[[TensorForm], Tensor]) -> Any:
+        leaves = [tensor_of(leaf) if isinstance(leaf, TensorForm) else leaf for leaf in self.leaves]
+        return tree_unflatten(leaves, self.spec)
+
+
+def form_of(output: Any, batch: int, other: Any, other_batch: int) -> OutputForm | None:
+    """The form of a call's output, from its outputs for two numbers of samples; None where they do not go together."""
+    leaves, spec = tree_flatten(output)
+    others, other_spec = tree_flatten(other)
+    if spec != other_spec:
         return None
-    for among in (whole, weighty):
-        if any(map(keepable(batch), among)) and right(_given_from(among, 0, batch)):
-            return _with_least(among, batch, right)
-    singles = (
-        Cut((call,), tuple(earlier for earlier in among if earlier.end < call.end), batch)
-        for among in (whole, weighty)
-        for call in reversed(whole)
-        if keepable(batch)(call) and call.end >= weighty[0].end
-    )
-    return next(filter(right, singles), None)
+    forms: list[Any] = []
+    for leaf, less in zip(leaves, others, strict=True):
+        if not isinstance(leaf, Tensor):
+            if isinstance(leaf, CONSTANTS) and leaf != less:
+                return None
+            forms.append(leaf)
+            continue
+        if not isinstance(less, Tensor) or leaf.dim() != less.dim():
+            return None
+        steps = [divmod(a - b, batch - other_batch) for a, b in zip(leaf.shape, less.shape, strict=True)]
+        if any(rest for _, rest in steps):
+            return None
+        slope = tuple(step for step, _ in steps)
+        base = tuple(size - step * batch for size, step in zip(leaf.shape, slope, strict=True))
+        forms.append(TensorForm(base, slope, leaf.dtype, leaf.device))
+    return OutputForm(forms, spec)
 
 
-def whole_calls(calls: Sequence[Call]) -> list[Call]:
-    """The outermost calls that end before anything that trains begins."""
-    boundary = min((call.start for call in calls if _trains(call.module)), default=0)
-    return [
-        call for call in calls if 0 < call.end < boundary and call.parent is not None and call.parent.end > boundary
-    ]
+@dataclass(frozen=True)
+class Cut:
+    """A pass with the frozen prefix left out: what it is given and what it skips. Modules in neither run as ever."""
 
+    given: tuple[Call, ...]
+    """Calls whose outputs are given: one, or several where a connection leads around the last of them."""
+    skipped: tuple[Call, ...]
+    """Calls that are answered with a stand-in, since nothing depends on what they return."""
 
-def _with_least(among: Sequence[Call], batch: int, right: Callable[[Cut], bool]) -> Cut:
-    """Skip what can be skipped of `among`, which is right with nothing skipped."""
-    places = [place for place, call in enumerate(among) if keepable(batch)(call)]
-    low, high = 0, places[-1]
-    while low < high:  # what may be skipped up to some place may be skipped up to any before it
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if right(_given_from(among, middle, batch)) else (low, middle - 1)
-    cut = _given_from(among, low, batch)
-    for call in among[low:]:
-        given = tuple(other for other in cut.given if other is not call)
-        less = Cut(given, (*cut.skipped, call), batch)
-        if given and right(less):
-            cut = less
-    return cut
+    @property
+    def name(self) -> str:
+        """The foremost module whose output is given."""
+        return self.given[0].name
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All modules whose outputs are given, in the order of the pass."""
+        return tuple(call.name for call in self.given)
 
-def _given_from(among: Sequence[Call], place: int, batch: int) -> Cut:
-    """Everything before `place` is skipped, what can be given of the rest is, and what cannot runs."""
-    return Cut(tuple(filter(keepable(batch), among[place:])), tuple(among[:place]), batch)
+    def rows(self, outputs: Sequence[Any]) -> list[Tensor] | None:
+        """The tensors of what the given calls returned, samples first; None where one has another form than ever."""
+        rows: list[Tensor] = []
+        for call, output in zip(self.given, outputs, strict=True):
+            own = None if call.form is None else call.form.rows(output)
+            if own is None:
+                return None
+            rows += own
+        return rows
 
+    def answers(self, rows: Iterable[Tensor], batch: int) -> dict[nn.Module, dict[int, Any]]:
+        """What each module answers to each of its calls that are left out, in a pass on `batch` samples."""
+        answers: dict[nn.Module, dict[int, Any]] = defaultdict(dict)
+        rest = iter(rows)
+        for calls, is_given in ((self.skipped, False), (self.given, True)):
+            for call in calls:
+                assert call.form is not None
+                answers[call.module][call.nth] = call.form.filled(rest) if is_given else call.form.stand_in(batch)
+        return answers
 
-def keepable(batch: int) -> Callable[[Call], bool]:
-    """Whether a call's output can be kept by sample: each of its tensors has a row for each, and was not written to
-    after the module had given it.
-    """
-
-    def check(call: Call) -> bool:
-        tensors = list(tensors_in(call.output))
-        fit = all(tensor.dim() and tensor.shape[0] == batch for tensor in tensors)
-        return bool(tensors) and fit and versions_of(tensors) == call.versions
-
-    return check
+    def forget_values(self) -> None:
+        """Keep the forms of what the modules returned and free the values."""
+        for call in (*self.given, *self.skipped):
+            call.output = call.parent = None
 
 
 @contextmanager
-def replayed(cut: Cut, leaves: Sequence[Tensor], batch: int) -> Iterator[Callable[[], bool]]:
-    """Within it, the model's next pass skips what the cut skips and takes what it is given from `leaves`.
+def replayed(cut: Cut, rows: Sequence[Tensor], batch: int) -> Iterator[Callable[[], bool]]:
+    """Within it, the model's next pass skips what the cut skips and takes what it is given from `rows`.
 
-    Yields what says, after the pass, whether it asked for all of that. One that did not, as where layers are left out
-    at random, gave nothing that can be used.
+    Yields a function that says, after the pass, whether the pass asked for all of that. The result of a pass that did
+    not, as where layers are left out at random, is of no use.
     """
-    answers = cut.answers(leaves, batch)
+    answers = cut.answers(rows, batch)
     before = {module: module.__dict__.get("forward") for module in answers}
     answering = [_Answering(module.forward, known) for module, known in answers.items()]
     for module, answer in zip(answers, answering, strict=True):
@@ -210,7 +232,7 @@ def replayed(cut: Cut, leaves: Sequence[Tensor], batch: int) -> Iterator[Callabl
 
 
 class _Answering:
-    """Takes the place of a module's forward for one pass: gives known answers and computes the others."""
+    """Takes the place of a module's forward for one pass: returns known answers and computes the others."""
 
     def __init__(self, forward: Callable[..., Any], known: dict[int, Any]) -> None:
         self._forward = forward
@@ -219,7 +241,7 @@ class _Answering:
 
     @property
     def asked(self) -> bool:
-        """Whether all that is known has been asked for."""
+        """Whether every known answer has been asked for."""
         return self._calls > max(self._known)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -227,9 +249,20 @@ class _Answering:
         return self._known[nth] if nth in self._known else self._forward(*args, **kwargs)
 
 
+def at_call(nth: int, act: Callable[[Any], None]) -> Callable[[nn.Module, Any, Any], None]:
+    """A forward hook that passes on the output of the module's call number `nth`."""
+    calls = itertools.count()
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        if next(calls) == nth:
+            act(output)
+
+    return hook
+
+
 def uncompiled(hook: _Hook) -> _Hook:
-    """A hook that `torch.compile` leaves as it is: it deals with ids, and would be compiled anew for each batch."""
-    # Only where something compiles already, since to import that takes a second.
+    """A hook that `torch.compile` leaves alone: it handles ids, and would be compiled anew for each batch."""
+    # Only where something compiles already, since that import takes a second.
     if "torch._dynamo" not in sys.modules:
         return hook
     return cast(_Hook, partial(_uncompiled_call(), hook))
@@ -237,7 +270,7 @@ def uncompiled(hook: _Hook) -> _Hook:
 
 @cache
 def _uncompiled_call() -> Callable[..., Any]:
-    """Calls a hook, out of sight of `torch.compile`; made once, since that takes longer than a small network's pass."""
+    """Calls a hook out of sight of `torch.compile`; made once, since that takes longer than a small network's pass."""
 
     def call(hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return hook(*args, **kwargs)
@@ -248,32 +281,3 @@ def _uncompiled_call() -> Callable[..., Any]:
 def versions_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     """How often each of these tensors has been written to."""
     return tuple(tensor._version for tensor in tensors)
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-
-
-def _stand_in(output: Any, batch_then: int, batch_now: int) -> Any:
-    """An output of the same shape, without the memory. Its values are NaN, which no model hides if it uses them."""
-
-    def alike(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        shape = list(leaf.shape)
-        if shape and shape[0] == batch_then:
-            shape[0] = batch_now
-        value = float("nan") if leaf.is_floating_point() else 0
-        return torch.full((), value, dtype=leaf.dtype, device=leaf.device).expand(shape)
-
-    return _map(output, alike)
-
-
-def _filled(output: Any, leaves: Iterable[Tensor] | None = None) -> Any:
-    """An output of the same structure, with the next of `leaves` for each tensor, or with its own."""
-    rest = iter(leaves) if leaves is not None else None
-    return _map(output, lambda leaf: next(rest) if rest is not None and isinstance(leaf, Tensor) else leaf)
-
-
-def _map(tree: Any, function: Callable[[Any], Any]) -> Any:
-    return tree_map(function, tree)

@@ -1,4 +1,4 @@
-"""The frozen front's outputs, kept by sample, so that its forward pass is skipped too."""
+"""The feature cache: the frozen prefix's outputs are kept by sample, so that its forward pass is skipped too."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,51 +10,73 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from predictor.cache.arguments import (
+    Arguments,
+    Fingerprints,
+    Layout,
+    check_unchanged,
+    check_unique,
+    checked_ids,
+    same_values,
+)
 from predictor.cache.compression import CompressedStore, Compression, precision_for
 from predictor.cache.cut_points import Cut, uncompiled
-from predictor.cache.fingerprints import Fingerprints, check_alike, kind_of
-from predictor.cache.level import Level, cut_again
-from predictor.cache.levels import Levels
+from predictor.cache.cut_search import REPEATED, close, find_again, find_cut, gpus_of, prefix_outputs
+from predictor.cache.levels import Level, Levels
 from predictor.cache.prefetch import ReadAhead, with_next
-from predictor.cache.store import FeatureStore, Precision, numbers_of
-from predictor.cache.verification import called_part, gpus_of, proven_cut, run_front, seen_calls
+from predictor.cache.store import FeatureStore, Precision
 from predictor.controller import FreezeController
 from predictor.errors import UsageError
 from predictor.freezing.event import FreezeEvent
 
 _Batch = TypeVar("_Batch", bound=Sequence[Any])
+_TRIED = 2
+"""Samples on which features are checked, when an argument has changed or after a while."""
 
 
 class FeatureCache:
-    """Keeps what the frozen front makes of each sample, and skips the front where that is known.
+    """Keeps the frozen prefix's outputs of each sample, and skips the prefix where they are known.
 
         cache = FeatureCache(controller, memory_gb=4)
         for ids, x, y in loader:                       # each sample has an id
-            with cache.batch(ids):                     # a hit skips the frozen front; a miss runs and stores it
+            with cache.batch(ids):                     # a hit skips the frozen prefix; a miss runs and stores it
                 loss = loss_fn(model(x), y)
 
-    The model is left as it is. Inside `batch`, on a hit, modules before the cut return a stand-in of the right shape,
-    and the module at the cut what was stored; so do others behind it, where a connection leads around them, as in a
-    residual block of which only the first layers are frozen. A cut is taken only after a real forward pass gave
-    the same outputs as one with the cut, also with another batch in between; the one that skips most is used, and where
-    none is right the cache is off and `reason` says why: slower, never wrong. Where most samples of a batch are known,
-    the front is run on the others alone.
+    The model is not changed. Inside `batch`, on a hit, modules before the cut return a stand-in of the right shape, and
+    the module at the cut returns what was stored. So do others behind it, where a connection leads around them, as in a
+    residual block of which only the first layers are frozen. Where most samples of a batch are known, the prefix is run
+    on the others alone.
 
-    A front that grows is filled from the features at the old cut, not from the inputs; a front that shrinks forgets. To
-    find a cut takes passes forward, so a front that grows keeps its cut until another one pays (`Levels.worth_a_cut`).
+    Nothing is kept before it is proved on a batch: features have one row a sample, the same in another order and in a
+    smaller batch; they are the same after another batch and with other random numbers; and a pass from the cut gives
+    the model's outputs. Of the cuts for which that holds, the one that skips most is used. Where there is none the
+    cache is off, and `reason` says why. At the first hit, the second, the fourth and so on, the prefix is run on two
+    samples to see that their features are still the same. A batch runs as if there was no cache where its arguments
+    have other shapes than the first batch's, where an argument that all samples share has another value and features
+    depend on it, and where gradients of the model's inputs are wanted.
+
+    A prefix that grows is filled from the features at the old cut, not from the inputs. A prefix that shrinks forgets
+    all. To find a cut takes passes forward, so a prefix that grows keeps its cut until another one pays
+    (`Levels.worth_a_cut`). When the prefix's weights are written to, as by loading a checkpoint, all is forgotten.
 
     A sample's inputs must be the same each time it comes. Where they are not, as under random augmentation, UsageError
-    is raised, unless `check_inputs=False` says that the features of the first time shall stand for all; an
-    `AugmentedCache` keeps several. Inputs of another shape than the first batch's, as by padding, run as ever. When the
-    front's weights are written to, as by loading a checkpoint, all is forgotten.
+    is raised, unless `check_inputs=False` says that the features of the first time stand for all. An `AugmentedCache`
+    keeps several.
 
-    model: the part of the controller's model that is called within `batch`, by default the whole; UsageError where it
-    is no part. memory_gb: features beyond this go to memory-mapped files. directory: where those are, by default the
-    system's temporary folder. compression: rounds features to fewer bytes; by default they are kept as they are. Of
-    rounded ones a front that grows is filled too, but for its first batch, by which its new cut is proved.
+    Args:
+        controller: freezes the layers.
+        model: the part of the controller's model that is called within `batch`; by default the whole.
+        memory_gb: the memory for features. Features beyond it go to memory-mapped files.
+        directory: the folder of those files; by default the system's temporary one.
+        check_inputs: whether to compare each sample's inputs with those of its first time.
+        compression: rounds features to fewer bytes; by default they are kept as they are. A prefix that grows is filled
+            from rounded features too, but for its first batch, by which its new cut is proved.
+
+    Raises:
+        UsageError: `model` is no part of the controller's, the model is sharded (FSDP2), or `memory_gb` is negative.
     """
 
-    _completes = True  # what one sample gives does not depend on the batch that it comes in
+    _completes = True  # whether the prefix may be run on some samples of a batch alone
 
     def __init__(
         self,
@@ -71,29 +93,33 @@ class FeatureCache:
         self.reason = "nothing is frozen yet"
         """Why nothing is skipped; empty while the cache works."""
         self.hits = 0
-        """Batches for which the front was skipped, but for a few samples perhaps."""
+        """Batches for which the prefix was skipped, but for a few samples perhaps."""
         self.misses = 0
         """Batches for which it was run."""
         self.looked = 0
         """Samples in the passes forward that were made to find places to cut."""
         self.taken: Counter[frozenset[int] | None] = Counter()
-        """Samples of the last batch, by the layers that were frozen when the place was found from whose features their
+        """Samples of the last batch, by the layers that were frozen when the cut was found from whose features their
         pass began; by None, where it began from the inputs."""
         self._controller = controller
-        self._model = called_part(controller.model, model)
+        self._model = _called_part(controller.model, model)
         self._memory_bytes = int(memory_gb * 1e9)
         self._directory = directory
         self._check_inputs = check_inputs
         self._compression = compression
         self._exact = check_inputs and compression is None  # kept features are those that a pass would give again
         self._levels = Levels()
-        self._kind: list[Any] = []  # of the inputs whose features are kept
+        self._layout: Layout = ()
+        self._kind: list[Any] = []  # of the arguments whose features are kept
+        self._shared: list[Any] | None = None  # the arguments of the model that all of these samples share
+        self._shared_too: list[Any] = []  # the last other values of theirs that give the same features
+        self._shared_not: list[Any] = []  # and the last ones that do not
         self._pending: list[dict[str, Any]] = []  # states of levels whose cuts the next pass will show
         self._stale = True
         self._prints = Fingerprints()
         self._ahead = ReadAhead()
         self._following: Tensor | Iterable[int] | None = None
-        controller.on_change(self._front_changed)
+        controller.on_change(self._prefix_changed)
         controller.on_moved(self.clear)
 
     @property
@@ -103,7 +129,7 @@ class FeatureCache:
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The names of all modules whose outputs are kept, front to back."""
+        """The names of all modules whose outputs are kept, in the order of the pass."""
         return self._levels[-1].cut.names if self._levels else ()
 
     @property
@@ -123,8 +149,12 @@ class FeatureCache:
 
     @contextmanager
     def batch(self, ids: Tensor | Iterable[int]) -> Iterator[None]:
-        """Within it, call the model once, on the samples with these ids, in their order."""
-        numbers = numbers_of(ids)
+        """Within it, call the model once, on the samples with these ids, in their order.
+
+        ids: a whole number for each sample of the batch. Raises UsageError for anything else, where the batch has
+        another number of samples, and where a sample is not what it was.
+        """
+        numbers = checked_ids(ids)
         with ExitStack() as stack:
 
             def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -141,7 +171,7 @@ class FeatureCache:
     def enter(self, stack: ExitStack, ids: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Arrange for the model's pass that is about to begin on these arguments; it ends with the stack."""
         self.taken = Counter()
-        level = self._begin(stack, ids, args, kwargs)
+        level = self._begin(stack, ids, Arguments(args, kwargs))
         self.hits += level is not None
         self.misses += level is None
         self.taken[None if level is None else level.frozen] += len(ids) - self.taken.total()
@@ -153,13 +183,13 @@ class FeatureCache:
             yield present
 
     def prefetch(self, ids: Tensor | Iterable[int]) -> None:
-        """Read what is kept of these samples in the background, for the next `batch`; to be called after the last.
+        """Read the features of these samples in the background, for the next `batch`. To be called after the last one.
 
-        That takes it where it has the same ids in the same order. Changes no number, and reads nothing where a sample
-        is not known. Worth while where features lie in files or go to a GPU. What the reading raises, the next batch
-        raises.
+        The next batch takes them where it has the same ids in the same order. This changes no number, and reads nothing
+        where a sample is not known. It pays where features lie in files or go to a GPU. Errors while reading are raised
+        by the next batch.
         """
-        numbers = numbers_of(ids)
+        numbers = checked_ids(ids)
         level = None if self._wants_a_cut(len(numbers)) else self._known(numbers)
         if level is None:
             return
@@ -174,14 +204,23 @@ class FeatureCache:
     def state_dict(self) -> dict[str, Any]:
         """Counts, and all features that are kept: numbers, strings, tensors, lists and dicts of them."""
         levels = self._pending or [level.state_dict() for level in self._levels]
-        counts = {"hits": self.hits, "misses": self.misses}
-        return {**counts, "reason": self.reason, "stale": self._stale, "kind": self._kind, "levels": levels}
+        return {
+            "hits": self.hits,
+            "misses": self.misses,
+            "reason": self.reason,
+            "stale": self._stale,
+            "kind": self._kind,
+            "layout": list(self._layout),
+            "shared": self._shared,
+            "levels": levels,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`'s result; to be called after the controller's."""
         self.clear()
         self.hits, self.misses = state["hits"], state["misses"]
         self.reason, self._stale, self._kind = state["reason"], state["stale"], state["kind"]
+        self._layout, self._shared = tuple(state.get("layout", ())), state.get("shared")
         self._pending = list(state["levels"])
 
     def clear(self) -> None:
@@ -195,30 +234,40 @@ class FeatureCache:
         self.clear()
         self._ahead.close()
 
-    def _front_changed(self, event: FreezeEvent) -> None:
+    def _prefix_changed(self, event: FreezeEvent) -> None:
         self._ahead.drop()
-        if event.thawed:
+        if event.unfroze:
             self.clear()
         self._stale = True
 
-    def _begin(self, stack: ExitStack, ids: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Level | None:
+    def _begin(self, stack: ExitStack, ids: list[int], arguments: Arguments) -> Level | None:
         """The level at which the pass begins; None for the inputs."""
         key, rows = self._ahead.take()  # at once: no reading goes on while features are stored
         if 0 not in self._controller.frozen:
             return None
         if any(level.outdated() for level in self._levels):
             self.clear()
-        kind = kind_of(args, kwargs)
-        if (self._levels or self._pending) and kind != self._kind:
-            return None  # padded to another length, say: what is kept of these samples is not theirs
-        self._kind, prints = kind, self._prints(len(ids), args, kwargs)
+        if not (self._levels or self._pending or self._stale):
+            return None  # off
+        reason = arguments.fault() or self._unfit(len(ids), arguments)
+        if reason:
+            self.reason = reason
+            return None
         if self._pending:
-            self._take_up(len(ids), args, kwargs)
+            self._take_up(len(ids), arguments)
         if self._wants_a_cut(len(ids)):
-            self._find_cut(len(ids), args, kwargs)
+            self._find_cut(len(ids), arguments)
+        if not self._levels:
+            return None
+        self.reason = ""
+        prints = self._prints(arguments, self._layout)
+        if self._check_inputs:
+            check_unique(ids, prints)
         known = self._known(ids)
-        if known is None or known is not self._levels[-1]:
-            known = self._completed(ids, prints, args, kwargs) or known
+        if known is not None and self._check_inputs and known.due_for_a_check():
+            self._check(known, ids, prints, arguments)
+        if self._levels and known is not self._levels[-1]:
+            known = self._completed(ids, prints, arguments) or known
         if not self._levels:
             return None
         if known is not None:
@@ -226,11 +275,65 @@ class FeatureCache:
         if known is self._levels[-1]:
             self._levels.use_newest()
         else:
-            stack.enter_context(self._levels[-1].kept(ids, prints, self._give_up))
+            stack.enter_context(self._levels[-1].kept(ids, prints))
         return known
 
+    def _unfit(self, batch: int, arguments: Arguments) -> str:
+        """Why what is kept is not for a pass on these arguments; empty where it is, or where nothing is kept."""
+        if not self._levels and batch < 2:
+            return "a batch of one sample cannot show whether features depend on other samples"
+        if not self._levels and not self._pending:
+            return ""
+        if self._pending and not self._layout:  # a state that does not hold it
+            self._layout = arguments.layouts(batch)[0]
+        if len(arguments.leaves) != len(self._layout):
+            return "the model is called with another number of arguments than when features were kept"
+        found = arguments.samples(self._layout)
+        if len(found) == 1 and found != {batch} and -1 not in found:
+            raise UsageError(
+                f"the model got no tensor with {batch} rows, one for each id, but {found.pop()} samples: call it "
+                "inside `cache.batch(ids)` on the samples that the ids name"
+            )
+        if found != {batch} or arguments.kind(self._layout) != self._kind:
+            return "inputs of another shape than the first batch's, as by padding"
+        shared = arguments.shared(self._layout)
+        if self._shared is None:
+            self._shared = _own(shared)
+        if same_values(shared, self._shared) or same_values(shared, self._shared_too):
+            return ""
+        if not self._levels:
+            return "an argument of the model has another value than when features were kept"
+        if not same_values(shared, self._shared_not) and self._same_features(batch, arguments):
+            self._shared_too = _own(shared)
+            return ""
+        self._shared_not = _own(shared)
+        return "features depend on an argument of the model that has another value than when they were kept"
+
+    def _same_features(self, batch: int, arguments: Arguments) -> bool:
+        """Whether some samples' features are the same with the shared arguments of now and those of then."""
+        some = list(range(min(_TRIED, batch)))
+        inputs = (arguments.rows(self._layout, some, shared) for shared in (None, self._shared))
+        try:
+            now, then = (prefix_outputs(self._model, self._levels[-1].cut, each) for each in inputs)
+        except Exception:
+            return False  # a length, say, that goes with the other
+        return close(now, then, REPEATED)
+
+    def _check(self, level: Level, ids: list[int], prints: Tensor, arguments: Arguments) -> None:
+        """Give up where the prefix no longer gives what the level holds of some of these samples."""
+        check_unchanged(ids, prints, level.store.get(ids, prints.device)[-1])
+        indices = list(range(min(_TRIED, len(ids))))
+        outputs = prefix_outputs(self._model, level.cut, arguments.rows(self._layout, indices))
+        if not level.agrees([ids[index] for index in indices], outputs):
+            self._give_up(
+                "the frozen prefix gives other features for a sample than it gave before, though its weights and "
+                "inputs are the same: it depends on a state that changes while the model trains"
+            )
+
     def _wants_a_cut(self, batch: int) -> bool:
-        return self._stale and self._levels.worth_a_cut(self._controller.frozen, batch, self._controller.view)
+        if not self._stale or batch < 2:
+            return False
+        return self._levels.worth_a_cut(self._controller.frozen, batch, self._controller.view)
 
     def _known(self, ids: list[int]) -> Level | None:
         """The furthest level that holds all of these samples."""
@@ -238,45 +341,41 @@ class FeatureCache:
 
     @property
     def _usable(self) -> bool:
-        """Whether a pass may begin from what is kept. What is rounded gives a pass that proves nothing of a new cut."""
+        """Whether a pass may begin from what is kept. A pass from rounded features proves nothing of a new cut."""
         return self._exact or not self._levels or self._levels[-1].proved
 
-    def _completed(self, ids: list[int], prints: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Level | None:
-        """The furthest level that holds most of these samples, after the front has been run on the others."""
+    def _completed(self, ids: list[int], prints: Tensor, arguments: Arguments) -> Level | None:
+        """The furthest level that holds most of these samples, after the prefix has been run on the others."""
         level = self._levels.holding_most(ids) if self._completes and self._usable else None
-        places = [] if level is None else level.store.absent(ids)
-        if level is None or not places:
+        indices = [] if level is None else level.store.absent(ids)
+        if level is None or not indices:
             return None
-        some, prints = [ids[place] for place in places], prints[places]
+        some, prints = [ids[index] for index in indices], prints[indices]
         below = self._levels.holding(some, before=level)
         with ExitStack() as stack:
             if below is not None:
                 self._replay(stack, below, some, prints)
-            stack.enter_context(level.kept(some, prints, self._give_up))
-            run_front(self._model, level.cut, args, kwargs, len(ids), places)
+            outputs = prefix_outputs(self._model, level.cut, arguments.rows(self._layout, indices))
+            level.keep(some, outputs, prints)
         if level not in self._levels or not level.store.holds(ids):
             return None  # they could not be kept
-        self.taken[None if below is None else below.frozen] += len(places)
+        self.taken[None if below is None else below.frozen] += len(indices)
         return level
 
     def _replay(
         self, stack: ExitStack, level: Level, ids: list[int], prints: Tensor, rows: list[Tensor] | None = None
     ) -> None:
-        """Arrange for the next pass to begin from what the level holds of these samples. rows: read ahead."""
+        """Arrange for the next pass to begin from the level's features of these samples. rows: read ahead."""
         rows = self._fetching(level, ids)() if rows is None else rows
         rows = [row.to(prints.device, non_blocking=row.is_pinned()) for row in rows]
-        *leaves, prints_then = self._unpacked(level, rows, prints.device)
+        *rows, prints_then = level.store.unpacked(rows, prints.device)
         if self._check_inputs:
-            check_alike(ids, prints, prints_then)
-        level.replay(stack, self._model, leaves, len(ids), self._give_up)
+            check_unchanged(ids, prints, prints_then)
+        level.replay(stack, self._model, rows, len(ids))
 
     def _fetching(self, level: Level, ids: list[int]) -> Callable[[], list[Tensor]]:
         """What reads these samples' rows, in any thread; all that is to be chosen is chosen here."""
         return partial(level.store.fetch, ids)
-
-    def _unpacked(self, level: Level, rows: list[Tensor], device: torch.device) -> list[Tensor]:
-        """What goes into the model, and the fingerprints."""
-        return level.store.unpacked(rows, device)
 
     def _new_store(self, like: list[Tensor], memory_bytes: int, frozen: frozenset[int]) -> FeatureStore:
         if self._compression is None:
@@ -286,35 +385,71 @@ class FeatureCache:
     def _precision(self, frozen: frozenset[int]) -> Precision:
         return precision_for(frozen, len(self._controller.layers), self._compression)
 
-    def _find_cut(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _find_cut(self, batch: int, arguments: Arguments) -> None:
         """Take the cut that skips most among those that change nothing."""
+        layouts = [self._layout] if self._levels else arguments.layouts(batch)
         self._stale = False
-        cut, reason, looked = proven_cut(self._model, args, kwargs, batch)
-        self.looked += looked
-        if cut is None:
-            self._give_up(reason)
-        elif not self._levels or self._levels[-1].cut.names != cut.names:  # else it grew, but not to another place
-            self._levels.add(self._level_at(cut, self._controller.frozen))
-            cut.forget_values()  # they have served to find the cut; the shapes are needed from here on
-            self.reason = ""
+        if not layouts:
+            self._give_up("the model is called without a tensor, and so there are no rows of samples to compare")
+            return
+        found = find_cut(self._model, arguments, batch, layouts)
+        self.looked += found.samples
+        if found.cut is None:
+            self._give_up(found.reason)
+            return
+        if not self._levels:
+            self._layout, self._kind = found.layout, arguments.kind(found.layout)
+            self._shared, self._shared_too, self._shared_not = _own(arguments.shared(found.layout)), [], []
+        if not self._levels or self._levels[-1].cut.names != found.cut.names:  # else it grew, but the cut stays
+            self._levels.add(self._level_at(found.cut, found.rows, self._controller.frozen))
+            found.cut.forget_values()
 
-    def _level_at(self, cut: Cut, frozen: frozenset[int]) -> Level:
-        leaves = cut.leaves()
-        like = [*leaves, torch.empty(len(leaves[0]))]
-        return Level(cut, self._new_store(like, self._memory_bytes - self.bytes, frozen), leaves, frozen)
+    def _level_at(self, cut: Cut, rows: list[Tensor], frozen: frozenset[int]) -> Level:
+        like = [*rows, torch.empty(len(rows[0]), dtype=torch.float32)]
+        store = self._new_store(like, self._memory_bytes - self.bytes, frozen)
+        return Level(cut, store, rows, frozen, self._give_up)
 
-    def _take_up(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Make the levels of a loaded state, whose cuts are among the calls of a pass."""
-        calls = seen_calls(self._model, args, kwargs)
+    def _take_up(self, batch: int, arguments: Arguments) -> None:
+        """Make the levels of a loaded state, whose cuts are among the calls of a pass.
+
+        Raises UsageError where the pass has no such calls, as that of another model.
+        """
         pending, self._pending = self._pending, []
         for state in pending:
-            level = self._level_at(cut_again(calls, state, batch), frozenset(state["frozen"]))
+            found = find_again(self._model, arguments, batch, self._layout, state["given"], state["skipped"])
+            if found.cut is None:
+                self._give_up(found.reason)
+                return
+            level = self._level_at(found.cut, found.rows, frozenset(state["frozen"]))
             level.load_state_dict(state)
+            found.cut.forget_values()
             self._levels.append(level)
-        for level in self._levels:
-            level.cut.forget_values()
 
     def _give_up(self, reason: str) -> None:
         self.clear()
         self._stale = False
         self.reason = reason
+
+
+def _own(values: list[Any]) -> list[Any]:
+    """Copies of arguments, for the caller may write to them."""
+    return [each.detach().clone() if isinstance(each, Tensor) else each for each in values]
+
+
+def _called_part(model: nn.Module, part: nn.Module | None) -> nn.Module:
+    """What a cache is for: this part of the model, or the model.
+
+    Raises UsageError for a part of something else, and for a model in pieces on several machines: each would have to
+    run the prefix as often.
+    """
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise UsageError(
+            "a sharded model (FSDP2) is put together by all processes at once, and a cache that knows other samples in "
+            "each would leave some of them waiting: use DDP with the cache, or FSDP2 without"
+        )
+    if part is not None and all(part is not module for module in model.modules()):
+        raise UsageError(
+            f"model={type(part).__name__}: this is no part of the {type(model).__name__} that the controller freezes: "
+            "give the controller's model or a module in it"
+        )
+    return model if part is None else part

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from predictor.cache.arguments import checked_ids
 from predictor.cache.cut_points import uncompiled
 from predictor.cache.feature_cache import FeatureCache
-from predictor.cache.store import numbers_of
 from predictor.controller import FreezeController
 from predictor.errors import UsageError
 
@@ -23,8 +23,13 @@ class IdsArgument:
     is `with cache.batch(numbers)` around that call without the argument, which the model's own `forward` never sees.
     Passes in evaluation mode run as ever, with it or without.
 
-    controller: the cache's. name: the argument, a whole number a sample. A pass in training without it raises
-    UsageError. A copy of the model takes the argument out too, and has no part in the cache.
+    A pass in training without it raises UsageError. A copy of the model takes the argument out too, and does not use
+    the cache.
+
+    Args:
+        cache: keeps the features.
+        controller: the cache's.
+        name: of the argument, which holds a whole number for each sample.
     """
 
     def __init__(self, cache: FeatureCache, controller: FreezeController, name: str) -> None:
@@ -53,7 +58,7 @@ class IdsArgument:
             )
         stack = ExitStack()
         try:
-            self._cache.enter(stack, numbers_of(ids), args, kwargs)  # whose own passes are in evaluation mode
+            self._cache.enter(stack, checked_ids(ids), args, kwargs)  # whose own passes are in evaluation mode
         except BaseException:
             stack.close()
             raise

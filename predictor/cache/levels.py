@@ -1,12 +1,161 @@
-"""The places at which a front is cut now: the newest, and the one that it is filled from."""
+"""The cuts in use and the features kept there: the newest cut, and the one that it is filled from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from inspect import currentframe
+from typing import Any
 
-from predictor.cache.level import Level
-from predictor.cache.verification import look_passes
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+from predictor.cache.cut_points import Call, Cut, at_call, replayed, uncompiled, versions_of
+from predictor.cache.cut_search import REPEATED, close, look_passes, rounding
+from predictor.cache.store import FeatureStore
 from predictor.policies.base import View
 
 _MUCH_LARGER = 1.5
+_COARSE = {"full": 0.0, "half": 2e-3, "int8": 2e-2}
+"""By what share of the largest number kept features may be off."""
+_SUMMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LEFT_OUT = "parts of the frozen prefix are left out of some passes in training, as by LayerDrop"
+
+
+class Level:
+    """A cut and the features there.
+
+    Args:
+        cut: where the model is cut.
+        store: for the features, and a fingerprint of each sample.
+        expected: the features of the first batch in evaluation mode, to be compared with those in training.
+        frozen: the layers that were frozen when the cut was found.
+        give_up: is called with the reason where the features turn out to be of no use.
+    """
+
+    def __init__(
+        self,
+        cut: Cut,
+        store: FeatureStore,
+        expected: list[Tensor],
+        frozen: frozenset[int],
+        give_up: Callable[[str], None],
+    ) -> None:
+        self.cut = cut
+        self.store = store
+        self.frozen = frozen
+        self.used = False
+        """Whether a pass has begun here."""
+        self._uses = 0
+        self._expected = expected
+        self._give_up = give_up
+        prefix = [parameter for call in (*cut.given, *cut.skipped) for parameter in call.module.parameters()]
+        self._prefix = [parameter for parameter in prefix if parameter.dtype in _SUMMED]
+        self._versions, self._sums = versions_of(self._prefix), _sums(self._prefix)
+
+    @property
+    def proved(self) -> bool:
+        """Whether a pass in training has given the features that one in evaluation mode gave."""
+        return not self._expected
+
+    def outdated(self) -> bool:
+        """Whether the prefix's weights are others now, as after loading a checkpoint.
+
+        They are compared where they have been written to. An average of weights that stands in for them while a model
+        is tested does that, and they come back as they were.
+        """
+        versions = versions_of(self._prefix)
+        if versions == self._versions:
+            return False
+        self._versions = versions
+        return _sums(self._prefix) != self._sums
+
+    def due_for_a_check(self) -> bool:
+        """Count a pass that is to begin here. Whether to check its features: at powers of two, so seldom soon."""
+        self._uses += 1
+        return self._uses & (self._uses - 1) == 0
+
+    def agrees(self, ids: list[int], outputs: list[Any]) -> bool:
+        """Whether the store holds what the calls at the cut returned for these samples, but for rounding."""
+        rows = self.cut.rows(outputs)
+        if not rows:
+            return False
+        *kept, _ = self.store.get(ids, rows[0].device)
+        coarse = _COARSE[self.store.precision]
+        return all(close(a, b, max(coarse, rounding(b))) for a, b in zip(kept, rows, strict=True))
+
+    @contextmanager
+    def kept(self, ids: list[int], prints_B: Tensor) -> Iterator[None]:
+        """Within it, the next pass's outputs at the cut are stored."""
+        outputs: dict[int, Any] = {}
+        end = max(call.end for call in self.cut.given)
+        coming = [call for call in self.cut.skipped if call.end < end]
+        came: list[Any] = []
+
+        def keep(index: int, output: Any) -> None:
+            if _checkpointed():
+                self._give_up(
+                    "the frozen prefix ends inside a part of the model whose activations are checkpointed, and the "
+                    "backward pass computes that once more, from its start"
+                )
+                return
+            outputs[index] = output
+            if len(outputs) == len(self.cut.given):
+                if len(came) < len(coming):
+                    self._give_up(_LEFT_OUT)
+                    return
+                self.keep(ids, [outputs[index] for index in range(len(outputs))], prints_B)
+
+        acts: list[tuple[Call, Callable[[Any], None]]] = [(call, came.append) for call in coming]
+        acts += [(call, partial(keep, index)) for index, call in enumerate(self.cut.given)]
+        with ExitStack() as hooks:
+            for call, act in acts:
+                hook = uncompiled(at_call(call.nth, act))
+                hooks.callback(call.module.register_forward_hook(hook).remove)
+            yield
+
+    def keep(self, ids: list[int], outputs: list[Any], prints_B: Tensor) -> None:
+        """Store what the calls at the cut returned for these samples. Other lengths and types are not kept."""
+        rows = self.cut.rows(outputs)
+        if rows is None or not self.store.fits([*rows, prints_B]):
+            return
+        if self._expected and not close(self._expected, rows, REPEATED):
+            self._give_up(
+                "the frozen prefix gives other features in training than in evaluation: something in it is still in "
+                "training mode, such as dropout or BatchNorm outside the frozen layers"
+            )
+            return
+        self._expected = []
+        try:
+            self.store.put(ids, [*rows, prints_B])
+        except OSError as error:
+            self._give_up(f"features could not be kept: {error.strerror}")
+
+    def replay(self, stack: ExitStack, model: nn.Module, rows: Sequence[Tensor], batch: int) -> None:
+        """Arrange that the model's next pass begins here. Where it does not ask for `rows`, it is made again, whole."""
+        asked = stack.enter_context(replayed(self.cut, rows, batch))
+
+        def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if asked():
+                return output
+            stack.close()
+            self._give_up(_LEFT_OUT)
+            return module.forward(*args, **kwargs)
+
+        handle = model.register_forward_hook(uncompiled(check), prepend=True, with_kwargs=True)
+        stack.callback(handle.remove)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the cut is, and all that is kept there."""
+        given, skipped = ([list(call.key) for call in calls] for calls in (self.cut.given, self.cut.skipped))
+        cut = {"given": given, "skipped": skipped, "frozen": sorted(self.frozen)}
+        return {**cut, "used": self.used, "uses": self._uses, "store": self.store.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the features of a level at the same cut."""
+        self.store.load_state_dict(state["store"])
+        self.used, self._uses = state["used"], state.get("uses", 0)
+        self._expected = []
 
 
 class Levels(list[Level]):
@@ -23,7 +172,7 @@ class Levels(list[Level]):
         return sum(level.store.exact_bytes for level in self)
 
     def add(self, level: Level) -> None:
-        """Take a new level, to be filled from that at which most is known: a front may grow before one is complete."""
+        """Take a new level, to be filled from that with most samples: a prefix may grow before one is complete."""
         fullest = max(reversed(self), key=lambda old: len(old.store), default=None)
         self[:] = [level] if fullest is None else [fullest, level]
 
@@ -34,9 +183,9 @@ class Levels(list[Level]):
             del self[0]
 
     def worth_a_cut(self, frozen: frozenset[int], batch: int, view: View) -> bool:
-        """Whether a front that has grown to these layers should be cut anew, which takes some passes forward.
+        """Whether a prefix that has grown to these layers should be cut anew, which takes some passes forward.
 
-        The features at the newest cut must have been of use, or the front be half as large again; and what the passes
+        The features at the newest cut must have been used, or the prefix be half as large again. And what the passes
         that are left in the training would be spared must be more than what it takes to look. A pass is taken to be
         spared its share of the layers, from when each sample has come once more.
         """
@@ -61,3 +210,22 @@ class Levels(list[Level]):
         """The furthest level that holds half of these samples or more, and was proved right."""
         few = (level for level in reversed(self) if 2 * len(level.store.absent(ids)) <= len(ids))
         return next((level for level in few if level.proved), None)
+
+
+@torch.no_grad()
+def _sums(parameters: Sequence[Tensor]) -> list[float]:
+    """The sum and the norm of each: other weights have others."""
+    wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in parameters]
+    sums = [parameter.sum(dtype=dtype) for parameter, dtype in zip(parameters, wide, strict=True)]
+    norms = [torch.linalg.vector_norm(each, dtype=dtype) for each, dtype in zip(parameters, wide, strict=True)]
+    return torch.stack([number.cpu().double() for number in (*sums, *norms)]).tolist() if parameters else []
+
+
+def _checkpointed() -> bool:
+    """Whether this is called from within `torch.utils.checkpoint`, for which torch has no public question."""
+    frame = currentframe()
+    while frame is not None:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False

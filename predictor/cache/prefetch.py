@@ -27,7 +27,7 @@ class ReadAhead:
         self._under_way: tuple[Any, Future[list[Tensor]]] | None = None
 
     def start(self, key: Any, read: Callable[[], list[Tensor]]) -> None:
-        """Begin to read; `take` hands it out. What was read before and not taken is let go."""
+        """Begin to read; `take` hands it out. What was read before and not taken is dropped."""
         self.drop()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="frozen-features")
@@ -44,7 +44,7 @@ class ReadAhead:
         return key, reading.result()
 
     def drop(self) -> None:
-        """Wait for what is being read, and let it go, whatever became of it."""
+        """Wait for what is being read, and drop it, also where it failed."""
         if self._under_way is not None:
             self._under_way[1].exception()
             self._under_way = None

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -18,12 +18,15 @@ _BLOCK_BYTES = 64 << 20
 class FeatureStore:
     """Keeps one row of each of several tensors for every sample.
 
-    like: tensors of the kind to keep, of any number of rows: rows come back in their shape, dtype and memory format,
-    for a convolution that gets another format than the one it works in takes longer. memory_bytes: what may be held in
-    memory; rows beyond go to files in `directory`, which have no name any more and vanish with the process, however it
-    ends.
+    Args:
+        like: tensors of the kind to keep, of any number of rows. Rows come back in their shape, dtype and memory
+            format, since a convolution takes longer on another format than the one it works in.
+        memory_bytes: what may be held in memory.
+        directory: where the files with all further rows lie. They have no name any more and vanish with the process,
+            however it ends.
 
-    Raises OSError when the disk is full; what was stored stays readable.
+    Raises:
+        OSError: the disk is full; what was stored stays readable.
     """
 
     precision: Precision = "full"
@@ -41,7 +44,7 @@ class FeatureStore:
         self._shapes, self._dtypes = [leaf.shape[1:] for leaf in ordered], [leaf.dtype for leaf in ordered]
         self._memory_bytes = memory_bytes
         self._directory = directory
-        self._places: dict[int, int] = {}
+        self._row_of: dict[int, int] = {}
         self._blocks: list[list[Tensor]] = []
         self._row_bytes = sum(
             prod(shape) * dtype.itemsize for shape, dtype in zip(self._shapes, self._dtypes, strict=True)
@@ -49,12 +52,12 @@ class FeatureStore:
         self._rows = max(1, _BLOCK_BYTES // max(self._row_bytes, 1))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._row_of)
 
     @property
     def bytes(self) -> int:
         """Bytes of the rows held."""
-        return len(self._places) * self._row_bytes
+        return len(self._row_of) * self._row_bytes
 
     @property
     def exact_bytes(self) -> int:
@@ -67,24 +70,24 @@ class FeatureStore:
 
     def holds(self, ids: Sequence[int]) -> bool:
         """Whether every one of these samples is here."""
-        return all(i in self._places for i in ids)
+        return all(i in self._row_of for i in ids)
 
     def absent(self, ids: Sequence[int]) -> list[int]:
-        """Which of these samples are not here: their places among `ids`."""
-        return [place for place, i in enumerate(ids) if i not in self._places]
+        """Which of these samples are not here: their indices in `ids`."""
+        return [index for index, i in enumerate(ids) if i not in self._row_of]
 
     def put(self, ids: Sequence[int], leaves: Sequence[Tensor]) -> None:
         """Keep the rows of these samples, in their order; a sample that is here already is replaced."""
         for i in ids:
-            if i not in self._places:
-                if len(self._places) == len(self._blocks) * self._rows:
+            if i not in self._row_of:
+                if len(self._row_of) == len(self._blocks) * self._rows:
                     self._blocks.append(self._new_block())
-                self._places[i] = len(self._places)
-        rows_B = torch.tensor([self._places[i] for i in ids])
+                self._row_of[i] = len(self._row_of)
+        rows_B = torch.tensor([self._row_of[i] for i in ids])
         leaves = [leaf.detach().permute(order).cpu() for leaf, order in zip(leaves, self._orders, strict=True)]
-        for block, inside_B, places_B in self._spread(rows_B):
+        for block, inside_B, at_B in self._spread(rows_B):
             for kept, leaf in zip(self._blocks[block], leaves, strict=True):
-                kept[places_B] = leaf[inside_B]
+                kept[at_B] = leaf[inside_B]
 
     def get(self, ids: Sequence[int], device: torch.device) -> list[Tensor]:
         """The rows of these samples, in their order, on `device`."""
@@ -92,14 +95,13 @@ class FeatureStore:
 
     def fetch(self, ids: Sequence[int]) -> list[Tensor]:
         """The rows of these samples as they lie here, read and nothing more, for `unpacked`."""
-        rows = [self._places[i] for i in ids]
+        rows = [self._row_of[i] for i in ids]
         if len(self._blocks) == 1:
             rows_B = torch.tensor(rows)
             return [kept.index_select(0, rows_B) for kept in self._blocks[0]]
-        places = [divmod(row, self._rows) for row in rows]
+        spots = [divmod(row, self._rows) for row in rows]
         return [
-            torch.stack([self._blocks[block][leaf][place] for block, place in places])
-            for leaf in range(len(self._shapes))
+            torch.stack([self._blocks[block][leaf][at] for block, at in spots]) for leaf in range(len(self._shapes))
         ]
 
     def unpacked(self, rows: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -108,7 +110,7 @@ class FeatureStore:
 
     def state_dict(self) -> dict[str, Any]:
         """All rows held, with their ids."""
-        ids = list(self._places)
+        ids = list(self._row_of)
         rows = FeatureStore.unpacked(self, FeatureStore.fetch(self, ids), torch.device("cpu")) if ids else []
         return {"ids": torch.tensor(ids, dtype=torch.int64), "rows": rows}
 
@@ -143,11 +145,6 @@ class FeatureStore:
             os.unlink(name)
 
 
-def numbers_of(ids: Tensor | Iterable[int]) -> list[int]:
-    """Samples' ids as they are looked up here."""
-    return ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
-
-
 def _reserve(handle: int, size: int) -> None:
     """Take so many bytes of the disk for an empty file. Raises OSError when it has no more."""
     if hasattr(os, "posix_fallocate"):
@@ -164,4 +161,4 @@ def _memory_order(leaf: Tensor) -> tuple[int, ...]:
 
 
 def _inverse(order: Sequence[int]) -> tuple[int, ...]:
-    return tuple(order.index(place) for place in range(len(order)))
+    return tuple(order.index(dim) for dim in range(len(order)))

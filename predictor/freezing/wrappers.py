@@ -1,16 +1,17 @@
-"""What stands around a model while it trains, and what each of it needs when the frozen set changes.
+"""What stands around a model while it trains, and what each wrapper needs when the frozen set changes.
 
-- `torch.compile`: compiled code is thrown away at each change. It was made for one pattern of gradients; PyTorch makes
-  it anew for a few other patterns and then falls back to eager for good.
-- `DistributedDataParallel`: the process that comes first decides for all, and the buckets of gradients are built anew,
-  over what still trains. So less is communicated, and nobody waits for gradients that do not come.
-- FSDP2 (`fully_shard`): the process that comes first decides for all. Nothing else.
-- AMP: nothing, but for an optimizer that has become wholly frozen: see `has_gradients`.
-- Activation checkpointing: `use_reentrant=False`. The other kind is refused, at the start where it can be seen, and
+- **`torch.compile`**: compiled code is discarded at each change. It was made for one pattern of gradients; PyTorch
+  recompiles for a few other patterns and then falls back to eager for good.
+- **`DistributedDataParallel`**: the first process decides for all, and the gradient buckets are rebuilt over what still
+  trains. So less is communicated, and no process waits for gradients that do not come.
+- **FSDP2** (`fully_shard`): the first process decides for all. Nothing else is needed.
+- **AMP**: nothing is needed, except for an optimizer whose parameters are all frozen: see `has_gradients`.
+- **Activation checkpointing**: `use_reentrant=False`. The other kind is refused, at the start where it can be seen, and
   otherwise once gradients stay away: see `GradientWatch`.
-- FSDP1, DeepSpeed, LBFGS and DDP with `static_graph=True` cannot follow, and are refused.
+- **FSDP1, DeepSpeed, LBFGS and DDP with `static_graph=True`** cannot follow, and are refused.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -42,41 +43,42 @@ _REENTRANT = (
     "use_reentrant=False"
 )
 _PATIENCE = 3
-"""Steps without gradients after which they are taken to be lost; a layer that is left out at random may miss some."""
+"""Steps without gradients after which they count as lost. A layer that is left out at random may miss some."""
 
 
-class Changing(Protocol):
-    """What is followed: a FreezeController."""
+class Followed(Protocol):
+    """What `follow` needs of a FreezeController."""
 
     agree: Callable[[frozenset[int], int], frozenset[int]]
 
     @property
     def frozen(self) -> frozenset[int]:
-        """Places of the layers frozen now."""
+        """Indices of the layers frozen now."""
 
     def on_change(self, callback: Callable[[Any], None]) -> None:
         """Call `callback` after each change."""
 
 
-def follow(controller: Changing, model: nn.Module) -> None:
+def follow(controller: Followed, model: nn.Module) -> None:
     """Have what is wrapped around a model keep up with a controller's frozen set.
 
-    A controller follows the model that it was given. Only what is wrapped around it later is given here, by every
-    process alike:
+    A controller follows the model that it was given by itself. Call this for what is wrapped around it later, in every
+    process:
 
         controller = FreezeController(net, optimizer, policy, total_steps=steps)
         model = DistributedDataParallel(net)
         follow(controller, model)
 
-    Raises UsageError for what cannot keep up, with the cure.
+    Raises:
+        UsageError: something around the model cannot keep up; the message names the cure.
     """
     refuse_unfit(model)
     for wrapper in _wrappers(model):
         if isinstance(wrapper, DistributedDataParallel):
             controller.agree = Agreement(wrapper.process_group)
-            controller.on_change(partial(_rebuild, wrapper))
+            controller.on_change(partial(_rebuild_buckets, wrapper))
             if controller.frozen:
-                _rebuild(wrapper)
+                _rebuild_buckets(wrapper)
     mesh = next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
     if mesh is not None:
         controller.agree = Agreement(_group_of(mesh))
@@ -95,7 +97,7 @@ def refuse_unfit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None
 
 
 def forget_compiled(event: object = None) -> None:
-    """Throw away what `torch.compile` made, so that it is made anew for what trains now."""
+    """Discard what `torch.compile` made, so that the model is recompiled for what trains now."""
     if "torch._dynamo" in sys.modules:  # otherwise nothing was compiled, and its import is slow
         torch.compiler.reset()
 
@@ -103,7 +105,7 @@ def forget_compiled(event: object = None) -> None:
 def has_gradients(optimizer: Optimizer) -> bool:
     """Whether any of an optimizer's parameters has a gradient.
 
-    With a GradScaler and several optimizers, one of which may become wholly frozen, step only those that have any:
+    With a GradScaler and several optimizers, one of which may become wholly frozen, step only those with gradients:
 
         for optimizer in optimizers:
             if has_gradients(optimizer):
@@ -114,20 +116,26 @@ def has_gradients(optimizer: Optimizer) -> bool:
 
 
 class Agreement:
-    """Makes the answer of a group's first process that of all. Called by all of them, each with its own answer.
+    """Makes the answer of a group's first process that of all. Each process calls it with its own answer.
 
-    group: the processes; by default all that there are.
+    Args:
+        group: the processes. By default all.
     """
 
     def __init__(self, group: "ProcessGroup | None" = None) -> None:
         self._group: Any = group
         # Over the CPU, so that no training waits for its GPU to see what was decided.
         if "cpu" not in dist.get_backend_config(group):
-            ranks = dist.get_process_group_ranks(group)
+            ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
             self._group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
     def __call__(self, wanted: frozenset[int], layers: int) -> frozenset[int]:
-        """What the first process wants frozen, of so many layers."""
+        """The set that the first process wants frozen.
+
+        Args:
+            wanted: what this process wants frozen, as layer indices.
+            layers: how many layers there are.
+        """
         chosen_L = torch.zeros(layers, dtype=torch.uint8)
         chosen_L[sorted(wanted)] = 1
         dist.broadcast(chosen_L, group=self._group, group_src=0)
@@ -135,10 +143,10 @@ class Agreement:
 
 
 class GradientWatch:
-    """Sees that gradients reach the layers that train, in the first steps after a change.
+    """Checks in the first steps after a change that gradients reach the layers that train.
 
-    Reentrant checkpointing inside somebody's `forward` cannot be seen from outside. Its effect can: the first layer
-    behind the frozen ones has no gradient any more, while the head has, and would stand still without a word.
+    Reentrant checkpointing inside a `forward` cannot be seen from outside. Its effect can: the first layer behind the
+    frozen ones has no gradient any more, while the head has. Without this check that layer would silently stand still.
     """
 
     def __init__(self, layers: Sequence[Layer], optimizers: Sequence[Optimizer]) -> None:
@@ -150,17 +158,21 @@ class GradientWatch:
 
     @property
     def watching(self) -> bool:
-        """Whether the last change is so recent that steps are still watched."""
+        """Whether the last change is so recent that the next step is still checked."""
         return self._left > 0
 
     def start(self, active: Sequence[int]) -> None:
-        """Watch the next steps; `active` are the layers that train from here on, front to back."""
+        """Check the next steps. active: the layers that train from here on, by index, front to back."""
         self._had = frozenset(filter(self._has_gradient, active))
         self._left = _PATIENCE
         self._missed = 0
 
     def check(self, active: Sequence[int]) -> None:
-        """Call after each step, while gradients stand. Raises UsageError when they have stayed away."""
+        """Call after each step, before gradients are cleared.
+
+        Raises:
+            UsageError: gradients have stayed away for some steps.
+        """
         if not self._left or not active or not any(map(has_gradients, self._optimizers)):
             return  # where there are no gradients at all, they were cleared
         self._left -= 1
@@ -173,15 +185,15 @@ class GradientWatch:
                 f"steps since the layers frozen now were frozen: {_REENTRANT}"
             )
 
-    def _has_gradient(self, place: int) -> bool:
-        return any(parameter.grad is not None for parameter in self._layers[place].parameters())
+    def _has_gradient(self, index: int) -> bool:
+        return any(parameter.grad is not None for parameter in self._layers[index].parameters())
 
-    def _trains(self, place: int) -> bool:
-        return any(parameter.requires_grad for parameter in self._layers[place].parameters())
+    def _trains(self, index: int) -> bool:
+        return any(parameter.requires_grad for parameter in self._layers[index].parameters())
 
 
 def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that stand around the model, and itself, from the outside in."""
+    """The model and what is wrapped in it, from the outside in."""
     while True:
         yield model
         if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
@@ -193,7 +205,7 @@ def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _group_of(mesh: "DeviceMesh") -> "ProcessGroup | None":
-    """All processes that hold a piece of a sharded model."""
+    """All processes that hold a piece of a sharded model; None where that is all there are."""
     if mesh.size() == dist.get_world_size():
         return None
     return cast("ProcessGroup", dist.new_group(mesh.mesh.flatten().tolist(), use_local_synchronization=True))
@@ -202,20 +214,37 @@ def _group_of(mesh: "DeviceMesh") -> "ProcessGroup | None":
 def _refuse_unfit_ddp(ddp: DistributedDataParallel) -> None:
     if ddp.static_graph:
         raise UsageError("DDP with static_graph=True cannot freeze layers while it trains: leave static_graph out")
-    if ddp.mixed_precision is not None or ddp._use_python_reducer or ddp._delay_all_reduce_params:
+    options = ("mixed_precision", "_use_python_reducer", "_delay_all_reduce_params")
+    if any(getattr(ddp, option, None) for option in options):
         raise UsageError(
             "DDP cannot freeze layers while it trains with mixed_precision (use torch.autocast), with "
             "delay_all_reduce_named_params, or with torch._dynamo.config.optimize_ddp='python_reducer'"
         )
+    if not (_can_rebuild_buckets(ddp) or ddp.find_unused_parameters):
+        raise UsageError(
+            f"DDP of PyTorch {torch.__version__} is built otherwise than this library knows it, so it would wait for "
+            "the gradients of frozen layers: give DistributedDataParallel find_unused_parameters=True"
+        )
 
 
-def _rebuild(ddp: DistributedDataParallel, event: object = None) -> None:
-    """Build the buckets of gradients anew, as a new DDP around the same model would.
+def _can_rebuild_buckets(ddp: DistributedDataParallel) -> bool:
+    """Whether DDP has the private parts that `_rebuild_buckets` uses, as in PyTorch 2.6 to 2.14."""
+    methods = {"_build_params_for_reducer": 0, "_build_debug_param_to_name_mapping": 1, "_ddp_init_helper": 4}
+    return isinstance(getattr(ddp, "_comm_hooks", None), list) and all(
+        callable(method := getattr(ddp, name, None)) and len(inspect.signature(method).parameters) == count
+        for name, count in methods.items()
+    )
 
-    In place, since others hold this one (Lightning and Accelerate in their own objects, a user in a variable), and
-    without sending the whole model once more: it is the same everywhere.
+
+def _rebuild_buckets(ddp: DistributedDataParallel, event: object = None) -> None:
+    """Rebuild the gradient buckets, as a new DDP around the same model would.
+
+    It happens in place, since others hold this one (Lightning and Accelerate in their own objects, a user in a
+    variable), and without sending the whole model once more: it is the same in every process.
     """
     if not dist.is_initialized():  # the processes have parted, and a model is released
+        return
+    if not _can_rebuild_buckets(ddp):  # then DDP looks for unused parameters itself, or was refused
         return
     inner: Any = ddp
     hooks: list[tuple[Any, object]] = inner._comm_hooks
@@ -228,7 +257,7 @@ def _rebuild(ddp: DistributedDataParallel, event: object = None) -> None:
 
 
 def _is_reentrant(module: object) -> bool:
-    """Whether a module says that it checkpoints reentrantly, as those of Transformers and torch's wrapper do."""
+    """Whether a module declares reentrant checkpointing, as Transformers' modules and torch's own wrapper do."""
     if getattr(getattr(module, "checkpoint_impl", None), "name", None) == "REENTRANT":
         return True
     function = getattr(module, "_gradient_checkpointing_func", None)

@@ -1,7 +1,7 @@
-"""Freezing in other people's trainers: one thin file each, imported by those who use that trainer and by nobody else.
+"""Freezing in other people's trainers: what the callbacks share. Each trainer has a file of its own beside this one.
 
-What the trainers' callbacks share is here. Each training gets a copy of the policy, so that a callback serves one
-training after another, and what was frozen is let go at the end: a model can always be trained further.
+Each training gets a copy of the policy, so that one callback serves one training after another. At the end frozen
+layers are released, so that a model can always be trained further.
 """
 
 import copy
@@ -18,16 +18,16 @@ from predictor.layers.layer import Layer
 from predictor.policies.base import FreezePolicy
 
 Layers = Sequence[Layer] | Callable[[nn.Module], Sequence[Layer]] | None
-"""The layers that may freeze: themselves, or what finds them in the trainer's model; by default `layers_of`."""
+"""The layers that may freeze, or a function that finds them in the trainer's model. By default `layers_of`."""
 
 
-class Adapter:
-    """A FreezeController that lives from the start of a trainer's training to its end."""
+class TrainerCallbackBase:
+    """Holds a FreezeController from the start of a trainer's training to its end."""
 
     controller: FreezeController | None = None
-    """That of the training which runs, and afterwards of the last one, whose `history` says what froze. None before."""
+    """The controller of the current or the last training. Its `history` says what froze. None before the first."""
     cache: FeatureCache | None = None
-    """That of the training which runs, and afterwards, empty, of the last one. None without `ids`."""
+    """The cache of the current training or, empty, of the last one. None without `ids`."""
 
     def __init__(self, policy: FreezePolicy, layers: Layers) -> None:
         if policy.budget != 1.0:
@@ -49,11 +49,20 @@ class Adapter:
         state: dict[str, Any] | None,
         **options: Any,
     ) -> None:
-        """Make the controller, with `done` steps of the training done before, as `state` says."""
+        """Make the controller of a training.
+
+        Args:
+            model: as the trainer calls it.
+            optimizers: over all parameters.
+            total_steps: optimizer steps of the whole training.
+            done: steps that were done before, in a training that resumes.
+            state: the controller's state then; None where there is none.
+            options: further arguments of the controller.
+        """
         if done and state is None:
             raise UsageError(
                 f"the checkpoint at step {done} was written without this callback, and does not say what was frozen: "
-                "resume without the callback, or start anew with it"
+                "resume without the callback, or start a new training with it"
             )
         self._finish()
         self.controller = FreezeController(
@@ -69,7 +78,7 @@ class Adapter:
             self.controller.load_state_dict(state)
 
     def _finish(self) -> None:
-        """Let the frozen layers go, once: what is frozen by hand between two trainings is not ours."""
+        """Release the frozen layers, once: what is frozen by hand between two trainings is the user's."""
         if self.controller is not None and self._running:
             self._running = False
             if self.cache is not None:

@@ -14,30 +14,36 @@ from predictor.cache.feature_cache import FeatureCache
 from predictor.cache.ids_argument import IdsArgument
 from predictor.errors import UsageError
 from predictor.freezing.wrappers import Agreement
-from predictor.integrations import Adapter, Layers
+from predictor.integrations import Layers, TrainerCallbackBase
 from predictor.policies import make_policy
 from predictor.policies.base import FreezePolicy
 
 
-class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore[misc]
+class FreezeCallback(TrainerCallbackBase, TrainerCallback, ExportableState):  # type: ignore[misc]
     """Freezes layers while a Trainer trains.
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[FreezeCallback(make_policy("smartfrz"))])
         trainer.train()
 
-    Begins when training does, not before: the Trainer gives its optimizer only parameters that train then, and what
-    is frozen earlier is never trained. Policies are asked right after each optimizer step, while its gradients stand.
-    What it takes to resume is in the Trainer's checkpoints; `trainer.train(resume_from_checkpoint=...)` goes on.
+    It begins with the training and not before: the Trainer gives its optimizer only parameters that train then, and
+    what is frozen earlier is never trained. Policies are asked right after each optimizer step, before its gradients
+    are cleared. The Trainer's checkpoints hold its state; `trainer.train(resume_from_checkpoint=...)` continues.
 
-    policy: from `make_policy`, or its name and, as `options`, its settings; by name it can also be remade under
-    `restore_callback_states_from_checkpoint=True`. layers: those that may freeze, by default `layers_of(model)`. ids: a
-    column of the data set with a whole number for each sample. With it the frozen front's outputs are kept and its
-    passes skipped: `cache` is then the FeatureCache of the training. It needs `remove_unused_columns=False`, and inputs
-    that are padded to one length. memory_gb: features beyond this go to files. stop: end the training once nothing but
-    the head is left to train, as an EarlyStoppingCallback does, but with the last evaluation and checkpoint.
+    Args:
+        policy: from `make_policy`, or a policy's name, with its settings as `options`. By name it can also be made
+            again under `restore_callback_states_from_checkpoint=True`.
+        layers: those that may freeze. By default `layers_of(model)`.
+        ids: a column of the data set with a whole number for each sample. With it the frozen prefix's outputs are
+            cached and its passes skipped, and `cache` is the FeatureCache of the training. It needs
+            `remove_unused_columns=False`, and inputs that are padded to one length.
+        memory_gb: features beyond this go to files.
+        stop: stop the training once only the head still trains, as an EarlyStoppingCallback does, but with the last
+            evaluation and checkpoint.
+        options: settings of a policy that is given by its name.
 
-    Raises UsageError at the start of training for what cannot freeze layers while it trains: DeepSpeed, FSDP1, DDP with
-    a static graph or without `ddp_find_unused_parameters`, reentrant checkpointing.
+    Raises:
+        UsageError: at the start of training, for what cannot freeze layers while it trains: DeepSpeed, FSDP1, DDP with
+            a static graph or without `ddp_find_unused_parameters`, reentrant checkpointing.
     """
 
     def __init__(
@@ -52,7 +58,7 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
     ) -> None:
         if policy == "":
             raise UsageError(
-                "restore_callback_states_from_checkpoint=True makes callbacks anew, and this one was made of objects: "
+                "restore_callback_states_from_checkpoint=True makes callbacks again, and this one was made of objects: "
                 "name the policy, FreezeCallback('smartfrz', threshold=0.5), or leave that setting out, without which "
                 "the frozen layers are restored all the same"
             )
@@ -64,7 +70,7 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
             )
         super().__init__(make_policy(policy, **options) if isinstance(policy, str) else policy, layers)
         cached = {} if ids is None else {"ids": ids, "memory_gb": memory_gb}
-        # The Trainer writes it as JSON, which knows no paths; a policy takes either.
+        # The Trainer writes it as JSON, which has no paths; a policy takes either.
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
         self._made_of = (
             {"policy": policy, **settings, **cached, "stop": stop} if named and layers is None else {"policy": ""}
@@ -94,10 +100,10 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
             )
         if self._ids is not None and args.remove_unused_columns:
             raise UsageError(
-                f"ids={self._ids!r}: the Trainer takes columns away that the model has no argument for: say "
+                f"ids={self._ids!r}: the Trainer removes columns that the model has no argument for: give "
                 "TrainingArguments(remove_unused_columns=False)"
             )
-        # What the checkpoint says is here, whether or not the Trainer restores callbacks.
+        # The checkpoint's content is here, whether or not the Trainer restores callbacks.
         stored: Any = state.stateful_callbacks or {}
         text = stored.get(type(self).__name__, {}).get("attributes", {}).get("_saved", "")
         self._start(
@@ -116,25 +122,25 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Once an optimizer step: gradients stand here, and are gone in `on_step_end`."""
+        """Step the controller. Gradients still exist here, and are cleared before `on_step_end`."""
         assert self.controller is not None, "the Trainer steps after it began to train"
         self.controller.step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """End the training where that is wanted, with the evaluation and the checkpoint of an end at `max_steps`."""
+        """Stop the training where `stop` asks for it, with the evaluation and checkpoint of an end at `max_steps`."""
         assert self.controller is not None, "the Trainer steps after it began to train"
         if not (self._stop and self.controller.finished):
             return
         control.should_training_stop = True
-        # The Trainer asks for these at the last step that it planned, which is not reached. By epoch it asks all the
-        # same: an epoch that is broken off ends too.
+        # The Trainer asks for these at the last planned step, which is not reached. By epoch it asks all the same: an
+        # epoch that is stopped early ends too.
         control.should_evaluate |= args.eval_strategy == IntervalStrategy.STEPS and args.eval_delay <= state.global_step
         control.should_save |= args.save_strategy == SaveStrategy.STEPS
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the frozen layers go."""
+        """Release the frozen layers."""
         self._finish()
 
     def _finish(self) -> None:
@@ -145,11 +151,11 @@ class FreezeCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore
 
 
 def _refuse_unfit(args: TrainingArguments) -> None:
-    """The Trainer keeps its DDP to itself, so that one must look for parameters without gradients."""
-    if args.ddp_static_graph:
+    """The Trainer makes its DDP itself, so DDP has to look for parameters without gradients."""
+    if getattr(args, "ddp_static_graph", False):  # newer than the oldest Transformers that works
         raise UsageError("ddp_static_graph=True cannot freeze layers while it trains: leave it out")
     if not args.fsdp and not args.ddp_find_unused_parameters:
         raise UsageError(
-            f"ddp_find_unused_parameters={args.ddp_find_unused_parameters}: with several processes say "
+            f"ddp_find_unused_parameters={args.ddp_find_unused_parameters}: with several processes give "
             "TrainingArguments(ddp_find_unused_parameters=True), so that none waits for a frozen layer's gradients"
         )

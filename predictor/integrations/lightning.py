@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from predictor.cache.feature_cache import FeatureCache
 from predictor.errors import UsageError
-from predictor.integrations import Adapter, Layers
+from predictor.integrations import Layers, TrainerCallbackBase
 from predictor.policies.base import FreezePolicy
 
 try:
@@ -17,28 +17,34 @@ except ImportError:  # the same under its older name
     import pytorch_lightning as pl
 
 
-class FreezeCallback(Adapter, pl.Callback):  # type: ignore[misc]
+class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
     """Freezes layers while a Trainer trains.
 
         trainer = Trainer(max_epochs=10, callbacks=[FreezeCallback(make_policy("smartfrz"))])
         trainer.fit(module, data)
 
     Policies are asked at the end of each batch in which an optimizer stepped (so `accumulate_grad_batches` counts),
-    while its gradients stand: Lightning clears them in the next batch. Where you optimize by hand, clear them at the
-    start of `training_step` rather than at its end, for policies that look at gradients.
+    before its gradients are cleared: Lightning does that in the next batch. Under manual optimization clear them at the
+    start of `training_step` rather than at its end, for policies that read gradients.
 
-    What it takes to resume is in Lightning's checkpoints; `trainer.fit(module, data, ckpt_path=...)` goes on.
+    Lightning's checkpoints hold the callback's state; `trainer.fit(module, data, ckpt_path=...)` continues.
 
-    policy: from `make_policy`. layers: those that may freeze, by default `layers_of(module)`. total_steps: batches in
-    which an optimizer steps, of the whole training; needed where it has no end, or where several optimizers step. ids:
-    gives the whole numbers of a batch's samples, as `lambda batch: batch[0]` does of (ids, x, y). With it the frozen
-    front's outputs are kept and its passes skipped: `cache` is then the FeatureCache of the training. network: the
-    attribute of the module that `training_step` calls on the batch, such as "net"; empty for `self(x)`. memory_gb:
-    features beyond this go to files. stop: end the training once nothing but the head is left to train, as an
-    EarlyStopping callback does.
+    Args:
+        policy: from `make_policy`.
+        layers: those that may freeze. By default `layers_of(module)`.
+        total_steps: batches in which an optimizer steps, of the whole training. Needed where the training has no end,
+            or where several optimizers step.
+        ids: returns the whole numbers of a batch's samples, as `lambda batch: batch[0]` does for (ids, x, y). With it
+            the frozen prefix's outputs are cached and its passes skipped, and `cache` is the FeatureCache of the
+            training.
+        network: the attribute of the module that `training_step` calls on the batch, such as "net". Empty for
+            `self(x)`.
+        memory_gb: features beyond this go to files.
+        stop: stop the training once only the head still trains, as an EarlyStopping callback does.
 
-    Raises UsageError when total_steps is needed and missing, for a network that the step does not call, and for what
-    cannot freeze layers while it trains: DeepSpeed, FSDP1, DDP with a static graph, reentrant checkpointing.
+    Raises:
+        UsageError: total_steps is needed and missing; `training_step` does not call the network; or something cannot
+            freeze layers while it trains: DeepSpeed, FSDP1, DDP with a static graph, reentrant checkpointing.
     """
 
     def __init__(
@@ -55,17 +61,17 @@ class FreezeCallback(Adapter, pl.Callback):  # type: ignore[misc]
         super().__init__(policy, layers)
         self._total_steps = total_steps
         self._ids, self._network, self._memory_gb = ids, network, memory_gb
-        self._pass = ExitStack()  # of the model, within the cache
+        self._pass = ExitStack()  # of the model's pass, inside the cache
         self._stop = stop
         self._loaded: dict[str, Any] = {}
         self._steps_seen = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning writes into its checkpoints."""
+        """The state that Lightning writes into its checkpoints."""
         return self.controller.state_dict() if self._running and self.controller else self._loaded
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep what a checkpoint says until the optimizers are there."""
+        """Keep a checkpoint's state until the optimizers exist."""
         self._finish()
         self.controller = None
         self._loaded = state_dict
@@ -88,28 +94,28 @@ class FreezeCallback(Adapter, pl.Callback):  # type: ignore[misc]
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """Let what is kept of these samples stand for the front's pass."""
-        self._pass.close()  # of a batch that was broken off
+        """Let the cached outputs of these samples replace the frozen prefix's pass."""
+        self._pass.close()  # of a batch that was interrupted
         if self._ids is not None and self.cache is not None:
             self._pass.enter_context(self.cache.batch(self._ids(batch)))
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
-        """The model has been called."""
+        """End the model's pass, after which the model must have been called."""
         self._pass.close()
         if self.cache is not None and not self.cache.hits + self.cache.misses:
             named = f"self.{self._network}(...)" if self._network else "self(...)"
             raise UsageError(
-                f"network={self._network!r}: training_step did not call {named}, whose front was to be skipped: name "
-                "the attribute that it calls, FreezeCallback(..., network='net')"
+                f"network={self._network!r}: training_step did not call {named}, whose frozen layers were to be "
+                "skipped: name the attribute that it calls, FreezeCallback(..., network='net')"
             )
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Once an optimizer step."""
+        """Step the controller, once an optimizer step."""
         self._pass.close()  # of a step that gave no loss
         if trainer.global_step == self._steps_seen:
-            return  # a batch whose gradients are only added up
+            return  # a batch whose gradients are only accumulated
         self._steps_seen = trainer.global_step
         assert self.controller is not None, "Lightning trains after it started"
         self.controller.step()
@@ -117,11 +123,11 @@ class FreezeCallback(Adapter, pl.Callback):  # type: ignore[misc]
             trainer.should_stop = True
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Let the frozen layers go."""
+        """Release the frozen layers."""
         self._finish()
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
-        """Take what stands for the front's pass off the model; what is frozen stays, to go on from."""
+        """Remove the cache from the model. Layers stay frozen, so that the training can continue."""
         self._pass.close()
 
     def _finish(self) -> None:
@@ -144,7 +150,7 @@ def _total_steps(trainer: "pl.Trainer") -> int:
     steps = trainer.estimated_stepping_batches
     if len(trainer.optimizers) > 1 or steps == float("inf"):
         raise UsageError(
-            f"a training of {steps} steps with {len(trainer.optimizers)} optimizers: say "
+            f"a training of {steps} steps with {len(trainer.optimizers)} optimizers: give "
             "FreezeCallback(..., total_steps=N), the number of batches in which an optimizer steps"
         )
     return int(steps)

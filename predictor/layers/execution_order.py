@@ -1,4 +1,4 @@
-"""When each part of a model is first used: seen in one forward pass, or taken from the order of definition."""
+"""When each part of a model is first used: recorded in one forward pass, or taken from the order of definition."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -11,69 +11,74 @@ from torch.jit import ScriptModule
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from predictor.layers.isolated_pass import undisturbed
+from predictor.layers.isolated_pass import isolated
 from predictor.layers.parts import holds_weight
 from predictor.layers.tensors import tensors_in
 
 
 @dataclass(frozen=True)
-class Order:
-    """Moments at which a model's parts and parameters are used: numbers that only their order gives a meaning."""
+class ExecutionOrder:
+    """When a model's parts and parameters are used, as moments: numbers of which only the order has a meaning."""
 
     first: dict[nn.Module, int]
-    """First use of each part that is used at all."""
+    """First use of each part that is used."""
     last: dict[nn.Module, int]
     """Last use of it."""
     parameters: dict[int, int]
     """First use of a parameter, by its id."""
     ends: frozenset[nn.Module] = field(default=frozenset())
-    """Parts with weights whose outputs are the model's, and go into no other part with weights."""
+    """Parts with weights whose outputs are the model's and feed no other part with weights."""
 
 
-def definition_order(model: nn.Module, parts: Iterable[nn.Module]) -> Order:
-    """As if every part ran once, in the order of definition, and a container's own parameters just before what it
-    contains.
-    """
-    places = {part: place for place, part in enumerate(parts)}
+def definition_order(model: nn.Module, parts: Iterable[nn.Module]) -> ExecutionOrder:
+    """The order in which parts are defined. A container's own parameters come just before what it contains."""
+    moments = {part: moment for moment, part in enumerate(parts)}
     parameters: dict[int, int] = {}
     for module in model.modules():
-        first = min((places[part] for part in module.modules() if part in places), default=None)
+        first = min((moments[part] for part in module.modules() if part in moments), default=None)
         if first is not None:
             for parameter in module.parameters(recurse=False):
                 parameters.setdefault(id(parameter), first)
-    return Order(places, dict(places), parameters)
+    return ExecutionOrder(moments, dict(moments), parameters)
 
 
-def traced_order(model: nn.Module, parts: Iterable[nn.Module], example: object) -> Order:
-    """What happens when `model` is called with `example`: a tuple of inputs, a dict of named ones, or the only one.
+def traced_order(model: nn.Module, parts: Iterable[nn.Module], example: object) -> ExecutionOrder:
+    """The order in which a call of the model uses its parts.
 
-    The model is left as it was (see `undisturbed`), apart from what its own code keeps in plain attributes. Raises what
-    the model raises.
+    The model is left as it was (see `isolated`), apart from what its own code keeps in plain attributes.
+
+    Args:
+        model: the model.
+        parts: its parts, from `parts_of`.
+        example: a tuple of inputs, a dict of named ones, or the only one.
+
+    Raises:
+        Exception: what the model raises.
     """
-    watch = _Watch(model, tuple(parts))
-    with undisturbed(model), ExitStack() as hooks:
-        # TorchScript takes no hooks; the weights of its modules are seen at work.
-        for part in (part for part in watch.parts if not isinstance(part, ScriptModule)):
-            hooks.callback(part.register_forward_pre_hook(watch.called).remove)
-        with watch:
+    recorder = _UseRecorder(model, tuple(parts))
+    with isolated(model), ExitStack() as hooks:
+        # TorchScript modules take no hooks; uses of their weights are recorded all the same.
+        for part in (part for part in recorder.parts if not isinstance(part, ScriptModule)):
+            hooks.callback(part.register_forward_pre_hook(recorder.called).remove)
+        with recorder:
             if isinstance(example, tuple):
                 output = model(*example)
             elif isinstance(example, Mapping):
                 output = model(**example)
             else:
                 output = model(example)
-    return watch.order(output)
+    return recorder.order(output)
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the first use of parts and parameters, and follows which part's output goes into which.
+class _UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the first use of parts and parameters, and follows which part's output feeds which part.
 
-    It stands below autograd, where every operator comes by with the very tensors that it computes with. So a parameter
-    is seen however it is used: by a module's call, by attention that takes its children's weights, or by name.
+    It sits below autograd, where every operator arrives with the very tensors that it computes with. So a parameter's
+    use is recorded however it happens: by a module's call, by attention that takes its children's weights, or by name.
 
-    Following outputs: each storage knows the parts with weights whose outputs are in it, and forgets those that some
-    later part was fed with. What is known of the model's outputs at the end are its heads. Storages, not tensors, since
-    views and slices write into one another.
+    For each storage it knows the parts with weights whose outputs are in it. A part is removed there once its output
+    has fed another. What is left for the model's outputs at the end are its heads. It follows storages rather than
+    tensors, since views and slices write into one another.
     """
 
     def __init__(self, model: nn.Module, parts: tuple[nn.Module, ...]) -> None:
@@ -88,7 +93,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._outputs_in: dict[int, frozenset[nn.Module]] = {}
         # Storages that hold nothing of the example: weights of parts, and what is computed from them and buffers alone.
         self._weights_in: dict[int, frozenset[nn.Module]] = {}
-        # Kept so that no other storage gets the number of one that is gone; the memory itself is let go.
+        # Weak references, so that no other storage gets the number of a freed one; the memory itself is freed.
         self._pins: list[StorageWeakRef] = []
         for tensor in model.buffers():
             self._mark(self._weights_in, tensor, frozenset())
@@ -103,13 +108,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._mark(self._weights_in, parameter, next(iter(found)) if len(found) == 1 else frozenset())
 
     def called(self, part: nn.Module, inputs: object) -> None:
-        """Note that a part is called now."""
+        """Record that a part is called now."""
         now = next(self._clock)
         self._first.setdefault(part, now)
         self._last[part] = now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator and note what it uses and what comes out."""
+        """Run an operator, and record what it uses and what it returns."""
         result = func(*args, **(kwargs or {}))
         now = next(self._clock)
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
@@ -119,10 +124,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._follow({_number(tensor) for tensor in inputs}, list(tensors_in(result)))
         return result
 
-    def order(self, output: object) -> Order:
-        """What was noted, `output` being the model's."""
+    def order(self, output: object) -> ExecutionOrder:
+        """The recorded order. output: that of the model."""
         for part in self.parts:
-            # A part whose weights are used without a call. A weight that two parts share says nothing of either.
+            # A part whose weights are used without a call. A weight that two parts share is evidence for neither.
             own = [id(p) for p in part.parameters() if len(self._holders[id(p)]) == 1]
             used = min((self._parameters[p] for p in own if p in self._parameters), default=None)
             if used is not None:
@@ -130,7 +135,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._last.setdefault(part, used)
         numbers = (_number(tensor) for tensor in tensors_in(dict(output) if isinstance(output, Mapping) else output))
         ends = frozenset[nn.Module]().union(*(self._outputs_in.get(number, ()) for number in numbers))
-        return Order(self._first, self._last, self._parameters, ends.intersection(self._first) - self._fed)
+        return ExecutionOrder(self._first, self._last, self._parameters, ends.intersection(self._first) - self._fed)
 
     def _follow(self, inputs: set[int], results: list[Tensor]) -> None:
         weights = frozenset[nn.Module]().union(*(self._weights_in.get(number, ()) for number in inputs))
@@ -165,7 +170,7 @@ def _holders(parts: Iterable[nn.Module]) -> dict[int, frozenset[nn.Module]]:
 
 
 def _number(tensor: Tensor) -> int:
-    """A number that tensors share if and only if they share memory; -1 for all that have no memory of their own."""
+    """A number that two tensors have in common if and only if they share memory; -1 for tensors without memory."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):

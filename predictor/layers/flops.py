@@ -1,4 +1,4 @@
-"""What a model's layers cost: FLOPs of one forward pass, and from them those of a step with any layers frozen."""
+"""What a model's layers cost: FLOPs of one forward pass, and of a step with any layers frozen."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from predictor.layers.isolated_pass import undisturbed
+from predictor.layers.isolated_pass import isolated
 from predictor.layers.layer import Layer
 from predictor.layers.tensors import tensors_in
 
@@ -20,63 +20,76 @@ class LayerFlops:
 
     Matrix products, convolutions and attention, as PyTorch's FlopCounterMode counts them; not normalization,
     elementwise operations and the optimizer's work. What happens between two layers, such as the product of attention
-    scores and values, counts to the one before.
+    scores and values, counts for the one before.
     """
 
     forward_L: tuple[int, ...]
     """FLOPs of each layer's part of the forward pass, front to back."""
     weightless_L: tuple[int, ...]
-    """Those of them in products of two activations, in which no weight takes part."""
+    """The share of these in products of two activations, without any weight."""
     entry_L: tuple[int, ...]
-    """Those of each layer's first product, which takes what the layer before gives."""
+    """FLOPs of each layer's first product, whose input is the output of the layer before."""
     head: int
-    """FLOPs of what comes behind the last layer."""
+    """FLOPs of all that follows the last layer."""
 
     def step(self, frozen: frozenset[int], cached: bool = False) -> int:
-        """FLOPs of a forward and backward pass with these layers frozen; with `cached`, without the frozen front's.
+        """FLOPs of a forward and backward pass with some layers frozen.
 
         A product with a weight costs once more for the weight's gradient, where it trains, and once more for the
-        input's, where something in front of it trains. A product of two activations costs twice more for both inputs'.
+        input's, where a layer in front of it trains. A product of two activations costs twice more, for both inputs.
+
+        Args:
+            frozen: indices of the frozen layers.
+            cached: leave out the forward pass of the frozen prefix.
         """
         layers = range(len(self.forward_L))
-        first = next((place for place in layers if place not in frozen), len(layers))
+        first = next((index for index in layers if index not in frozen), len(layers))
         forward = self.head + sum(self.forward_L[first if cached else 0 :])
-        weights = self.head + sum(self._weighted(place) for place in layers if place not in frozen)
-        inputs = sum(self._weighted(place) + 2 * self.weightless_L[place] for place in layers[first:])
+        weights = self.head + sum(self._weighted(index) for index in layers if index not in frozen)
+        inputs = sum(self._weighted(index) + 2 * self.weightless_L[index] for index in layers[first:])
         inputs += self.head - self.entry_L[first] if first < len(layers) else 0
         return forward + weights + inputs
 
     def share(self, frozen: frozenset[int]) -> float:
-        """The cost of a step with these layers frozen, as a share of a full step's."""
+        """The cost of a step with these layers frozen, as a share of a full step's, from 0 to 1."""
         return self.step(frozen) / max(self.step(frozenset()), 1)
 
-    def _weighted(self, place: int) -> int:
-        return self.forward_L[place] - self.weightless_L[place]
+    def _weighted(self, index: int) -> int:
+        return self.forward_L[index] - self.weightless_L[index]
 
 
 def count_flops(
     model: nn.Module, layers: Sequence[Layer], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> LayerFlops:
-    """Run `model` once on these inputs and count.
+    """Run `model` once on these inputs, and count its FLOPs.
 
-    It is left as it was (see `undisturbed`). Where a front ends inside a block, a side branch that starts there is
-    taken to need its input's gradient, which it does not: under one percent in a ResNet. Raises what the model raises.
+    The model is left as it was (see `isolated`). Where a frozen prefix ends inside a block, a side branch that starts
+    there is counted as if it needed its input's gradient, which it does not: under one percent in a ResNet.
+
+    Args:
+        model: the model itself, without wrappers.
+        layers: its layers, front to back.
+        args: positional inputs.
+        kwargs: named inputs.
+
+    Raises:
+        Exception: what the model raises.
     """
     counter = _Counter(layers, model)
-    # The fused attention of a CPU is not in the table of known operators; its plain form has the same products.
-    with undisturbed(model), sdpa_kernel(SDPBackend.MATH), counter:
+    # The table of known operators lacks the CPU's fused attention; its plain form has the same products.
+    with isolated(model), sdpa_kernel(SDPBackend.MATH), counter:
         model.forward(*args, **kwargs)  # not the hooks on the model itself, which are the training's
     *forward_L, head = counter.forward
     return LayerFlops(tuple(forward_L), tuple(counter.weightless[:-1]), tuple(counter.entry[:-1]), head)
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts every operator to the layer whose parameter was used last; the last place is the head's."""
+    """Counts every operator for the layer whose parameter was used last. The last index stands for the head."""
 
     def __init__(self, layers: Sequence[Layer], model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._owner = {id(parameter): len(layers) for parameter in model.parameters()}
-        self._owner.update({id(p): place for place, layer in enumerate(layers) for p in layer.parameters()})
+        self._owner.update({id(p): index for index, layer in enumerate(layers) for p in layer.parameters()})
         self._made_of_weights: dict[int, Tensor] = {}  # held, so that no other tensor gets the same id
         self._now = 0
         self.forward = [0] * (len(layers) + 1)
@@ -88,7 +101,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         count = flop_registry.get(func._overloadpacket)
         if count is None:
-            with self:  # an operator that is made of others is counted by its parts
+            with self:  # a composite operator is counted by its parts
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -102,6 +115,6 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.forward[self._now] += flops
             self.weightless[self._now] += 0 if weights else flops
             self.entry[self._now] = self.entry[self._now] or flops * bool(weights)
-        elif tensors and len(weights) == len(tensors):  # a transposed or cast weight is one still
+        elif tensors and len(weights) == len(tensors):  # a transposed or cast weight is still a weight
             self._made_of_weights.update({id(tensor): tensor for tensor in tensors_in(result)})
         return result

@@ -1,4 +1,4 @@
-"""Running somebody's model so that it is afterwards as it was before."""
+"""Running the user's model so that it is afterwards as it was before."""
 
 import random
 import sys
@@ -10,26 +10,28 @@ from torch import nn
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """In here the model is in evaluation mode, records no gradients and runs eagerly, part by part.
+def isolated(model: nn.Module) -> Iterator[None]:
+    """A context in which a pass of the model leaves no trace.
 
-    Afterwards every module's mode, every buffer (the object and what is in it) and the state of the random generators
-    (Python's, NumPy's, torch's on the CPU and on the model's devices) are what they were. Parameters are too, unless
-    the model's own `forward` writes to them, as one with a momentum encoder may.
+    Inside, the model is in evaluation mode, records no gradients and runs eagerly, part by part. Afterwards every
+    module's mode, every buffer (the object and its content) and the state of the random generators (Python's, NumPy's,
+    torch's on the CPU and on the model's devices) are what they were. So are parameters, unless the model's own
+    `forward` writes to them, as one with a momentum encoder may.
     """
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"}
     with ExitStack() as stack:
-        stack.enter_context(_modes_kept(model))
-        stack.enter_context(_buffers_kept(model))
-        stack.enter_context(_random_kept(devices))
-        stack.enter_context(_part_by_part())
+        stack.enter_context(_restored_modes(model))
+        stack.enter_context(_restored_buffers(model))
+        stack.enter_context(_restored_random_state(devices))
+        stack.enter_context(_eager_part_by_part())
+        stack.enter_context(_no_autocast_cache())
         stack.enter_context(torch.no_grad())
         yield
 
 
 @contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    # Not by eval() and train(): they may be overridden, and do more than set a flag (adapters merge their weights).
+def _restored_modes(model: nn.Module) -> Iterator[None]:
+    # Not by eval() and train(): they may be overridden and do more than set a flag (adapters merge their weights).
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
@@ -41,7 +43,7 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
+def _restored_buffers(model: nn.Module) -> Iterator[None]:
     tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     contents = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     try:
@@ -58,7 +60,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _random_kept(devices: set[torch.device]) -> Iterator[None]:
+def _restored_random_state(devices: set[torch.device]) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     with ExitStack() as stack:
@@ -76,8 +78,19 @@ def _random_kept(devices: set[torch.device]) -> Iterator[None]:
 
 
 @contextmanager
-def _part_by_part() -> Iterator[None]:
-    """Neither torch.compile nor attention's fused form, which calls no part of the layer that it stands for."""
+def _no_autocast_cache() -> Iterator[None]:
+    """Without the casts that autocast keeps: those of a pass without gradients would give the training none either."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+@contextmanager
+def _eager_part_by_part() -> Iterator[None]:
+    """Without torch.compile, and without attention's fused form, which calls no part of its layer."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -88,3 +101,7 @@ def _part_by_part() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+
+
+undisturbed = isolated
+"""The former name."""

@@ -1,4 +1,4 @@
-"""What models of timm and Transformers say about themselves: what to show them, and what their head is."""
+"""What models of timm and Transformers declare about themselves: example inputs, and their head."""
 
 import inspect
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 _TOKENS = 8
 _SMALL = 64
-"""Height and width of an image that a convolutional network is shown, whatever it is made for."""
+"""Height and width of a convolutional network's example image, whatever the network is made for."""
 
 
-def own_examples(model: nn.Module) -> Iterator[object]:
-    """Inputs that a model of timm or Transformers should be callable with, by its configuration, the cheapest first.
+def example_inputs(model: nn.Module) -> Iterator[object]:
+    """Inputs that a model of timm or Transformers accepts according to its configuration, the cheapest first.
 
-    Nothing for other models, and for those whose weights are spread over processes, all of which would have to run.
+    Nothing for other models, and nothing for sharded models, which all processes would have to run.
     """
     first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
     if first is None or type(first.data) is not Tensor:
@@ -28,7 +28,7 @@ def own_examples(model: nn.Module) -> Iterator[object]:
 
 
 def declared_heads(model: Any) -> list[nn.Module]:
-    """Modules that the model itself takes for its head; what is nearest to the outputs, where it names no more."""
+    """Modules that the model itself declares as its head. Empty where it declares none."""
     if _comes_from(model, "timm") and hasattr(model, "get_classifier"):
         return list(_modules_in(model.get_classifier()))
     if not _comes_from(model, "transformers"):
@@ -59,7 +59,7 @@ def _image_shapes(model: Any) -> Iterator[tuple[int, ...]]:
     if isinstance(stem, (tuple, list)):
         stem = stem[0] if stem else None
     if stem:
-        # The card is that of the pretrained weights; the model may have been made for other images.
+        # The card describes the pretrained weights; the model may have been made for other images.
         channels = getattr(dict(model.named_modules()).get(stem), "in_channels", channels)
     made_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if made_for:
@@ -77,7 +77,7 @@ def _transformers_inputs(model: Any, first: Tensor) -> Iterator[dict[str, Tensor
         ids = torch.arange(1, _TOKENS + 1, device=first.device) % config.vocab_size
         end = getattr(config, "eos_token_id", None)
         if isinstance(end, int) and end < config.vocab_size:
-            # Sequence classifiers of encoder-decoders look for the end.
+            # Sequence classifiers of encoder-decoders look for the end token.
             ids = torch.where(ids == end, 0, ids)
             ids[-1] = end
         inputs = {"input_ids": ids[None]}

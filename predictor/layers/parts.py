@@ -1,4 +1,4 @@
-"""What of a model is one part: the smallest modules that freezing takes as a whole."""
+"""A model's parts: the smallest modules that freeze as a whole."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -8,9 +8,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _MATRICES = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
-# Modules that use their children's parameters, or their own, themselves: a child of them is no part.
+# Modules that use their children's parameters themselves: a child of them is no part.
 _WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, *_NORMS)
-# They have no children and are never called: what they hold is their owner's.
+# They have no children and are never called: their parameters belong to their owner.
 _HOLDERS = (nn.ParameterList, nn.ParameterDict)
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -29,17 +29,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def parts_of(model: nn.Module) -> dict[nn.Module, str]:
     """The parts, each once, with their names, in the order of definition.
 
-    A part is a module without children, or one that is a whole with them: attention of torch.nn, a recurrent layer, a
-    norm, a module with parametrized weights.
+    A part is a module without children, or one that uses its children's parameters itself: attention of torch.nn, a
+    recurrent layer, a norm, a module with parametrized weights.
     """
     return {module: name for name, module in _leaves(model)}
 
 
 def holds_weight(part: nn.Module) -> bool:
-    """Whether a part holds a weight proper, and so starts a layer.
+    """Whether a part holds a weight of two or more dimensions, and so starts a layer.
 
-    That is a parameter of two or more dimensions. A norm has none, whatever its shape, and neither has a scale or shift
-    of one number a channel, as (1, 1, C) in ResMLP.
+    A norm holds none, whatever its parameters' shape. Nor does a scale or shift with one number a channel, such as
+    (1, 1, C) in ResMLP.
     """
     if isinstance(part, _NORMS):
         return False
@@ -52,11 +52,11 @@ def holds_weight(part: nn.Module) -> bool:
 def block_names(model: nn.Module, starts: dict[nn.Module, str]) -> dict[nn.Module, str]:
     """The name of the block that each part in `starts` (part -> its name) belongs to.
 
-    A module that groups its own parameters (timm's `group_matcher`) is asked, for its stages rather than for their
-    blocks. Otherwise a block is what stands in a list (`nn.Sequential`, `nn.ModuleList`, `nn.ModuleDict`; lists within
-    lists are looked into), as `encoder.layer.3` and `layer1.0`; outside of lists it is the largest module with at most
-    a quarter of all the parts in `starts`, as `embeddings` and `Mixed_5b`. What holds more than half of them is looked
-    into wherever it stands: it is a model within a model.
+    A module that groups its own parameters (timm's `group_matcher`) decides, by its stages rather than their blocks.
+    Otherwise a block is an item of a list (`nn.Sequential`, `nn.ModuleList`, `nn.ModuleDict`), such as
+    `encoder.layer.3` and `layer1.0`; lists within lists are opened. Outside of lists a block is the largest module with
+    at most a quarter of all the parts in `starts`, such as `embeddings` and `Mixed_5b`. A module with more than half of
+    them is always opened: it is a model within a model.
     """
     blocks: dict[nn.Module, str] = {}
     _split(model, "", starts, blocks, in_list=False, most=len(starts) / 4)
@@ -102,18 +102,18 @@ def _own_groups(module: Any, inside: dict[nn.Module, str]) -> dict[nn.Module, st
 
     try:
         numbers = group_parameters(module, module.group_matcher(coarse=True), reverse=True)
-    except (AssertionError, NotImplementedError):  # RDNet, for one, knows no stages
+    except (AssertionError, NotImplementedError):  # RDNet, for example, has no stages
         numbers = group_parameters(module, module.group_matcher(coarse=False), reverse=True)
     number_of_parameter = {id(parameter): numbers[name] for name, parameter in module.named_parameters()}
     number_of = {path: number_of_parameter[id(next(part.parameters()))] for part, path in inside.items()}
     first_of = {number: path for path, number in reversed(number_of.items())}
-    name_of = {number: _beginning(path, number_of) for number, path in first_of.items()}
+    name_of = {number: _name_prefix(path, number_of) for number, path in first_of.items()}
     return {part: name_of[number_of[path]] for part, path in inside.items()}
 
 
-def _beginning(path: str, number_of: dict[str, int]) -> str:
-    """The shortest beginning of a part's name that is no other group's: "layer1" of "layer1.0.conv1"."""
+def _name_prefix(path: str, number_of: dict[str, int]) -> str:
+    """The shortest prefix of a part's name that no other group shares: "layer1" of "layer1.0.conv1"."""
     others = [f"{other}." for other, number in number_of.items() if number != number_of[path]]
     components = path.split(".")
-    beginnings = (".".join(components[:length]) for length in range(1, len(components)))
-    return next((name for name in beginnings if not any(o.startswith(f"{name}.") for o in others)), path)
+    prefixes = (".".join(components[:length]) for length in range(1, len(components)))
+    return next((name for name in prefixes if not any(o.startswith(f"{name}.") for o in others)), path)

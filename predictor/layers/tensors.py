@@ -7,5 +7,5 @@ from torch.utils._pytree import tree_leaves
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors in tuples, lists, dicts and whatever else PyTorch knows how to take apart, in order."""
+    """The tensors in tuples, lists, dicts and other containers that PyTorch's pytrees know, in order."""
     return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))

@@ -1,8 +1,4 @@
-"""What is known of a layer at a snapshot besides the motion of its weights: the clock, and what it would still gain.
-
-The first three are a clock. The others are there because of what freezing really did to trainings: the harm of freezing
-a front is what its layers would still have gained, and to first order a layer's gain is its gradient times its motion.
-"""
+"""The formulas of what the predictor sees: features of a snapshot, of the motion in a window, and tokens of both."""
 
 import math
 
@@ -10,101 +6,162 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
-CLOCK = ("progress", "depth", "log_lr")
-"""What is known without looking at the network."""
-GAINS = ("log_distance", "front_distance", "log_gain", "log_front_gain", "log_front_share", "log_gradient")
-SIGNALS = (*CLOCK, *GAINS)
+from predictor.errors import UsageError
+from predictor.model.config import FEATURES, PredictorConfig
+from predictor.model.sampling import thinned
+
+_EPS = 1e-8
 _LOWEST_LOG_LR = -10.0
 _SMALL_DISTANCE = 1e-4
 _SMALL_SHARE = 1e-4
 _SMALL = 1e-6
-_EPS = 1e-8
 _NO_GAIN = 1e-12
 
 
-def depth_of(layers: int) -> NDArray[np.float64]:
-    """depth_L of so many layers: 0 for the first, 1 for the last before the head."""
+def snapshot_features(
+    progress: float, remaining_steps: int, log_lr: float, distance_L: Tensor, gradient_L: Tensor, move_L: Tensor
+) -> Tensor:
+    """The features of every layer at one snapshot: features_LF, float32, in the order of FEATURES.
+
+    The cost of freezing a prefix is what its layers would still have gained. To first order a layer's gain is its
+    gradient times its motion. That is why the gains are here, beside the clock.
+
+    ==================  ============================================================================================
+    progress            share of the training that is done, 0 to 1
+    depth               index of the layer over that of the last one before the head, 0 to 1
+    log_lr              see `log_lr`
+    log_distance        log of `distance`
+    front_distance      mean of log_distance over the layer and all before it
+    log_gain            log of gradient * move * (remaining steps / 2 + 1): what the layer's training will still take
+                        off the loss, to first order, if its steps follow the gradient and shrink to zero by the end
+    log_front_gain      log of the sum of that over the layer and all before it
+    log_front_share     log of the share of that sum in the sum over all layers
+    log_gradient        log of the norm of all layers' gradients
+    ==================  ============================================================================================
+
+    Args:
+        progress: steps done over all steps.
+        remaining_steps: optimizer steps to the end of the training.
+        log_lr: from `log_lr`.
+        distance_L: from `distance`.
+        gradient_L: norms of the layers' gradients; 0 for a layer that has had none yet.
+        move_L: from `move`.
+    """
+    # NumPy, because these arrays are so small that the time goes into the calls.
+    norm_L = gradient_L.numpy()
+    layers = len(norm_L)
+    rate_L = norm_L * move_L.numpy()
+    prefix_L = rate_L.cumsum()
+    remaining = max(remaining_steps, 0) / 2 + 1
+    log_distance_L = np.log(distance_L.numpy() + _SMALL_DISTANCE)
+    columns = (
+        progress,
+        depth(layers),
+        log_lr,
+        log_distance_L,
+        log_distance_L.cumsum() / np.arange(1, layers + 1),
+        np.log(rate_L.astype(np.float64) * remaining + _SMALL),
+        np.log(prefix_L.astype(np.float64) * remaining + _SMALL),
+        np.log(prefix_L / (prefix_L[-1:] + _NO_GAIN) + _SMALL_SHARE),
+        np.log(np.sqrt(np.square(norm_L).sum(keepdims=True)) + _SMALL),
+    )
+    features_LF = np.empty((layers, len(columns)), dtype=np.float32)
+    for index, column in enumerate(columns):
+        features_LF[:, index] = column
+    return torch.from_numpy(features_LF)
+
+
+def depth(layers: int) -> NDArray[np.float64]:
+    """depth_L: 0 for the first of so many layers, 1 for the last."""
     return np.arange(layers) / max(layers - 1, 1)
 
 
 def log_lr(lr: float, peak: float) -> float:
-    """The signal log_lr of one snapshot, `peak` being the highest learning rate so far."""
+    """The logarithm of a learning rate over `peak`, the highest so far. At least -10."""
     return max(math.log(max(lr / max(peak, 1e-30), 1e-30)), _LOWEST_LOG_LR)
 
 
-def distance_of(now_TLK: Tensor, first_LK: Tensor) -> Tensor:
-    """distance_TL: how far a layer's sampled weights are from those at step 0, relative to the weights now.
+def distance(now_LK: Tensor, first_LK: Tensor) -> Tensor:
+    """distance_L: the root mean square (RMS) of the weights' change since the start, over the RMS of the weights."""
+    return rms(now_LK - first_LK) / (rms(now_LK) + _EPS)
 
-    Both by the root mean square.
+
+def move(now_LK: Tensor, before_LK: Tensor, steps: int, size_L: Tensor) -> Tensor:
+    """move_L: the length of one optimizer step of each layer, estimated from two snapshots.
+
+    The steps are taken for a random walk, whose distance grows with the root of their number.
+
+    Args:
+        now_LK: the sampled weights.
+        before_LK: the same, `steps` optimizer steps ago.
+        steps: optimizer steps between the two.
+        size_L: how many weights each layer holds.
     """
-    return rms(now_TLK - first_LK) / (rms(now_TLK) + _EPS)
+    return rms(now_LK - before_LK) * (size_L / max(float(steps), 1.0)).sqrt()
 
 
-def moves_of(now_TLK: Tensor, before_TLK: Tensor, steps_T: Tensor, size_L: Tensor) -> Tensor:
-    """move_TL: the length of one optimizer step of a layer, estimated from K of its `size` weights at two snapshots.
+def motion(weights_BWK: Tensor) -> Tensor:
+    """How the weights of a window moved at each of its T = W - 1 steps: motion_BTM, in the order of MOTION.
 
-    steps_T: optimizer steps between the two. The steps are taken for a random walk, whose distance grows with the root
-    of their number.
+    With w_t the sampled weights, s the RMS of the newest, and d_t = (w_t - w_(t-1)) / s:
+
+    ==================  ====================================================================
+    log_step            log RMS(d_t)
+    cosine              between d_t and d_(t-1); 0 at the first
+    log_displacement    log RMS((w_t - w_0) / s)
+    straightness        that displacement over the path, which is the sum of RMS(d_i) up to t
+    change_of_log_step  log_step less the one before; 0 at the first
+    evenness            mean |d_t| / RMS(d_t): small where few weights do all the moving
+    ==================  ====================================================================
+
+    None of them changes with the layer's scale, nor with the order or, in expectation, the number of the weights.
     """
-    return rms(now_TLK - before_TLK) * (size_L / steps_T.clamp_min(1)[:, None]).sqrt()
-
-
-def signals_of(
-    step_T: Tensor, log_lr_T: Tensor, distance_TL: Tensor, gradient_TL: Tensor, move_TL: Tensor, total_steps: int
-) -> Tensor:
-    """The signals of every layer at every snapshot: signals_TLS, in the order of SIGNALS.
-
-    progress: the share of the training that is done, 0 to 1. depth: the layer's place, 0 for the first and 1 for the
-    last before the head. log_lr: logarithm of the learning rate over the highest so far, at least -10.
-    log_distance: logarithm of `distance_of`; front_distance: its mean over the layer and all before it.
-    log_gain: logarithm of gradient * move * (remaining steps / 2), which is to first order what the layer's training
-        will still take off the loss where its steps follow the gradient and shrink to zero by the end; log_front_gain:
-        of the sum over the layer and all before it; log_front_share: of that sum's share in the sum over all layers.
-    log_gradient: logarithm of the norm of all layers' gradients.
-
-    gradient_TL: norms of the layers' gradients; NaN, where there are none yet, counts as 0. move_TL: from `moves_of`.
-    All on the CPU.
-    """
-    # NumPy: at run time there is one snapshot of a few layers, and the time is that of the calls.
-    step_T1, log_lr_T1 = step_T.numpy()[:, None], log_lr_T.numpy()[:, None]
-    gradient_TL = np.nan_to_num(gradient_TL.numpy(), nan=0.0, posinf=0.0, neginf=0.0)
-    layers = gradient_TL.shape[1]
-    rate_TL = gradient_TL * move_TL.numpy()
-    front_TL = rate_TL.cumsum(axis=1)
-    remaining_T1 = np.maximum(total_steps - step_T1, 0) / 2 + 1
-    log_distance_TL = np.log(distance_TL.numpy() + _SMALL_DISTANCE)
+    scale_B11 = rms(weights_BWK[:, -1:]).unsqueeze(-1) + _EPS
+    scaled_BWK = weights_BWK / scale_B11
+    steps_BTK = scaled_BWK.diff(dim=1)
+    size_BT = rms(steps_BTK)
+    displacement_BT = rms(scaled_BWK[:, 1:] - scaled_BWK[:, :1])
+    log_step_BT = (size_BT + _EPS).log()
+    cosine_BT = F.cosine_similarity(steps_BTK[:, 1:], steps_BTK[:, :-1], dim=-1, eps=_EPS)
     columns = (
-        step_T1 / total_steps,
-        depth_of(layers),
-        log_lr_T1,
-        log_distance_TL,
-        log_distance_TL.cumsum(axis=1) / np.arange(1, layers + 1),
-        np.log(rate_TL * remaining_T1 + _SMALL),
-        np.log(front_TL * remaining_T1 + _SMALL),
-        np.log(front_TL / (front_TL[:, -1:] + _NO_GAIN) + _SMALL_SHARE),
-        np.log(np.sqrt(np.square(gradient_TL).sum(axis=1, keepdims=True)) + _SMALL),
+        log_step_BT,
+        F.pad(cosine_BT, (1, 0)),
+        (displacement_BT + _EPS).log(),
+        displacement_BT / (size_BT.cumsum(dim=1) + _EPS),
+        F.pad(log_step_BT.diff(dim=1), (1, 0)),
+        steps_BTK.abs().mean(dim=-1) / (size_BT + _EPS),
     )
-    signals_TLS = np.empty((*gradient_TL.shape, len(columns)), dtype=np.float32)
-    for place, column in enumerate(columns):
-        signals_TLS[..., place] = column
-    return torch.from_numpy(signals_TLS)
+    return torch.stack(columns, dim=-1)
 
 
-def recorded_signals(
-    weights_TLK: Tensor, gradient_TL: Tensor, step_T: Tensor, lr_T: Tensor, size_L: Tensor, total_steps: int
-) -> Tensor:
-    """signals_TLS of a whole recording.
+def tokens(config: PredictorConfig, weights_BWK: Tensor, features_BWF: Tensor) -> Tensor:
+    """What the network takes of windows: tokens_BTD, not yet scaled, D being `config.width`.
 
-    Of all layers' sampled weights, gradient norms and learning rates at T snapshots, the first of them at step 0.
+    A token holds the motion at one step of the window and the features at its end; with `inputs="raw"` it is one
+    snapshot's weights, and T is W.
+
+    Args:
+        config: says which of the features are in a token, and of how many weights.
+        weights_BWK: the sampled weights, oldest snapshot first. Of more than the configured K, K are taken.
+        features_BWF: the features at the same snapshots, in the order of FEATURES. The clock's are enough where the
+            predictor takes no others.
+
+    Raises UsageError for windows of another length, and for fewer weights or features than the predictor needs.
     """
-    peak_T = torch.cummax(lr_T.double(), dim=0).values
-    log_lr_T = torch.tensor([log_lr(*pair) for pair in zip(lr_T.tolist(), peak_T.tolist(), strict=True)])
-    before_TLK = torch.cat([weights_TLK[:1], weights_TLK[:-1]])
-    steps_T = torch.cat([step_T.new_ones(1), step_T.diff()])
-    distance_TL = distance_of(weights_TLK, weights_TLK[0])
-    move_TL = moves_of(weights_TLK, before_TLK, steps_T.float(), size_L.float())
-    return signals_of(step_T, log_lr_T, distance_TL, gradient_TL, move_TL, total_steps)
+    if weights_BWK.shape[1] != config.window or weights_BWK.shape[2] < config.weights:
+        raise UsageError(
+            f"windows of shape {tuple(weights_BWK.shape)}: this predictor needs {config.window} snapshots of at least "
+            f"{config.weights} weights"
+        )
+    count = len(config.features)
+    if features_BWF.shape[-1] < count:
+        raise UsageError(f"{features_BWF.shape[-1]} features: this predictor needs {', '.join(FEATURES[:count])}")
+    weights_BWK = thinned(weights_BWK, config.weights).float()
+    if config.inputs == "raw":
+        return weights_BWK
+    return torch.cat([motion(weights_BWK), features_BWF[:, 1:, :count].float()], dim=-1)
 
 
 def rms(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layer tailoring: the same K weights of a layer, drawn once, at collect time and at run time."""
+"""Layer tailoring: the same K weights of each layer, drawn once, while recording and while freezing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ _SEEDS = 1 << 32
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """How a layer's weights are watched. It travels with every trajectory and every predictor; the two must agree."""
+    """How layers are sampled. It is stored with every trajectory and every predictor, and the two must agree."""
 
     weights: int = 256
     """Weights sampled from each layer (K)."""
     snapshots: int = 60
-    """Snapshots over a whole training, evenly spread, besides the one before the first step."""
+    """Snapshots over a whole training, evenly spread. The one before the first step is not counted."""
     seed: int = 0
     """Seed of the sampled positions, from 0 to below 2**32."""
 
@@ -34,14 +34,14 @@ class SampleSpec:
         return step == 0 or self.taken(step, total_steps) > self.taken(step - 1, total_steps)
 
     def taken(self, step: int, total_steps: int) -> int:
-        """Snapshots taken up to and with `step`, the one at step 0 not counted. At most one a step."""
+        """Snapshots taken up to and including `step`, without the one at step 0. At most one a step."""
         return step if total_steps <= self.snapshots else step * self.snapshots // total_steps
 
 
 def thinned(values: Tensor, weights: int) -> Tensor:
     """`weights` of the sampled weights in the last dimension, evenly spaced.
 
-    A layer's sampled weights stand matrix by matrix, so that the first ones would all be of its first matrix.
+    A layer's sampled weights come matrix by matrix, so that the first ones would all be of its first matrix.
     """
     recorded = values.shape[-1]
     if weights == recorded:
@@ -52,17 +52,18 @@ def thinned(values: Tensor, weights: int) -> Tensor:
 class LayerSampler:
     """Reads K fixed positions of every layer.
 
-    Positions are drawn from a layer's weight matrices (parameters of two or more dimensions; from all its parameters
-    where it has none), without replacement. A layer with fewer than K weights gives every weight, again and again in
-    the same random order, until there are K. Positions depend on `spec`, on the layer's place and on its size alone.
+    Positions are drawn without replacement from a layer's weight matrices, which are its parameters of two or more
+    dimensions, or from all its parameters if it has no matrix. A layer with fewer than K weights gives all of them, in
+    one random order that is repeated until there are K. Positions depend only on `spec`, on the layer's index and on
+    its size.
     """
 
     def __init__(self, layers: Sequence[Layer], spec: SampleSpec) -> None:
         self.spec = spec
         self._parameters = [_weights_of(layer) for layer in layers]
         self._positions = [
-            _split(_draw(sum(p.numel() for p in parameters), spec, place), parameters)
-            for place, parameters in enumerate(self._parameters)
+            _split(_draw(sum(p.numel() for p in parameters), spec, index), parameters)
+            for index, parameters in enumerate(self._parameters)
         ]
 
     @torch.no_grad()
@@ -79,7 +80,7 @@ class LayerSampler:
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:
-    """The parameter itself, or all of it where FSDP2 has it in pieces on several machines."""
+    """The parameter itself, or all of it where FSDP2 has sharded it."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
@@ -88,9 +89,9 @@ def _weights_of(layer: Layer) -> list[nn.Parameter]:
     return matrices or list(layer.parameters())
 
 
-def _draw(size: int, spec: SampleSpec, place: int) -> Tensor:
-    # A generator of its own: drawing must not move the training's random numbers.
-    generator = torch.Generator().manual_seed(spec.seed * 1_000_003 + place)
+def _draw(size: int, spec: SampleSpec, index: int) -> Tensor:
+    # Drawing must not change the training's random numbers.
+    generator = torch.Generator().manual_seed(spec.seed * 1_000_003 + index)
     if size > 16 * spec.weights:  # a permutation of a hundred million weights takes seconds and a gigabyte
         drawn: dict[int, None] = {}
         while len(drawn) < spec.weights:

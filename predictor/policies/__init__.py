@@ -48,18 +48,23 @@ POLICIES: dict[str, Callable[..., FreezePolicy]] = {
 
 
 def policy_class(name: str) -> Callable[..., FreezePolicy]:
-    """What makes the policy called `name`: a key of POLICIES, or the user's own class, as "package.module:Class".
+    """The class of the policy called `name`: a key of POLICIES, or the user's own class, as "package.module:Class".
 
-    Raises UsageError for a name that does not exist.
+    Raises:
+        UsageError: there is no such name.
     """
     return POLICIES[name] if name in POLICIES else named("policy", name, POLICIES)
 
 
 def make_policy(name: str, **options: Any) -> FreezePolicy:
-    """Build a policy by its name: `make_policy("static", share=0.3)`, `make_policy("mine:Waiting")` for one's own.
+    """Build a policy by its name: `make_policy("static", share=0.3)`, or `make_policy("mine:Waiting")` for your own.
 
-    Raises UsageError for a name or an option that does not exist, for an option's value that cannot work, and for a
-    class of the user's that is no FreezePolicy.
+    Args:
+        name: a key of POLICIES, or "package.module:Class".
+        options: the policy's settings. Its docstring lists them.
+
+    Raises:
+        UsageError: there is no such name or option, an option's value cannot work, or the class is no FreezePolicy.
     """
     kind = policy_class(name)
     try:

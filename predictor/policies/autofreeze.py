@@ -19,19 +19,25 @@ _LEAST = 1e-30
 
 
 class AutoFreezePolicy(FreezePolicy):
-    """Freezes the layers in front of the first one whose gradient still changes much from interval to interval.
+    """Freezes the layers in front of the first one whose gradient still changes much between intervals.
 
-    Paper: AutoFreeze (Liu et al., 2021, arXiv 2102.01386), made for fine-tuning BERT. Rule: the gradients of an
-    interval are summed, weight by weight, and D is the L1 norm of a layer's sum; eta = |D before - D now| / D before;
-    with q the percentile of eta over the active layers, all layers before the first with eta >= q freeze, for good.
-    Signal: gradients. Differs: "summed over the interval" is read as the sum of the gradients themselves, of which the
-    norm is taken; the head is not counted; a layer without a gradient before, and with one now, counts as one that
-    changes. Cost: a
-    sum of gradients, which takes as much memory as the active layers, one addition a step, one norm an interval. A
-    checkpoint holds the sums.
+    Paper: AutoFreeze (Liu et al., 2021, arXiv 2102.01386), made for fine-tuning BERT.
 
-    intervals: how many equal intervals the training is cut into; the first decision falls at the end of the second.
-    percentile: of eta, from 0 to 100: the larger, the more layers freeze at once.
+    Rule: the gradients of an interval are summed, weight by weight, and D is the L1 norm of a layer's sum. eta = |D
+    before - D now| / D before. With q the percentile of eta over the active layers, all layers before the first with
+    eta >= q freeze. They stay frozen.
+
+    Signal: gradients.
+
+    Differs: "summed over the interval" is read as the sum of the gradients themselves, of which the norm is taken. The
+    head is not counted. A layer without a gradient before, and with one now, counts as one that changes.
+
+    Cost: a sum of gradients, which takes as much memory as the active layers, one addition a step, and one norm an
+    interval. A checkpoint holds the sums.
+
+    Args:
+        intervals: how many equal intervals the training is cut into. The first decision falls at the end of the second.
+        percentile: the percentile of eta, from 0 to 100. The larger it is, the more layers freeze at once.
     """
 
     def __init__(self, intervals: int = 20, percentile: float = 50.0) -> None:
@@ -54,65 +60,66 @@ class AutoFreezePolicy(FreezePolicy):
         """Add up the gradients of the active layers."""
         sums: list[Tensor] = []
         grads: list[Tensor] = []
-        for place in view.active:
-            own = list(view.layers[place].parameters())
-            if place not in self._sums:
-                self._sums[place] = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in own]
-            for total, parameter in zip(self._sums[place], own, strict=True):
+        for index in view.active:
+            own = list(view.layers[index].parameters())
+            if index not in self._sums:
+                self._sums[index] = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in own]
+            for total, parameter in zip(self._sums[index], own, strict=True):
                 if parameter.grad is not None:
                     sums.append(total)
                     grads.append(parameter.grad)
         if sums:
-            torch._foreach_add_(sums, grads)
+            for total, gradient in zip(sums, grads, strict=True):
+                total.add_(gradient)
 
     def due(self, step: int, total_steps: int) -> bool:
         """At the end of each interval."""
         return interval_ends(step, total_steps, self.intervals)
 
     def decide(self, view: View) -> frozenset[int]:
-        """What is frozen, and at the end of an interval the layers before the first that still changes."""
+        """The frozen layers and, at the end of an interval, all before the first that still changes."""
         if not self.due(view.step, view.total_steps):
             return view.frozen
         now = self._norms(view)
         change = [
-            abs(self._before[place] - now[place]) / max(self._before[place], _LEAST)
-            for place in view.active
-            if place in self._before and place in now
+            abs(self._before[index] - now[index]) / max(self._before[index], _LEAST)
+            for index in view.active
+            if index in self._before and index in now
         ]
         self._sums, self._before = {}, now
-        # Not finite where a GradScaler had to skip a step: then the interval tells nothing.
+        # Not finite where a GradScaler had to skip a step: then the interval is no evidence.
         comparable = len(change) == len(view.active) > 0 and all(map(isfinite, change))
         return view.frozen | self._settled(view.active, change) if comparable else view.frozen
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far, and the norms of the interval before."""
         return {
-            "sums": {place: [total.to("cpu", copy=True) for total in sums] for place, sums in self._sums.items()},
+            "sums": {index: [total.to("cpu", copy=True) for total in sums] for index, sums in self._sums.items()},
             "before": dict(self._before),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them up again, each where its parameter is."""
+        """Load them, each on its parameter's device."""
         self._before = dict(state["before"])
         self._sums = {
-            place: [
+            index: [
                 total.to(parameter.device, copy=True)
-                for total, parameter in zip(sums, self._layers[place].parameters(), strict=True)
+                for total, parameter in zip(sums, self._layers[index].parameters(), strict=True)
             ]
-            for place, sums in state["sums"].items()
+            for index, sums in state["sums"].items()
         }
 
     def close(self) -> None:
-        """Let go of the sums."""
+        """Drop the sums."""
         self._sums = {}
 
     def _norms(self, view: View) -> dict[int, float]:
         """D of each active layer."""
-        places = [place for place in view.active if place in self._sums]
-        if not places:
+        indices = [index for index in view.active if index in self._sums]
+        if not indices:
             return {}
-        norms = read([get_total_norm(self._sums[place], norm_type=1.0) for place in places])
-        return dict(zip(places, norms, strict=True))
+        norms = read([get_total_norm(self._sums[index], norm_type=1.0) for index in indices])
+        return dict(zip(indices, norms, strict=True))
 
     def _settled(self, active: tuple[int, ...], change: list[float]) -> frozenset[int]:
         change_A = torch.tensor(change, dtype=torch.float64)

@@ -1,5 +1,6 @@
 """What a freezing method is: it looks at a training and answers which layers should be frozen now."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,16 +19,16 @@ class View:
     """What a policy may look at. Gradients are those of the step just taken; there are none at step 0."""
 
     layers: tuple[Layer, ...]
-    """Front to back; the head is not among them."""
+    """Front to back. The head is not among them."""
     frozen: frozenset[int]
-    """Places in `layers` of those frozen now."""
+    """Indices in `layers` of those frozen now."""
     step: int
     """Optimizer steps done: 0 before the first."""
     total_steps: int
     """Optimizer steps of the whole training."""
     flops: LayerFlops | None = None
-    """What the layers cost, for a policy that `wants_flops`; None before the first forward pass, and for a model on
-    which it cannot be counted, such as a sharded one."""
+    """What the layers cost, for a policy that `wants_flops`. None before the first forward pass, and for a model on
+    which FLOPs cannot be counted, such as a sharded one."""
 
     @property
     def progress(self) -> float:
@@ -36,52 +37,79 @@ class View:
 
     @property
     def active(self) -> tuple[int, ...]:
-        """Places of the layers that still train, front to back."""
-        return tuple(place for place in range(len(self.layers)) if place not in self.frozen)
+        """Indices of the layers that still train, front to back."""
+        return tuple(index for index in range(len(self.layers)) if index not in self.frozen)
 
 
 class FreezePolicy(ABC):
-    """It judges, it never acts.
+    """Decides which layers should be frozen. It changes nothing itself; a `FreezeController` carries its answer out.
 
-    bind -> decide at step 0 -> for every optimizer step: before it rates, after it observe, and where it is `due`
-    decide.
+    Order of calls: `bind`, then `decide` at step 0. In every optimizer step: `rates` before it, `observe` after it, and
+    `decide` where `due` says so.
     """
 
     every: int = 1
     """Optimizer steps between decisions."""
     freezes: bool = True
     """Whether it may freeze anything."""
-    thaws: bool = False
-    """Whether a layer that it froze may train again, so that a wholly frozen network is not the end of a training."""
+    unfreezes: bool = False
+    """Whether a layer that it froze may train again. Then a wholly frozen network is not the end of a training."""
     wants_flops: bool = False
     """Whether its views should have FLOPs, which cost a forward pass to count."""
     budget: float = 1.0
     """The share of the planned optimizer steps that the training should take."""
     rescaled: bool = True
-    """Whether the training's schedule is rescaled to these steps; otherwise it is broken off after them."""
+    """Whether the training's schedule is rescaled to these steps. Otherwise the training is stopped after them."""
     passes: Mapping[int, int] = MappingProxyType({})
-    """Samples that it has sent forward through the model beside the training, by the place of the layer up to which
-    each pass went: work that a comparison has to count."""
+    """Samples that the policy sent forward through the model in passes of its own, by the index of the layer up to
+    which each pass went. A comparison has to count this work."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "thaws" in vars(cls):  # a class variable or a property of a user's class
+            _warn_of_thaws()
+            cls.unfreezes = vars(cls)["thaws"]
+            del cls.thaws
+
+    @property
+    def thaws(self) -> bool:
+        """Deprecated name of `unfreezes`."""
+        _warn_of_thaws()
+        return self.unfreezes
+
+    @thaws.setter
+    def thaws(self, value: bool) -> None:
+        _warn_of_thaws()
+        self.unfreezes = value
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
-        """Called once, before the first step."""
+        """Called once, before the first step.
+
+        Args:
+            model: the model itself, without what is wrapped around it.
+            optimizer: the first of the training's optimizers.
+            layers: those that may freeze, front to back.
+        """
 
     def observe(self, view: View) -> None:
-        """Called after each optimizer step, while its gradients still stand."""
+        """Called after each optimizer step, before its gradients are cleared."""
 
     def due(self, step: int, total_steps: int) -> bool:
-        """Whether to decide after `step` optimizer steps: by nothing else, so that several processes ask as one."""
+        """Whether to decide after `step` optimizer steps.
+
+        The answer depends on nothing else, so that several processes are asked at the same steps.
+        """
         return step % self.every == 0
 
     @abstractmethod
     def decide(self, view: View) -> frozenset[int]:
-        """The places of all layers that should be frozen now. A layer left out of it thaws. Changes nothing itself."""
+        """The indices of all layers that should be frozen now. A frozen layer that is left out is unfrozen."""
 
     def rates(self, view: View) -> Mapping[int, float]:
-        """The factors by which the next step's learning rate is multiplied, for layers where it is not 1.
+        """The factors by which the next step's learning rate is multiplied, by layer index, where they are not 1.
 
-        Asked right before an optimizer step, when the learning rates are those of that step. After a restart it is
-        asked again: the answer follows from the view, the optimizer and the policy's state.
+        Called right before an optimizer step, when the learning rates are those of that step. After a restart it is
+        called again: the answer follows from the view, the optimizer and the policy's state.
         """
         return {}
 
@@ -93,4 +121,8 @@ class FreezePolicy(ABC):
         """Take up a state from `state_dict`."""
 
     def close(self) -> None:
-        """Let go of hooks and memory."""
+        """Remove hooks and drop what takes memory."""
+
+
+def _warn_of_thaws() -> None:
+    warnings.warn("FreezePolicy.thaws is now called unfreezes", DeprecationWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""Egeria: a layer freezes when its output no longer moves away from, or towards, that of a quantized reference."""
+"""Egeria: a layer freezes when its output keeps its distance from that of a quantized reference."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,31 +18,42 @@ from predictor.policies.measuring.similarity import preserving_loss
 
 
 class EgeriaPolicy(FreezePolicy):
-    """Freezes the front layer when its plasticity, measured against a quantized copy of the model, has become even.
+    """Freezes the first active layer when its distance from a quantized copy of the model has become steady.
 
-    Paper: Egeria (Wang et al., EuroSys 2023, arXiv 2201.06227). Rule: after a bootstrapping stage, at every check, the
-    frontmost active layer's output to the batch just trained on is compared with that of an int8 reference by the
-    similarity-preserving loss; a moving average smooths the losses, and the layer freezes when the slope of the line
-    through the last `window` of them was small at `patience` checks in a row. When the learning rate has fallen to a
-    tenth of what it was when the first layer froze, all thaw, and freeze again with half the window. Signal:
-    activations. Differs: plasticity against a quantized reference, the two stages and the cached forward pass are the
-    paper's; the line, the thawing and what ends the first stage are told from memory of it; all else is our reading. A
-    policy does not see the loss, so the first stage is a share of the training. The slope is judged free of scale: what
-    the line rises or falls over the window, as a share of the largest smoothed loss of any layer so far. In the average
-    the newest loss has half the weight. The reference has rounded weights, but computes in floating point and in the
-    training's own process; both passes are made after the step, in evaluation mode. The cache is `FeatureCache`, for
+    Paper: Egeria (Wang et al., EuroSys 2023, arXiv 2201.06227).
+
+    Rule: after a bootstrapping stage, at every check, the first active layer's output for the batch just trained on is
+    compared with that of an int8 reference by the similarity-preserving loss. A moving average smooths the losses. The
+    layer freezes when the slope of the line through the last `window` of them was small at `patience` checks in a row.
+    When the learning rate has fallen to a tenth of what it was when the first layer froze, all layers are unfrozen, and
+    freeze again with half the window.
+
+    Signal: activations.
+
+    Differs: plasticity against a quantized reference, the two stages and the cached forward pass are the paper's. The
+    line, the unfreezing and what ends the first stage follow our memory of it; all else is our reading. A policy does
+    not see the loss, so the first stage is a share of the training. The slope is measured free of scale: what the line
+    rises or falls over the window, as a share of the largest smoothed loss of any layer so far. In the average the
+    newest loss has half the weight. The reference has rounded weights, but computes in floating point and in the
+    training's own process. Both passes are made after the step, in evaluation mode. The cache is `FeatureCache`, for
     all policies alike. A layer whose output has no row for each sample freezes with the one behind it. Layers are
-    judged one after another, each from its first loss on, so that at most one freezes in `window` + `patience` - 1
-    checks: in a deep network let blocks be layers. Under a schedule that ends near zero, all thaw towards its end.
-    Cost: at each check two passes of the frozen front and one layer more, without gradients; memory for a quarter of
+    measured one after another, each from its first loss on, so that at most one freezes in `window` + `patience` - 1
+    checks: in a deep network let blocks be layers. Under a schedule that ends near zero, all layers are unfrozen
+    towards its end.
+
+    Cost: at each check two passes of the frozen prefix and one layer more, without gradients; memory for a quarter of
     the weights.
 
-    bootstrap: the share of the training before the first check. window: losses that a line is laid through. tolerance:
-    the share of the largest loss by which the line may rise or fall. patience: checks in a row. refresh: checks after
-    which the reference is made anew. checks: in a whole training, evenly spread.
+    Args:
+        bootstrap: the share of the training before the first check.
+        window: losses that the line is fitted to.
+        tolerance: the share of the largest loss by which the line may rise or fall.
+        patience: checks in a row.
+        refresh: checks after which the reference is made again.
+        checks: checks in a whole training, evenly spread.
     """
 
-    thaws = True
+    unfreezes = True
 
     def __init__(
         self,
@@ -67,50 +78,50 @@ class EgeriaPolicy(FreezePolicy):
         self.patience = patience
         self.refresh = refresh
         self.window = window
-        """Losses that a line is laid through; half of it once layers have thawed."""
+        """Losses that the line is fitted to; half of it once layers have been unfrozen."""
         self._whole_window = window
         self._checks = SampleSpec(snapshots=checks)
         self._reference: QuantizedReference | None = None
         self._done = 0  # checks, that which made the first reference among them
-        self._front = -1
-        self._losses: list[float] = []  # smoothed, of the layer at _front
+        self._layer = -1  # the first active layer, which is measured
+        self._losses: list[float] = []  # smoothed, of that layer
         self._largest = 0.0  # smoothed loss of any layer so far
         self._calm = 0  # checks in a row at which that layer's line was flat
-        self._silent: list[int] = []  # layers without an output to judge: they freeze with the one behind
+        self._silent: list[int] = []  # layers without an output to measure: they freeze with the one behind
         self._rate = 0.0  # at the last step
         self._rate_then: float | None = None  # when the first of the layers frozen now froze
         self.passes: Counter[int] = Counter()
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
-        """Keep hold of the model. Raises UsageError for one that is sharded."""
+        """Keep the model. Raises UsageError for a sharded one."""
         refuse_sharded(model, "egeria")
         self._model = model
         self._optimizer = optimizer
         self._taker = BatchTaker(model)
 
     def observe(self, view: View) -> None:
-        """Check the front layer, where that is due, and wait for the next step's batch, where it will be."""
+        """Check the first active layer where that is due, and wait for the next step's batch where it will be."""
         self._follow(view)
         if self._taker.waiting:
             self._check(view)
         self._wait(view)
 
     def decide(self, view: View) -> frozenset[int]:
-        """The front that is frozen, one layer more when that has become even, or none when all thaw."""
+        """The frozen prefix, with one layer more when that has become steady; none when all are unfrozen."""
         if view.step == 0:
             self._wait(view)
         if view.frozen and self._has_fallen():
             return frozenset()
-        if self._calm < self.patience or self._front in view.frozen:
+        if self._calm < self.patience or self._layer in view.frozen:
             return view.frozen
-        return view.frozen | frozenset(range(self._front + 1))
+        return view.frozen | frozenset(range(self._layer + 1))
 
     def state_dict(self) -> dict[str, Any]:
-        """The reference as int8, and what was measured of the front layer."""
+        """The reference as int8, and what was measured of the first active layer."""
         return {
             "reference": None if self._reference is None else self._reference.state_dict(),
             "done": self._done,
-            "front": self._front,
+            "front": self._layer,
             "losses": list(self._losses),
             "largest": self._largest,
             "calm": self._calm,
@@ -123,10 +134,10 @@ class EgeriaPolicy(FreezePolicy):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the reference and the measurements again."""
+        """Load the reference and the measurements."""
         reference = state["reference"]
         self._reference = None if reference is None else QuantizedReference.of_state(reference, self._model)
-        self._done, self._front, self._calm = state["done"], state["front"], state["calm"]
+        self._done, self._layer, self._calm = state["done"], state["front"], state["calm"]
         self._losses, self._silent = list(state["losses"]), list(state["silent"])
         self._largest = state["largest"]
         self.window, self._rate, self._rate_then = state["window"], state["rate"], state["rate_then"]
@@ -136,7 +147,7 @@ class EgeriaPolicy(FreezePolicy):
             self._taker.wait()
 
     def close(self) -> None:
-        """Let go of the reference and of the hook on the model."""
+        """Drop the reference and the hook on the model."""
         self._taker.close()
         self._reference = None
 
@@ -146,7 +157,7 @@ class EgeriaPolicy(FreezePolicy):
             self._taker.wait()
 
     def _follow(self, view: View) -> None:
-        """Note what became of the last answer: where several processes train, another may have decided."""
+        """Note what became of the last answer: of several processes another may have decided."""
         if view.frozen and self._rate_then is None:
             self._rate_then = self._rate
         elif not view.frozen and self._rate_then is not None:
@@ -156,39 +167,38 @@ class EgeriaPolicy(FreezePolicy):
         self._rate = float(self._optimizer.param_groups[0]["lr"])
 
     def _has_fallen(self) -> bool:
-        # Rates that are a tenth of one another on paper differ in their last digit.
+        # A rate that is a tenth of another on paper may differ from it in its last digit.
         return self._rate_then is not None and self._rate < 0.1 * self._rate_then * (1 + 1e-6)
 
     def _check(self, view: View) -> None:
         batch = self._taker.taken()
         if batch is None:
             return
-        front = next((place for place in view.active if place not in self._silent), None)
-        if self._reference is not None and front is not None and batch.samples > 1:
-            self._measure(front, view, batch, self._reference)
+        first = next((index for index in view.active if index not in self._silent), None)
+        if self._reference is not None and first is not None and batch.samples > 1:
+            self._measure(view.layers[first], first, batch, self._reference)
         if self._done % self.refresh == 0:
             self._reference = QuantizedReference(self._model)
         self._done += 1
 
-    def _measure(self, front: int, view: View, batch: Batch, reference: QuantizedReference) -> None:
-        """Compare the front layer's output with the reference's."""
-        if front != self._front:
-            self._start_over(front)
-        layer = {front: view.layers[front]}
-        now = outputs_of(self._model, layer, batch)
-        then = outputs_of(self._model, layer, batch, weights=reference.weights())
-        self.passes[front] += 2 * batch.samples
-        if front in now:
-            # Times the samples, for it falls with their number, and a last batch may be short.
-            self._record(float(preserving_loss(now[front], then[front])) * batch.samples)
+    def _measure(self, layer: Layer, index: int, batch: Batch, reference: QuantizedReference) -> None:
+        """Compare a layer's output with the reference's."""
+        if index != self._layer:
+            self._start_over(index)
+        now = outputs_of(self._model, {index: layer}, batch)
+        then = outputs_of(self._model, {index: layer}, batch, weights=reference.weights())
+        self.passes[index] += 2 * batch.samples
+        if index in now:
+            # Times the samples, since the loss falls with their number and a last batch may be short.
+            self._record(float(preserving_loss(now[index], then[index])) * batch.samples)
         else:
-            self._silent.append(front)
+            self._silent.append(index)
 
-    def _start_over(self, front: int) -> None:
-        self._front, self._losses, self._calm = front, [], 0
+    def _start_over(self, index: int) -> None:
+        self._layer, self._losses, self._calm = index, [], 0
 
     def _record(self, loss: float) -> None:
-        if not isfinite(loss):  # a batch that overflows tells nothing, and no mean would get over it
+        if not isfinite(loss):  # a batch that overflows is no evidence, and would spoil the average for good
             return
         smoothed = (self._losses[-1] + loss) / 2 if self._losses else loss
         self._losses = [*self._losses, smoothed][-self.window :]
@@ -204,5 +214,5 @@ def slope(values: Sequence[float]) -> float:
     sum((x - mean x) y) / sum((x - mean x)^2), where the mean of y falls out.
     """
     middle = (len(values) - 1) / 2
-    square = sum((place - middle) ** 2 for place in range(len(values)))
-    return sum((place - middle) * value for place, value in enumerate(values)) / square
+    square = sum((x - middle) ** 2 for x in range(len(values)))
+    return sum((x - middle) * value for x, value in enumerate(values)) / square

@@ -1,4 +1,4 @@
-"""LISA: a few layers drawn at random train, others the next time."""
+"""LISA: a few layers drawn at random train at a time."""
 
 import torch
 
@@ -7,19 +7,28 @@ from predictor.policies.base import FreezePolicy, View
 
 
 class LisaPolicy(FreezePolicy):
-    """Trains the first layer, the head and a few layers drawn anew every few steps.
+    """Trains the first layer, the head and a few layers drawn at random every few steps.
 
-    Paper: LISA (Pan et al., NeurIPS 2024, arXiv 2403.17919), which saves memory in fine-tuning language models. Rule:
-    every `every` steps, `layers` layers are drawn, with equal chances, from those behind the first; they train, the
-    first layer (the embeddings) and the head train always, and all else is frozen. Signal: chance. Differs: layers as
-    everywhere here, where the authors draw whole transformer blocks (use `layers_of(model, granularity="block")` for
-    those). A layer that thaws starts with a fresh optimizer state. Since the first layer trains, no backward pass ends
-    early. Cost: none.
+    Paper: LISA (Pan et al., NeurIPS 2024, arXiv 2403.17919), which saves memory in fine-tuning language models.
 
-    layers: how many train besides the first and the head. every: optimizer steps between draws. seed: of the draws.
+    Rule: every `every` steps, `layers` layers are drawn uniformly from those behind the first, and train. The first
+    layer (the embeddings) and the head always train. All else is frozen.
+
+    Signal: chance.
+
+    Differs: the layers are those of `layers_of`, where the authors draw whole transformer blocks (use `layers_of(model,
+    granularity="block")` for those). An unfrozen layer starts with fresh optimizer state. Since the first layer trains,
+    no backward pass ends early.
+
+    Cost: none.
+
+    Args:
+        layers: how many train besides the first and the head.
+        every: optimizer steps between draws.
+        seed: the seed of the draws.
     """
 
-    thaws = True
+    unfreezes = True
 
     def __init__(self, layers: int = 2, every: int = 20, seed: int = 0) -> None:
         if layers < 1:
@@ -32,7 +41,7 @@ class LisaPolicy(FreezePolicy):
 
     def decide(self, view: View) -> frozenset[int]:
         """All but the first layer and those drawn for these steps."""
-        # A generator of its own for each draw: the training's random numbers stand still, and a draw depends on its
+        # A generator of its own for each draw: the training's random numbers do not change, and a draw depends on its
         # number alone, so that there is nothing to save.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + view.step // self.every)
         order = torch.randperm(len(view.layers) - 1, generator=generator) + 1

@@ -1,4 +1,4 @@
-"""PipeTransformer's freezing: a front that takes a fixed share of what is left at every epoch."""
+"""PipeTransformer's freezing: a prefix that takes a fixed share of the layers left at every epoch."""
 
 from collections.abc import Sequence
 from math import ceil
@@ -16,17 +16,25 @@ from predictor.policies.measuring.gradients import gradients, interval_ends, who
 
 
 class PipeTransformerPolicy(FreezePolicy):
-    """Freezes a front that grows by a share of the layers left, at the end of each epoch.
+    """Freezes a prefix that grows by a share of the layers left, at the end of each epoch.
 
     Paper: PipeTransformer (He et al., ICML 2021, arXiv 2102.03161), made to move freed memory between pipeline stages.
-    Rule: after epoch T the first ceil(L (1 - (1 - alpha)^T)) of L layers are frozen; when adaptive, no more than come
-    before the active layer with the smallest gradient. Signal: time; when adaptive, gradients too. Differs: only the
-    freezing is here, not the pipeline; our reading of "the smallest gradient" is the least sum, over the epoch's steps,
-    of the L2 norm of a layer's gradient; the head is not counted. Cost: none; when adaptive, the norms of the active
-    layers' gradients at each step.
 
-    alpha: the share of the layers left that an epoch freezes, above 0 and below 1: 1/3 for CIFAR-100 and .07 for
-    ImageNet in the authors' code. adaptive: let gradients hold the front back. epochs: how many the training has.
+    Rule: after epoch T the first ceil(L (1 - (1 - alpha)^T)) of L layers are frozen. When adaptive, no more than come
+    before the active layer with the smallest gradient.
+
+    Signal: time; when adaptive, gradients too.
+
+    Differs: only the freezing is here, not the pipeline. Our reading of "the smallest gradient" is the least sum, over
+    the epoch's steps, of the L2 norm of a layer's gradient. The head is not counted.
+
+    Cost: none; when adaptive, the norms of the active layers' gradients at each step.
+
+    Args:
+        alpha: the share of the layers left that an epoch freezes, above 0 and below 1. The authors' code has 1/3 for
+            CIFAR-100 and .07 for ImageNet.
+        adaptive: let gradients limit the prefix.
+        epochs: how many epochs the training has.
     """
 
     def __init__(self, alpha: float = 1 / 3, adaptive: bool = False, epochs: int = 10) -> None:
@@ -40,7 +48,7 @@ class PipeTransformerPolicy(FreezePolicy):
         self._norms_L: Tensor | None = None
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
-        """See where the gradients are."""
+        """Note the device of the gradients."""
         self._device = next(layers[0].parameters()).device
 
     @torch.no_grad()
@@ -49,11 +57,11 @@ class PipeTransformerPolicy(FreezePolicy):
         if not self.adaptive:
             return
         norms = dict.fromkeys(range(len(view.layers)), torch.zeros((), device=self._device))
-        for place in view.active:
-            if grads := gradients(view.layers[place]):
-                norms[place] = whole(get_total_norm(grads)).float().to(self._device)
+        for index in view.active:
+            if grads := gradients(view.layers[index]):
+                norms[index] = whole(get_total_norm(grads)).float().to(self._device)
         norms_L = torch.stack(list(norms.values()))
-        # Not finite where a GradScaler had to skip a step, which then tells nothing, of no layer.
+        # Not finite where a GradScaler had to skip a step, which then is no evidence for any layer.
         norms_L = norms_L.where(norms_L.isfinite().all(), torch.zeros_like(norms_L))
         self._norms_L = norms_L if self._norms_L is None else self._norms_L + norms_L
 
@@ -62,7 +70,7 @@ class PipeTransformerPolicy(FreezePolicy):
         return interval_ends(step, total_steps, self.epochs)
 
     def decide(self, view: View) -> frozenset[int]:
-        """The front that has come up at the end of an epoch."""
+        """The frozen layers and, at the end of an epoch, the longer prefix."""
         if not self.due(view.step, view.total_steps) or not view.active:
             return view.frozen
         epoch = view.step * self.epochs // view.total_steps
@@ -70,7 +78,7 @@ class PipeTransformerPolicy(FreezePolicy):
         count = ceil(len(view.layers) * (1 - (1 - self.alpha) ** epoch) - 1e-9)
         if self.adaptive and self._norms_L is not None:
             norms = self._norms_L.tolist()
-            count = min(count, min(view.active, key=lambda place: norms[place]))
+            count = min(count, min(view.active, key=lambda index: norms[index]))
         self._norms_L = None
         return view.frozen | frozenset(range(count))
 
@@ -79,5 +87,5 @@ class PipeTransformerPolicy(FreezePolicy):
         return {} if self._norms_L is None else {"norms": self._norms_L.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them up again."""
+        """Load them."""
         self._norms_L = state["norms"].to(self._device, copy=True) if "norms" in state else None

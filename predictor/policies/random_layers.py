@@ -1,4 +1,4 @@
-"""A front that grows at random times: what a freezing method must beat to have shown that its times matter."""
+"""A prefix that grows at random times: the control that shows whether a method's times matter."""
 
 import torch
 
@@ -7,12 +7,22 @@ from predictor.policies.base import FreezePolicy, View
 
 
 class RandomPolicy(FreezePolicy):
-    """Freezes a front that grows by one layer at each of several random times.
+    """Freezes a prefix that grows by one layer at each of several random times.
 
-    Paper: none; a control. Rule: n = round(share * L) moments are drawn evenly from the whole training; at each of
-    them one more layer freezes, front to back. Signal: chance. Differs: not at all. Cost: none.
+    Paper: none; a control.
 
-    share: of the layers that are frozen at the end; take that of the method it is compared with. seed: of the moments.
+    Rule: n = round(share * L) moments are drawn uniformly from the whole training. At each of them one more layer
+    freezes, front to back.
+
+    Signal: chance.
+
+    Differs: nothing.
+
+    Cost: none.
+
+    Args:
+        share: the share of the layers that are frozen at the end. Take that of the method it is compared with.
+        seed: the seed of the moments.
     """
 
     def __init__(self, share: float = 0.5, seed: int = 0) -> None:
@@ -23,8 +33,8 @@ class RandomPolicy(FreezePolicy):
 
     def decide(self, view: View) -> frozenset[int]:
         """As many layers as moments have passed."""
-        # Drawn anew each time, by a generator of its own: nothing to save, and the training's random numbers stand
-        # still.
+        # Drawn at each call by a generator of its own: there is nothing to save, and the training's random numbers do
+        # not change.
         generator = torch.Generator().manual_seed(self.seed)
         moments = torch.rand(round(self.share * len(view.layers)), generator=generator)
         return frozenset(range(int((moments <= view.progress).sum())))

@@ -1,4 +1,4 @@
-"""A front that grows at times fixed beforehand: any schedule that one can write down."""
+"""A prefix that changes at times fixed beforehand: any schedule that can be written down."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,32 +11,41 @@ _EXAMPLE = "give it as [[progress, share of the layers], ...], such as [[0.5, 0.
 
 
 class SchedulePolicy(FreezePolicy):
-    """Freezes a front of a given size from each of several given times on.
+    """Freezes a prefix of a given size from each of several given times on.
 
-    Paper: none; what a search over schedules tries (`python -m evaluate oracle`). Rule: with t the progress, the share
-    of the last pair whose progress is at most t, none before the first, and the first round(share * L) of L layers are
-    frozen. Signal: time. Differs: not at all. Cost: none.
+    Paper: none; what a search over schedules tries (`python -m evaluate oracle`).
 
-    fronts: pairs of a progress, from 0 to 1, and of the share of the layers that are frozen from then on, from 0 to 1.
-    The progress rises from pair to pair; where a share falls, layers thaw. Without any pair nothing freezes.
+    Rule: with t the progress, take the share of the last pair whose progress is at most t, 0 before the first pair. The
+    first round(share * L) of L layers are frozen.
+
+    Signal: time.
+
+    Differs: nothing.
+
+    Cost: none.
+
+    Args:
+        fronts: pairs of a progress, from 0 to 1, and of the share of the layers that are frozen from then on, from 0 to
+            1. The progress rises from pair to pair. Where a share falls, layers are unfrozen. Without any pair nothing
+            freezes.
     """
 
     def __init__(self, fronts: Sequence[Sequence[float]] = ((0.25, 0.25), (0.5, 0.5), (0.75, 0.75))) -> None:
-        self.fronts = tuple(_pair(front, fronts) for front in fronts)
+        self.fronts = tuple(_pair(pair, fronts) for pair in fronts)
         times = [progress for progress, _ in self.fronts]
         if times != sorted(set(times)):
             raise UsageError(f"fronts={fronts}: the progress must rise from pair to pair")
-        self.thaws = any(later < share for (_, share), (_, later) in pairwise(self.fronts))
+        self.unfreezes = any(later < share for (_, share), (_, later) in pairwise(self.fronts))
 
     def decide(self, view: View) -> frozenset[int]:
-        """The front of the last pair whose time has come."""
+        """The prefix of the last pair whose time has come."""
         share = next((share for progress, share in reversed(self.fronts) if view.progress >= progress), 0.0)
         return frozenset(range(round(share * len(view.layers))))
 
 
-def _pair(front: Any, fronts: Any) -> tuple[float, float]:
+def _pair(pair: Any, fronts: Any) -> tuple[float, float]:
     try:
-        progress, share = (float(value) for value in front)
+        progress, share = (float(value) for value in pair)
     except (TypeError, ValueError) as error:
         raise UsageError(f"fronts={fronts}: {_EXAMPLE}") from error
     if not (0 <= progress <= 1 and 0 <= share <= 1):

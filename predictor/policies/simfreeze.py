@@ -1,4 +1,4 @@
-"""SimFreeze: a layer freezes when what it makes of the same inputs no longer changes."""
+"""SimFreeze: a layer freezes when its output for the same inputs no longer changes."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,21 +17,31 @@ from predictor.policies.measuring.similarity import cka_to_last, gram, upper_tri
 
 
 class SimFreezePolicy(FreezePolicy):
-    """Freezes each layer whose output to a fixed batch has stayed like itself from check to check.
+    """Freezes each layer whose output for a fixed batch has stayed similar to itself from check to check.
 
-    Paper: SimFreeze, a part of ETuner, by the group that made SmartFRZ. Rule: at every check, each active layer's
-    self-similarity is taken: the CKA between its outputs to the same inputs now and at the check before. A layer
-    freezes when that was at least 1 - `tolerance` at `patience` checks in a row. Signal: activations. Differs: that
-    layers freeze by the self-similarity of their representations, measured by CKA, is the paper's; all details are our
-    reading. The inputs are the first batch that the model trained on, which is kept; CKA is linear and unbiased, and
-    taken in evaluation mode; a frozen layer stays frozen; `prefix` keeps the frozen set a front, where freezing saves
-    most. A layer whose output has no row for each sample, or is the same for all, freezes with the one behind it. There
-    is no stage before the first check, so that it suits pretrained weights: from scratch, small steps under a warm-up
-    make everything alike. Cost: at each check one pass of the whole model without gradients; memory for one batch and B
-    (B - 1) / 2 numbers a layer.
+    Paper: SimFreeze, a part of ETuner, by the group that made SmartFRZ.
 
-    tolerance: how far below 1 the similarity may be. patience: checks in a row. checks: in a whole training, evenly
-    spread. prefix: freeze a layer only together with all before it.
+    Rule: at every check each active layer's self-similarity is measured: the CKA between its outputs for the same
+    inputs now and at the check before. A layer freezes when that was at least 1 - `tolerance` at `patience` checks in a
+    row.
+
+    Signal: activations.
+
+    Differs: the paper's idea is that layers freeze by the self-similarity of their representations, measured by CKA.
+    All details are our reading. The inputs are the first batch that the model trained on, which is kept. CKA is linear
+    and unbiased, and measured in evaluation mode. A frozen layer stays frozen. `prefix` keeps the frozen set a prefix,
+    where freezing saves most. A layer whose output has no row for each sample, or is the same for all, freezes with the
+    one behind it. There is no stage before the first check, which suits pretrained weights: from scratch, small steps
+    under a warm-up make all outputs similar.
+
+    Cost: at each check one forward pass of the whole model without gradients; memory for one batch and B (B - 1) / 2
+    numbers a layer.
+
+    Args:
+        tolerance: how far below 1 the similarity may be.
+        patience: checks in a row.
+        checks: checks in a whole training, evenly spread.
+        prefix: freeze a layer only together with all before it.
     """
 
     def __init__(self, tolerance: float = 0.005, patience: int = 3, checks: int = 60, prefix: bool = True) -> None:
@@ -46,46 +56,46 @@ class SimFreezePolicy(FreezePolicy):
         self._checks = SampleSpec(snapshots=checks)
         self._probe: Batch | None = None
         self._last: dict[int, Tensor] = {}  # triangle_P of each layer that was active at the last check
-        self._calm: dict[int, int] = {}  # checks in a row at which a layer was like itself
+        self._calm: dict[int, int] = {}  # checks in a row at which a layer was similar to itself
         self.passes: Counter[int] = Counter()
         self._silent: list[int] = []  # layers that had no similarity at the last check
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
-        """Wait for the first batch. Raises UsageError for a model that is sharded."""
+        """Wait for the first batch. Raises UsageError for a sharded model."""
         refuse_sharded(model, "simfreeze")
         self._model = model
         self._taker = BatchTaker(model)
         self._taker.wait()
 
     def observe(self, view: View) -> None:
-        """Take the first batch; check all active layers, where that is due."""
+        """Take the first batch, or check all active layers where that is due."""
         if self._probe is None:
             self._take()
         if self._probe is not None and view.active and self._checks.due(view.step, view.total_steps):
             self._check(view, self._probe)
 
     def decide(self, view: View) -> frozenset[int]:
-        """The layers frozen so far, and those that have stayed like themselves."""
-        ready = {place for place in view.active if self._calm.get(place, 0) >= self.patience}
+        """The layers frozen so far, and those whose outputs have stopped changing."""
+        ready = {index for index in view.active if self._calm.get(index, 0) >= self.patience}
         if self.prefix:
-            ready = self._front(ready | view.frozen)
+            ready = self._prefix_of(ready | view.frozen)
         return view.frozen | ready
 
     def state_dict(self) -> dict[str, Any]:
-        """The batch that is kept, and each active layer's similarities."""
+        """The kept batch, and each active layer's similarities."""
         return {
             "probe": None if self._probe is None else self._probe.state_dict(),
-            "last": {place: triangle_P.cpu() for place, triangle_P in self._last.items()},
+            "last": {index: triangle_P.cpu() for index, triangle_P in self._last.items()},
             "calm": dict(self._calm),
             "silent": list(self._silent),
             "passes": dict(self.passes),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the batch and the similarities again."""
+        """Load the batch and the similarities."""
         device = next(self._model.parameters()).device
         self._probe = None if state["probe"] is None else Batch.of_state(state["probe"], device)
-        self._last = {place: triangle_P.cpu() for place, triangle_P in state["last"].items()}
+        self._last = {index: triangle_P.cpu() for index, triangle_P in state["last"].items()}
         self._calm, self._silent = dict(state["calm"]), list(state["silent"])
         self.passes = Counter(state["passes"])
         self._taker.close()
@@ -93,7 +103,7 @@ class SimFreezePolicy(FreezePolicy):
             self._taker.wait()
 
     def close(self) -> None:
-        """Let go of the batch and of the hook on the model."""
+        """Drop the batch and the hook on the model."""
         self._taker.close()
         self._probe = None
         self._last = {}
@@ -104,30 +114,30 @@ class SimFreezePolicy(FreezePolicy):
             self._taker.wait()
         elif batch.samples < 4:
             raise UsageError(
-                f"the first batch has {batch.samples} samples: simfreeze needs at least 4 to tell how like one another "
-                "they are; use larger batches or another policy"
+                f"the first batch has {batch.samples} samples: simfreeze needs at least 4 to compare "
+                "them; use larger batches or another policy"
             )
         else:
             self._probe = batch.kept()
 
     def _check(self, view: View, probe: Batch) -> None:
         """Compare each active layer's output with that at the last check."""
-        layers = {place: view.layers[place] for place in view.active}
+        layers = {index: view.layers[index] for index in view.active}
         now = outputs_of(self._model, layers, probe, lambda features_BF: upper_triangle(gram(features_BF)).cpu())
         self.passes[max(layers)] += probe.samples
-        self._silent = [place for place in view.active if place not in now]
-        for place, triangle_P in now.items():
-            if place in self._last:
-                similarity = cka_to_last(torch.stack([self._last[place], triangle_P]), probe.samples)[0].item()
-                self._calm[place] = self._calm.get(place, 0) + 1 if similarity >= 1 - self.tolerance else 0
+        self._silent = [index for index in view.active if index not in now]
+        for index, triangle_P in now.items():
+            if index in self._last:
+                similarity = cka_to_last(torch.stack([self._last[index], triangle_P]), probe.samples)[0].item()
+                self._calm[index] = self._calm.get(index, 0) + 1 if similarity >= 1 - self.tolerance else 0
                 if similarity != similarity:
-                    self._silent.append(place)
+                    self._silent.append(index)
         self._last = now
 
-    def _front(self, places: set[int]) -> set[int]:
-        """The layers before the first that is neither among `places` nor silent."""
-        front = 0
-        while front in places or front in self._silent:
-            front += 1
-        # Silent layers at its end wait for the next one that can be judged.
-        return set(range(max((place for place in places if place < front), default=-1) + 1))
+    def _prefix_of(self, indices: set[int]) -> set[int]:
+        """The layers before the first that is neither among `indices` nor silent."""
+        end = 0
+        while end in indices or end in self._silent:
+            end += 1
+        # Silent layers at its end wait for the next one that can be measured.
+        return set(range(max((index for index in indices if index < end), default=-1) + 1))

@@ -1,4 +1,4 @@
-"""SpFDE's schedule: blocks of layers freeze front to back from a step on that a target for the FLOPs gives."""
+"""SpFDE's schedule: blocks of layers freeze front to back, from the step on that meets a target for the FLOPs."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -19,23 +19,33 @@ from predictor.policies.measuring.layer_rates import OwnRates
 class SpFDEPolicy(FreezePolicy):
     """Freezes block after block at even intervals, so that the whole training costs a target share of its FLOPs.
 
-    Paper: Layer Freezing & Data Sieving (Yuan et al., NeurIPS 2022, arXiv 2209.11204). Rule: the layers form N blocks;
-    the first freezes at T_frz, then one more every dT, strictly front to back, until about two thirds of the layers are
-    frozen; T_frz is solved from the FLOPs that the training may cost. A block that will freeze learns at
-    lr_k(t) = a (1 + cos(pi t / T_k)) / 2, which has reached its end where it freezes, at T_k. Frozen once, frozen for
-    good. Signal: time, and what the layers cost. Differs: this is the schedule alone; the sparse training and the data
-    sieving that the method has around it stand beside any policy, as `collect.hooks.sparse_masks` and
-    `collect.hooks.sieve`, or `sparse` and `sieve` in a suite; dT is the mask's update interval there, a share of the
-    training here; the target is one for the FLOPs that are executed, in which masks save nothing. Our reading: T_frz is
-    the last step that keeps the target; a block's own rate takes the place of the training's schedule, warm-up
-    included, and all other layers and the head follow that schedule, as does a block whose time would come after the
-    end. Freezes nothing where FLOPs cannot be counted. Cost: one forward pass to count, and a copy of those blocks'
-    weights during each optimizer step.
+    Paper: Layer Freezing & Data Sieving (Yuan et al., NeurIPS 2022, arXiv 2209.11204).
 
-    blocks: how many blocks of equally many layers; at most one a layer. interval: between two blocks, as a share of the
-    training. most: the largest share of the layers that may freeze. target: the whole training's FLOPs, as a share of
-    those without freezing. Raises UsageError at the first step when that cannot be reached even from there on: layers
-    frozen at once would keep their first weights.
+    Rule: the layers form N blocks. The first freezes at T_frz, then one more every dT, strictly front to back, until
+    about two thirds of the layers are frozen. T_frz is solved from the FLOPs that the training may cost. A block that
+    will freeze learns at lr_k(t) = a (1 + cos(pi t / T_k)) / 2, which reaches zero where it freezes, at T_k. A frozen
+    block stays frozen.
+
+    Signal: time, and what the layers cost.
+
+    Differs: this is the schedule alone. The sparse training and the data sieving of the method combine with any policy,
+    as `collect.hooks.sparse_masks` and `collect.hooks.sieve`, or `sparse` and `sieve` in a suite. dT is the masks'
+    update interval there, and a share of the training here. The target counts the FLOPs that are executed, of which
+    masks save none. Our reading: T_frz is the last step that keeps the target. A block's own rate replaces the
+    training's schedule, warm-up included. All other layers, the head, and a block whose time would come after the end
+    follow that schedule. Nothing freezes where FLOPs cannot be counted.
+
+    Cost: one forward pass to count, and a copy of those blocks' weights during each optimizer step.
+
+    Args:
+        blocks: how many blocks of equally many layers. At most one a layer.
+        interval: the time between two blocks, as a share of the training.
+        most: the largest share of the layers that may freeze.
+        target: the whole training's FLOPs, as a share of those without freezing.
+
+    Raises:
+        UsageError: at the first step, when the target cannot be reached even by freezing from there on. Layers that
+            freeze at once would keep their first weights.
     """
 
     wants_flops = True
@@ -55,42 +65,42 @@ class SpFDEPolicy(FreezePolicy):
         self._first: int | None = None
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
-        """Form the blocks, and see at which rate each layer starts."""
+        """Form the blocks, and read the rate at which each layer starts."""
         self._own = OwnRates(optimizer, layers)
         self._ends = block_ends(len(layers), self.blocks, self.most)
 
     def rates(self, view: View) -> Mapping[int, float]:
         """The own rate of each layer in a block that will freeze, as a multiple of the scheduled one."""
         freezes_at = self._freezes_at(view)
-        ending = [place for place in view.active if freezes_at.get(place, view.total_steps) < view.total_steps]
+        ending = [index for index in view.active if freezes_at.get(index, view.total_steps) < view.total_steps]
 
-        def rate(place: int) -> float:
-            return 0.5 * self._own.start_L[place] * (1 + cos(pi * min(view.step / freezes_at[place], 1.0)))
+        def rate(index: int) -> float:
+            return 0.5 * self._own.start_L[index] * (1 + cos(pi * min(view.step / freezes_at[index], 1.0)))
 
         return self._own.factors(ending, rate)
 
     def decide(self, view: View) -> frozenset[int]:
         """The layers whose block's time has come."""
-        return frozenset(place for place, step in self._freezes_at(view).items() if view.step >= step)
+        return frozenset(index for index, step in self._freezes_at(view).items() if view.step >= step)
 
     def state_dict(self) -> dict[str, Any]:
         """The rates at which the layers started, and the step at which the first block freezes, where it is known."""
         return {"start": list(self._own.start_L), "first": self._first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them up again."""
+        """Load them."""
         self._own.start_L = list(state["start"])
         self._first = state["first"]
 
     def _freezes_at(self, view: View) -> dict[int, int]:
-        """The step at which each layer freezes, by place; empty as long as the FLOPs are not known."""
+        """The step at which each layer freezes, by index; empty as long as the FLOPs are not known."""
         if self._first is None and view.flops is not None:
             self._first = first_freeze(view.flops, self._ends, self._delays(view), view.total_steps, self.target)
         if self._first is None:
             return {}
         begins = (0, *self._ends)
         spans = zip(begins, self._ends, self._delays(view), strict=False)
-        return {place: self._first + delay for begin, end, delay in spans for place in range(begin, end)}
+        return {index: self._first + delay for begin, end, delay in spans for index in range(begin, end)}
 
     def _delays(self, view: View) -> tuple[int, ...]:
         """Steps from the first block's freeze to each one's."""
@@ -98,8 +108,10 @@ class SpFDEPolicy(FreezePolicy):
 
 
 def block_ends(layers: int, blocks: int, most: float) -> tuple[int, ...]:
-    """The place behind the last layer of each block that may freeze: `layers` cut into `blocks` equal parts, as nearly
-    as whole layers allow, as far as at most a share `most` of the layers lies in front.
+    """The end of each block that may freeze, as the index behind its last layer.
+
+    `layers` are cut into `blocks` parts as equal as whole layers allow. Those that end within the first share `most` of
+    the layers may freeze.
     """
     parts = min(blocks, layers)
     ends = (round(layers * (number + 1) / parts) for number in range(parts))
@@ -109,8 +121,15 @@ def block_ends(layers: int, blocks: int, most: float) -> tuple[int, ...]:
 def first_freeze(flops: LayerFlops, ends: Sequence[int], delays: Sequence[int], total_steps: int, target: float) -> int:
     """The last step at which the first block can freeze so that the training costs at most `target` of its full FLOPs.
 
-    ends: of each block, as from `block_ends`. delays: steps from the first block's freeze to each one's. Raises
-    UsageError when the target cannot be reached even by freezing the first block after one step.
+    Args:
+        flops: what the layers cost.
+        ends: the end of each block, from `block_ends`.
+        delays: steps from the first block's freeze to each one's.
+        total_steps: optimizer steps of the whole training.
+        target: a share of the full FLOPs.
+
+    Raises:
+        UsageError: the target cannot be reached even by freezing the first block after one step.
     """
     costs = [flops.step(frozenset(range(end))) for end in (0, *ends)]
     saved = [before - after for before, after in pairwise(costs)]

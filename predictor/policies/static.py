@@ -1,17 +1,28 @@
-"""The first layers frozen from the start."""
+"""A fixed prefix, frozen from the start."""
 
 from predictor.errors import UsageError
 from predictor.policies.base import FreezePolicy, View
 
 
 class StaticPolicy(FreezePolicy):
-    """Freezes a fixed front before the first step and never changes it.
+    """Freezes a fixed prefix before the first step and never changes it.
 
-    Paper: none; what users do by hand, and `freeze=N` of several trainers. Rule: layers 0 .. n-1 at every step.
-    Signal: none. Differs: not at all. Cost: none. Meant for pretrained weights; from scratch it keeps a random front.
+    Paper: none; what users do by hand, and `freeze=N` of several trainers.
 
-    One of three says how many: share, the front's share of the layers, rounded to whole layers, 0.5 by default; layers,
-    their number; last, the number of layers behind the front, which train on beside the head.
+    Rule: layers 0 to n - 1 are frozen at every step.
+
+    Signal: none.
+
+    Differs: nothing.
+
+    Cost: none.
+
+    Made for pretrained weights. From scratch it keeps a random prefix. Give at most one of the three arguments.
+
+    Args:
+        share: the prefix's share of the layers, rounded to whole layers. 0.5 by default.
+        layers: the number of layers in the prefix.
+        last: the number of layers behind the prefix, which train beside the head.
     """
 
     def __init__(self, share: float | None = None, layers: int | None = None, last: int | None = None) -> None:
@@ -29,8 +40,12 @@ class StaticPolicy(FreezePolicy):
         self.layers = layers
         self.last = last
 
+    def due(self, step: int, total_steps: int) -> bool:
+        """Only before the first step."""
+        return step == 0
+
     def decide(self, view: View) -> frozenset[int]:
-        """The first `layers`, or that share of them, or all but the `last` ones."""
+        """The first `layers`, or a `share` of all, or all but the `last` ones."""
         found = len(view.layers)
         for name, count in (("layers", self.layers), ("last", self.last)):
             if count is not None and count > found:

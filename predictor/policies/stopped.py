@@ -1,16 +1,26 @@
-"""Early stopping at a fixed time: the cheapest rival of all."""
+"""Early stop at a fixed time: the cheapest control."""
 
 from predictor.policies.shorter import ShorterPolicy
 
 
 class StoppedPolicy(ShorterPolicy):
-    """Trains every layer, and breaks off before the end: the learning-rate schedule is that of the full training.
+    """Trains every layer and stops early, on the learning-rate schedule of the full training.
 
-    Paper: none; a control. Rule: steps = round(budget * planned steps). Signal: none. Differs: not at all. Cost: none.
-    Under a schedule that ends near zero the last steps change little, so that leaving them out may cost less than a
-    whole schedule over as many steps (`shorter`): what a method saves there alone is no merit of its own.
+    Paper: none; a control.
 
-    budget: the share of the planned steps, above 0 and at most 1.
+    Rule: steps = round(budget * planned steps).
+
+    Signal: none.
+
+    Differs: nothing.
+
+    Cost: none.
+
+    Under a schedule that ends near zero the last steps change little. Leaving them out may cost less accuracy than a
+    whole schedule over as many steps (`shorter`). What a freezing method saves in those steps is no merit of its own.
+
+    Args:
+        budget: the share of the planned steps, above 0 and at most 1.
     """
 
     rescaled = False

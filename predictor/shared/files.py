@@ -14,10 +14,10 @@ from predictor.errors import FileFault, UsageError
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well, it becomes `path` in one step.
+    """Yield a temporary path beside `path`. When the block ends without an error, it becomes `path` in one step.
 
-    The temporary name is `NAME.part`. When the block raises, the temporary file is removed and an older `path` stays
-    as it was. A full disk or a folder that cannot be written to raises FileFault.
+    The temporary name is `NAME.part`. If the block raises, the temporary file is removed and an older `path` stays as
+    it was. Raises FileFault for a full disk, and for a folder that cannot be written to.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -40,7 +40,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def append_json_line(path: Path, content: Any) -> None:
-    """Append one JSON object as a line and flush it to the disk; a line that a kill cut short is closed off first."""
+    """Append one JSON object as a line and flush it to the disk. A line that a kill cut short is ended first."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
@@ -54,14 +54,14 @@ def append_json_line(path: Path, content: Any) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, in order; lines that a kill cut short, or nothing of ours, are passed over."""
+    """The objects of a JSON-lines file, in order. Lines that hold no object, as after a kill, are left out."""
     if not path.exists():
         return []
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):  # also whole numbers too long to read, and brackets too deep
+        except (ValueError, RecursionError):  # also numbers with too many digits, and brackets nested too deeply
             continue
         if isinstance(row, dict):
             rows.append(row)
@@ -70,13 +70,18 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def held(path: Path, work: str, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Hold a lock on the file `path`, made if it is not there. It goes with this process, however that ends.
+    """Hold a lock on the file `path`, which is made if it is missing. The lock ends with this process.
 
-    work: who else may hold it, for the error, such as "another tune". wait_seconds: how long to wait for them.
+    Args:
+        path: the file.
+        work: what else may hold the lock, for the error, such as "another tune".
+        wait_seconds: how long to wait for that.
 
-    Raises UsageError while another process holds it, FileFault where there can be no such file.
+    Raises:
+        UsageError: while another process holds it.
+        FileFault: if the file cannot be made.
     """
-    import fcntl  # POSIX alone; the library must import elsewhere too
+    import fcntl  # POSIX only, and the library must import elsewhere too
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

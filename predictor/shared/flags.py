@@ -1,38 +1,39 @@
 """What the command lines share: flags made from a configuration's fields, and errors without tracebacks."""
 
 import argparse
-import ast
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import field, fields
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from predictor.errors import UsageError
 
 Config = TypeVar("Config")
-_CHECKOUT = Path(__file__).parents[2]
 
 
-def add_fields(
-    parser: argparse.ArgumentParser, source: str, class_name: str, only: Sequence[str] | None = None
-) -> None:
-    """Add a flag for each field of a dataclass: its type, its default, and the docstring below it as the help.
+def option(default: Any, help: str) -> Any:
+    """A field of a configuration dataclass, with the help text of its flag."""
+    return field(default=default, metadata={"help": help})
 
-    source: the file that defines the class, relative to the checkout, such as "predictor/training/fit.py". It is read
-        as text and not imported, because importing torch would make `--help` wait for seconds.
-    only: the fields to add; all of them by default.
+
+def add_fields(parser: argparse.ArgumentParser, config: type[Any], only: Sequence[str] | None = None) -> None:
+    """Add a flag for each field of the dataclass `config`, with its type, its default and its help.
+
+    A field may be a bool, an int, a float, a str, one of the last three or None, or a Literal. The help is that of
+    `option`. `only` names the fields to add; by default all are.
     """
-    for name, kind, default, text in _fields(source, class_name):
-        if only is None or name in only:
-            _add_flag(parser, name, kind, default, text)
+    kinds = get_type_hints(config)
+    for each in fields(config):
+        if only is None or each.name in only:
+            _add_flag(parser, each.name, kinds[each.name], each.default, each.metadata.get("help", ""))
 
 
-def from_flags(kind: type[Config], flags: argparse.Namespace) -> Config:
-    """Build the dataclass `kind` from the flags that `add_fields` made of it."""
+def from_flags(config: type[Config], flags: argparse.Namespace) -> Config:
+    """Build the dataclass `config` from the flags that `add_fields` made of it."""
     given = vars(flags)
-    return kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})  # type: ignore[arg-type]
+    return config(**{each.name: given[each.name] for each in fields(config) if each.name in given})  # type: ignore[arg-type]
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
@@ -49,31 +50,19 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         status = 130
-    except BrokenPipeError:  # `... | head` has seen enough
+    except BrokenPipeError:  # the reader, as in `... | head`, wants no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     sys.exit(status)
 
 
-def _fields(source: str, class_name: str) -> Iterator[tuple[str, str, Any, str]]:
-    """Name, type, default and docstring of every field of a dataclass, read from its source text."""
-    tree = ast.parse((_CHECKOUT / source).read_text(encoding="utf-8"))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
-    for node, after in zip(body, [*body[1:], None], strict=True):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
-            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            text = str(after.value.value) if documented else ""  # type: ignore[union-attr]
-            yield node.target.id, ast.unparse(node.annotation), ast.literal_eval(node.value), text
-
-
-def _add_flag(parser: argparse.ArgumentParser, name: str, kind: str, default: Any, text: str) -> None:
+def _add_flag(parser: argparse.ArgumentParser, name: str, kind: Any, default: Any, text: str) -> None:
     flag = "--" + name.replace("_", "-")
-    text = " ".join(text.split()).rstrip(".").replace("%", "%%") + " (default: %(default)s)"
-    if kind == "bool":
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
-    elif kind.startswith("Literal["):
-        choices = ast.literal_eval(kind.removeprefix("Literal"))
-        parser.add_argument(flag, choices=choices, default=default, help=text)
+    help = f"{text.replace('%', '%%')} (default: %(default)s)".lstrip()
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+    elif get_origin(kind) is Literal:
+        parser.add_argument(flag, choices=get_args(kind), default=default, help=help)
     else:
-        convert = {"int": int, "float": float, "str": str}[kind.removesuffix(" | None")]
-        parser.add_argument(flag, type=convert, default=default, metavar=kind.split(" ")[0].upper(), help=text)
+        (convert,) = [part for part in get_args(kind) or (kind,) if part is not NoneType]
+        parser.add_argument(flag, type=convert, default=default, metavar=convert.__name__.upper(), help=help)

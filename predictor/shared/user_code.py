@@ -1,4 +1,4 @@
-"""What users name from their own code, as package.module:name."""
+"""Functions and classes of users' own code, named as package.module:name."""
 
 import hashlib
 import importlib
@@ -11,11 +11,15 @@ from predictor.errors import UsageError, unknown
 
 
 def named(what: str, name: str, known: Iterable[str]) -> Callable[..., Any]:
-    """The user's own function or class called `name`, which is "package.module:name".
+    """The user's own function or class `name`, in the form "package.module:name".
 
-    what: what it is to be, such as "policy", for the error. known: the names that need no module, for the error too.
-    Raises UsageError for a name that has another form, a module that cannot be imported, and one that holds no such
-    thing.
+    Args:
+        what: its kind, such as "policy", for the error.
+        name: what to import.
+        known: the names that need no module, for the error.
+
+    Raises:
+        UsageError: for a name of another form, a module that cannot be imported, and one without such a name.
     """
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
@@ -34,9 +38,9 @@ def named(what: str, name: str, known: Iterable[str]) -> Callable[..., Any]:
 
 
 def code_of(found: Callable[..., Any]) -> str:
-    """A fingerprint of the file that holds a user's function or class, so that results of changed code are told apart.
+    """A fingerprint of the file that defines a function or class, so that results of changed code differ.
 
-    Empty where there is no file, as in a notebook. What the file imports is not in it.
+    Empty if there is no file, as in a notebook. The file's imports are not in it.
     """
     try:
         path = inspect.getsourcefile(found)

@@ -1,1 +1,1 @@
-"""Making and judging a freeze predictor. Not part of the installed library."""
+"""Training, evaluating and tuning a freeze predictor. Not part of the installed library."""

@@ -1,22 +1,20 @@
-"""What a learned predictor has to beat: the majority class, what is known without the weights, hand-made features."""
+"""The classifiers that a predictor is compared with: majority class, clock alone, features made by hand."""
 
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from predictor.model.features import SIGNALS
-from predictor.model.network import MOTION, PredictorConfig
+from predictor.model.config import FEATURES, MOTION, PredictorConfig
+from predictor.training.dataset import WindowSet, kept_tokens
 from predictor.training.metrics import Floats
-from predictor.training.tokens import kept_tokens
-from predictor.training.windows import WindowSet
 
-_COLUMN = {name: place for place, name in enumerate((*MOTION, *SIGNALS))}
+_COLUMN = {name: index for index, name in enumerate((*MOTION, *FEATURES))}
 Features = NDArray[np.floating[Any]]
 
 
-class Judge(Protocol):
-    """Whatever gives each window a probability of being freezable."""
+class Classifier(Protocol):
+    """Whatever predicts for each window the probability that it is freezable."""
 
     def probability_N(self, windows: WindowSet) -> Floats:
         """Probabilities in the order of the set's index."""
@@ -24,7 +22,7 @@ class Judge(Protocol):
 
 
 class Majority:
-    """The share of freezable windows among those that it was fitted on, whatever the window."""
+    """The share of freezable windows in the training set, for every window."""
 
     def __init__(self, windows: WindowSet) -> None:
         self._share = float(windows.labels_N.double().mean())
@@ -34,26 +32,23 @@ class Majority:
         return np.full(len(windows), self._share)
 
 
-class FromSignals:
-    """Logistic regression on some of the newest snapshot's signals, named as in SIGNALS, and on nothing of the weights.
-
-    With progress and depth it is a clock.
-    """
+class FromFeatures:
+    """Logistic regression on some of the newest snapshot's FEATURES. With progress and depth it is a clock."""
 
     def __init__(self, windows: WindowSet, *names: str) -> None:
         self._names = names
-        self._model = _logistic(signals_NF(windows, *names), windows)
+        self._model = _logistic(windows.features_NF(*names).numpy(), windows)
 
     def probability_N(self, windows: WindowSet) -> Floats:
         """Its probabilities."""
-        return _probability(self._model, signals_NF(windows, *self._names))
+        return _probability(self._model, windows.features_NF(*self._names).numpy())
 
 
 class HandMade:
-    """Logistic regression on seven features of the motion, and the newest snapshot's signals.
+    """Logistic regression on seven features of the motion, and all FEATURES of the newest snapshot.
 
-    Log of the newest and of the oldest relative step; log displacement; displacement over path; mean and newest cosine
-    between successive steps; newest change of the log step; and all of SIGNALS.
+    The seven: log of the newest and of the oldest relative step, log displacement, displacement over path, mean and
+    newest cosine between successive steps, newest change of the log step.
     """
 
     def __init__(self, windows: WindowSet, weights: int) -> None:
@@ -66,9 +61,9 @@ class HandMade:
 
 
 class Trees:
-    """Gradient-boosted trees on the features of HandMade: scikit-learn's, by default settings, without early stopping.
+    """Gradient-boosted trees on the features of HandMade: scikit-learn's, with default settings, no early stopping.
 
-    On one thread: several would add the same numbers in another order, and so give other trees.
+    They use one thread. Several would add the same numbers in another order, which gives other trees.
     """
 
     def __init__(self, windows: WindowSet, weights: int) -> None:
@@ -85,29 +80,17 @@ class Trees:
             return _probability(self._model, _hand_made_features(windows, self._weights))
 
 
-def signals_NF(windows: WindowSet, *names: str) -> Features:
-    """The newest snapshot's signals of these names, one column each, in the order of the set's index."""
-    columns = [SIGNALS.index(name) for name in names]
-    # The index goes through a run's windows by snapshot, then by layer, and passes over runs that have none.
-    parts = [
-        run.signals_TLS[windows.window - 1 :, :, columns].flatten(0, 1).numpy()
-        for run in windows.runs
-        if len(run.labels_TL) >= windows.window
-    ]
-    return np.concatenate(parts)
-
-
 def _hand_made_features(windows: WindowSet, weights: int) -> Features:
-    tokens_NTF = kept_tokens(windows, PredictorConfig(weights=weights)).numpy()
-    newest_NF = tokens_NTF[:, -1]
-    oldest_step_N = tokens_NTF[:, 0, _COLUMN["log_step"]]
-    mean_cosine_N = tokens_NTF[:, 1:, _COLUMN["cosine"]].mean(axis=1)  # the first step has none before it
-    kept = ("log_step", "cosine", "log_displacement", "straightness", "change_of_log_step", *SIGNALS)
-    return np.column_stack([oldest_step_N, mean_cosine_N, newest_NF[:, [_COLUMN[name] for name in kept]]])
+    tokens_NTD = kept_tokens(windows, PredictorConfig(weights=weights)).numpy()
+    newest_ND = tokens_NTD[:, -1]
+    oldest_step_N = tokens_NTD[:, 0, _COLUMN["log_step"]]
+    mean_cosine_N = tokens_NTD[:, 1:, _COLUMN["cosine"]].mean(axis=1)  # the first step has none before it
+    kept = ("log_step", "cosine", "log_displacement", "straightness", "change_of_log_step", *FEATURES)
+    return np.column_stack([oldest_step_N, mean_cosine_N, newest_ND[:, [_COLUMN[name] for name in kept]]])
 
 
 def _logistic(features_NF: Features, windows: WindowSet) -> Any:
-    """A fitted pipeline. scikit-learn raises ValueError where the labels are all the same: see fit.check_windows."""
+    """A fitted pipeline. scikit-learn raises ValueError if all labels are the same: see `fit.check_windows`."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -117,8 +100,8 @@ def _logistic(features_NF: Features, windows: WindowSet) -> Any:
 
 
 def _one_thread() -> Any:
-    """A context in which OpenMP, which the trees are grown with, has one thread."""
-    # scikit-learn brings it along.
+    """A context in which OpenMP, which grows the trees, has one thread."""
+    # scikit-learn depends on threadpoolctl.
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     return threadpool_limits(1, user_api="openmp")

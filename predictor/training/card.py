@@ -1,18 +1,19 @@
 """A predictor's card: what it was trained on and how well it does, as JSON in its file and as text in the terminal."""
 
+import math
 import platform
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any
 
 import predictor
 from predictor.model.file import PredictorFile
-from predictor.training.evaluation import JUDGES
-from predictor.training.tables import at, figure, percent, table, text
+from predictor.training.dataset import WindowSet
+from predictor.training.evaluation import CLASSIFIERS
+from predictor.training.splits import families_of
 from predictor.training.thresholds import DEFAULT_RISK
-from predictor.training.windows import WindowSet
 
 _MOST_ROWS = 100
 _MOST_GROUPS = 40
@@ -20,15 +21,15 @@ _LEGEND = """\
 AUROC, AP: chance to rank a freezable window above one that is not, and average precision; .5 and the class's share
 by guessing. AP not yet: of finding the windows that may not be frozen yet, the harder class.
 found: share of freezable windows frozen at the threshold. wrongly frozen: share of not-yet-freezable ones frozen.
-false freezes: share of all its freezes that are wrong. n/a: the windows hold one class only, or nothing is frozen."""
+false freezes: share of all its freezes that are wrong. n/a: there is one class only, or nothing is frozen."""
 _AT_HALF = """\
-The validation runs of the families it knows chose each judge's threshold. At half: false freezes where half of these
-very freezable windows are frozen, which tells about the ranking alone."""
+Each classifier's threshold was chosen on validation runs of the families it knows. At half: false freezes at the
+threshold that freezes half of these freezable windows, which measures the ranking alone."""
 _REPLAYED = """\
-What the runs would have lost and saved by a growing front, each judged by a predictor that learnt from the other
-families (points of accuracy, as means; FLOPs of full training without a cache). The thresholds were chosen on all of
-these runs, the test runs among them:"""
-_NOT_JUDGED = "nothing. This predictor is to be used and not to be judged: no family and no source was kept from it"
+What the runs would have lost and saved with a growing frozen prefix, each predicted by a predictor that was trained on
+the other families (pp: percentage points of accuracy, as means; FLOPs of full training without a cache). The thresholds
+were chosen on all of these runs, including the test runs:"""
+_NOTHING_HELD_OUT = "nothing. This predictor is for use and not for evaluation: it has seen every family and source"
 _INPUTS = {"gain": "motion, gain and clock", "motion": "motion and clock", "raw": "raw weights"}
 _COLUMNS = (
     ("accuracy", "accuracy"),
@@ -42,7 +43,7 @@ _COLUMNS = (
     ("false\nfreezes", "false_freezes"),
 )
 _COMPARED = (("AUROC", "auroc"), ("AP not yet", "precision_not_yet"), ("false freezes", "false_freezes"))
-_RIVALS = ("clock", "hand-made", "attention")
+_SHOWN = ("clock", "hand-made", "attention")
 _UNSEEN = (
     ("AUROC", "auroc"),
     ("AP not yet", "precision_not_yet"),
@@ -54,10 +55,10 @@ _UNSEEN = (
 
 
 def training_data(windows: WindowSet, parts: dict[str, Sequence[int]], files: Sequence[str]) -> dict[str, Any]:
-    """What a predictor was trained and tested on; `parts` names the places of the runs in train, validation, test."""
+    """What a predictor was trained and tested on. `parts` holds the indices of the runs in train, validation, test."""
     families = {
-        family: {part: sum(windows.runs[place].family == family for place in places) for part, places in parts.items()}
-        for family in sorted({run.family for run in windows.runs})
+        family: {part: sum(windows.runs[run].family == family for run in runs) for part, runs in parts.items()}
+        for family in families_of(windows.runs)
     }
     return {
         "files": list(files),
@@ -74,7 +75,7 @@ def provenance() -> dict[str, str]:
     import torch
 
     return {
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "made": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "smartfrz": predictor.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -82,7 +83,7 @@ def provenance() -> dict[str, str]:
 
 
 def show(file: PredictorFile) -> str:
-    """A predictor as text, from its file alone. What the card lacks is n/a; control characters are left out."""
+    """A predictor as text, from its file alone. What the card lacks is n/a. Control characters are left out."""
     config, spec = asdict(file.model.config), file.spec
     inputs = _INPUTS[config["inputs"]]
     parameters = sum(parameter.numel() for parameter in file.model.parameters())
@@ -91,14 +92,14 @@ def show(file: PredictorFile) -> str:
         ("network", f"{parameters:,} parameters; hidden {config['hidden']}, key {config['key']}"),
         ("sampling", f"{spec.weights} weights a layer, {spec.snapshots} snapshots a training, seed {spec.seed}"),
         ("threshold", f"freezes from probability {file.threshold:.4f}{why(file.card)}{_weighed(file)}"),
-        *_told(file.card),
+        *_facts(file.card),
     ]
-    lines = [f"{name:<11} {told}" for name, told in rows]
+    lines = [f"{name:<11} {fact}" for name, fact in rows]
     return "\n".join(["freeze predictor", *lines, "", figures_text(file.card)])
 
 
 def figures_text(card: Any) -> str:
-    """The tables of a card: test figures by judge, by family, without each family, and on what was held out."""
+    """The tables of a card: test figures by classifier, by family, without each family, and on what was held out."""
     parts = [_overall(card), _by_family(card), _transfer(card), _unseen(card), _LEGEND, _risks(card)]
     return "\n\n".join(part for part in parts if part)
 
@@ -107,11 +108,11 @@ def held_out_text(held_out: Any) -> str:
     """The families and sources that a card says were held out, in words."""
     names = {kind: _listed(at(held_out, kind)) for kind in ("families", "sources")}
     if not any(names.values()):
-        return _NOT_JUDGED
+        return _NOTHING_HELD_OUT
     return "; ".join(f"{kind} {', '.join(listed)}" for kind, listed in names.items() if listed)
 
 
-def _told(card: Any) -> list[tuple[str, str]]:
+def _facts(card: Any) -> list[tuple[str, str]]:
     data, made = at(card, "data"), at(card, "provenance")
     families = ", ".join(f"{text(name)} {text(at(row, 'train'))}" for name, row in _rows(at(data, "families")))
     epochs = f"epoch {text(at(card, 'training', 'best_epoch'))} of {text(at(card, 'training', 'epochs'))} kept"
@@ -123,7 +124,7 @@ def _told(card: Any) -> list[tuple[str, str]]:
         ("labels", _rule(at(card, "labels"))),
         ("data", f"{runs}, {percent(at(data, 'freezable'))} freezable; networks trained on {sources or 'n/a'}"),
         ("trained on", f"runs by family: {families or 'n/a'}; {epochs}"),
-        # Cards from before there was such a split say nothing of it.
+        # Older cards do not know this split.
         *([("held out", held_out_text(held_out))] if isinstance(held_out, dict) else []),
         ("made", f"{text(at(made, 'made'))} with {versions}"),
     ]
@@ -131,23 +132,23 @@ def _told(card: Any) -> list[tuple[str, str]]:
 
 def _rule(labels: Any) -> str:
     if (tolerance := at(labels, "tolerance")) is not None:
-        return f"may be frozen where freezing the front up to it costs at most {text(tolerance)} points of accuracy"
+        return f"may be frozen if freezing the prefix up to it costs at most {text(tolerance)} pp of accuracy"
     threshold, dip, learn = (at(labels, name) for name in ("label_threshold", "label_dip", "learn_threshold"))
-    told = f"may be frozen once its CKA to the final network stays at least {text(threshold)}"
-    told += f", dips of {text(dip)} allowed" if dip else ""
-    return told + (f"; learnt from labels of {text(learn)}" if learn else "")
+    rule = f"may be frozen once its CKA to the final network stays at least {text(threshold)}"
+    rule += f", dips of {text(dip)} allowed" if dip else ""
+    return rule + (f"; trained on labels of {text(learn)}" if learn else "")
 
 
 def why(card: Any) -> str:
     """What the threshold of a predictor with this card was chosen for, in words."""
     if at(card, "risks") is not None:
-        return f", for a risk of {DEFAULT_RISK:g} points"
+        return f", for a risk of {DEFAULT_RISK:g} pp"
     allowed = at(card, "training", "false_freeze")
     return "" if allowed is None else f", the lowest with at most {percent(allowed)} false freezes on validation runs"
 
 
 def _weighed(file: PredictorFile) -> str:
-    return "; that is for all layers: a front has to be the surer the less it saves" if file.weighs else ""
+    return "; that is for all layers, and a smaller prefix needs a higher one" if file.weighs else ""
 
 
 def _overall(card: Any) -> str:
@@ -159,14 +160,14 @@ def _overall(card: Any) -> str:
         f"Held-out runs, of families it knows: {text(at(figures, 'windows'))} windows, "
         f"{percent(at(figures, 'freezable'))} freezable"
     )
-    return f"{head}\n{_by_judge(overall, _COLUMNS)}"
+    return f"{head}\n{_by_classifier(overall, _COLUMNS)}"
 
 
 def _risks(card: Any) -> str:
     rows = at(card, "risks")
     if not isinstance(rows, list):
         return ""
-    head = ("risk", "freezes from", "points lost", "FLOPs", "points elsewhere", "FLOPs elsewhere")
+    head = ("risk (pp)", "freezes from", "pp lost", "FLOPs", "pp elsewhere", "FLOPs elsewhere")
     listed = [
         (
             text(at(row, "risk")),
@@ -179,9 +180,9 @@ def _risks(card: Any) -> str:
         for row in rows[:_MOST_ROWS]
     ]
     slope, shift = at(card, "calibration", "slope"), at(card, "calibration", "shift")
-    # Cards from before test runs were left out say nothing of it.
+    # Older cards do not say so: test runs were not left out then.
     among = "without those" if at(card, "calibration", "on_test_runs") is False else "with those"
-    line = f"calibrated on the same judgements, {among} of test runs: "
+    line = f"calibrated on the same predictions, {among} of test runs: "
     line += f"logits times {figure(slope)}, plus {figure(shift)}"
     return f"{_REPLAYED}\n{table(head, listed)}" + (f"\n{line}" if slope is not None else "")
 
@@ -210,24 +211,24 @@ def _transfer(card: Any) -> str:
         return ""
     rows = [[text(name), *_compared(row)] for name, row in [*families, ("mean", at(card, "transfer", "mean"))]]
     # The figure's name stands over the first of its columns.
-    heads = [title if place == 0 else "" for title, _ in _COMPARED for place in range(len(_RIVALS))]
-    titles = ["left out", *(f"{head}\n{rival}" for head, rival in zip(heads, _RIVALS * len(_COMPARED), strict=True))]
+    heads = [title if index == 0 else "" for title, _ in _COMPARED for index in range(len(_SHOWN))]
+    titles = ["left out", *(f"{head}\n{name}" for head, name in zip(heads, _SHOWN * len(_COMPARED), strict=True))]
     lines = ["Families never seen: trained on all others, tested on the held-out runs of this one"]
     lines += [table(titles, rows)] if families else []
     return "\n".join(lines + (["not tested:", *left_out] if left_out else []))
 
 
 def _unseen(card: Any) -> str:
-    """What is told of the families and sources that were held out; nothing where the card knows of none."""
+    """The figures on the families and sources that were held out. Empty if the card does not know that split."""
     held_out, found = at(card, "held_out"), at(card, "unseen")
     if not isinstance(held_out, dict):
         return ""
-    told = held_out_text(held_out)
-    if told == _NOT_JUDGED:
-        return f"Held out: {told}."
+    names = held_out_text(held_out)
+    if names == _NOTHING_HELD_OUT:
+        return f"Held out: {names}."
     overall, groups = at(found, "overall"), at(found, "groups")
     if not isinstance(overall, dict) or not isinstance(groups, list):
-        return f"Held out: {told}.\nNo run of them was there: gather some, and train again, to see how it does on them."
+        return f"Held out: {names}.\nThere was no run of them: gather some, and train again, for figures on them."
     figures = at(overall, "attention")
     head = (
         "Held out from all training and tuning, by family or by source: "
@@ -236,7 +237,7 @@ def _unseen(card: Any) -> str:
     )
     columns = [(title.replace(" ", "\n", 1), key) for title, key in _UNSEEN]
     tables = [_by_group(title, key, overall, groups, at(found, "mean")) for title, key in _UNSEEN]
-    return "\n\n".join([f"{head}\n{_by_judge(overall, columns)}\n{_AT_HALF}", _group_counts(groups), *tables])
+    return "\n\n".join([f"{head}\n{_by_classifier(overall, columns)}\n{_AT_HALF}", _group_counts(groups), *tables])
 
 
 def _group_counts(groups: Sequence[Any]) -> str:
@@ -253,21 +254,21 @@ def _group_counts(groups: Sequence[Any]) -> str:
 
 
 def _by_group(title: str, key: str, overall: dict[str, Any], groups: Sequence[Any], mean: Any) -> str:
-    """One figure of every judge, by family and source."""
-    judges = _judges_in(overall)
+    """One figure of every classifier, by family and source."""
+    names = _classifiers_in(overall)
     named = [(_group_name(group), at(group, "judges")) for group in groups[:_MOST_GROUPS]]
-    rows = [[name, *(figure(at(row, judge, key)) for judge in judges)] for name, row in [*named, ("mean", mean)]]
-    return table([title, *(judge.replace(" ", "\n") for judge in judges)], rows)
+    rows = [[group, *(figure(at(row, name, key)) for name in names)] for group, row in [*named, ("mean", mean)]]
+    return table([title, *(name.replace(" ", "\n") for name in names)], rows)
 
 
-def _by_judge(overall: dict[str, Any], columns: Sequence[tuple[str, str]]) -> str:
-    rows = [[name, *(figure(at(overall, name, key)) for _, key in columns)] for name in _judges_in(overall)]
+def _by_classifier(overall: dict[str, Any], columns: Sequence[tuple[str, str]]) -> str:
+    rows = [[name, *(figure(at(overall, name, key)) for _, key in columns)] for name in _classifiers_in(overall)]
     return table(["", *(title for title, _ in columns)], rows)
 
 
-def _judges_in(overall: dict[str, Any]) -> list[str]:
-    """The judges that a card has figures of: older ones have fewer."""
-    return [name for name in JUDGES if name in overall]
+def _classifiers_in(overall: dict[str, Any]) -> list[str]:
+    """The classifiers that a card has figures of. Older cards have fewer."""
+    return [name for name in CLASSIFIERS if name in overall]
 
 
 def _group_name(group: Any) -> str:
@@ -275,7 +276,7 @@ def _group_name(group: Any) -> str:
 
 
 def _compared(row: Any) -> list[str]:
-    return [figure(at(row, rival, key)) for _, key in _COMPARED for rival in _RIVALS]
+    return [figure(at(row, name, key)) for _, key in _COMPARED for name in _SHOWN]
 
 
 def _listed(names: Any) -> list[str]:
@@ -284,3 +285,50 @@ def _listed(names: Any) -> list[str]:
 
 def _rows(content: Any) -> list[tuple[str, Any]]:
     return list(content.items())[:_MOST_ROWS] if isinstance(content, dict) else []
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first one to the left. A title may have several lines."""
+    from tabulate import tabulate
+
+    words = [title.split("\n") for title in titles]
+    height = max(map(len, words))
+    # Rows, because tabulate makes columns wider than their headers, and puts lines at the top of a cell.
+    heads = zip(*([""] * (height - len(each)) + each for each in words), strict=True)
+    align = ["left", *["right"] * (len(titles) - 1)]
+    lines = tabulate([*heads, *rows], tablefmt="plain", disable_numparse=True, colalign=align)
+    return "\n".join(line.rstrip() for line in lines.splitlines())
+
+
+def at(content: Any, *path: str) -> Any:
+    """The content at a path of keys, or None."""
+    for name in path:
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
+
+
+def number(value: Any) -> float | None:
+    """A number that can be shown, or None."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
+    return value if usable and math.isfinite(value) else None
+
+
+def figure(value: Any) -> str:
+    """Three decimals."""
+    found = number(value)
+    return "n/a" if found is None else f"{found:.3f}"
+
+
+def percent(value: Any) -> str:
+    """A share as a percentage."""
+    found = number(value)
+    return "n/a" if found is None else f"{100 * found:.1f} %"
+
+
+def text(value: Any) -> str:
+    """A count or a name on one line."""
+    if value is None:
+        return "n/a"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}" if abs(value) < 1e15 else "n/a"
+    return "".join(letter for letter in str(value)[:200] if letter.isprintable())

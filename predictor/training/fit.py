@@ -1,87 +1,43 @@
-"""Training a freeze predictor: AdamW on binary cross entropy, the epoch with the lowest validation loss kept."""
+"""Training a freeze predictor: AdamW on binary cross entropy. The epoch with the lowest validation loss is kept."""
 
 import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from predictor.errors import DivergedError, UsageError
-from predictor.model.features import CLOCK
+from predictor.model.config import CLOCK, MOTION, PredictorConfig
 from predictor.model.file import PredictorFile
-from predictor.model.network import MOTION, FreezePredictor, PredictorConfig
+from predictor.model.network import FreezePredictor
 from predictor.model.sampling import SampleSpec
 from predictor.shared.tracking import Tracker
+from predictor.training.config import FitConfig
+from predictor.training.dataset import Tokens, WindowSet
 from predictor.training.metrics import Floats, auroc, choose_threshold
 from predictor.training.splits import Split, split_by_run
-from predictor.training.tokens import Tokens, fit_scaling
-from predictor.training.windows import WindowSet
 
 _COLUMNS = ("train_loss", "validation_loss", "validation_auroc", "learning_rate")
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """How a predictor is trained."""
-
-    epochs: int = 10
-    """Epochs at most."""
-    patience: int = 5
-    """Stop after so many epochs without a lower validation loss."""
-    epoch_windows: int = 4096
-    """Windows drawn for an epoch, at most; neighbours overlap, so that all of them would tell little more."""
-    batch_size: int = 128
-    """Windows in a batch."""
-    learning_rate: float = 0.002
-    """AdamW's learning rate at the start; a cosine brings it to zero at the last epoch."""
-    weight_decay: float = 0.01
-    """AdamW's weight decay."""
-    hide_clock: float = 0.3
-    """Share of training windows whose progress, depth and learning rate are hidden, so that the motion must be read:
-    how a family's layers settle over time is soon learnt by heart, and is another in the next family."""
-    balance: bool = False
-    """Let both classes count the same in the loss; the probabilities then no longer are those of the data."""
-    scaling: Literal["standard", "robust", "none"] = "standard"
-    """Inputs less their mean over their deviation; less their median over their quartiles' distance; or as they are."""
-    false_freeze: float = 0.02
-    """Threshold: the lowest at which at most this share of the freezes on the validation runs is false."""
-    validation: float = 0.2
-    """Share of the runs that choose the epoch and the threshold."""
-    test: float = 0.2
-    """Share of the runs kept for the test."""
-    split_seed: int = 0
-    """Seed of the split into training, validation and test runs."""
-    seed: int = 0
-    """Seed of the first weights, the order and the dropout."""
-    device: str = "auto"
-    """auto (a GPU where there is one), cpu, or cuda:N."""
-
-    def __post_init__(self) -> None:
-        if min(self.epochs, self.patience, self.epoch_windows, self.batch_size) < 1:
-            raise UsageError(f"{self}: epochs, patience, epoch_windows and batch_size count from 1")
-        if self.learning_rate <= 0 or self.weight_decay < 0:
-            raise UsageError(f"{self}: learning_rate > 0, weight_decay >= 0")
-        if not (0 <= self.false_freeze < 1 and 0 <= self.hide_clock < 1):
-            raise UsageError(f"{self}: false_freeze and hide_clock are shares in [0, 1)")
+_QUARTILES_TO_DEVIATION = 1.349  # the distance of a normal distribution's quartiles, in deviations
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained model, how it came about, and its judgements."""
+    """A trained network and how it was trained."""
 
     model: FreezePredictor
     history: list[dict[str, float | None]]
     """An epoch a row: train_loss, validation_loss, validation_auroc, learning_rate."""
     best_epoch: int
-    """From 1; the one whose weights were kept."""
+    """From 1: the epoch whose weights were kept."""
     fit_seconds: float
 
     def probability_N(self, windows: WindowSet) -> Floats:
-        """Probabilities in the order of the set's index."""
+        """The predicted probabilities, in the order of the set's index."""
         device = str(next(self.model.parameters()).device)
         return _probability(_logits(self.model, Tokens(windows, self.model.config, device)))
 
@@ -95,7 +51,7 @@ class FitResult:
     split: Split
     threshold: float
     risks: tuple[tuple[float, float], ...] = ()
-    """Thresholds by risk, where they are known: see `predictor.training.thresholds`."""
+    """Thresholds by risk, if they are known: see `predictor.training.thresholds`."""
 
     def file(self, card: dict[str, Any]) -> PredictorFile:
         """What `save_predictor` writes."""
@@ -114,10 +70,18 @@ def fit(
 ) -> FitResult:
     """Split `windows` by run, train on the training runs, choose epoch and threshold on the validation runs.
 
-    learn_from: the same runs with labels of another rule, to learn from; epoch, threshold and figures always go by the
-        labels of `windows`.
+    Args:
+        windows: labelled windows of finished runs.
+        spec: how the runs were sampled.
+        config: what the predictor sees, and its widths.
+        settings: how it is trained.
+        learn_from: the same runs with labels of another rule, to train on. Epoch, threshold and figures always use the
+            labels of `windows`.
+        progress: whether to show a progress bar.
+        tracker: where the figures of each epoch go.
 
-    Raises UsageError where the data cannot train a predictor: too few runs, one class only, fewer weights than asked.
+    Raises:
+        UsageError: for data that cannot train a predictor: too few runs, one class only, fewer weights than configured.
     """
     split = split_by_run(windows.runs, settings.validation, settings.test, settings.split_seed)
     train, validation = (learn_from or windows).subset(split.train), windows.subset(split.validation)
@@ -136,7 +100,7 @@ def fit_on(
     progress: bool = False,
     tracker: Tracker | None = None,
 ) -> Fitted:
-    """Train on `train`, keep the best epoch on `validation`. The global random state stays as it was."""
+    """Train on `train`, keep the best epoch on `validation`. The global random state is left as it was."""
     check_windows(train, config)
     started = time.perf_counter()
     device = pick_device(settings.device)
@@ -152,7 +116,7 @@ def fit_on(
 
 
 def check_windows(windows: WindowSet, config: PredictorConfig) -> None:
-    """Raise UsageError where `windows` cannot train a predictor of this configuration."""
+    """Raise UsageError if `windows` cannot train a predictor of this configuration."""
     recorded = {run.weights_TLK.shape[-1] for run in windows.runs}
     if min(recorded) < config.weights:
         raise UsageError(f"weights={config.weights}: only {min(recorded)} a layer were recorded; ask for that or less")
@@ -163,13 +127,32 @@ def check_windows(windows: WindowSet, config: PredictorConfig) -> None:
     if positive in (0, len(windows)):
         kind = "freezable" if positive else "not yet freezable"
         raise UsageError(
-            f"all {len(windows)} training windows are labelled {kind}: nothing can be learnt from one class; change "
-            "the label threshold, or gather longer runs"
+            f"all {len(windows)} training windows are labelled {kind}: a predictor needs both classes; change the "
+            "label threshold, or gather longer runs"
         )
 
 
+@torch.no_grad()
+def fit_scaling(model: FreezePredictor, tokens_NTD: Tensor, scaling: str) -> None:
+    """Set how the model scales its inputs: "standard", "robust" (median and quartiles) or "none".
+
+    All raw weights share one scale, because a position has no meaning across layers.
+    """
+    raw = model.config.inputs == "raw"
+    mean, deviation = model.scaling.mean, model.scaling.deviation
+    flat = tokens_NTD.flatten(0, 1)
+    if scaling == "standard":
+        mean.copy_(flat.mean() if raw else flat.mean(dim=0))
+        deviation.copy_(flat.std() if raw else flat.std(dim=0))
+    if scaling == "robust":
+        flat = flat.reshape(-1, 1 if raw else flat.shape[-1])
+        low_D, middle_D, high_D = (flat.sort(dim=0).values[int(part * (len(flat) - 1))] for part in (0.25, 0.5, 0.75))
+        mean.copy_(middle_D.expand_as(mean))
+        deviation.copy_(((high_D - low_D) / _QUARTILES_TO_DEVIATION).expand_as(deviation))
+
+
 def pick_device(name: str) -> str:
-    """The device that `name` means; `auto` is a GPU where there is one."""
+    """The device that `name` means. `auto` is a GPU if there is one. Raises UsageError for one that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -188,7 +171,7 @@ def _epochs(
     progress: bool,
     tracker: Tracker | None,
 ) -> list[dict[str, float | None]]:
-    """Train until the validation loss no longer falls; leave the best epoch's weights in `model`."""
+    """Train until the validation loss no longer falls. The best epoch's weights are left in `model`."""
     from tqdm import tqdm
 
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
@@ -227,32 +210,32 @@ def _train_epoch(
     """The mean loss of an epoch."""
     model.train()
     total, seen = torch.zeros((), device=tokens.device), 0
-    for places_B in _batches(len(tokens), settings, generator):
-        labels_B = tokens.labels_N[places_B.to(tokens.device)].float()
-        tokens_BTF = _hide_clock(model, tokens[places_B], settings.hide_clock)
-        loss = F.binary_cross_entropy_with_logits(model.judge(tokens_BTF), labels_B, pos_weight=pos_weight)
+    for indices_B in _batches(len(tokens), settings, generator):
+        labels_B = tokens.labels_N[indices_B.to(tokens.device)].float()
+        tokens_BTD = _hide_clock(model, tokens[indices_B], settings.hide_clock)
+        loss = F.binary_cross_entropy_with_logits(model(tokens_BTD), labels_B, pos_weight=pos_weight)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        total += loss.detach() * len(places_B)
-        seen += len(places_B)
+        total += loss.detach() * len(indices_B)
+        seen += len(indices_B)
     return float(total) / seen
 
 
 def _batches(windows: int, settings: FitConfig, generator: torch.Generator) -> Iterator[Tensor]:
-    places_N = torch.randperm(windows, generator=generator)[: settings.epoch_windows]
-    yield from torch.split(places_N, settings.batch_size)
+    indices_N = torch.randperm(windows, generator=generator)[: settings.epoch_windows]
+    yield from torch.split(indices_N, settings.batch_size)
 
 
-def _hide_clock(model: FreezePredictor, tokens_BTF: Tensor, share: float) -> Tensor:
+def _hide_clock(model: FreezePredictor, tokens_BTD: Tensor, share: float) -> Tensor:
     """Put the mean in the place of some windows' clock. Raw tokens have none."""
     if model.config.inputs == "raw" or not share:
-        return tokens_BTF
+        return tokens_BTD
     first = len(MOTION)
-    clock_F = torch.zeros(tokens_BTF.shape[-1], dtype=torch.bool, device=tokens_BTF.device)
-    clock_F[first : first + len(CLOCK)] = True
-    hidden_B11 = torch.rand(len(tokens_BTF), 1, 1, device=tokens_BTF.device) < share
-    return tokens_BTF.where(~(hidden_B11 & clock_F), model.mean)
+    clock_D = torch.zeros(tokens_BTD.shape[-1], dtype=torch.bool, device=tokens_BTD.device)
+    clock_D[first : first + len(CLOCK)] = True
+    hidden_B11 = torch.rand(len(tokens_BTD), 1, 1, device=tokens_BTD.device) < share
+    return tokens_BTD.where(~(hidden_B11 & clock_D), model.scaling.mean)
 
 
 def _validate(model: FreezePredictor, tokens: Tokens, pos_weight: Tensor | None) -> tuple[float, float | None]:
@@ -266,7 +249,7 @@ def _validate(model: FreezePredictor, tokens: Tokens, pos_weight: Tensor | None)
 @torch.no_grad()
 def _logits(model: FreezePredictor, tokens: Tokens) -> Tensor:
     model.eval()
-    return torch.cat([model.judge(tokens_BTF) for tokens_BTF in tokens.chunks()])
+    return torch.cat([model(tokens_BTD) for tokens_BTD in tokens.chunks()])
 
 
 def _probability(logits_N: Tensor) -> Floats:

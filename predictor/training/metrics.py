@@ -1,10 +1,9 @@
-"""How good judgements are, the threshold they are cut at, and how false freezes are counted.
+"""How good predicted probabilities are, how a threshold is chosen, and how false freezes are counted.
 
-A window is *freezable* when its label says so and *not yet* freezable otherwise; it is frozen when its probability is
-at least the threshold. A *false freeze* freezes a window that is not yet freezable. Two rates tell two things:
-`wrongly_frozen` is the share of not-yet-freezable windows that are frozen (of the harm that could be done, how much
-is); `false_freezes` is the share of all freezes that are false (how far a freeze can be trusted).
-A figure that the data cannot give (one class only, no freeze at all) is None.
+A window is *freezable* when its label says so, and *not yet* freezable otherwise. It is frozen when its probability is
+at least the threshold. A *false freeze* freezes a window that is not yet freezable. There are two rates of them:
+`wrongly_frozen` is their share in the windows that are not yet freezable, and `false_freezes` their share in all
+freezes. A figure that the data cannot give, because there is one class only or no freeze at all, is None.
 """
 
 from typing import Any
@@ -19,7 +18,7 @@ _BINS = 10
 
 
 def figures_of(labels_N: Bools, probability_N: Floats, threshold: float) -> Figures:
-    """The figures of one judge on some windows. Accuracy is that at probability 0.5; rates are at the threshold."""
+    """The figures of one classifier on some windows. Accuracy is at probability 0.5, rates are at the threshold."""
     if not len(labels_N):
         return {"windows": 0}
     return {
@@ -48,24 +47,24 @@ def freezes_at(labels_N: Bools, probability_N: Floats, threshold: float) -> Figu
 
 
 def choose_threshold(labels_N: Bools, probability_N: Floats, false_freeze: float) -> float:
-    """The lowest of the probabilities at which no more than the share `false_freeze` of all freezes is false.
+    """The lowest of the probabilities at which at most the share `false_freeze` of all freezes is false.
 
-    1.0 where there is none: nothing short of certainty freezes then.
+    1.0 if there is none: then only certainty freezes.
     """
     order = np.argsort(-probability_N, kind="stable")
     probability_N, false_N = probability_N[order], ~labels_N[order]
     share_N = np.cumsum(false_N) / np.arange(1, len(order) + 1)
-    # Equal probabilities freeze together, so that only the last of them is a place to cut.
+    # Equal probabilities freeze together, so that only the last of them can be a threshold.
     last_N = np.append(probability_N[:-1] > probability_N[1:], True)
     allowed = np.flatnonzero(last_N & (share_N <= false_freeze))
     return float(probability_N[allowed[-1]]) if len(allowed) else 1.0
 
 
 def false_freezes_at_half(labels_N: Bools, probability_N: Floats) -> float | None:
-    """The share of false freezes where half of all freezable windows are frozen; None unless both classes are there.
+    """The share of false freezes at the threshold that freezes half of all freezable windows. None for one class only.
 
-    The cut is the highest of these very windows' probabilities that freezes so many. So this tells about the ranking
-    alone, and not about a threshold that was chosen on other windows. Equal probabilities are frozen together.
+    The threshold is the highest of these windows' own probabilities that freezes so many. So this figure measures the
+    ranking, and not a threshold that was chosen on other windows. Equal probabilities are frozen together.
     """
     if labels_N.all() or not labels_N.any():
         return None
@@ -74,21 +73,21 @@ def false_freezes_at_half(labels_N: Bools, probability_N: Floats) -> float | Non
 
 
 def auroc(labels_N: Bools, probability_N: Floats) -> float | None:
-    """The area under the ROC curve; None unless both classes are there."""
+    """The area under the ROC curve. None for one class only."""
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(labels_N, probability_N)) if labels_N.any() and not labels_N.all() else None
 
 
 def average_precision(labels_N: Bools, score_N: Floats) -> float | None:
-    """The average precision of finding the True ones; None unless both classes are there."""
+    """The average precision of finding the windows that are True. None for one class only."""
     from sklearn.metrics import average_precision_score
 
     return float(average_precision_score(labels_N, score_N)) if labels_N.any() and not labels_N.all() else None
 
 
 def calibration(labels_N: Bools, probability_N: Floats) -> list[dict[str, float]]:
-    """Ten equal bins of probability, empty ones left out: mean probability, share freezable, windows."""
+    """Ten equal bins of probability without the empty ones: mean probability, share freezable, windows."""
     from sklearn.calibration import calibration_curve
 
     observed, predicted = calibration_curve(labels_N.astype(int), probability_N, pos_label=1, n_bins=_BINS)
@@ -105,7 +104,7 @@ def calibration_error(bins: list[dict[str, float]]) -> float:
 
 
 def mean_figures(rows: list[Figures]) -> Figures:
-    """The plain mean of each figure over rows, those that are None left out; None where all of them are."""
+    """The plain mean of each figure over the rows that have it. None if no row has it."""
     names = [name for name in (rows[0] if rows else {}) if name != "windows"]
     found = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
     means = {name: float(np.mean(values)) if values else None for name, values in found.items()}

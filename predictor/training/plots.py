@@ -1,4 +1,4 @@
-"""The pictures of a training and of a study, as PNG files."""
+"""Plots of a predictor's training and of a study, as PNG files."""
 
 import warnings
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _BLUE, _ORANGE, _GREY, _GREEN = "#3b6fb6", "#d9822b", "#8a8f98", "#4d9a6a"
 
 
 def learning_curve(history: Sequence[dict[str, float | None]], best_epoch: int, path: Path) -> None:
-    """Training and validation loss and the validation AUROC by epoch; the epoch that was kept is marked."""
+    """Training and validation loss and validation AUROC by epoch. The epoch that was kept is marked."""
     figure = _figure(7, 3.6)
     losses, areas = figure.subplots(1, 2)
     epochs = range(1, len(history) + 1)
@@ -29,14 +29,14 @@ def learning_curve(history: Sequence[dict[str, float | None]], best_epoch: int, 
 
 
 def calibration_curve(bins: Sequence[dict[str, float]], path: Path) -> None:
-    """How often windows of each predicted probability really are freezable, on the test runs."""
+    """The share of freezable windows at each predicted probability, on the test runs."""
     figure = _figure(4.4, 4.6)
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", label="perfect")
     axes.plot([row["predicted"] for row in bins], [row["observed"] for row in bins], color=_BLUE, marker="o")
     for row in bins:
-        place = (row["predicted"], row["observed"])
-        axes.annotate(f"{row['windows']:,.0f}", place, (7, -9), textcoords="offset points", fontsize=8, color=_GREY)
+        point = (row["predicted"], row["observed"])
+        axes.annotate(f"{row['windows']:,.0f}", point, (7, -9), textcoords="offset points", fontsize=8, color=_GREY)
     axes.set(title="calibration on the test runs\n(windows at each point)", xlim=(-0.05, 1.15), ylim=(-0.08, 1.05))
     axes.set(xlabel="predicted", ylabel="share freezable")
     axes.legend(frameon=False)
@@ -44,15 +44,15 @@ def calibration_curve(bins: Sequence[dict[str, float]], path: Path) -> None:
 
 
 def families(test: dict[str, Any], transfer: dict[str, Any] | None, path: Path) -> None:
-    """AUROC on each family's test runs: of the predictor that knows it, and of those trained without it."""
+    """AUROC on each family's test runs, for the predictor that knows it and for those trained without it."""
     never_seen = (transfer or {}).get("families", {})
     names = sorted(test["families"], reverse=True)
     series = [("attention, family known", _BLUE, "o", [_auroc(test["families"][name], "attention") for name in names])]
     if never_seen:
-        rivals = (("attention", _ORANGE, "D"), ("hand-made", _GREEN, "s"), ("clock", _GREY, "x"))
+        shown = (("attention", _ORANGE, "D"), ("hand-made", _GREEN, "s"), ("clock", _GREY, "x"))
         series += [
-            (f"{rival}, family left out", colour, mark, [_auroc(never_seen.get(name, {}), rival) for name in names])
-            for rival, colour, mark in rivals
+            (f"{label}, family left out", colour, mark, [_auroc(never_seen.get(name, {}), label) for name in names])
+            for label, colour, mark in shown
         ]
     figure = _figure(6.5, 1.6 + 0.35 * len(names))
     axes = figure.subplots()
@@ -67,7 +67,7 @@ def families(test: dict[str, Any], transfer: dict[str, Any] | None, path: Path) 
 
 
 def study(study: Any, folder: Path) -> list[Path]:
-    """An Optuna study's history, parameter importances and slices, as far as it has the trials for them."""
+    """An Optuna study's history, parameter importances and slices. A plot that needs more trials is left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -108,5 +108,5 @@ def _or_gap(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _auroc(judges: dict[str, Any], judge: str) -> float:
-    return _or_gap(judges.get(judge, {}).get("auroc"))
+def _auroc(figures: dict[str, Any], name: str) -> float:
+    return _or_gap(figures.get(name, {}).get("auroc"))

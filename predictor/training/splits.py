@@ -1,22 +1,24 @@
-"""Which runs a predictor learns from, which choose, which are kept for the test, and which it never gets to see.
+"""Which runs a predictor is trained on, which are for validation and test, and which are held out of everything.
 
-Never single windows: neighbours of a run overlap, so that a test on them would ask for what was learnt by heart.
+Whole runs are split, never windows: neighbouring windows overlap, so that a test on them would test memory.
 """
 
 import random
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
 
-import tomllib
-
 from predictor.errors import FileFault, UsageError
-from predictor.training.windows import RunWindows
+from predictor.training.dataset import RunWindows
+
+tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Places of runs; every run is in exactly one part."""
+    """Indices of runs. Every run is in exactly one part."""
 
     train: tuple[int, ...]
     validation: tuple[int, ...]
@@ -27,12 +29,12 @@ class Split:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Families and sources that a predictor is judged on, and whose runs it never learns from."""
+    """Families and sources on which a predictor is evaluated, and on whose runs it is never trained."""
 
     families: tuple[str, ...] = ()
     """Kinds of architecture, as workloads name them."""
     sources: tuple[str, ...] = ()
-    """Data sets. A name stands also for what is made of it: "fashion" for fashion-first, fashion@14 and fashion:x."""
+    """Data sets. A name also means what is made of it: "fashion" means fashion-first, fashion@14 and fashion:x too."""
 
     def holds(self, family: str, source: str) -> bool:
         """Whether a run of this family on this source is held out."""
@@ -54,7 +56,7 @@ def read_held_out(path: Path) -> HeldOut:
     except ValueError as error:  # of TOML, or of UTF-8
         raise FileFault(f"{path}: no TOML ({error}): {cure}") from error
     known = [field.name for field in fields(HeldOut)]
-    # A key with a slip in it would hold nothing out, and nobody would see it.
+    # A misspelt key would hold nothing out without a message.
     if surplus := sorted(set(content) - set(known)):
         raise FileFault(f"{path}: {', '.join(surplus)} means nothing here, only {' and '.join(known)} do: {cure}")
     for name, value in content.items():
@@ -68,8 +70,8 @@ def read_held_out(path: Path) -> HeldOut:
 def split_by_run(runs: Sequence[RunWindows], validation: float, test: float, seed: int) -> Split:
     """Split runs, stratified by family: each family gives its share to every part, to within one run.
 
-    The split depends on the runs' ids and families and on `seed`, not on the runs' order.
-    Raises UsageError when the shares are out of range or there are fewer than three runs.
+    The split depends on the runs' ids and families and on `seed`, not on the runs' order. Raises UsageError if the
+    shares are out of range, and for fewer than three runs.
     """
     if min(validation, test) <= 0 or validation + test >= 1:
         raise UsageError(f"validation={validation}, test={test}: shares above 0 that leave some runs for training")
@@ -80,19 +82,19 @@ def split_by_run(runs: Sequence[RunWindows], validation: float, test: float, see
         )
     draw = random.Random(seed)
     rest = _by_family(runs, draw)
-    test_places = _spread(rest, min(max(1, round(test * len(runs))), len(runs) - 2), draw)
-    rest = [place for place in rest if place not in test_places]
-    validation_places = _spread(rest, min(max(1, round(validation * len(runs))), len(rest) - 1), draw)
-    train_places = [place for place in rest if place not in validation_places]
-    return Split(tuple(sorted(train_places)), tuple(sorted(validation_places)), tuple(sorted(test_places)))
+    for_test = _spread(rest, min(max(1, round(test * len(runs))), len(runs) - 2), draw)
+    rest = [index for index in rest if index not in for_test]
+    for_validation = _spread(rest, min(max(1, round(validation * len(runs))), len(rest) - 1), draw)
+    for_training = [index for index in rest if index not in for_validation]
+    return Split(tuple(sorted(for_training)), tuple(sorted(for_validation)), tuple(sorted(for_test)))
 
 
 def family_folds(runs: Sequence[RunWindows], most: int, seed: int) -> list[tuple[str, ...]]:
-    """The families in at most `most` groups of similar size, for cross-validation over families never seen.
+    """The families in at most `most` groups of similar size, for cross-validation over unseen families.
 
-    Raises UsageError when all runs are of one family.
+    Raises UsageError if all runs are of one family.
     """
-    families = sorted({run.family for run in runs})
+    families = families_of(runs)
     if len(families) < 2:
         raise UsageError(f"all runs are of the family {families}: leaving one family out needs at least two")
     random.Random(seed).shuffle(families)
@@ -100,26 +102,31 @@ def family_folds(runs: Sequence[RunWindows], most: int, seed: int) -> list[tuple
     return [tuple(sorted(families[fold::folds])) for fold in range(folds)]
 
 
-def places_of(runs: Sequence[RunWindows], families: Sequence[str]) -> tuple[int, ...]:
-    """The places of the runs that belong to `families`."""
-    return tuple(place for place, run in enumerate(runs) if run.family in families)
+def families_of(runs: Sequence[RunWindows]) -> list[str]:
+    """The families of the runs, in alphabetical order."""
+    return sorted({run.family for run in runs})
+
+
+def runs_of(runs: Sequence[RunWindows], families: Sequence[str]) -> tuple[int, ...]:
+    """The indices of the runs that belong to `families`."""
+    return tuple(index for index, run in enumerate(runs) if run.family in families)
 
 
 def _made_of(source: str, name: str) -> bool:
-    """Whether a source is the one of this name, or bears its name in front of a sign such as `-`, `@` or `:`."""
+    """Whether a source has this name, or begins with it and a sign such as `-`, `@` or `:`."""
     return source.startswith(name) and not source[len(name) :][:1].isalnum()
 
 
 def _by_family(runs: Sequence[RunWindows], draw: random.Random) -> list[int]:
-    """Places of all runs, families one after the other, in an order that `draw` decides."""
-    places = sorted(range(len(runs)), key=lambda place: runs[place].run_id)
-    draw.shuffle(places)
-    families = sorted({run.family for run in runs})
+    """Indices of all runs, one family after the other, in a random order."""
+    indices = sorted(range(len(runs)), key=lambda index: runs[index].run_id)
+    draw.shuffle(indices)
+    families = families_of(runs)
     draw.shuffle(families)
-    return sorted(places, key=lambda place: families.index(runs[place].family))
+    return sorted(indices, key=lambda index: families.index(runs[index].family))
 
 
-def _spread(places: Sequence[int], count: int, draw: random.Random) -> set[int]:
-    """`count` of the places at equal distances (a systematic sample), which spreads them over the families."""
+def _spread(indices: Sequence[int], count: int, draw: random.Random) -> set[int]:
+    """`count` of the indices at equal distances (a systematic sample), which spreads them over the families."""
     start = draw.random()
-    return {places[int((taken + start) * len(places) / count)] for taken in range(count)}
+    return {indices[int((taken + start) * len(indices) / count)] for taken in range(count)}

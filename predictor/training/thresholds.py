@@ -1,4 +1,8 @@
-"""From the accuracy that a user is willing to give up to a threshold: what freezing would have cost recorded runs."""
+"""From the accuracy that a user is willing to lose to a threshold.
+
+Predictors that have not seen a family give the probabilities of its runs. These are calibrated, and the runs replayed
+with a frozen prefix that grows as the probabilities say. What that costs has been measured.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -6,44 +10,83 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import nn
 
 from predictor.errors import UsageError
-from predictor.model.decision import front_of, saved_by
-from predictor.model.network import PredictorConfig
-from predictor.training.calibration import fit_calibration
-from predictor.training.fit import FitConfig, FitResult, fit_on
-from predictor.training.metrics import Floats
-from predictor.training.splits import places_of, split_by_run
-from predictor.training.windows import RunWindows, WindowSet
+from predictor.model.config import PredictorConfig
+from predictor.model.decision import largest_prefix, saved_by
+from predictor.model.network import FreezePredictor
+from predictor.training.config import FitConfig
+from predictor.training.dataset import RunWindows, WindowSet
+from predictor.training.fit import FitResult, fit_on
+from predictor.training.metrics import Bools, Floats
+from predictor.training.splits import families_of, runs_of, split_by_run
 
 RISKS = (0.1, 0.25, 0.5, 1.0, 2.0)
-"""Percentage points of accuracy, for which a predictor file says the threshold."""
+"""Percentage points of accuracy for which a predictor file has thresholds."""
 DEFAULT_RISK = 0.5
 _THRESHOLDS = 200
+_SMALLEST = 1e-7
+"""Probabilities nearer to 0 or 1 are moved to this distance, near the precision of float32."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """logit -> slope * logit + shift. It keeps the order of the probabilities.
+
+    This is Platt scaling (Platt 1999, "Probabilistic outputs for support vector machines").
+    """
+
+    slope: float = 1.0
+    """Above 0. Below 1 for a model whose probabilities are too extreme."""
+    shift: float = 0.0
+
+    def __call__(self, probability_N: Floats) -> Floats:
+        """The calibrated probabilities."""
+        return np.asarray(1 / (1 + np.exp(-(self.slope * _logit(probability_N) + self.shift))))
+
+    @torch.no_grad()
+    def apply_to(self, model: FreezePredictor) -> None:
+        """Change the output layer of `model` so that its logits are calibrated."""
+        last = model.output[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight.mul_(self.slope)
+        last.bias.mul_(self.slope).add_(self.shift)
+
+
+def fit_calibration(labels_N: Bools, probability_N: Floats) -> Calibration:
+    """The calibration under which these labels are most likely.
+
+    The probabilities stay as they are if no rising one fits, as for labels of one class or random probabilities.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    if labels_N.all() or not labels_N.any():
+        return Calibration()
+    line = LogisticRegression(C=np.inf).fit(_logit(probability_N)[:, None], labels_N)
+    slope, shift = float(line.coef_[0, 0]), float(line.intercept_[0])
+    return Calibration(slope, shift) if slope > 0 else Calibration()
 
 
 @dataclass(frozen=True)
 class RiskThreshold:
-    """The threshold for a risk, and what freezing by it did in the replay."""
+    """The threshold for a risk, and what freezing with it did in the replay."""
 
     risk: float
     """Percentage points of accuracy that may be lost, as a mean over trainings."""
     threshold: float
-    """Probability from which all layers freeze, a smaller front from a higher one; 1 where none keeps to the risk."""
+    """Probability from which all layers freeze. A smaller prefix needs a higher one. 1 if no threshold keeps to the
+    risk."""
     points: float
-    """Points that were lost, as a mean over the runs."""
+    """Percentage points that were lost, as a mean over the runs."""
     flops: float
     """FLOPs of the runs' trainings, as a share of those of full training."""
     points_elsewhere: float | None = None
-    """Points that were lost where the threshold of each family was chosen on the other families alone: `points` is at
-    most the risk by choice, this is not. None where there is one family."""
+    """Percentage points that were lost if the threshold of each family is chosen on the other families alone. `points`
+    is at most the risk by construction, this is not. None if there is one family."""
     flops_elsewhere: float | None = None
-    """FLOPs where the thresholds were chosen so."""
-
-
-def families_of(windows: WindowSet) -> list[str]:
-    """The families of networks among the runs, in alphabetical order."""
-    return sorted({run.family for run in windows.runs})
+    """FLOPs with thresholds that were chosen so."""
 
 
 def with_risks(
@@ -53,40 +96,51 @@ def with_risks(
     settings: FitConfig,
     watch: Iterable[str] | None = None,
 ) -> tuple[FitResult, dict[str, Any]]:
-    """A result with thresholds by risk, that of the default one as its own; and what a card says of it.
+    """Give a result thresholds by risk, the default one's as its own threshold.
 
-    Its model is calibrated in place, on the judgements that the thresholds come from, but for those of its test runs:
-    calibration figures on these must not know their labels. The thresholds need every run that there is, and the card
-    says so.
+    Its model is calibrated in place, on the probabilities that the thresholds come from. Those of its test runs are
+    left out, because calibration figures on these must not have seen their labels. The thresholds need every run, and
+    the card says so.
 
-    Raises UsageError as `without_own_family` does.
+    Args:
+        result: what `fit` made of the windows.
+        windows: all runs, with their `cost_TL`.
+        config: what the predictor sees, and its widths.
+        settings: how it was trained.
+        watch: the families' names, for a progress bar.
+
+    Returns:
+        The result, and what a card says about it.
+
+    Raises:
+        UsageError: as `without_own_family` does.
     """
     probability_N = without_own_family(windows, config, settings, watch)
-    learnt_N = ~np.isin(windows.index[:, 0].numpy(), result.split.test)
-    calibration = fit_calibration(windows.labels_N.numpy()[learnt_N], probability_N[learnt_N])
-    result.fitted.model.calibrate(calibration.slope, calibration.shift)
+    seen_N = ~np.isin(windows.index[:, 0].numpy(), result.split.test)
+    calibration = fit_calibration(windows.labels_N.numpy()[seen_N], probability_N[seen_N])
+    calibration.apply_to(result.fitted.model)
     found = thresholds_for(windows, calibration(probability_N))
     own = next(row.threshold for row in found if row.risk == DEFAULT_RISK)
     pairs = tuple((row.risk, row.threshold) for row in found)
-    told = {"calibration": {**asdict(calibration), "on_test_runs": False}, "risks": [asdict(row) for row in found]}
-    return replace(result, threshold=own, risks=pairs), told
+    card = {"calibration": {**asdict(calibration), "on_test_runs": False}, "risks": [asdict(row) for row in found]}
+    return replace(result, threshold=own, risks=pairs), card
 
 
 def without_own_family(
     windows: WindowSet, config: PredictorConfig, settings: FitConfig, watch: Iterable[str] | None = None
 ) -> Floats:
-    """probability_N of each window by a predictor that learnt from the other families alone.
+    """probability_N of each window by a predictor that was trained on the other families alone.
 
-    Raises UsageError where there is one family, or where what is left cannot train a predictor.
+    Raises UsageError for a single family, and if what is left cannot train a predictor.
     """
-    families = families_of(windows)
+    families = families_of(windows.runs)
     if len(families) < 2:
         raise UsageError(f"runs of {families[0]} alone: a threshold for a risk needs two families of networks or more")
     run_N = windows.index[:, 0].numpy()
     probability_N = np.zeros(len(windows))
     for family in watch or families:
-        own = places_of(windows.runs, [family])
-        others = windows.subset([place for place in range(len(windows.runs)) if place not in set(own)])
+        own = runs_of(windows.runs, [family])
+        others = windows.subset([index for index in range(len(windows.runs)) if index not in set(own)])
         split = split_by_run(others.runs, settings.validation, settings.test, settings.split_seed)
         train = others.subset((*split.train, *split.test))
         fitted = fit_on(train, others.subset(split.validation), config, settings)
@@ -97,38 +151,38 @@ def without_own_family(
 def thresholds_for(windows: WindowSet, probability_N: Floats, risks: Sequence[float] = RISKS) -> list[RiskThreshold]:
     """For each risk the lowest threshold at which, and above which everywhere, the mean loss of accuracy keeps to it.
 
-    The runs are replayed: at each snapshot a front grows to the largest that may freeze at the threshold (see
-    `predictor.model.decision`), and growing it costs what freezing the larger front from there on costs, less what the
+    The runs are replayed. At each snapshot the frozen prefix grows to the largest that may freeze at the threshold (see
+    `predictor.model.decision`). Growing it costs what freezing the larger prefix from there on costs, less what the
     smaller one does.
     """
     threshold_H = np.unique(np.quantile(probability_N, np.linspace(0, 1, _THRESHOLDS)))[::-1]
     run_N = windows.index[:, 0].numpy()
     parts = [
-        _replay(run, windows.window, probability_N[run_N == place], threshold_H)
-        for place, run in enumerate(windows.runs)
+        _replay(run, windows.window, probability_N[run_N == index], threshold_H)
+        for index, run in enumerate(windows.runs)
     ]
     points_RH, flops_RH = (np.stack(rows) for rows in zip(*parts, strict=True))
     family_R = np.array([run.family for run in windows.runs])
     found = []
     for risk in risks:
-        place = _lowest(risk, points_RH)
-        threshold = 1.0 if place < 0 else float(threshold_H[place])
-        points, flops = (float(values_R.mean()) for values_R in _at(place, points_RH, flops_RH))
+        lowest = _lowest(risk, points_RH)
+        threshold = 1.0 if lowest < 0 else float(threshold_H[lowest])
+        points, flops = (float(values_R.mean()) for values_R in _at(lowest, points_RH, flops_RH))
         elsewhere = _elsewhere(risk, family_R, points_RH, flops_RH)
         found.append(RiskThreshold(risk, threshold, points, flops, *elsewhere))
     return found
 
 
 def _lowest(risk: float, points_RH: Floats) -> int:
-    """The place of the lowest threshold that keeps to the risk; -1 where none does."""
+    """The index of the lowest threshold that keeps to the risk. -1 if none does."""
     beyond = np.flatnonzero(points_RH.mean(axis=0) > risk)
     return (int(beyond[0]) if len(beyond) else points_RH.shape[1]) - 1
 
 
-def _at(place: int, points_RH: Floats, flops_RH: Floats) -> tuple[Floats, Floats]:
-    """Each run's points and FLOPs at a threshold's place; below 0 nothing freezes."""
+def _at(index: int, points_RH: Floats, flops_RH: Floats) -> tuple[Floats, Floats]:
+    """Each run's percentage points and FLOPs at a threshold. Below index 0 nothing freezes."""
     runs = len(points_RH)
-    return (np.zeros(runs), np.ones(runs)) if place < 0 else (points_RH[:, place], flops_RH[:, place])
+    return (np.zeros(runs), np.ones(runs)) if index < 0 else (points_RH[:, index], flops_RH[:, index])
 
 
 def _elsewhere(
@@ -147,19 +201,25 @@ def _elsewhere(
 
 def _replay(run: RunWindows, window: int, probability_n: Floats, threshold_H: Floats) -> tuple[Floats, Floats]:
     """points_H and flops_H of one run at each threshold."""
-    if run.harm_TL is None or run.flops_F is None:
+    if run.cost_TL is None or run.flops_F is None:
         raise UsageError(f"run {run.run_id}: it is not known what freezing costs it")
     snapshots, layers = run.labels_TL.shape
-    harm_TF = np.pad(run.harm_TL.numpy(), ((0, 0), (1, 0)))
+    cost_TF = np.pad(run.cost_TL.numpy(), ((0, 0), (1, 0)))
     flops_F = run.flops_F.numpy()
-    probability_TL = probability_n.reshape(-1, layers)
     saved_L = saved_by(flops_F)
-    front_H = np.zeros(len(threshold_H), dtype=int)
+    probability_L = dict(zip(run.newest(window).tolist(), probability_n.reshape(-1, layers), strict=True))
+    prefix_H = np.zeros(len(threshold_H), dtype=int)
     points_H, flops_H = np.zeros(len(threshold_H)), np.full(len(threshold_H), float(window - 1))
-    for row, snapshot in enumerate(range(window - 1, snapshots)):
-        grown_H = np.maximum(front_of(probability_TL[row], saved_L, threshold_H), front_H)
-        points_H += harm_TF[snapshot, grown_H] - harm_TF[snapshot, front_H]
-        front_H = grown_H
+    for snapshot in range(window - 1, snapshots):
+        if snapshot in probability_L:
+            grown_H = np.maximum(largest_prefix(probability_L[snapshot], saved_L, threshold_H), prefix_H)
+            points_H += cost_TF[snapshot, grown_H] - cost_TF[snapshot, prefix_H]
+            prefix_H = grown_H
         if snapshot < snapshots - 1:  # after the last one no step follows
-            flops_H += flops_F[front_H]
+            flops_H += flops_F[prefix_H]
     return points_H, flops_H / (snapshots - 1)
+
+
+def _logit(probability_N: Floats) -> Floats:
+    clipped_N = np.clip(probability_N, _SMALLEST, 1 - _SMALLEST)
+    return np.asarray(np.log(clipped_N / (1 - clipped_N)))

@@ -1,16 +1,34 @@
-"""Searching for better settings with Optuna, in a study that survives being killed."""
+"""Searching for better settings with Optuna, on families left out of training, in a study that survives being killed.
 
-from dataclasses import asdict, replace
+A study lies in an SQLite file. Its best settings are written beside it, as JSON, and `train --settings` reads them.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from predictor.errors import DivergedError, FileFault, UsageError
-from predictor.model.network import PredictorConfig
+from predictor.model.config import PredictorConfig
 from predictor.shared.files import held, write_json
 from predictor.shared.tracking import Tracker
-from predictor.training.objective import HANDED_ON, SEARCHED, Choice, Task
+from predictor.training.config import (
+    CKA_LABEL_FLAGS,
+    HANDED_ON,
+    NOTHING,
+    OUTCOME_LABEL_FLAG,
+    SEARCHED,
+    FitConfig,
+    TuneConfig,
+)
+from predictor.training.dataset import WindowSet
+from predictor.training.fit import fit_on
+from predictor.training.metrics import auroc, average_precision
+from predictor.training.splits import HeldOut, families_of, family_folds, runs_of, split_by_run
 
 if TYPE_CHECKING:
     import optuna
@@ -18,6 +36,98 @@ if TYPE_CHECKING:
 STUDY_FILE, BEST_FILE = "study.db", "best.json"
 _NAME = "smartfrz"
 _WEIGHTS = (32, 64, 128, 256, 512, 1024)
+_WIDEST_WINDOW = 16
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One trial's settings."""
+
+    config: PredictorConfig
+    settings: FitConfig
+    learn_threshold: float
+    """The key, in `Task.windows`, of the labels that it is trained on."""
+
+
+class Task:
+    """What trials are scored on: the training and validation runs, with families left out in turn. Never test runs.
+
+    Args:
+        windows: the same runs labelled at each CKA threshold that a predictor may be trained on. With labels from
+            outcomes, at the tolerance alone.
+        own: the key of those that all trials are scored on, whatever they were trained on: AUROC on labels of different
+            rules cannot be compared. For the same reason the score leaves out windows whose newest snapshot comes
+            before that of the widest window.
+        labels: the flags of `train` that make these labels.
+        config: how the study goes.
+        settings: the fit settings that are not searched.
+    """
+
+    def __init__(
+        self,
+        windows: Mapping[float, WindowSet],
+        own: float,
+        labels: dict[str, float],
+        config: TuneConfig,
+        settings: FitConfig,
+    ) -> None:
+        self.windows = windows
+        self.labels = labels
+        self.config = config
+        self.settings = settings
+        self.own = own
+        self.reference = windows[own]
+        runs = self.reference.runs
+        self._split = split_by_run(runs, settings.validation, settings.test, settings.split_seed)
+        self._pool = (*self._split.train, *self._split.validation)
+        self.folds = family_folds([runs[index] for index in self._pool], config.folds, settings.split_seed)
+        self.widest = min(_WIDEST_WINDOW, *(len(run.labels_TL) for run in runs))
+        self.most_weights = min(run.weights_TLK.shape[-1] for run in runs)
+        self.described = {"runs": len(runs), "labels": self.labels, "folds": [list(fold) for fold in self.folds]}
+
+    @property
+    def fingerprint(self) -> str:
+        """What two starts of one study must share: runs, labels, score, and the settings that are fixed."""
+        fixed = {name: value for name, value in asdict(self.settings).items() if name not in (*SEARCHED, "device")}
+        identity = {
+            "runs": sorted(run.run_id for run in self.reference.runs),
+            "labels": [self.labels, sorted(self.windows), _digest(self.reference)],
+            "judged": [self.config.folds, self.config.score, self.widest],
+            "fixed": fixed,
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    def scores(self, choice: Choice, fold: int) -> list[float]:
+        """The score of each family of a fold, from a predictor that was trained on the families of the others."""
+        runs, left_out = self.reference.runs, self.folds[fold]
+        held = set(runs_of(runs, left_out))
+        train = [index for index in self._split.train if index not in held]
+        validation = [index for index in self._split.validation if index not in held]
+        if not train or not validation:
+            raise UsageError(f"without {', '.join(left_out)} no run is left to train or to validate on: gather more")
+        scored = replace(self.reference, window=choice.config.window)
+        learn_from = replace(self.windows[choice.learn_threshold], window=choice.config.window)
+        fitted = fit_on(learn_from.subset(train), scored.subset(validation), choice.config, choice.settings)
+        found = [
+            self._score(fitted.probability_N, scored.subset([i for i in self._pool if runs[i].family == family]))
+            for family in left_out
+        ]
+        return [score for score in found if score is not None]
+
+    def _score(self, probability_N: Callable[[WindowSet], Any], windows: WindowSet) -> float | None:
+        comparable_N = (windows.index[:, 1] >= self.widest - 1).numpy()
+        labels_N, probabilities_N = windows.labels_N.numpy()[comparable_N], probability_N(windows)[comparable_N]
+        if self.config.score == "auroc":
+            return auroc(labels_N, probabilities_N)
+        return average_precision(~labels_N, 1 - probabilities_N)
+
+
+def _digest(windows: WindowSet) -> str:
+    """Of every label, in the order of the runs' ids: outcomes that were gathered anew may give other labels."""
+    digest = hashlib.sha256()
+    for run in sorted(windows.runs, key=lambda run: run.run_id):
+        digest.update(np.ascontiguousarray(run.labels_TL.numpy()).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def tune(
@@ -27,16 +137,55 @@ def tune(
     tracker: Tracker | None = None,
     progress: bool = True,
 ) -> "optuna.Study":
-    """Run trials until the study in `folder` has as many as asked for; write the best settings beside it.
+    """Run trials until the study in `folder` has as many as asked for, and write the best settings beside it.
 
-    The study lies in an SQLite file: a start that was killed loses the trial that it was in, and the next goes on.
-    Raises UsageError while another process is at the same study, FileFault for a folder that cannot be used.
+    A start that was killed loses the trial that it was in, and the next start goes on. Raises UsageError while another
+    process uses the same study, and FileFault for a folder that cannot be used.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with held(folder / ".lock", "another tune"):
         return _search(_open(task, folder), task, folder, tracker, progress)
+
+
+def describe(study: "optuna.Study", config: TuneConfig) -> str:
+    """The best settings of a study, with their score and that of the default settings."""
+    # The first trial that was not killed has the default settings.
+    default = next(trial.value for trial in study.get_trials(deepcopy=False) if trial.state.name != "FAIL")
+    head = (
+        f"best of {len(study.trials)} trials: {config.score} {study.best_value:.3f} on families left out "
+        f"(the default settings: {'n/a' if default is None else f'{default:.3f}'}), with these settings:"
+    )
+    return "\n".join([head, *(f"  {name} {value}" for name, value in sorted(study.best_params.items()))])
+
+
+def settings_flags(path: Path) -> list[str]:
+    """The settings of a file that `tune` wrote, as flags of `train`. Raises FileFault for any other file."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        own = {field.name for kind in (PredictorConfig, FitConfig) for field in fields(kind)}
+        if unknown := sorted(set(settings) - own - {*CKA_LABEL_FLAGS, OUTCOME_LABEL_FLAG}):
+            raise FileFault(f"{path}: no settings of a predictor: {', '.join(unknown)}")
+        return [_flag(name, value) for name, value in settings.items() if value is not None]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, FileFault):
+            raise
+        raise FileFault(f"{path}: no settings ({error}): give a file that `python -m predictor tune` wrote") from error
+
+
+def check_settings(path: Path, held_out: HeldOut) -> None:
+    """Raise UsageError if the settings of a file were chosen on what is held out: it would no longer be unseen."""
+    if not held_out.families and not held_out.sources:
+        return
+    chosen_on = json.loads(path.read_text(encoding="utf-8")).get("chosen_on")
+    cure = f"tune again with the same --held-out, or train with --held-out {NOTHING}"
+    try:
+        seen = held_out.among(chosen_on["families"], chosen_on["sources"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path}: does not say what its settings were chosen on, as `tune` does: {cure}") from error
+    if seen:
+        raise UsageError(f"{path}: settings that were chosen on {', '.join(seen)}, which are held out: {cure}")
 
 
 def _search(study: "optuna.Study", task: Task, folder: Path, tracker: Tracker | None, progress: bool) -> "optuna.Study":
@@ -59,10 +208,10 @@ def _search(study: "optuna.Study", task: Task, folder: Path, tracker: Tracker | 
 
 
 def suggest(trial: "optuna.trial.BaseTrial", task: Task) -> Choice:
-    """One trial's settings out of the search space.
+    """One trial's settings from the search space.
 
-    weights: some of those recorded, which are a random sample of a layer that holds as many; of a layer that is smaller
-        they are its weights again and again, as the run time gives them too.
+    `weights` is some of those recorded. They are a random sample of a layer that holds as many. A smaller layer's
+    weights are repeated, as they are while freezing.
     """
     config: dict[str, Any] = {
         "inputs": trial.suggest_categorical("inputs", ["gain", "motion", "raw"]),
@@ -107,7 +256,7 @@ def _objective(trial: "optuna.Trial", task: Task) -> float:
 
 
 def _open(task: Task, folder: Path) -> "optuna.Study":
-    """The study in `folder`, begun or gone on with. Its first trial has the settings that `train` has by default."""
+    """The study in `folder`, new or from an earlier start. Its first trial has the default settings of `train`."""
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -132,7 +281,7 @@ def _open(task: Task, folder: Path) -> "optuna.Study":
     if not study.trials:
         study.set_user_attr("fingerprint", task.fingerprint)
         study.set_user_attr("described", task.described)
-    # With the seed alone a study that goes on would draw the settings of its first trials again.
+    # With the same seed a study that goes on would draw the settings of its first trials again.
     study.sampler = optuna.samplers.TPESampler(seed=task.settings.seed + len(study.trials))
     _fail_stale(study)
     if not _begun(study):
@@ -141,7 +290,7 @@ def _open(task: Task, folder: Path) -> "optuna.Study":
 
 
 def _begun(study: "optuna.Study") -> bool:
-    """Whether a trial has come to an end or waits: not after a kill in the very first, which had the defaults."""
+    """Whether a trial has ended or waits. It has not after a kill in the very first trial, which had the defaults."""
     from optuna.trial import TrialState
 
     states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)
@@ -149,15 +298,22 @@ def _begun(study: "optuna.Study") -> bool:
 
 
 def _fail_stale(study: "optuna.Study") -> None:
-    """Mark the trials of killed starts as failed; otherwise they would count as running for ever.
+    """Mark the trials of killed starts as failed. Otherwise they would count as running for ever.
 
-    Nobody else is at the study, so every trial that runs is one. Optuna's heartbeat would miss a trial that was killed
-    before its first beat.
+    No other process uses the study, so every running trial is one. Optuna's heartbeat would miss a trial that was
+    killed before its first beat.
     """
     from optuna.trial import TrialState
 
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _flag(name: str, value: Any) -> str:
+    dashed = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{dashed}" if value else f"--no-{dashed}"
+    return f"--{dashed}={value}"
 
 
 def _defaults(task: Task) -> dict[str, Any]:
@@ -198,7 +354,7 @@ def _write_best(study: "optuna.Study", path: Path, task: Task) -> None:
     except ValueError as error:
         faults = [trial.user_attrs["fault"] for trial in study.get_trials() if "fault" in trial.user_attrs]
         reason = f": {faults[0]}" if faults else ": give it more time"
-        raise UsageError(f"no trial of the study in {path.parent} came to an end{reason}") from error
+        raise UsageError(f"no trial of the study in {path.parent} was completed{reason}") from error
     runs = task.reference.runs
     choice = suggest(optuna.trial.FixedTrial(best.params), task)
     settings = {name: value for name, value in asdict(choice.settings).items() if name in (*SEARCHED, *HANDED_ON)}
@@ -214,7 +370,7 @@ def _write_best(study: "optuna.Study", path: Path, task: Task) -> None:
             "score": best.value,
             "score_is": f"{task.config.score}, mean over families left out",
             # `train` refuses settings that were chosen on what it holds out.
-            "chosen_on": {"families": sorted({r.family for r in runs}), "sources": sorted({r.source for r in runs})},
+            "chosen_on": {"families": families_of(runs), "sources": sorted({r.source for r in runs})},
             "trial": best.number,
             "trials": len(study.trials),
         },

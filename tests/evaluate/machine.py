@@ -1,6 +1,7 @@
 """A small suite, and what stands in for the processes that its trials run in."""
 
 from evaluate.trials import run as run_module
+from evaluate.trials.config import TrialConfig
 from evaluate.trials.records import ACCOUNTING
 from evaluate.trials.suite import PolicyEntry, Suite, WorkloadEntry
 
@@ -34,4 +35,12 @@ class Machine:
                     "cpu_seconds": 1.0,
                     "flops": 10,
                 }
-                on_done(job, {**job.payload["row"], "status": "finished", "accounting": ACCOUNTING, **figures})
+                on_done(
+                    job,
+                    {
+                        **TrialConfig.from_payload(job.payload).row,
+                        "status": "finished",
+                        "accounting": ACCOUNTING,
+                        **figures,
+                    },
+                )

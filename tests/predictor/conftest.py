@@ -1,4 +1,4 @@
-"""Windows and trajectories to learn from: random walks whose steps shrink once a layer has settled."""
+"""Windows and trajectories to train on: random walks whose steps shrink once a layer has settled."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from predictor.model.features import recorded_signals
-from predictor.training.windows import RunWindows, WindowSet
+from predictor.training.dataset import Recording, RunWindows, WindowSet, replay
 
 FAMILIES = ("mlp", "vgg", "vit")
 
@@ -30,10 +29,8 @@ def settling_run(run_id, family, seed, snapshots, layers, weights):
     time_T = torch.arange(snapshots)
     gradient_TL = torch.exp(-ago_TL / 4.0)
     sizes_L = torch.full((layers,), 1000.0)
-    signals_TLS = recorded_signals(
-        weights_TLK, gradient_TL, time_T, 1.0 - time_T / snapshots, sizes_L, total_steps=snapshots - 1
-    )
-    return RunWindows(run_id, family, "digits", weights_TLK, signals_TLS, ago_TL >= 4)
+    recording = Recording(time_T, 1.0 - time_T / snapshots, weights_TLK, gradient_TL, sizes_L, snapshots - 1)
+    return RunWindows(run_id, family, "digits", weights_TLK, replay(recording).features_TLF, ago_TL >= 4)
 
 
 @pytest.fixture
@@ -80,7 +77,7 @@ def write_trajectories(tmp_path: Path) -> Callable[..., Path]:
                 "train_seconds": 2.0,
                 "cpu_seconds": 2.0,
             },
-            layer_names=tuple(f"layer{place}" for place in range(layers)),
+            layer_names=tuple(f"layer{index}" for index in range(layers)),
             layer_sizes_L=np.full(layers, 1000),
             step_T=time_T,
             lr_T=1.0 - time_T / snapshots,

@@ -24,5 +24,5 @@ class WatchingScript(Script):
         self.observed: list[tuple[int, bool]] = []
 
     def observe(self, view: View) -> None:
-        heads = [view.layers[place].own[0] for place in view.active]
+        heads = [view.layers[index].own[0] for index in view.active]
         self.observed.append((view.step, all(own.grad is not None for own in heads)))

@@ -1,13 +1,15 @@
 """When policies are asked, and how their answers are carried out."""
 
 import copy
+import gc
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from predictor import FreezeController, FreezePolicy, make_policy
+from predictor import FreezeController, FreezeEvent, FreezePolicy, Layer, layers_of, make_policy
 from predictor.errors import UsageError
+from predictor.freezing.freeze import freeze, is_frozen, thaw
 
 X = torch.linspace(-1, 1, 6 * 64).reshape(6, 1, 8, 8)
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -50,13 +52,13 @@ def test_a_policy_is_asked_before_the_first_step_and_then_at_its_cadence(make_to
     assert policy.observed == [(1, True), (2, True), (3, True), (4, True)]
 
 
-def test_events_tell_what_changed(make_toy):
+def test_events_say_what_changed(make_toy):
     model = make_toy()
     optimizer, controller = start(model, Script({1: {0, 2}, 3: {0}}))
     heard = []
     controller.on_change(heard.append)
     events = [step(model, optimizer, controller) for _ in range(4)]
-    assert [event and (event.froze, event.thawed, event.frozen) for event in events] == [
+    assert [event and (event.froze, event.unfroze, event.frozen) for event in events] == [
         ((0, 2), (), (0, 2)),
         None,
         ((), (2,), (0,)),
@@ -64,7 +66,7 @@ def test_events_tell_what_changed(make_toy):
     ]
     assert controller.history == heard == [event for event in events if event]
     assert str(events[0]) == "step 1: froze 0, 2 (2 of 3 layers frozen)"
-    assert str(events[2]) == "step 3: thawed 2 (1 of 3 layers frozen)"
+    assert str(events[2]) == "step 3: unfroze 2 (1 of 3 layers frozen)"
 
 
 def test_a_policy_may_freeze_before_the_first_step(make_toy):
@@ -92,9 +94,9 @@ def test_a_training_is_finished_once_all_layers_are_frozen_after_its_start(make_
         step(model, optimizer, controller)
         finished.append(controller.finished)
     assert finished == [False, True, False]
-    thawing = Script({1: {0, 1, 2}})
-    thawing.thaws = True
-    optimizer, never = start(model := make_toy(), thawing)
+    unfreezing = Script({1: {0, 1, 2}})
+    unfreezing.unfreezes = True
+    optimizer, never = start(model := make_toy(), unfreezing)
     step(model, optimizer, never)
     assert (len(never.frozen), never.finished) == (3, False)
     again = start(make_toy(), Script({}))[1]
@@ -116,10 +118,10 @@ def test_total_steps_below_one_is_refused(make_toy, total_steps):
         start(make_toy(), make_policy("none"), total_steps=total_steps)
 
 
-@pytest.mark.parametrize("place", [-1, 3])
-def test_a_layer_that_does_not_exist_is_refused(make_toy, place):
-    with pytest.raises(UsageError, match=f"Script wants to freeze layer {place} of 3"):
-        start(make_toy(), Script({0: {place}}))
+@pytest.mark.parametrize("index", [-1, 3])
+def test_a_layer_that_does_not_exist_is_refused(make_toy, index):
+    with pytest.raises(UsageError, match=f"Script wants to freeze layer {index} of 3"):
+        start(make_toy(), Script({0: {index}}))
 
 
 def test_an_optimizer_without_a_layers_parameters_is_refused(make_toy):
@@ -139,23 +141,130 @@ def test_several_optimizers_are_taken(make_toy):
     assert controller.frozen == {0}
 
 
-def test_what_user_code_switches_on_is_frozen_again_and_said_once(make_toy):
+def test_what_user_code_switches_on_is_frozen_again_before_it_moves_and_said_once(make_toy):
     model = make_toy()
     optimizer, controller = start(model, make_policy("static", layers=1), total_steps=9)
     step(model, optimizer, controller)
-    told = []
-    controller.on_moved(lambda: told.append(controller.frozen))
+    before = model.body[0].weight.clone()
+    messages = []
+    controller.on_moved(lambda: messages.append(controller.frozen))
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     with pytest.warns(UserWarning, match=r"switched frozen layer 0 \(body.0\) back on"):
         step(model, optimizer, controller)
     assert not model.body[0].weight.requires_grad
-    assert told == [{0}]
+    assert messages == [{0}]
     assert len(controller.history) == 1  # it is no change of what is frozen
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     step(model, optimizer, controller)  # a second warning would be an error here
     assert not model.body[0].weight.requires_grad
+    assert torch.equal(before, model.body[0].weight)
+    assert messages == [{0}] * 2
+
+
+def test_a_gradient_set_by_hand_is_noticed_at_the_next_look(make_toy):
+    model = make_toy()
+    optimizer, controller = start(model, make_policy("static", layers=1), total_steps=999)
+    step(model, optimizer, controller)
+    model.body[0].weight.grad = torch.ones_like(model.body[0].weight)
+    with pytest.warns(UserWarning, match="switched frozen layer 0"):
+        any(controller.step() for _ in range(100))
+    assert model.body[0].weight.grad is None
+
+
+class Quiet(FreezePolicy):
+    """Freezes two layers at step 2, and is asked every 50 steps."""
+
+    def due(self, step, total_steps):
+        return step == 2 or step % 50 == 0
+
+    def decide(self, view):
+        return frozenset({0, 1} if view.step >= 2 else ())
+
+
+def test_a_step_after_a_freeze_looks_at_no_parameter(make_toy, monkeypatch):
+    model = make_toy()
+    optimizer, controller = start(model, Quiet(), total_steps=2000, say=None)
+    looked, parameters = [], Layer.parameters
+    monkeypatch.setattr(Layer, "parameters", lambda layer: looked.append(layer) or parameters(layer))
+    for _ in range(8):
+        step(model, optimizer, controller)
+    assert controller.frozen == {0, 1}
+    seconds, count = controller.seconds, len(looked)
+    assert count > 0
+    for _ in range(40):
+        step(model, optimizer, controller)
+    assert len(looked) == count
+    assert controller.seconds == seconds  # nothing but a comparison was done
+
+
+def test_after_its_last_step_or_without_its_controller_a_model_is_the_users(make_toy):
+    for end in ("last step", "close", "gone"):
+        model = make_toy()
+        optimizer, controller = start(
+            model, make_policy("static", layers=1), total_steps=1 if end == "last step" else 9
+        )
+        step(model, optimizer, controller)
+        if end == "close":
+            controller.close()
+        if end == "gone":
+            del controller
+            gc.collect()
+        model.requires_grad_(True)
+        F.cross_entropy(model(X), Y).backward()  # a warning would be an error
+        assert model.body[0].weight.grad is not None, end
+
+
+def test_a_dry_run_reports_and_changes_nothing(make_toy):
+    answers, weights = {0: {0}, 2: {0, 1}}, []
+    for policy in (Script(answers), make_policy("none")):
+        lines, model = [], make_toy()
+        optimizer, controller = start(model, policy, dry_run=True, say=lines.append)
+        for _ in range(4):
+            step(model, optimizer, controller)
+        weights.append(model.state_dict())
+        assert controller.frozen == frozenset()
+        assert not controller.finished
+        assert [(event.step, event.frozen) for event in controller.history] == [
+            (at, tuple(sorted(frozen))) for at, frozen in answers.items() if policy.freezes
+        ]
+        assert len(lines) == len(controller.history)
+        assert all("dry run" in line for line in lines)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_former_names_still_work_with_a_warning(make_toy):
+    with pytest.warns(DeprecationWarning, match="unfreezes"):
+
+        class Former(FreezePolicy):
+            thaws = True
+
+            def decide(self, view):
+                return frozenset()
+
+    assert Former().unfreezes
+    own = Script({})
+    with pytest.warns(DeprecationWarning, match="unfreezes"):
+        own.thaws = True
+    with pytest.warns(DeprecationWarning, match="unfreezes"):
+        assert own.thaws
+    assert own.unfreezes
+    with pytest.warns(DeprecationWarning, match="unfroze"):
+        assert FreezeEvent(1, (), (2,), (0,), 3).thawed == (2,)
+    model = make_toy()
+    layers = layers_of(model)
+    freeze(layers[0])
+    with pytest.warns(DeprecationWarning, match="unfreeze"):
+        thaw(layers, model)
+    assert not is_frozen(layers[0])
+
+
+def test_events_keep_their_keys_on_disk():
+    event = FreezeEvent(3, (1,), (2,), (0, 1), 4)
+    row = event.as_dict()
+    assert row == {"step": 3, "froze": [1], "thawed": [2], "frozen": [0, 1], "layers": 4}
+    assert FreezeEvent.from_dict(row) == event
 
 
 def test_layers_that_an_earlier_controller_left_frozen_are_warned_of(make_toy):
@@ -168,13 +277,13 @@ def test_layers_that_an_earlier_controller_left_frozen_are_warned_of(make_toy):
     start(model, make_policy("none"))  # a warning would be an error here, and below
 
 
-def test_those_who_listen_are_told_of_a_release(make_toy):
+def test_listeners_are_called_at_a_release(make_toy):
     controller = start(make_toy(), make_policy("static", layers=2))[1]
     heard = []
     controller.on_change(heard.append)
     controller.release()
     controller.release()
-    assert [(event.thawed, event.frozen) for event in heard] == [((0, 1), ())]
+    assert [(event.unfroze, event.frozen) for event in heard] == [((0, 1), ())]
     assert controller.frozen == frozenset()
 
 
@@ -216,7 +325,7 @@ def test_state_of_another_model_or_length_is_refused(make_toy):
         controller.load_state_dict({**state, "total_steps": 7})
 
 
-def test_loading_thaws_what_the_state_does_not_freeze_and_keeps_loaded_momentum(make_toy):
+def test_loading_unfreezes_what_the_state_does_not_freeze_and_keeps_loaded_momentum(make_toy):
     model = make_toy()
     optimizer, controller = start(model, Script({0: {0}, 1: ()}))
     for _ in range(2):

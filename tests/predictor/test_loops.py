@@ -1,4 +1,4 @@
-"""Training loops as people write them: each freezes, thaws, stops, goes on from what it saved, and ends equal."""
+"""Training loops as people write them: each freezes, unfreezes, stops, goes on from what it saved, and ends equal."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ class Script(FreezePolicy):
         self.answers, self.observed = answers, []
 
     def observe(self, view):
-        self.observed.append(all(view.layers[place].own[0].grad is not None for place in view.active))
+        self.observed.append(all(view.layers[index].own[0].grad is not None for index in view.active))
 
     def decide(self, view):
         return frozenset(self.answers.get(view.step, view.frozen))
@@ -190,12 +190,12 @@ def test_what_is_frozen_stands_still_and_all_else_moves(loop, make_toy):
     assert training.controller.policy.observed == [True] * STEPS
     ids = [id(parameter) for parameter in training.model.parameters()]
     # A bias in front of BatchNorm changes nothing, and its gradient is rounding.
-    biases = {ids.index(id(training.model.body[place].bias)) for place in (0, 3)}
+    biases = {ids.index(id(training.model.body[index].bias)) for index in (0, 3)}
     for step in range(1, STEPS):
         (frozen, before), (_, after) = training.watched[step - 1 : step + 1]
-        held = {ids.index(id(p)) for place in frozen for p in training.controller.layers[place].parameters()}
+        held = {ids.index(id(p)) for index in frozen for p in training.controller.layers[index].parameters()}
         skipped = isinstance(training, Scaled) and step == 5
-        still = {place for place in range(len(ids)) if torch.equal(before[place], after[place])}
+        still = {index for index in range(len(ids)) if torch.equal(before[index], after[index])}
         assert still - biases == (set(range(len(ids))) if skipped else held) - biases, step
         assert held <= still
 
@@ -235,7 +235,7 @@ def test_an_average_made_while_layers_are_frozen_is_a_model_of_its_own(make_toy)
     average = AveragedModel(training.model)
     training.run(9)
     average.update_parameters(training.model)
-    assert training.model.body[1].training  # thawed by now
+    assert training.model.body[1].training  # unfrozen by now
     average.train()
     assert not average.module.body[1].training  # as it was when the copy was made
     assert torch.equal(average.module.body[0].weight, training.model.body[0].weight)  # the first average is a copy

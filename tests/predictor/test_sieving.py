@@ -11,13 +11,13 @@ SIZE = 20
 
 
 class Numbers(Dataset):
-    """Each sample is its place."""
+    """Each sample is its index."""
 
     def __len__(self):
         return SIZE
 
-    def __getitem__(self, place):
-        return place
+    def __getitem__(self, index):
+        return index
 
 
 def epoch(sampler, right=lambda ids: ids < 10, workers=0):
@@ -46,7 +46,7 @@ def test_forgetting_keeps_a_sample_in():
     sampler = SieveSampler(SIZE, left_out=0.1, every=2, moved=1.0)
     first = epoch(sampler, right=lambda ids: ids >= 0)
     wrong_once = set(first[:4])
-    second = epoch(sampler, right=lambda ids: torch.tensor([place not in wrong_once for place in ids.tolist()]))
+    second = epoch(sampler, right=lambda ids: torch.tensor([index not in wrong_once for index in ids.tolist()]))
     assert set(second) == set(first)  # an interval is two epochs
     sampler.note(torch.tensor(sorted(wrong_once)), torch.ones(4, dtype=torch.bool))  # learnt again
     assert wrong_once <= set(epoch(sampler))

@@ -1,4 +1,4 @@
-"""What layers give for a batch: taking a batch from the training, and passes of the model beside it."""
+"""Layers' outputs for a batch: taking a batch from the training, and forward passes beside it."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from predictor.errors import UsageError
-from predictor.layers.isolated_pass import undisturbed
+from predictor.layers.isolated_pass import isolated
 from predictor.layers.layer import Layer
 from predictor.layers.tensors import tensors_in
 from predictor.policies.measuring.similarity import by_sample
@@ -28,7 +28,7 @@ class Batch:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     autocast: str
-    """The lower precision that the call ran in, as "bfloat16"; empty where it ran in none."""
+    """The lower precision of the call's autocast, such as "bfloat16"; empty where there was none."""
 
     @property
     def samples(self) -> int:
@@ -37,11 +37,11 @@ class Batch:
 
     @property
     def device(self) -> torch.device:
-        """That of the first tensor."""
+        """The device of the first tensor; the CPU where there is none."""
         return next((leaf.device for leaf in tensors_in((self.args, self.kwargs))), torch.device("cpu"))
 
     def kept(self) -> "Batch":
-        """A copy that nobody else writes to."""
+        """A copy that no other code writes to."""
         return self._each(torch.clone)
 
     def moved(self, device: torch.device) -> "Batch":
@@ -66,9 +66,9 @@ class Batch:
 
 
 class BatchTaker:
-    """Takes the next batch that a model trains on, when it is told to. Nothing hangs on the model in between.
+    """Takes the next batch that a model trains on, after `wait` was called. Without it there is no hook on the model.
 
-    `torch.compile` compiles a model twice, with and without the hook. Of a compiled `nn.Sequential` it sees no call.
+    `torch.compile` compiles a model twice, with and without the hook. Calls of a compiled `nn.Sequential` are not seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,7 +78,7 @@ class BatchTaker:
 
     @property
     def waiting(self) -> bool:
-        """Whether it was told to take a batch that has not been asked for yet."""
+        """Whether `wait` was called since the last `taken`."""
         return self._handle is not None or self._batch is not None
 
     def wait(self) -> None:
@@ -87,19 +87,19 @@ class BatchTaker:
             self._handle = self._model.register_forward_pre_hook(self._take, with_kwargs=True)
 
     def taken(self) -> Batch | None:
-        """The batch, which is let go of here; None, with a warning, if the model was not called."""
+        """The batch, which is dropped here; None, with a warning, if the model was not called."""
         batch = self._batch
         self.close()
         if batch is None:
             warnings.warn(
-                f"no call of {type(self._model).__name__} was seen in a training step, so its layers cannot be judged: "
-                "call the model that the controller was given, and compile no nn.Sequential as a whole",
+                f"no call of {type(self._model).__name__} was seen in a training step, so its layers were not "
+                "measured: call the model that the controller was given, and compile no nn.Sequential as a whole",
                 stacklevel=3,
             )
         return batch
 
     def close(self) -> None:
-        """Stop waiting and let go."""
+        """Stop waiting, and drop the batch."""
         self._release()
         self._batch = None
 
@@ -109,7 +109,7 @@ class BatchTaker:
             self._handle = None
 
     def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Not a pass to validate, nor a copy of the model that DataParallel made on another device.
+        # Neither a validation pass, nor a copy of the model that DataParallel made on another device.
         if not torch.is_grad_enabled() or module is not self._model:
             return
         self._release()
@@ -127,44 +127,47 @@ def outputs_of(
     digest: Callable[[Tensor], Tensor] = torch.clone,
     weights: Mapping[str, Tensor] | None = None,
 ) -> dict[int, Tensor]:
-    """What `digest` makes of each layer's output to a batch.
+    """Each layer's output for a batch, through `digest`, by layer index.
 
-    That is what `layer.output` gives at its first call.
+    A layer's output is what `layer.output` returns at its first call. The model is left as it was (see `isolated`). It
+    runs in evaluation mode, no further than to the last of the outputs. Layers whose output has no row for each sample
+    are left out.
 
-    The model is left as it was (see `undisturbed`). It runs in evaluation mode, no further than to the last of the
-    outputs. Layers without an output that has a row for each sample are left out.
-
-    layers: by their places. digest: of features_BF, float32. It is called at once, for the model may write over its
-    outputs. weights: parameters and buffers by name, which take the place of the model's own in here.
+    Args:
+        model: the model.
+        layers: the layers by index.
+        batch: the inputs.
+        digest: takes features_BF in float32. It is called at once, since the model may overwrite its outputs.
+        weights: parameters and buffers by name, which replace the model's own during this pass.
     """
     found: dict[int, Tensor | None] = {}
-    # TorchScript takes no hooks.
-    seen = {place: layer.output for place, layer in layers.items() if not isinstance(layer.output, ScriptModule)}
+    # TorchScript modules take no hooks.
+    seen = {index: layer.output for index, layer in layers.items() if not isinstance(layer.output, ScriptModule)}
     kind, dtype = batch.device.type, getattr(torch, batch.autocast) if batch.autocast else None
 
-    def take(place: int, module: nn.Module, inputs: object, output: object) -> None:
-        if place not in found:
+    def take(index: int, module: nn.Module, inputs: object, output: object) -> None:
+        if index not in found:
             features_BF = by_sample(output, batch.samples)
             with torch.autocast(kind, enabled=False):
-                found[place] = None if features_BF is None else digest(features_BF.float())
+                found[index] = None if features_BF is None else digest(features_BF.float())
             if len(found) == len(seen):
-                raise _Enough
+                raise _AllSeen
 
-    with undisturbed(model), ExitStack() as stack:
-        for place, module in seen.items():
-            stack.callback(module.register_forward_hook(partial(take, place)).remove)
-        # Without its cache: the training must not find weights there that were cast without gradients.
+    with isolated(model), ExitStack() as stack:
+        for index, module in seen.items():
+            stack.callback(module.register_forward_hook(partial(take, index)).remove)
+        # Without autocast's cache: the training must not find weights there that were cast without gradients.
         stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=dtype is not None, cache_enabled=False))
-        stack.enter_context(suppress(_Enough))
+        stack.enter_context(suppress(_AllSeen))
         if weights is None:
             model(*batch.args, **batch.kwargs)
         else:
             functional_call(model, dict(weights), batch.args, batch.kwargs)
-    return {place: digested for place, digested in found.items() if digested is not None}
+    return {index: digested for index, digested in found.items() if digested is not None}
 
 
 def refuse_sharded(model: nn.Module, policy: str) -> None:
-    """Raise UsageError for a model in pieces on several machines: no pass beside the training can end halfway there."""
+    """Raise UsageError for a sharded model: a pass of its own cannot end halfway there."""
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise UsageError(
             f"policy {policy!r} runs the model beside the training, which a sharded model does not allow: use DDP, or "
@@ -172,5 +175,5 @@ def refuse_sharded(model: nn.Module, policy: str) -> None:
         )
 
 
-class _Enough(Exception):
-    """Ends a pass once everything has been seen."""
+class _AllSeen(Exception):
+    """Ends a pass once all outputs have been seen."""

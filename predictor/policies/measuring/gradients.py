@@ -1,4 +1,4 @@
-"""What several policies measure: a layer's gradients, how far the last step moved it, and when an interval ends."""
+"""What several policies measure: a layer's gradients, its last step, and where an interval of the training ends."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from predictor.layers.layer import Layer
 
 
 def gradients(layer: Layer) -> list[Tensor]:
-    """The gradients that a layer's parameters have now."""
+    """The gradients of a layer's parameters, where they have any."""
     return [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
 
 
@@ -23,18 +23,18 @@ def gradient_norms(layers: Sequence[Layer]) -> Tensor:
 
 
 def whole(value: Tensor) -> Tensor:
-    """A number as all processes see it, where FSDP2 has the weights in pieces on several machines."""
+    """A number over all processes, where FSDP2 has sharded the weights."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def read(values: Sequence[Tensor]) -> list[float]:
-    """Numbers that may be on several devices: waits for them once."""
+    """Read numbers that may be on several devices, with one synchronization."""
     first, *_ = values = [whole(value) for value in values]
     return [float(number) for number in torch.stack([value.to(first.device) for value in values]).tolist()]
 
 
 def steps_into_interval(step: int, total_steps: int, intervals: int) -> int:
-    """Steps since one of so many equal intervals of a training began; 0 at its border."""
+    """Steps since the current one of so many equal intervals of a training began; 0 at its border."""
     border = -(-(step * intervals // total_steps) * total_steps // intervals)
     return step - border
 
@@ -48,12 +48,14 @@ def _gradient_norm(layer: Layer) -> Tensor:
     found = gradients(layer)
     if not found:
         return torch.full((), math.nan, device=layer.own[0].device)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([whole(norm) for norm in torch._foreach_norm(found)]).float())
+    norm: Tensor = torch.linalg.vector_norm(
+        torch.stack([whole(torch.linalg.vector_norm(gradient)) for gradient in found]).float()
+    )
     return norm
 
 
 class LastStep:
-    """How far one optimizer step moves each layer: the weights are kept before it, and compared after it."""
+    """How far one optimizer step moves each layer: weights are copied before it and compared after it."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = layers
@@ -61,32 +63,32 @@ class LastStep:
 
     @property
     def kept(self) -> bool:
-        """Whether the weights from before a step are here."""
+        """Whether there are copies from before a step."""
         return bool(self._before)
 
     def keep(self) -> None:
-        """Keep all layers' weights as they are now: as much memory as they take."""
+        """Copy all layers' weights, which takes as much memory as they do."""
         self._before = [[p.detach().clone() for p in layer.parameters()] for layer in self._layers]
 
-    def before(self, place: int) -> list[Tensor]:
-        """The kept weights of a layer, in the order of its parameters."""
-        return self._before[place]
+    def before(self, index: int) -> list[Tensor]:
+        """The copied weights of a layer, in the order of its parameters."""
+        return self._before[index]
 
     @torch.no_grad()
-    def moved(self, place: int) -> list[Tensor]:
-        """What has been added to each of a layer's parameters since `keep`."""
-        return list(torch._foreach_sub(list(self._layers[place].parameters()), self._before[place]))
+    def moved(self, index: int) -> list[Tensor]:
+        """The change of each of a layer's parameters since `keep`."""
+        return [now - before for now, before in zip(self._layers[index].parameters(), self._before[index], strict=True)]
 
     def drop(self) -> None:
-        """Forget the kept weights."""
+        """Drop the copies."""
         self._before = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The kept weights, if a step is being waited for."""
+        """The copies, if there are any."""
         return {"before": [[weight.cpu() for weight in weights] for weights in self._before]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them up again, each where its parameter is."""
+        """Load them, each on its parameter's device."""
         self._before = [
             [
                 weight.to(parameter.device, copy=True)

@@ -1,4 +1,4 @@
-"""Layers that follow learning rates of their own: where they start, and how they relate to the training's schedule."""
+"""Learning rates of single layers, as multiples of the training's schedule."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -9,11 +9,14 @@ from predictor.layers.layer import Layer
 
 
 class OwnRates:
-    """Turns rates of layers into what `FreezePolicy.rates` returns: multiples of the scheduled rate.
+    """Converts learning rates of layers into what `FreezePolicy.rates` returns: multiples of the scheduled rate.
 
-    optimizer: whose parameter groups hold the layers; a layer goes by the group that holds most of it, by the first
-    where none does. lr: the rate from which every layer starts; by default the highest of a schedule that names it
-    (`OneCycleLR`), else that from which the optimizer started, by parameter group.
+    Args:
+        optimizer: the optimizer that holds the layers. A layer's scheduled rate is that of the parameter group that
+            holds most of it, of the first group where none does.
+        layers: front to back.
+        lr: the rate at which every layer starts. By default the highest of a schedule that names it (`OneCycleLR`),
+            else the rate from which the optimizer started, by parameter group.
     """
 
     def __init__(self, optimizer: Optimizer, layers: Sequence[Layer], lr: float | None = None) -> None:
@@ -22,10 +25,10 @@ class OwnRates:
         self.start_L = [_start_of(optimizer.param_groups[group]) if lr is None else lr for group in self._groups]
         """The rate at which each layer starts."""
 
-    def factors(self, places: Iterable[int], rate: Callable[[int], float]) -> Mapping[int, float]:
-        """By place, the layer's `rate(place)` as a multiple of the scheduled one; nothing where that is zero."""
+    def factors(self, indices: Iterable[int], rate: Callable[[int], float]) -> Mapping[int, float]:
+        """Each layer's `rate(index)` as a multiple of the scheduled rate, by index. Left out where that is zero."""
         scheduled = [float(self._optimizer.param_groups[group]["lr"]) for group in self._groups]
-        return {place: rate(place) / scheduled[place] for place in places if scheduled[place] > 0}
+        return {index: rate(index) / scheduled[index] for index in indices if scheduled[index] > 0}
 
 
 def _start_of(group: dict[str, Any]) -> float:

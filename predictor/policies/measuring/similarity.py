@@ -1,4 +1,4 @@
-"""How alike two representations of the same inputs are: what to compare of a module's output, and the formulas."""
+"""How similar two representations of the same inputs are: CKA and the similarity-preserving loss."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 
 def by_sample(output: Any, samples: int) -> Tensor | None:
-    """features_BF of a module's output: one row for each of the `samples` inputs; None where there is no such thing.
+    """features_BF of a module's output, one row for each of the `samples` inputs; None where it has no such rows.
 
-    The batch may be the first dimension, alone or with others folded into it behind it, or the second (as in
+    The batch may be the first dimension, alone or with others folded into it, or the second (as in
     `nn.MultiheadAttention` without `batch_first`).
     """
     while not isinstance(output, Tensor):
@@ -65,7 +65,7 @@ def preserving_loss(features_BF: Tensor, reference_BF: Tensor) -> Tensor:
     """The similarity-preserving loss (Tung and Mori, ICCV 2019) between two outputs to the same B inputs, a scalar.
 
     With G = AA' of each, and each row of G divided by its L2 norm: ||G - G_reference||_F^2 / B^2, from 0 to 4 / B.
-    It is 0 where the inputs are alike to one another in the same way in both; the scale of neither counts.
+    It is 0 where the inputs are equally similar to one another in both. The scale of the outputs has no effect.
     """
     difference_BB = _normalized_gram(features_BF) - _normalized_gram(reference_BF)
     return difference_BB.square().sum() / len(features_BF) ** 2

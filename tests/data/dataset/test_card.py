@@ -36,7 +36,7 @@ def rows(text, title):
     """The table whose first line begins so, without its head."""
     (part,) = (part for part in text.split("\n\n") if any(line.startswith(title) for line in part.splitlines()[:2]))
     lines = part.splitlines()
-    first = next(place for place, line in enumerate(lines) if line.startswith(title))
+    first = next(index for index, line in enumerate(lines) if line.startswith(title))
     return [line.split() for line in lines[first + 1 :]]
 
 
@@ -69,10 +69,10 @@ def test_counts_and_balances_by_hand(path):
     assert tenths["0"] == tenths["10"] == ["0", "n/a", "0", "n/a"]
 
 
-def test_what_one_signal_alone_tells(path):
+def test_the_auroc_of_one_feature_alone(path):
     text = data_card([path], window=2)
-    areas = {" ".join(row[:-2]): [float(part) for part in row[-2:]] for row in rows(text, "AUROC of one signal alone")}
-    # To learn from: 2 windows are not yet freezable, of progress .25 and depth 1; of the other 22, 4 are as early and
+    areas = {" ".join(row[:-2]): [float(part) for part in row[-2:]] for row in rows(text, "AUROC of one feature alone")}
+    # To train on: 2 windows are not yet freezable, of progress .25 and depth 1; of the other 22, 4 are as early and
     # 18 later; 6 are as deep, 16 less deep.
     assert areas["progress"][0] == pytest.approx((18 + 4 / 2) / 22, abs=6e-4)
     assert areas["depth"][0] == pytest.approx((6 / 2) / 22, abs=6e-4)
@@ -89,7 +89,7 @@ def test_the_rule_and_the_split_are_the_callers(path):
     assert "at least 0.9 from there to the end, dips of 0.1 allowed" in text
     assert rows(text, "part")[1] == ["held-out", "0", "0", "0", "n/a"]
     assert rows(text, "part")[0][1:4] == ["4", "12", "36"]
-    assert all(row[-1] == "n/a" for row in rows(text, "AUROC of one signal alone"))
+    assert all(row[-1] == "n/a" for row in rows(text, "AUROC of one feature alone"))
 
 
 def test_a_file_of_held_out_runs_alone_has_a_card(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from data.locations import LOCATIONS, folder_of
 from data.sources import load_source
 from data.sources.memory import TokenSource
-from data.sources.text import gloss_slice, read_glosses, split_texts, token_source, words_of
+from data.sources.text import read_glosses, split_texts, token_source, words_of
 from predictor.errors import FileFault
 
 
@@ -111,17 +111,6 @@ def glosses() -> TokenSource:
     return source
 
 
-def plain_pieces(word: str, vocabulary: set[str]) -> list[str]:
-    """The longest piece that the word begins with, then the longest that the rest does, and so on."""
-    pieces: list[str] = []
-    while word:
-        mark = "##" if pieces else ""
-        length = next(n for n in range(len(word), 0, -1) if mark + word[:n] in vocabulary)
-        pieces.append(mark + word[:length])
-        word = word[length:]
-    return pieces
-
-
 @needs_minilm
 def test_the_glosses_are_those_of_the_other_source(glosses: TokenSource) -> None:
     plain = load_source("glosses")
@@ -141,21 +130,6 @@ def test_every_text_lies_between_its_marks_and_padding_is_at_the_end(glosses: To
     assert torch.equal((tokens_NT == SEP).sum(dim=1), torch.ones_like(lengths_N))
     assert torch.equal(tokens_NT != 0, torch.arange(32) < lengths_N[:, None])
     assert int(lengths_N.max()) == 32  # some are cut
-
-
-@needs_minilm
-def test_pieces_are_the_longest_that_fit(glosses: TokenSource) -> None:
-    vocabulary = set(glosses.words)
-    checked, split_words = 0, 0
-    for (_, text), row_T in zip(gloss_slice()[1], glosses.samples["test"].inputs, strict=True):
-        if "'" in text or " ".join(words_of(text)) != text:  # punctuation is the tokenizer's own affair
-            continue
-        expected = [piece for word in text.split() for piece in plain_pieces(word, vocabulary)][:30]
-        assert [glosses.words[token] for token in row_T[row_T != 0].tolist()] == ["[CLS]", *expected, "[SEP]"]
-        checked += 1
-        split_words += any(piece.startswith("##") for piece in expected)
-    assert checked > 100
-    assert split_words > 20
 
 
 def test_without_the_weights_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from predictor.errors import FileFault
 from tests.data.hostile import put, refused, refused_in_little_memory
 from tests.data.made import made_trajectory, write_arrays, write_changed, write_raw
 
+pytestmark = pytest.mark.usefixtures("in_process")
 SHAPE = (5, 3, 4)
 STORED = {"chunks": SHAPE, "compression": "gzip", "shuffle": True}
 
@@ -51,7 +52,7 @@ def test_the_declared_sizes_of_a_run_are_added_up_before_one_is_read(tmp_path, m
                 )
 
     path = write_changed(tmp_path / "t.h5", change)
-    monkeypatch.setattr("data.trajectories.guard.stored_array", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("data.trajectories.guard.stored_chunk", lambda *_: pytest.fail("read"))
     with TrajectoryFile(path) as file, pytest.raises(FileFault, match=r"field weights: .* more than the limit"):
         file.read("mlp-1")
 
@@ -225,8 +226,8 @@ def test_a_run_id_with_a_slash_inside_one_name(tmp_path):
 
 
 def test_more_members_than_a_group_may_have(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.trajectories.reader.MOST_RUNS", 50)
-    monkeypatch.setattr("data.trajectories.reader._MOST_NAMES", 50)
+    monkeypatch.setattr("data.trajectories.guard.MOST_RUNS", 50)
+    monkeypatch.setattr("data.trajectories.guard._MOST_NAMES", 50)
 
     def add(group, source):
         for number in range(60):

@@ -7,6 +7,7 @@ import pytest
 from data.trajectories import GatherFolder, open_trajectories, write_runs
 from data.trajectories.merge import merge, stored_digest
 from data.trajectories.reader import TrajectoryFile
+from data.trajectories.writer import NewRuns
 from predictor.errors import FileFault, UsageError
 from tests.data.made import assert_same, made_trajectory, write_changed
 
@@ -98,13 +99,13 @@ def test_an_unsound_source_is_named_and_the_older_result_stays(two, tmp_path):
 
 
 def test_copies_are_verified(two, tmp_path, monkeypatch):
-    copy = TrajectoryFile.copy_run
+    copy = NewRuns.copy
 
-    def careless(source, run_id, target):
-        copy(source, run_id, target)
-        target[run_id]["weights"][0, 0, 0] = 99
+    def careless(runs, source, run_id):
+        copy(runs, source, run_id)
+        runs._group[run_id]["weights"][0, 0, 0] = 99
 
-    monkeypatch.setattr(TrajectoryFile, "copy_run", careless)
+    monkeypatch.setattr(NewRuns, "copy", careless)
     with pytest.raises(FileFault, match=r"one.h5: run a: its copy is not what was verified: merge again"):
         merge(two, tmp_path / "all.h5")
     assert not list(tmp_path.glob("all*"))

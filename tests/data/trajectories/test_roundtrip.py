@@ -7,9 +7,10 @@ import h5py
 import numpy as np
 import pytest
 
-from data.trajectories import TrajectoryFile, open_trajectories, write_runs
+from data.trajectories import LabelRule, TrajectoryFile, open_trajectories, write_runs
 from data.trajectories.merge import merge
 from data.trajectories.schema import FIELDS, FORMAT, FORMAT_VERSION, WRITTEN
+from data.trajectories.summary import describe
 from data.trajectories.trajectory import arrays_of, checksum
 from data.trajectories.validate import validate
 from predictor.errors import FileFault, UsageError
@@ -67,21 +68,6 @@ def test_numbers_that_json_does_not_have_become_null(tmp_path):
     write_runs(tmp_path / "t.h5", [run])
     with open_trajectories(tmp_path / "t.h5") as file:
         assert file.read("mlp-0").provenance == {"a": [None, {"b": None}], "c": [1, 2]}
-
-
-def test_configs_are_read_one_by_one_without_the_rest(tmp_path):
-    runs = [made_trajectory(name) for name in ("a", "b")]
-    write_runs(tmp_path / "t.h5", runs)
-    with h5py.File(tmp_path / "t.h5", "r+") as file:
-        del file["runs/a/weights"]
-    with open_trajectories(tmp_path / "t.h5") as file:
-        configs = file.configs()
-        assert list(configs) == ["a", "b"]
-        assert len(configs) == 2
-        assert "a" in configs
-        assert "z" not in configs
-        assert configs["a"] == runs[0].config
-        assert file.config("b") == runs[1].config
 
 
 def test_a_run_that_is_not_there(tmp_path):
@@ -196,5 +182,6 @@ def test_a_file_of_version_1_is_read_and_merged(tmp_path):
             assert_same(file.read("mlp-0"), made_trajectory("mlp-0", snapshots=3, layers=2))
             assert not file.read("mlp-1").finished
         assert validate(path) == []
+    assert "format version 1 and 2" in describe([old, tmp_path / "new.h5"], LabelRule())
     with h5py.File(tmp_path / "new.h5") as file:
         assert set(file["runs/mlp-2"]) == {field.name for field in FIELDS} - {"update_norm"}

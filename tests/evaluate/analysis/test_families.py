@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluate.analysis.families import families, places, policy_names, rival
+from evaluate.analysis.families import colour_indices, families, policy_names, rival
 from evaluate.trials.records import read_results
 from predictor.errors import UsageError
 
@@ -46,10 +46,10 @@ def test_a_policy_with_the_same_changes_is_one_family_whatever_its_settings(suit
         ("static", ("cache",)),
         ("static", ("cache", "lr_factor")),
     ]
-    places_by_label = places(results)
-    assert places_by_label["none"] == 0
-    assert places_by_label["static 0.4"] == places_by_label["last two"] == 1
-    assert places_by_label["adapters 16"] == 5
+    indices = colour_indices(results)
+    assert indices["none"] == 0
+    assert indices["static 0.4"] == indices["last two"] == 1
+    assert indices["adapters 16"] == 5
     assert policy_names(results) == ["none", "static", "smartfrz"]
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from evaluate.bench import bench
-from evaluate.bench.frozen_prefixes import FrontCost
-from evaluate.bench.memory import Change, FrontMemory
+from evaluate.bench.frozen_prefixes import PrefixCost
+from evaluate.bench.memory import Change, PrefixMemory
 from evaluate.bench.overhead import Overhead
 from evaluate.trials.stopwatch import Spread
 from predictor.errors import FileFault, UsageError
@@ -14,33 +14,33 @@ from predictor.errors import FileFault, UsageError
 ONE = Spread(1.0, 0.98, 1.02)
 
 
-def front(ratio):
+def prefix(ratio):
     some = Spread(ratio - 1, 0, 0)
-    return FrontCost(
+    return PrefixCost(
         "mlp-digits", 2, 4, Spread(ratio, 0.9, 1.1), ONE, some, some, ONE, ONE, 0.25, 0.5, 0.1, 0.1, "body"
     )
 
 
 def made_up(monkeypatch, share=0.012, ratio=1.03, left=100, peak=2_500_000):
-    memory = FrontMemory(
+    memory = PrefixMemory(
         *("mlp-digits", 2, 4),
         *(Change(400, left, 100), Change(800, 200, 200), Change(10_000_000, 2_000_000, 1_990_000)),
         *(peak and 2 * peak, peak, None if peak else "nowhere to look"),
     )
     monkeypatch.setattr(bench, "HOOKS_ON", {"mlp-digits": 2})
-    monkeypatch.setattr(bench, "FRONTS_ON", {"mlp-digits": 2})
+    monkeypatch.setattr(bench, "PREFIXES_ON", {"mlp-digits": 2})
     monkeypatch.setattr(
         bench, "overheads", lambda *_: [Overhead("mlp-digits", "recorder", Spread(share, share / 2, share * 2), ONE)]
     )
-    monkeypatch.setattr(bench, "front_costs", lambda *_: [front(ratio)])
-    monkeypatch.setattr(bench, "front_memory", lambda *_: [memory])
+    monkeypatch.setattr(bench, "prefix_costs", lambda *_: [prefix(ratio)])
+    monkeypatch.setattr(bench, "prefix_memory", lambda *_: [memory])
 
 
 def test_limits_that_hold(tmp_path, monkeypatch, capsys):
     made_up(monkeypatch)
     assert bench.run_bench(tmp_path / "new" / "bench.json", "cpu")
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[:2] == ["frozen fronts: mlp-digits", "hooks: mlp-digits"]  # where no bar can be drawn
+    assert lines[:2] == ["frozen prefixes: mlp-digits", "hooks: mlp-digits"]  # where no bar can be drawn
     assert "mlp-digits recorder 1.20% [0.60%, 2.40%] 2.0% ok 1.000 [0.980, 1.020]" in lines
     times = "1.030 [0.900, 1.100] ok 1.000 [0.980, 1.020] ok"
     assert f"mlp-digits 2/4 {times} 1.00x 1.00x 0.25 0.50 body" in lines
@@ -66,7 +66,7 @@ def test_a_limit_that_is_broken(tmp_path, monkeypatch, capsys, broken):
 def test_a_workload_that_cannot_be_had_is_left_out_with_the_reason(tmp_path, monkeypatch, capsys):
     made_up(monkeypatch)
     missing = {"resnet-of-nobody": 2, "tests.evaluate.bench.test_bench:no_package": 2, "mlp-digits": 2}
-    monkeypatch.setattr(bench, "FRONTS_ON", missing)
+    monkeypatch.setattr(bench, "PREFIXES_ON", missing)
     assert bench.run_bench(tmp_path / "bench.json", "cpu")
     out = capsys.readouterr().out
     assert "left out: resnet-of-nobody: there is no workload 'resnet-of-nobody'" in out
@@ -91,7 +91,7 @@ def test_a_peak_that_cannot_be_measured_is_no_number(tmp_path, monkeypatch, caps
 
 def test_the_real_thing_on_something_small(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "HOOKS_ON", {"mlp-digits": 2})
-    monkeypatch.setattr(bench, "FRONTS_ON", {"mlp-digits": 2})
+    monkeypatch.setattr(bench, "PREFIXES_ON", {"mlp-digits": 2})
     monkeypatch.setattr("evaluate.bench.frozen_prefixes._SECONDS", 0.01)
     bench.run_bench(tmp_path / "bench.json", "cpu")
     written = json.loads((tmp_path / "bench.json").read_text())
@@ -102,7 +102,7 @@ def test_the_real_thing_on_something_small(tmp_path, monkeypatch):
 
 
 def test_a_place_that_cannot_be_written_to_fails_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "front_costs", lambda *_: pytest.fail("it measured first"))
+    monkeypatch.setattr(bench, "prefix_costs", lambda *_: pytest.fail("it measured first"))
     (tmp_path / "file").touch()
     with pytest.raises(FileFault, match="--out"):
         bench.run_bench(tmp_path / "file" / "bench.json", "cpu")

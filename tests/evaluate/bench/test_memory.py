@@ -1,4 +1,4 @@
-"""Bytes that a frozen front returns, counted by hand."""
+"""Bytes that a frozen prefix returns, counted by hand."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from torch import nn
 from collect.workloads import load_workload
 from data.sources import load_source
 from evaluate.bench import memory
-from evaluate.bench.memory import Change, FrontMemory, front_memory, saved_bytes, state_bytes
+from evaluate.bench.memory import Change, PrefixMemory, prefix_memory, saved_bytes, state_bytes
+from evaluate.bench.suffix import Subject
 from evaluate.trials.stopwatch import PeakMemory
 from tests.evaluate import toys
 
@@ -16,7 +17,8 @@ CPU = torch.device("cpu")
 
 def test_what_six_linear_layers_give_back():
     ticks = []
-    rows = front_memory(toys.six_linear(), load_source("digits", train_samples=100), CPU, lambda: ticks.append(1))
+    subject = Subject(toys.six_linear(), load_source("digits", train_samples=100), CPU)
+    rows = prefix_memory(subject, lambda: ticks.append(1))
     assert [(row.frozen, row.layers) for row in rows] == [(1, 5), (2, 5), (4, 5), (5, 5)]
     weights = 64 * 64 * 4
     for row in rows:
@@ -34,7 +36,7 @@ def test_what_six_linear_layers_give_back():
 def test_adamw_attention_and_dropout_leave_nothing(monkeypatch):
     monkeypatch.setattr(memory, "counts_of", lambda layers: [layers // 2])
     workload = load_workload("vit-digits")
-    rows = front_memory(workload, load_source(workload.source), CPU, lambda: None)
+    rows = prefix_memory(Subject(workload, load_source(workload.source), CPU), lambda: None)
     assert all(row.holds for row in rows)
     assert all(row.optimizer.before > row.optimizer.after for row in rows)
 
@@ -65,4 +67,4 @@ def test_bytes_of_an_optimizers_state():
 )
 def test_the_verdict(gradients, optimizer, activations, holds):
     changes = Change(900, gradients, 100), Change(900, optimizer, 200), Change(9000, activations, 1000)
-    assert FrontMemory("w", 1, 5, *changes, None, None, "no peak").holds == holds
+    assert PrefixMemory("w", 1, 5, *changes, None, None, "no peak").holds == holds

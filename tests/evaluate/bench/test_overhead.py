@@ -58,7 +58,7 @@ def test_the_policy_is_measured_while_it_judges(small, monkeypatch):
     training.take_step(batches)
     judged = []
     policy = freezing.controller.policy
-    monkeypatch.setattr(policy, "_judge", lambda active: judged.append(active) or torch.zeros(len(active)))
+    monkeypatch.setattr(policy, "_predict", lambda active: judged.append(active) or torch.zeros(len(active)))
     for _ in range(-(-training.total_steps // 60)):
         freezing.on_step(training)
     assert len(judged) == 1

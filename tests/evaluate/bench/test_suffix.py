@@ -1,4 +1,4 @@
-"""The limit: layers trained on ready outputs of a front that is never called, and the front alone."""
+"""The limit: layers trained on ready outputs of a prefix that is never called, and the prefix alone."""
 
 import itertools
 
@@ -8,8 +8,7 @@ from torch import nn
 
 from collect.workloads import Recipe, Workload
 from data.sources import load_source
-from evaluate.bench.frozen_prefixes import batches_of
-from evaluate.bench.suffix import front_pass, frozen_training, suffix_training
+from evaluate.bench.suffix import Subject, frozen_training, prefix_pass, suffix_training
 from predictor.errors import UsageError
 from tests.evaluate import toys
 
@@ -67,10 +66,10 @@ def gradients_of_each(training, batches):
 
 
 @pytest.mark.parametrize(("workload", "count"), [(three_and_head(), 2), (around(), 1), (around(), 3)])
-def test_the_suffix_learns_what_it_learns_behind_a_frozen_front(source, workload, count):
-    batches = batches_of(workload, source, CPU, epoch=0)
-    alone = gradients_of_each(suffix_training(workload, source, CPU, count, batches), batches)
-    behind = gradients_of_each(frozen_training(workload, source, CPU, count), batches)
+def test_the_suffix_learns_what_it_learns_behind_a_frozen_prefix(source, workload, count):
+    batches = Subject(workload, source, CPU).batches(epoch=0)
+    alone = gradients_of_each(suffix_training(Subject(workload, source, CPU), count, batches), batches)
+    behind = gradients_of_each(frozen_training(Subject(workload, source, CPU), count), batches)
     for one, other in zip(alone, behind, strict=True):
         assert len(one) == len(other) > 0
         assert all(map(torch.equal, one, other))
@@ -78,8 +77,8 @@ def test_the_suffix_learns_what_it_learns_behind_a_frozen_front(source, workload
 
 def test_the_front_is_never_called(source):
     workload = three_and_head()
-    batches = batches_of(workload, source, CPU, epoch=0)
-    training = suffix_training(workload, source, CPU, 2, batches)
+    batches = Subject(workload, source, CPU).batches(epoch=0)
+    training = suffix_training(Subject(workload, source, CPU), 2, batches)
     Counted.calls = 0
     list(gradients_of_each(training, batches))
     assert Counted.calls == 2 * len(batches)  # the third layer, once a step
@@ -89,7 +88,7 @@ def test_the_front_is_never_called(source):
 
 def test_the_front_alone_ends_with_its_last_layer(source):
     workload = three_and_head()
-    run = front_pass(workload, source, CPU, 2, batches_of(workload, source, CPU, epoch=0))
+    run = prefix_pass(Subject(workload, source, CPU), 2, Subject(workload, source, CPU).batches(epoch=0))
     Counted.calls = 0
     for _ in range(5):
         run()
@@ -97,8 +96,8 @@ def test_the_front_alone_ends_with_its_last_layer(source):
 
 
 def test_an_output_that_is_written_to_is_the_same_each_time(source):
-    batches = batches_of(around(), source, CPU, epoch=0)
-    training = suffix_training(around(), source, CPU, 2, batches)
+    batches = Subject(around(), source, CPU).batches(epoch=0)
+    training = suffix_training(Subject(around(), source, CPU), 2, batches)
     training.optimizer.param_groups[0]["lr"] = 0.0
     losses, endless = [], itertools.cycle(batches)
     for _ in range(2 * len(batches)):
@@ -108,6 +107,6 @@ def test_an_output_that_is_written_to_is_the_same_each_time(source):
 
 
 def test_a_layer_whose_module_is_never_called_has_no_limit(source):
-    batches = batches_of(toys.uncuttable(), source, CPU, epoch=0)
+    batches = Subject(toys.uncuttable(), source, CPU).batches(epoch=0)
     with pytest.raises(UsageError, match="layer '0' is used without a call of its module"):
-        suffix_training(toys.uncuttable(), source, CPU, 1, batches)
+        suffix_training(Subject(toys.uncuttable(), source, CPU), 1, batches)

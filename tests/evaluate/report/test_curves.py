@@ -25,7 +25,7 @@ def test_each_family_has_a_panel_the_largest_area_first(folder):
     assert [row.family.name for row in areas(read_results(folder))] == [text for text in texts(plot) if text in names]
     assert re.fullmatch(r"Areas from 0\.\d\d \(.*\) to 0\.\d\d \(.*\)", plot.title)
     assert "Dashed: shorter 0.7." in plot.note
-    assert "more than 0.5 points lost" in plot.note
+    assert "more than 0.5 percentage points lost" in plot.note
 
 
 def test_many_families_share_several_figures(many_page):

@@ -5,7 +5,8 @@ import pytest
 from evaluate.analysis.area import areas
 from evaluate.analysis.oracle_file import read_oracle
 from evaluate.analysis.statistics import compare
-from evaluate.report.table import distinct_length, plain, print_table, shortened, table
+from evaluate.report.format import distinct_length, plain, shortened
+from evaluate.report.table import print_table, table
 from evaluate.trials.records import read_results
 
 
@@ -29,7 +30,7 @@ def test_a_row_says_what_was_found(write, trial):
         trial("a", "fast", 1, accuracy=0.83, cpu_seconds=50.0, flops=250, policy_seconds=1.5, train_seconds=100.0),
     ]
     text = table(read_results(write(rows)), 200)
-    expected = "fast 88.00 ±7.07 +3.00 [+3.00, +3.00] as accurate 2.00x [2.00, 2.00] 25 % 1.5 % 2/2 0"
+    expected = "fast 88.00 ±7.07 +3.00 [+3.00, +3.00] as accurate 25 % 2.00x [2.00, 2.00] 1.5 % 2/2 0"
     assert line_of(text, "fast", "a").split() == expected.split()
     assert "CPU speedup" in text.splitlines()[2]
     assert "ratio of CPU seconds" in text
@@ -110,7 +111,7 @@ def test_labels_are_cut_no_shorter_than_tells_them_apart(write, trial):
     assert len({shortened(label, length - 1) for label in labels}) == 1
     assert distinct_length(["x" * 99, "x" * 98 + "y" + "x" * 99], 20) == 60
     text = table(read_results(write([trial("a", "none", 0), *(trial("a", label, 0) for label in labels)])), 200)
-    rows = text[: text.index("area under the front")].splitlines()
+    rows = text[: text.index("area under the Pareto front")].splitlines()
     assert len({line.split("  ")[1] for line in rows if line.startswith("  smartfrz")}) == 2
 
 
@@ -125,12 +126,12 @@ def test_areas_of_families_are_listed_the_largest_first(folder):
     text = table(read_results(folder), 200)
     lines = text[text.index("family ") :].splitlines()
     assert lines[0].split() == ["family", "settings", "area", "to", "shorter", "0.7"]
-    assert lines[1] == "area under the front"
+    assert lines[1] == "area under the Pareto front"
     found = areas(read_results(folder))
     assert [line.strip().split("  ")[0] for line in lines[2:6]] == [row.family.name for row in found]
     assert f"{found[0].area.mean:.3f} [" in lines[2]
-    assert line_of(text, "shorter 0.7", "area under the front").split()[-1] == "-"
-    assert "1 for all of it, 0 for 5 points less" in text
+    assert line_of(text, "shorter 0.7", "area under the Pareto front").split()[-1] == "-"
+    assert "1 for all of it, 0 for 5 percentage points less" in text
 
 
 def test_without_another_policy_there_is_no_area(write, trial):
@@ -155,8 +156,8 @@ def test_an_area_that_leaves_out_workloads_says_so(write, trial):
     assert "workloads" not in whole[whole.index("family ") :].splitlines()[0]
     text = table(read_results(write([row for row in rows if row["trial_id"] != "b-fast-0"])), 200)
     assert text[text.index("family ") :].splitlines()[0].endswith("  workloads")
-    assert line_of(text, "fast", "area under the front").endswith("  on 1 of 2 workloads")
-    assert line_of(text, "shorter 0.7", "area under the front").endswith("  all")
+    assert line_of(text, "fast", "area under the Pareto front").endswith("  on 1 of 2 workloads")
+    assert line_of(text, "shorter 0.7", "area under the Pareto front").endswith("  all")
 
 
 def test_what_makes_times_untrustworthy_is_a_note(write, rows):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from evaluate.trials.adopt import _is_one_of, adopt
-from evaluate.trials.plan import Settings, SuiteFolder, make_plan
+from evaluate.trials.folder import SuiteFolder
+from evaluate.trials.plan import Settings, make_plan
 from evaluate.trials.records import ADOPTED, has_result, read_results
 from evaluate.trials.run import pending, run_suite
 from evaluate.trials.suite import PolicyEntry, WorkloadEntry, read_suite
@@ -37,7 +38,7 @@ def elsewhere(machine, tmp_path):
 
 
 def _plan(suite, folder):
-    return make_plan(suite, folder, Settings("cpu", 1))
+    return make_plan(suite, Settings("cpu", 1))
 
 
 def test_what_was_run_elsewhere_is_not_run_again(machine, elsewhere, folder):
@@ -45,7 +46,7 @@ def test_what_was_run_elsewhere_is_not_run_again(machine, elsewhere, folder):
     plan = _plan(more, folder)
     adopted = adopt(elsewhere, plan, folder)
     assert len(adopted) == 4
-    assert [job.payload["row"]["policy"] for job in pending(plan, folder, adopted)] == ["static", "static"]
+    assert [job.payload["policy"]["label"] for job in pending(plan, folder, adopted)] == ["static", "static"]
     assert not folder.root.exists()
     run_suite(plan, folder, lambda figures, step: None, adopted)
     assert machine.ran == [f"mlp-digits, static, seed {seed}" for seed in (0, 1)]

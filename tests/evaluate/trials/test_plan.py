@@ -7,7 +7,7 @@ import json
 import pytest
 
 from evaluate.trials import plan as plan_module
-from evaluate.trials.plan import Settings, SuiteFolder, find_predictor, make_plan
+from evaluate.trials.plan import Settings, find_predictor, make_plan
 from evaluate.trials.suite import PolicyEntry, Suite, WorkloadEntry, read_suite
 from predictor.errors import FileFault, UsageError
 from predictor.model.file import fingerprint
@@ -22,11 +22,11 @@ CPU = Settings("cpu", slots=2)
 
 
 def plan(tmp_path, suite=SUITE, predictor=None, settings=CPU):
-    return make_plan(suite, SuiteFolder(tmp_path / "out"), dataclasses.replace(settings, predictor=predictor))
+    return make_plan(suite, dataclasses.replace(settings, predictor=predictor))
 
 
 def ids(*args, **options):
-    return [job.id for job in plan(*args, **options).jobs]
+    return [trial.id for trial in plan(*args, **options).trials]
 
 
 def with_policy(name, **options):
@@ -51,7 +51,7 @@ def test_a_plan_trains_and_writes_nothing(tmp_path, make_predictor_file):
 
 def test_what_a_result_starts_with(tmp_path, make_predictor_file):
     path = make_predictor_file()
-    row = plan(tmp_path, predictor=path).jobs[1].payload["row"]
+    row = plan(tmp_path, predictor=path).trials[1].row
     options = {"predictor": f"sha256:{fingerprint(path)}"}
     assert (row["workload"], row["family"], row["source"], row["seed"]) == ("mlp-digits", "mlp", "digits", 0)
     assert (row["policy"], row["policy_name"], row["policy_options"]) == ("smartfrz", "smartfrz", options)
@@ -95,7 +95,7 @@ def test_options_make_another_trial(tmp_path):
 
 def test_what_an_entry_leaves_out_is_in_no_id(tmp_path):
     """Results from before there were caches, ends, adapters, factors, sieves and masks keep their ids."""
-    config = plan(tmp_path, with_policy("linear")).jobs[1].payload["row"]["config"]
+    config = plan(tmp_path, with_policy("linear")).trials[1].config
     assert config["policy"] == {"name": "linear", "label": "linear", "options": {}}
     assert type(config["recipe"]["epochs"]) is float  # though the suite says 2: one training, one id
     assert set(config) == {"workload", "label", "source", "recipe", "policy", "seed", "device"}
@@ -119,10 +119,8 @@ def test_adapters_make_another_trial(tmp_path):
 
 def test_a_factor_multiplies_the_workloads_own_learning_rate(tmp_path):
     suite = dataclasses.replace(with_entry("none", "fast", lr_factor=10.0), workloads=SUITE.workloads)
-    plain, fast = (job.payload for job in plan(tmp_path, suite).jobs)
-    lr = plain["row"]["config"]["recipe"]["lr"]
-    assert fast["row"]["config"]["recipe"] == plain["row"]["config"]["recipe"] | {"lr": 10 * lr}
-    assert fast["workload"]["recipe"] == plain["workload"]["recipe"] | {"lr": 10 * lr}
+    plain, fast = plan(tmp_path, suite).trials
+    assert fast.recipe == {**plain.recipe, "lr": 10 * plain.recipe["lr"]}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +156,7 @@ def test_what_does_not_go_together(tmp_path, recipe, settings, message):
 
 def test_an_end_that_never_comes(tmp_path):
     for name in ("shorter", "greentrainer"):
-        with pytest.raises(UsageError, match=f"'x' ends once all layers are frozen .* with {name} they never are"):
+        with pytest.raises(UsageError, match=f"'x' stops once all layers are frozen .* with {name} they never are"):
             plan(tmp_path, with_entry(name, "x", stop=True))
 
 
@@ -232,16 +230,14 @@ def test_no_slots():
 
 def test_the_default_suite_is_fit_to_run(tmp_path, make_predictor_file):
     made = plan(tmp_path, read_suite("quick"), predictor=make_predictor_file())
-    assert {job.payload["row"]["family"] for job in made.jobs} == {"resnet", "mobilenet"}
-    assert {job.payload["row"]["source"] for job in made.jobs} == {"fashion"}
+    assert {trial.family for trial in made.trials} == {"resnet", "mobilenet"}
+    assert {trial.source for trial in made.trials} == {"fashion"}
 
 
 def test_the_suite_of_spfde_puts_its_three_parts_together(tmp_path):
     made = plan(tmp_path, read_suite("spfde"))
-    parts = {
-        job.payload["row"]["policy"]: (job.payload["policy"]["name"], job.payload["sparse"], job.payload["sieve"])
-        for job in made.jobs
-    }
+    entries = [trial.policy for trial in made.trials]
+    parts = {entry.label: (entry.name, entry.sparse, entry.sieve) for entry in entries}
     assert parts["none"] == ("none", 0.0, 0.0)
     assert parts["sparse, spfde, sieve"] == ("spfde", 0.9, 0.2)
     assert parts["sieve"] == ("none", 0.0, 0.2)
@@ -266,9 +262,7 @@ def test_changed_code_of_ones_own_makes_another_trial(tmp_path, monkeypatch):
 def test_what_a_policy_draws_hangs_on_the_trials_seed(tmp_path, name):
     def drawn(**options):
         suite = dataclasses.replace(with_policy(name, **options), seeds=(0, 1))
-        rows = [job.payload for job in plan(tmp_path, suite).jobs if job.payload["policy"]["name"] == name]
-        assert all(row["policy"]["options"] == row["row"]["policy_options"] for row in rows)
-        return [row["policy"]["options"] for row in rows]
+        return [trial.policy.options for trial in plan(tmp_path, suite).trials if trial.policy.name == name]
 
     assert drawn() == [{}, {"seed": 1}]  # 0 is what it draws by on its own
     assert drawn(seed=7) == [{"seed": 7}, {"seed": 7}]

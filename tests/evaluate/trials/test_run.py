@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from evaluate.trials.plan import Settings, SuiteFolder, make_plan
+from evaluate.trials.folder import SuiteFolder
+from evaluate.trials.plan import Settings, make_plan
 from evaluate.trials.records import ACCOUNTING, read_results
 from evaluate.trials.run import pending, run_suite
 from evaluate.trials.suite import PolicyEntry
@@ -25,7 +26,7 @@ def machine(monkeypatch):
 def run(tmp_path):
     def run(suite=SUITE, slots=1, predictor=None, log=lambda figures, step: None):
         folder = SuiteFolder(tmp_path / "out")
-        plan = make_plan(suite, folder, Settings("cpu", slots, predictor))
+        plan = make_plan(suite, Settings("cpu", slots, predictor))
         return run_suite(plan, folder, log), folder, plan
 
     return run
@@ -102,7 +103,7 @@ def test_the_suite_keeps_its_predictor(machine, run, make_predictor_file):
     _, folder, plan = run(suite, predictor=path)
     (mark,) = plan.predictors
     assert folder.predictor(mark).read_bytes() == path.read_bytes()
-    assert plan.jobs[1].payload["policy"]["options"] == {"predictor": str(folder.predictor(mark))}
+    assert plan.trials[1].policy.options == {"predictor": f"sha256:{mark}"}
 
 
 def test_wall_clock_is_the_cost_where_trials_ran_one_at_a_time(machine, run):

@@ -1,4 +1,4 @@
-"""run-suite killed at several moments: the same command goes on, and ends with the results of an unbroken run."""
+"""run-suite killed in the middle of trials: the same command goes on, and ends with the results of an unbroken run."""
 
 import os
 import signal
@@ -9,16 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from evaluate.__main__ import main
+from evaluate.trials.folder import SuiteFolder
+from evaluate.trials.plan import Settings, make_plan
+from evaluate.trials.run import run_suite
+from evaluate.trials.suite import read_suite
 from predictor.shared.files import read_json_lines
 
 ROOT = Path(__file__).parents[3]
 SUITE = """
 name = "tiny"
-seeds = [0, 1]
+seeds = [0]
 workloads = ["mlp-digits"]
-policies = ["none", { name = "linear", options = { start = 0.2 } }, "smartfrz"]
-recipe = { train_samples = 1000, epochs = 12 }
+policies = ["none", { name = "linear", options = { start = 0.2 } }, "static"]
+recipe = { train_samples = 200, epochs = 5 }
 """
 TIMES = {"train_seconds", "cpu_seconds", "seconds", "policy_seconds", "started", "peak_memory_bytes"}
 """What two runs of the same trial may differ in."""
@@ -43,36 +46,24 @@ def without_times(value):
     return [without_times(part) for part in value] if isinstance(value, list) else value
 
 
-def results(out):
-    return sorted(map(without_times, read_json_lines(out / "results.jsonl")), key=lambda row: row["trial_id"])
-
-
-def lines(out):
-    path = out / "results.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
+def results(folder):
+    return sorted(map(without_times, read_json_lines(folder.results)), key=lambda row: row["trial_id"])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
-def test_killed_at_several_moments_it_ends_as_if_unbroken(tmp_path, make_predictor_file):
-    predictor = make_predictor_file(0.9)
-    (tmp_path / "tiny.toml").write_text(SUITE)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    options = ["--suite", str(tmp_path / "tiny.toml"), "--predictor", str(predictor), "--slots", "2", "--device", "cpu"]
-    assert main(["run-suite", *options, "--out", str(whole)]) == 0
+def test_killed_it_ends_as_if_unbroken(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(SUITE)
+    whole, broken = SuiteFolder(tmp_path / "whole"), SuiteFolder(tmp_path / "broken")
+    plan = make_plan(read_suite(str(path)), Settings("cpu", 2))
+    run_suite(plan, whole, lambda figures, done: None)
 
-    command = ["run-suite", *options, "--out", str(broken)]
-    kill_when(command, lambda: any(broken.glob("logs/*.log")))  # in the first trials
-    assert lines(broken) == 0
-    kill_when(command, lambda: lines(broken) >= 1)  # between trials
-    kept = lines(broken)
-    kill_when(command, lambda: lines(broken) >= kept + 1)
-    content = (broken / "results.jsonl").read_bytes()
-    (broken / "results.jsonl").write_bytes(content[: -len(content) // 50])  # and in the middle of writing a line
-    assert main(command) == 0
+    command = ["run-suite", "--suite", str(path), "--slots", "2", "--device", "cpu", "--out", str(broken.root)]
+    kill_when(command, lambda: broken.results.exists() and broken.results.read_bytes().count(b"\n") >= 1)
+    content = broken.results.read_bytes()
+    broken.results.write_bytes(content + content[:100])  # as if in the middle of writing a line
+    assert run_suite(plan, broken, lambda figures, done: None).failed == {}
 
-    assert len(results(whole)) == 6
+    assert len(results(whole)) == 3
     assert results(broken) == results(whole)
-    frozen = {row["policy"]: row["freezes"] for row in results(whole)}
-    assert frozen["none"] == []
-    assert frozen["linear"]
-    assert frozen["smartfrz"]
+    assert {row["policy"]: bool(row["freezes"]) for row in results(whole)}["linear"]

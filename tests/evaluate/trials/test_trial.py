@@ -1,5 +1,6 @@
 """One trial: what it reports, that freezing is all it changes, and that a lost training loses nothing else."""
 
+import gc
 import importlib.metadata
 import json
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 
 from collect.training.loop import train
+from evaluate.trials.config import TrialConfig
 from evaluate.trials.freezing import FreezeHook
+from evaluate.trials.suite import PolicyEntry
 from evaluate.trials.trial import build_workload, run_trial
 from predictor.errors import UsageError
 from predictor.policies import POLICIES, make_policy
@@ -17,23 +20,25 @@ from tests.evaluate import toys
 SIX = "tests.evaluate.toys:six_linear"
 
 
-ENTRY = {"cache": False, "stop": False, "lora": None, "sieve": 0.0, "sparse": 0.0}
+CHANGES = ("cache", "stop", "lora", "sieve", "sparse")
 """What an entry may say besides its policy."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap():
+    """Lets each trial's garbage collection pass over what the imports have left."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def trial(tmp_path, policy="none", seed=0, recipe=None, workload=SIX, when="epoch", **options):
-    entry = {name: options.pop(name, default) for name, default in ENTRY.items()}
-    payload = {
-        "row": {"trial_id": "t", "policy": policy},
-        "workload": {"name": workload, "source": None, "recipe": recipe or {}},
-        "policy": {"name": policy, "options": options},
-        **entry,
-        "scores": when,
-        "seed": seed,
-        "device": "cpu",
-    }
+    entry = PolicyEntry(
+        policy, policy, **{name: options.pop(name) for name in CHANGES if name in options}, options=options
+    )
+    config = TrialConfig(workload, workload, "toy", "digits", recipe or {}, entry, seed, "cpu", scores=when)
     shares = []
-    result = run_trial(payload, tmp_path, shares.append)
+    result = run_trial(json.loads(json.dumps(config.as_payload())), tmp_path, shares.append)
     json.dumps(result, allow_nan=False)  # strict JSON, whatever happened
     return result | {"shares": shares}
 
@@ -59,7 +64,7 @@ def test_a_trial_may_be_tested_at_its_end_alone(tmp_path):
 
 def test_what_a_trial_reports(tmp_path):
     result = trial(tmp_path, "static", layers=2)
-    assert (result["trial_id"], result["status"], result["error"]) == ("t", "finished", None)
+    assert (result["policy"], result["status"], result["error"]) == ("static", "finished", None)
     assert (result["steps"], result["planned_steps"], result["parameters"]) == (20, 20, 6 * 64 * 64)
     assert result["layers"] == ["1", "2", "3", "4", "5"]
     assert [(event["step"], event["frozen"]) for event in result["freezes"]] == [(0, [0, 1])]

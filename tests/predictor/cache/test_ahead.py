@@ -30,7 +30,7 @@ def test_what_was_read_is_handed_out_once_with_its_key():
     assert ahead.take() == (None, [])
 
 
-def test_what_reading_raises_is_raised_where_it_is_taken_and_not_where_it_is_let_go():
+def test_what_reading_raises_is_raised_where_it_is_taken_and_not_where_it_is_dropped():
     ahead = ReadAhead()
     ahead.start("a", failing)
     with pytest.raises(OSError, match="Input/output error"):
@@ -81,10 +81,8 @@ def test_a_loader_read_ahead_gives_the_same_numbers_from_another_thread(kind, mo
         cache.close()
         assert cache.bytes == 0
     assert all(map(torch.equal, *results))
-    # No batch came before the first: it was read when it was there.
-    assert set(threads[:1]) == {"MainThread"}
-    assert "frozen-features" in threads
-    assert threads.count("MainThread") < threads.count("frozen-features")
+    assert threads[0] == "MainThread"  # no batch came before the first
+    assert threads.count("frozen-features") >= 2
 
 
 def test_other_samples_than_were_read_are_read_then():
@@ -101,7 +99,7 @@ def test_other_samples_than_were_read_are_read_then():
     assert alike(run(model, cache, ids), model(X[ids]))
 
 
-def test_what_was_read_before_the_front_grew_is_let_go():
+def test_what_was_read_before_the_prefix_grew_is_dropped():
     model = chain()
     script = Script({0: {0}, 1: {0, 1}})
     controller = FreezeController(model, torch.optim.SGD(model.parameters(), lr=0.0), script, total_steps=999, say=None)

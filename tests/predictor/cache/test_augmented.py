@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from predictor import AugmentedCache, Compression, FeatureCache, FreezeController
-from predictor.cache.augmented import DirectCache, moved
-from predictor.cache.views import channel_similarity
+from predictor.cache.augmented import channel_similarity
 from predictor.errors import UsageError
 from tests.predictor.counted import CountedConv
 from tests.predictor.scripted import Script
@@ -19,8 +18,8 @@ LATER = X.roll(3, -1)
 
 def network():
     torch.manual_seed(0)
-    front = [CountedConv(1, 4, 3, padding=1), nn.Tanh(), CountedConv(4, 4, 3, padding=1), nn.Tanh()]
-    return nn.Sequential(*front, nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 3))
+    prefix = [CountedConv(1, 4, 3, padding=1), nn.Tanh(), CountedConv(4, 4, 3, padding=1), nn.Tanh()]
+    return nn.Sequential(*prefix, nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 3))
 
 
 def kept(kind, answers=None, **options):
@@ -88,7 +87,7 @@ def test_with_one_view_the_features_of_the_first_time_stand_for_all():
     assert cache.hits == 1
 
 
-def test_a_batch_with_a_sample_that_lacks_a_view_runs_the_front():
+def test_a_batch_with_a_sample_that_lacks_a_view_runs_the_prefix():
     model, _, cache = kept(AugmentedCache, views=2)
     for x in (X, FLIPPED):
         run(model, cache, x[:6], IDS[:6])
@@ -99,7 +98,7 @@ def test_a_batch_with_a_sample_that_lacks_a_view_runs_the_front():
     assert cache.hits == 1
 
 
-def test_a_front_that_grows_is_filled_from_the_old_views_but_for_its_first_batch():
+def test_a_prefix_that_grows_is_filled_from_the_old_views_but_for_its_first_batch():
     model, controller, cache = kept(AugmentedCache, {0: {0}, 1: {0, 1}}, views=2)
     for x in (X, FLIPPED):
         run(model, cache, x)
@@ -114,7 +113,7 @@ def test_a_front_that_grows_is_filled_from_the_old_views_but_for_its_first_batch
     assert (cache.taken, model[2].calls) == ({frozenset({0, 1}): 12}, inner)
 
 
-def test_a_front_whose_first_features_stand_for_all_grows_too():
+def test_a_prefix_whose_first_features_stand_for_all_grows_too():
     """Features of the first time are not what a later pass gives, and so prove nothing of a new cut."""
     model, controller, cache = kept(FeatureCache, {0: {0}, 1: {0, 1}}, check_inputs=False)
     run(model, cache, X)
@@ -137,59 +136,18 @@ def test_views_are_kept_in_fewer_bytes():
     assert cache.bytes == 12 * (4 * 64 * 2 + 4) + 12 * 64 * 2
 
 
-@pytest.mark.parametrize("kind", [AugmentedCache, DirectCache])
-def test_it_goes_on_from_its_state_bit_for_bit(kind):
-    model, _, cache = kept(kind)
+def test_it_goes_on_from_its_state_bit_for_bit():
+    model, _, cache = kept(AugmentedCache)
     for x in (X, FLIPPED, LATER):
         run(model, cache, x)
-    other, _, resumed = kept(kind)
+    other, _, resumed = kept(AugmentedCache)
     resumed.load_state_dict(cache.state_dict())
     for _ in range(3):
         assert torch.equal(run(other, resumed, LATER), run(model, cache, LATER))
     assert (resumed.hits, resumed.misses, resumed.bytes) == (cache.hits, cache.misses, cache.bytes)
 
 
-def test_moving_maps_by_hand():
-    map_BCHW = torch.tensor([[1.0, 2, 3], [4, 5, 6]]).expand(3, 2, 2, 3).contiguous(memory_format=torch.channels_last)
-    mirror_B = torch.tensor([False, True, True])
-    out = moved(map_BCHW, mirror_B, torch.tensor([0.0, 0.0, -0.5]), torch.tensor([-0.3, 0.0, 0.3]))
-    assert out[0, 0].tolist() == [[2, 3, 0], [5, 6, 0]]
-    assert out[1, 0].tolist() == [[3, 2, 1], [6, 5, 4]]
-    assert out[2, 1].tolist() == [[0, 6, 5], [0, 0, 0]]
-    assert out.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_the_direct_form_mirrors_what_the_first_pass_gave():
-    model, _, cache = kept(DirectCache, shift=0.0)
-    with torch.no_grad():
-        map_BCHW = model[:2](X)
-        candidates = (model[2:](map_BCHW), model[2:](map_BCHW.flip(-1)))
-    assert torch.allclose(run(model, cache, X), candidates[0])
-    drawn = which(run(model, cache, LATER), candidates)
-    assert {0, 1} == set(drawn)
-    assert cache.bytes == cache.exact_bytes == 12 * (4 * 64 * 4 + 4)
-
-
-def test_the_direct_form_moves_what_the_first_pass_gave():
-    model, controller, cache = kept(DirectCache, {0: {0}, 1: {0, 1}}, flip=False, shift=0.25)
-    first = run(model, cache, X)
-    assert not torch.allclose(run(model, cache, X), first)
-    controller.step()
-    run(model, cache, LATER)
-    assert (cache.cut, cache.reason) == ("3", "")
-    still, _, unmoved = kept(DirectCache, flip=False, shift=0.0)
-    first = run(still, unmoved, X)
-    assert torch.equal(run(still, unmoved, LATER), first)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "told"),
-    [
-        (AugmentedCache, {"views": 0}, "views=0"),
-        (AugmentedCache, {"channels": 0.0}, r"channels=0\.0"),
-        (DirectCache, {"shift": 1.0}, r"shift=1\.0"),
-    ],
-)
-def test_wrong_use_is_refused(kind, options, told):
-    with pytest.raises(UsageError, match=told):
-        kept(kind, **options)
+@pytest.mark.parametrize(("options", "named"), [({"views": 0}, "views=0"), ({"channels": 0.0}, r"channels=0\.0")])
+def test_wrong_use_is_refused(options, named):
+    with pytest.raises(UsageError, match=named):
+        kept(AugmentedCache, **options)

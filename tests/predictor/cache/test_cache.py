@@ -1,4 +1,4 @@
-"""The feature cache skips the frozen front and changes nothing."""
+"""The feature cache skips the frozen prefix and changes nothing."""
 
 import copy
 import os
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from predictor.errors import UsageError
-from tests.predictor.counted import Counted, X, Y, alike, cached, chain, run
+from tests.predictor.counted import COMPUTED, Counted, X, Y, alike, cached, chain, run
 
 
 def gradients(model, output, ids):
@@ -18,7 +18,7 @@ def gradients(model, output, ids):
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def test_a_hit_gives_the_same_outputs_and_gradients_and_skips_the_front():
+def test_a_hit_gives_the_same_outputs_and_gradients_and_skips_the_prefix():
     model = chain()
     cache = cached(model)
     ids = torch.arange(12)
@@ -41,7 +41,7 @@ def test_the_model_is_left_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_batch_of_which_little_is_known_runs_the_front():
+def test_a_batch_of_which_little_is_known_runs_the_prefix():
     model = chain()
     cache = cached(model)
     run(model, cache, torch.arange(6))
@@ -51,22 +51,24 @@ def test_a_batch_of_which_little_is_known_runs_the_front():
     assert (cache.hits, cache.taken) == (1, {frozenset({0, 1}): 8})
 
 
-def test_of_a_batch_that_is_mostly_known_the_front_is_run_on_the_others_alone():
+def test_of_a_batch_that_is_mostly_known_the_prefix_is_run_on_the_others_alone():
     model = chain()
     cache = cached(model)
     run(model, cache, torch.arange(6))
-    rows = []
-    model[1].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     mixed = torch.tensor([7, 3, 0, 6, 5, 4])
-    front, rest = model[1].calls, model[5].calls
+    COMPUTED.clear()
     hit = run(model, cache, mixed)
-    assert (rows[0], model[1].calls, model[5].calls) == (2, front + 1, rest + 1)  # on 7 and 6, and then on none
+    assert [rows for layer, rows in COMPUTED if layer is model[1]] == [2]  # on 7 and 6, and then on none
     assert (cache.hits, cache.misses, cache.taken) == (1, 1, {frozenset({0, 1}): 4, None: 2})
     assert alike(hit, model(X[mixed]))
     assert all(map(alike, gradients(model, hit, mixed), gradients(model, model(X[mixed]), mixed)))
-    front = model[1].calls
+    COMPUTED.clear()
     run(model, cache, mixed)
-    assert model[1].calls == front
+    assert [rows for layer, rows in COMPUTED if layer is model[1]] == [2]  # to check them, at the first whole hit
+    COMPUTED.clear()
+    for _ in range(2):
+        run(model, cache, mixed)
+    assert [rows for layer, rows in COMPUTED if layer is model[1]] == [2]  # at the second, and not at the third
     assert not any(module._forward_hooks or "forward" in module.__dict__ for module in model.modules())
 
 
@@ -97,7 +99,7 @@ class Skip(nn.Module):
         return x + self.second(torch.relu(self.first(x)))
 
 
-def test_a_front_that_ends_inside_a_residual_block_is_cut_before_it():
+def test_a_prefix_that_ends_inside_a_residual_block_is_cut_before_it():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), Counted(64, 8), Skip(), Counted(8, 3))
     cache = cached(model, layers=2)  # the block's first layer is frozen, its second trains
@@ -136,13 +138,13 @@ class Restless(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.head = nn.Linear(64, 8), nn.Linear(8, 3)
-        self.front = nn.Sequential(self.first)
+        self.prefix = nn.Sequential(self.first)
 
     def forward(self, x):
-        return self.head(self.front(F.dropout(x.flatten(1), 0.5, self.training)))
+        return self.head(self.prefix(F.dropout(x.flatten(1), 0.5, self.training)))
 
 
-def test_a_front_that_is_random_in_training_is_left_alone_with_the_reason():
+def test_a_prefix_that_is_random_in_training_is_left_alone_with_the_reason():
     model = Restless()
     cache = cached(model, layers=1)
     for _ in range(2):
@@ -151,20 +153,19 @@ def test_a_front_that_is_random_in_training_is_left_alone_with_the_reason():
     assert (cache.hits, cache.bytes) == (0, 0)
 
 
-class Turned(nn.Module):
-    """Its front gives outputs whose first dimension is not the batch."""
+class Functional(nn.Module):
+    """Its layers are used without a call of their modules."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(64, 3)
+        self.first, self.head = nn.Linear(64, 8), nn.Linear(8, 3)
 
     def forward(self, x):
-        x = self.second(self.first(x.squeeze(1).transpose(0, 1)))
-        return self.head(x.transpose(0, 1).flatten(1))
+        return F.linear(F.linear(x.flatten(1), self.first.weight), self.head.weight)
 
 
 def test_where_nothing_can_be_cut_the_cache_is_off_and_training_goes_on():
-    model = Turned()
+    model = Functional()
     cache = cached(model, layers=1)
     outputs = [run(model, cache, torch.arange(12)) for _ in range(2)]
     assert torch.equal(*outputs)
@@ -179,16 +180,16 @@ def test_nothing_frozen_means_nothing_kept():
     assert (cache.reason, cache.bytes) == ("nothing is frozen yet", 0)
 
 
-def test_random_augmentation_is_refused_unless_told_otherwise():
+def test_random_augmentation_is_refused_unless_switched_off():
     model = chain()
     cache = cached(model)
     run(model, cache, torch.arange(12))
     with pytest.raises(UsageError, match=r"sample 1 is not what it was .* random augmentation"), cache.batch([0, 1]):
         model(torch.stack([X[0], X[1].flip(-1)]))
-    told = cached(chain(), check_inputs=False)
-    model = told._model
-    first = run(model, told, torch.arange(12))
-    with told.batch([0, 1]):
+    first_time = cached(chain(), check_inputs=False)
+    model = first_time._model
+    first = run(model, first_time, torch.arange(12))
+    with first_time.batch([0, 1]):
         assert alike(model(X[:2].flip(-1)), first[:2])
 
 
@@ -279,7 +280,7 @@ def test_wrong_use_is_refused():
         cached(chain(), memory_gb=-1)
 
 
-class Front(nn.Module):
+class Prefix(nn.Module):
     """Leaves a part of what it makes in an attribute, which is how some models hand it past other layers."""
 
     def __init__(self):
@@ -294,15 +295,15 @@ class Front(nn.Module):
 
 
 class Handing(nn.Module):
-    """A front, a layer that trains, and the head, which takes what the front has left aside."""
+    """A prefix, a layer that trains, and the head, which takes what the prefix has left aside."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.front, self.middle, self.head = Front(), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.prefix, self.middle, self.head = Prefix(), nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x):
-        return self.head(self.middle(self.front(x)).relu() + self.front.aside)
+        return self.head(self.middle(self.prefix(x)).relu() + self.prefix.aside)
 
 
 def test_what_is_handed_on_in_an_attribute_is_never_that_of_another_batch():

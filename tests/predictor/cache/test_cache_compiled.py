@@ -8,7 +8,7 @@ from predictor import FeatureCache, FreezeController, make_policy
 from tests.predictor.counted import X, Y, alike
 
 
-def test_a_compiled_model_skips_its_front_and_is_not_compiled_anew_for_each_batch():
+def test_a_compiled_model_skips_its_prefix_and_is_not_compiled_anew_for_each_batch():
     torch.compiler.reset()
     graphs = []
 

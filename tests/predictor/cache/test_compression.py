@@ -104,7 +104,7 @@ def growing(compression):
     return model, controller, FeatureCache(controller, compression=compression)
 
 
-def test_a_cache_rounds_more_when_its_front_has_grown():
+def test_a_cache_rounds_more_when_its_prefix_has_grown():
     model, controller, cache = growing(Compression())
     ids, expected = torch.arange(12), model(X)
     assert cache.precision is None

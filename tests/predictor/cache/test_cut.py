@@ -1,4 +1,4 @@
-"""Where a frozen front is cut off: what is given, what only seems to happen, and what runs."""
+"""Where a frozen prefix is cut off: what is given, what only seems to happen, and what runs."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ class Residual(nn.Module):
 
 
 class Side(nn.Module):
-    """A connection around the whole front, which no single output replaces."""
+    """A connection around the whole prefix, which no single output replaces."""
 
     def __init__(self):
         super().__init__()
@@ -127,7 +127,7 @@ def test_a_model_that_refuses_stand_ins_is_cut_where_it_sees_none(refuse):
     assert (cache.kept, cache.hits, cache.reason) == (("first", "second"), 1, "")
 
 
-def test_a_front_that_grows_inside_a_block_is_filled_from_the_old_features():
+def test_a_prefix_that_grows_inside_a_block_is_filled_from_the_old_features():
     torch.manual_seed(0)
     model = nn.Sequential(Residual(), Residual(), nn.Linear(64, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -164,7 +164,7 @@ def test_features_come_back_in_their_memory_format(monkeypatch, memory_format, b
 
 
 class Uneven(nn.Module):
-    """A connection around the front that is there for batches of more than ten samples alone."""
+    """A connection around the prefix that is there for batches of more than ten samples alone."""
 
     def __init__(self):
         super().__init__()
@@ -176,7 +176,7 @@ class Uneven(nn.Module):
 
 
 class Attribute(nn.Module):
-    """The front's outputs for a large batch are made of what the first layer saw, which it hands on in an attribute."""
+    """A large batch's features are made of what the first layer saw, which it hands on in an attribute."""
 
     def __init__(self):
         super().__init__()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from predictor.cache.views import ViewStore, channel_similarity, sensitive_channels
+from predictor.cache.augmented import ViewStore, channel_similarity, sensitive_channels
 
 CPU = torch.device("cpu")
 

@@ -25,6 +25,8 @@ from tests.predictor.twins import run_both
 
 STEPS = 8
 PHASES = {2: {0, 1}, 4: {0, 1, 2}, 6: {1}, 7: ()}
+SHARDS = hasattr(torch.cpu.Stream, "record_event")
+"""Whether FSDP2 runs on the CPU, which it does not in PyTorch 2.6."""
 SIZES = [8 * 8 + 8 + 16, 8 * 8 + 8, 8 * 8 + 8, 8 * 3 + 3]  # the numbers in each of the three layers and the head
 
 
@@ -47,7 +49,7 @@ def weights_of(net):
 
 
 def compiled_ddp(net):
-    return torch.compile(DistributedDataParallel(net), backend="aot_eager")
+    return torch.compile(DistributedDataParallel(net), backend="eager")
 
 
 class Process:
@@ -84,7 +86,7 @@ class Process:
         return self
 
 
-def freezes_and_thaws(folder):
+def freezes_and_unfreezes(folder):
     return Process(make_net(), PHASES).run().seen
 
 
@@ -110,7 +112,7 @@ def ranks_disagree(folder):
 
 
 def compiled(folder):
-    return Process(make_net(), PHASES, compiled_ddp).run().seen
+    return Process(make_net(), {2: {0, 1}, 5: ()}, compiled_ddp).run().seen
 
 
 def wrapped_later(folder):
@@ -167,21 +169,25 @@ def gathers_in_forward(folder):
 
 
 def sharded(folder):
-    """FSDP2."""
+    """FSDP2. The user's code switches a frozen layer on before the sixth step."""
     from torch.distributed.fsdp import fully_shard
 
     net = make_net()
-    for place in (0, 3, 5):
-        fully_shard(net[place])
+    for index in (0, 3, 5):
+        fully_shard(net[index])
     fully_shard(net)
     training = Process(net, PHASES if dist.get_rank() == 0 else {1: {2}}, lambda net: net)
     with pytest.raises(UsageError, match="use DDP with the cache, or FSDP2 without"):
         FeatureCache(training.controller)
-    return training.run().seen
+    training.run(range(5))
+    net.requires_grad_(True)
+    with pytest.warns(UserWarning, match="switched frozen layer"):
+        training.run(range(5, STEPS))
+    return training.seen
 
 
 CASES = (
-    freezes_and_thaws,
+    freezes_and_unfreezes,
     views_of_buckets,
     with_batch_norm,
     accumulates,
@@ -193,7 +199,7 @@ CASES = (
     resumes,
     released,
     gathers_in_forward,
-    sharded,
+    *([sharded] if SHARDS else []),
 )
 
 
@@ -214,7 +220,7 @@ def seen(tmp_path_factory):
 
 def sent_while(frozen):
     """How many gradients what trains has to say."""
-    return sum(size for place, size in enumerate(SIZES) if place not in frozen)
+    return sum(size for index, size in enumerate(SIZES) if index not in frozen)
 
 
 def frozen_before(frozen, first=()):
@@ -241,7 +247,7 @@ def test_they_train(seen, case):
 @pytest.mark.parametrize(
     ("case", "first"),
     [
-        ("freezes_and_thaws", ()),
+        ("freezes_and_unfreezes", ()),
         ("views_of_buckets", ()),
         ("with_batch_norm", ()),
         ("accumulates", ()),
@@ -264,26 +270,34 @@ def test_one_that_looks_for_unused_parameters_itself_sends_them_all(seen):
 
 
 @pytest.mark.parametrize("case", EVERY)
-def test_frozen_layers_stand_still_and_thawed_ones_move(seen, case):
+def test_frozen_layers_stand_still_and_the_others_move(seen, case):
     case = seen[0][case]
     for step in range(1, len(case["weights"])):
         before, after = (case["weights"][at].split(SIZES) for at in (step - 1, step))
-        still = [place for place in range(3) if torch.equal(before[place], after[place])]
+        still = [index for index in range(3) if torch.equal(before[index], after[index])]
         assert still == case["frozen"][step - 1], step
 
 
 def test_the_first_process_decides(seen):
     assert seen[1]["ranks_disagree"]["frozen"] == [[0, 1]] * 3 + [[1]] * 5
-    assert seen[1]["sharded"]["frozen"] == seen[0]["freezes_and_thaws"]["frozen"]
+    if SHARDS:
+        assert seen[1]["sharded"]["frozen"] == seen[0]["freezes_and_unfreezes"]["frozen"]
 
 
 def test_resumed_equals_unbroken_bit_for_bit(seen):
-    unbroken, resumed = seen[0]["freezes_and_thaws"]["weights"], seen[0]["resumes"]["weights"]
+    unbroken, resumed = seen[0]["freezes_and_unfreezes"]["weights"], seen[0]["resumes"]["weights"]
     assert all(torch.equal(a, b) for a, b in zip(unbroken[3:], resumed, strict=True))
 
 
 @pytest.mark.parametrize(
-    "case", ["freezes_and_thaws", "views_of_buckets", "compiled", "finds_unused_by_itself", "resumes", "sharded"]
+    "case",
+    [
+        "freezes_and_unfreezes",
+        "views_of_buckets",
+        "finds_unused_by_itself",
+        "resumes",
+        *["sharded"] * SHARDS,
+    ],
 )
 def test_it_is_the_training_of_one_process_on_both_batches(seen, case):
     net = make_net()

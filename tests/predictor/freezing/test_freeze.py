@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from predictor import FreezeController, make_policy
-from predictor.freezing.freeze import freeze, is_frozen, settle_containers, thaw
+from predictor.freezing.freeze import freeze, is_frozen, settle_containers, unfreeze
 from predictor.layers.layer import layers_of
 
 X = torch.linspace(-1, 1, 6 * 64).reshape(6, 1, 8, 8)
@@ -70,11 +70,11 @@ def test_evaluation_mode_outlasts_train(make_toy):
     assert model.body[1].training
 
 
-def test_thaw_gives_gradients_and_training_mode_back(make_toy):
+def test_unfreezing_gives_gradients_and_training_mode_back(make_toy):
     model = make_toy()
     layer = layers_of(model)[1]
     freeze(layer)
-    thaw([layer], model)
+    unfreeze([layer], model)
     assert model.body[4].training
     assert not is_frozen(layer)
     model.eval()
@@ -121,7 +121,7 @@ def test_a_copy_of_a_frozen_model_is_frozen_by_itself(make_toy):
     model = make_toy()
     freeze(layers_of(model)[0])
     twin = copy.deepcopy(model)
-    thaw([layers_of(model)[0]], model)
+    unfreeze([layers_of(model)[0]], model)
     twin.train()
     assert model.body[1].training
     assert not twin.body[1].training
@@ -139,7 +139,7 @@ def test_a_frozen_model_pickles(make_toy, tmp_path):
     assert torch.equal(whole[0].weight, model.body[0].weight)
 
 
-def test_freezing_the_front_ends_the_backward_pass_there(make_toy):
+def test_freezing_a_prefix_ends_the_backward_pass_there(make_toy):
     model = make_toy()
     for layer in layers_of(model)[:2]:
         freeze(layer)
@@ -177,8 +177,8 @@ def test_a_module_around_frozen_layers_alone_is_in_evaluation_mode_too():
         ({0, 2, 3}, [True, True, False, True]),
         (set(), [True, True, True, True]),
     ]:
-        for place, layer in enumerate(layers):
-            freeze(layer) if place in frozen else thaw([layer], model)
+        for index, layer in enumerate(layers):
+            freeze(layer) if index in frozen else unfreeze([layer], model)
         settle_containers(model, layers, frozen)
         assert modes() == expected
         model.eval()
@@ -190,15 +190,15 @@ def disabled_train(mode=True):
     """As many switch off a pretrained encoder's `train`, after its `eval`."""
 
 
-def test_what_the_user_holds_in_evaluation_mode_stays_there_through_freezing_and_thawing():
+def test_what_the_user_holds_in_evaluation_mode_stays_there_through_freezing_and_unfreezing():
     model = nn.Sequential(Attending(), Attending(), nn.Linear(8, 2)).train()
     layers = layers_of(model, torch.ones(3, 8))
     model[0].eval().train = disabled_train  # a container of two layers
     model[1].value.eval().train = disabled_train  # a layer by itself
     for frozen in (range(4), (), {0, 3}, {1}, ()):
-        for place in frozen:
-            freeze(layers[place])
-        thaw([layer for place, layer in enumerate(layers) if place not in frozen], model)
+        for index in frozen:
+            freeze(layers[index])
+        unfreeze([layer for index, layer in enumerate(layers) if index not in frozen], model)
         settle_containers(model, layers, frozen)
         model.train()
         held = [*model[0].modules(), model[1].value]
@@ -218,7 +218,7 @@ def test_what_the_user_holds_in_training_mode_keeps_its_mode_around_frozen_layer
     settle_containers(model, layers, {0, 1})
     assert model[0].training
     model.eval()
-    thaw(layers, model)
+    unfreeze(layers, model)
     settle_containers(model, layers, ())
     assert model[0].training
 
@@ -230,12 +230,12 @@ def test_freezing_twice_keeps_the_users_train_too():
     freeze(layer)
     freeze(layer)
     twin = copy.deepcopy(model)
-    thaw([layers_of(twin, torch.ones(3, 8))[0]], twin)
+    unfreeze([layers_of(twin, torch.ones(3, 8))[0]], twin)
     assert twin[0].query.train is disabled_train
     assert model[0].query.train is not disabled_train
 
 
-def test_a_frozen_front_with_dropout_around_its_layers_gives_the_same_each_time():
+def test_a_frozen_prefix_with_dropout_around_its_layers_gives_the_same_each_time():
     model = nn.Sequential(Attending(), Attending(), nn.Linear(8, 2)).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     layers = layers_of(model, torch.ones(3, 8))

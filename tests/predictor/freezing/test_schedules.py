@@ -56,6 +56,7 @@ class Training:
         return self
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter")  # of PyTorch 2.6's own SequentialLR
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_go_their_way_as_without_freezing(name, make_toy, tmp_path):
     def start(policy="linear", seed=0):

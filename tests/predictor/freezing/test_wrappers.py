@@ -122,7 +122,7 @@ def test_a_layer_that_the_user_froze_is_not_taken_to_be_lost():
     train(model, {2: {0}})
 
 
-def test_what_the_user_froze_stays_so_when_its_layer_thaws_or_is_let_go():
+def test_what_the_user_froze_stays_so_when_its_layer_unfreezes_or_is_let_go():
     model = Blocks()
     model.blocks[0].requires_grad_(False)
     kept = model.blocks[1][0].bias.requires_grad_(False)
@@ -135,6 +135,7 @@ def test_what_the_user_froze_stays_so_when_its_layer_thaws_or_is_let_go():
     assert all(map(torch.equal, before, (*model.blocks[0].parameters(), kept)))
 
 
+@pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl")
 def test_torchs_own_wrapper_is_refused_at_once_where_it_is_reentrant():
     model = Blocks()
     model.blocks[1] = checkpoint_wrapper(model.blocks[1], CheckpointImpl.REENTRANT)
@@ -155,7 +156,7 @@ def test_ddp_keeps_its_settings_and_its_hooks(one_process):
     model.eval()
     optimizer, controller = start(model, {0: {0}, 1: ()})
     assert controller.model is model.module
-    assert [layer.name for layer in controller.layers] == [f"blocks.{place}.0" for place in range(4)]
+    assert [layer.name for layer in controller.layers] == [f"blocks.{index}.0" for index in range(4)]
     F.cross_entropy(model(X), Y).backward()
     optimizer.step()
     controller.step()

@@ -88,7 +88,7 @@ def test_frozen_layers_stand_still_and_the_others_train(tmp_path):
     callback = FreezeCallback(WatchingScript({0: FRONT}))
     trainer = make_trainer(tmp_path, callback)
     trained(trainer)
-    frozen = {id(p) for place in FRONT for p in callback.controller.layers[place].parameters()}
+    frozen = {id(p) for index in FRONT for p in callback.controller.layers[index].parameters()}
     in_optimizer = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     held = {name for name, parameter in trainer.model.named_parameters() if id(parameter) in frozen}
     assert held
@@ -249,14 +249,15 @@ def test_layers_can_be_named(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # the name it had for years
 def test_checkpointing_works_and_the_reentrant_kind_is_refused(tmp_path):
-    def make(**options):
+    def make(reentrant):
         callback = FreezeCallback(WatchingScript({0: FRONT}))
+        options = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
         return make_trainer(tmp_path, callback, gradient_checkpointing=True, **options)
 
     expected = trained(make_trainer(tmp_path, FreezeCallback(WatchingScript({0: FRONT}))))
-    assert equal(expected, trained(make()))
+    assert equal(expected, trained(make(reentrant=False)))
     with pytest.raises(UsageError, match="checkpoint with use_reentrant=False"):
-        trained(make(gradient_checkpointing_kwargs={"use_reentrant": True}))
+        trained(make(reentrant=True))
 
 
 def test_a_share_of_the_steps_is_refused():

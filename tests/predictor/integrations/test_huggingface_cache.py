@@ -18,7 +18,7 @@ from tests.predictor.scripted import Script
 
 
 def make_trainer(folder, callback, numbered=True, stop=None, **options):
-    data = [{**row, "sample_id": place} if numbered else row for place, row in enumerate(sentences())]
+    data = [{**row, "sample_id": index} if numbered else row for index, row in enumerate(sentences())]
     settings = {
         "num_train_epochs": 3,
         "per_device_train_batch_size": 4,
@@ -37,7 +37,7 @@ def make_trainer(folder, callback, numbered=True, stop=None, **options):
     return Trainer(make_bert(), arguments, train_dataset=data, eval_dataset=data[:5], callbacks=callbacks)
 
 
-def test_a_cached_training_is_the_same_and_skips_the_front(tmp_path):
+def test_a_cached_training_is_the_same_and_skips_the_frozen_prefix(tmp_path):
     # Both evaluate: a loader that is begun takes a random number. The seed is set when a Trainer is made.
     plain = make_trainer(tmp_path, FreezeCallback(Script({0: FRONT})), numbered=False, eval_strategy="epoch")
     plain.train()
@@ -61,7 +61,7 @@ def test_a_resumed_training_fills_its_cache_anew(tmp_path):
     assert (used.cache.hits, used.cache.misses) == (6, 6)
 
 
-def test_flops_are_told_though_the_model_has_no_argument_for_ids(tmp_path, capsys):
+def test_flops_are_reported_though_the_model_has_no_argument_for_ids(tmp_path, capsys):
     callback = FreezeCallback("static", share=0.5, ids="sample_id")
     trainer = make_trainer(tmp_path, callback)
     forward = trainer.model.forward
@@ -109,14 +109,11 @@ def test_a_copy_of_the_model_has_no_part_in_the_cache(tmp_path):
 def test_activations_that_are_checkpointed_are_computed_from_whole_inputs(tmp_path):
     plain = make_trainer(tmp_path, FreezeCallback(Script({0: FRONT})), numbered=False)
     plain.train()
-    # The front ends inside the first block, which the backward pass computes once more.
+    # The prefix ends inside the first block, which the backward pass computes once more.
     callback = FreezeCallback(Script({0: FRONT}), ids="sample_id")
-    cached = make_trainer(
-        tmp_path,
-        callback,
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-    )
+    newer = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    setting = "activation_checkpointing" if newer else "gradient_checkpointing"
+    cached = make_trainer(tmp_path, callback, **{setting: True, f"{setting}_kwargs": {"use_reentrant": False}})
     cached.train()
     assert "activations are checkpointed" in callback.cache.reason
     assert all(map(alike, plain.model.state_dict().values(), cached.model.state_dict().values()))

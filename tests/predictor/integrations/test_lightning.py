@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from predictor import layers_of, make_policy
 from predictor.errors import UsageError
 from predictor.integrations.lightning import FreezeCallback
-from predictor.model.features import SIGNALS, log_lr
+from predictor.model.config import FEATURES
+from predictor.model.features import log_lr
 from tests.predictor.scripted import WatchingScript
 
 EPOCHS, STEPS = 3, 9  # 24 images in batches of 4, gradients of two batches added up
@@ -51,7 +52,7 @@ class Module(pl.LightningModule):
 
 def images():
     draw = torch.Generator().manual_seed(0)
-    return [(torch.randn(1, 8, 8, generator=draw), place % 3) for place in range(24)]
+    return [(torch.randn(1, 8, 8, generator=draw), index % 3) for index in range(24)]
 
 
 def fit(folder, net, callback, epochs=EPOCHS, ckpt_path=None, accumulate=2, module=Module, data=None, devices=1):
@@ -135,8 +136,9 @@ def test_smartfrz_sees_the_rates_of_the_steps_though_the_schedule_has_gone_on(tm
         rates += schedule.get_last_lr()
         optimizer.step()
         schedule.step() if len(rates) <= STEPS else None
-    expected = [log_lr(rate, max(rates[: place + 1])) for place, rate in enumerate(rates)]
-    seen = [float(signals[0, SIGNALS.index("log_lr")]) for signals in callback.controller.policy._signals]
+    expected = [log_lr(rate, max(rates[: index + 1])) for index, rate in enumerate(rates)]
+    history = callback.controller.policy._history
+    seen = [float(features[0, FEATURES.index("log_lr")]) for features in history._features]
     assert seen == pytest.approx(expected)
 
 

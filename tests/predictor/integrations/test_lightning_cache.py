@@ -57,7 +57,7 @@ def train(folder, net, ids=numbers, network="net", module=Numbered, script=None,
     """Three epochs of six batches, cached after the first."""
     policy = Script({0: FRONT} if script is None else script)
     callback = FreezeCallback(policy, ids=ids, network=network, total_steps=total_steps)
-    data = [(place, *sample) for place, sample in enumerate(images())]
+    data = [(index, *sample) for index, sample in enumerate(images())]
     return callback, fit(folder, net, callback, module=module, data=data, **options)
 
 
@@ -65,7 +65,7 @@ def train(folder, net, ids=numbers, network="net", module=Numbered, script=None,
     ("module", "network", "options"),
     [(Numbered, "net", {}), (Calling, "", {}), (ByHand, "net", {"total_steps": 18, "accumulate": 1})],
 )
-def test_a_cached_training_is_the_same_and_skips_the_front(module, network, options, tmp_path, make_toy):
+def test_a_cached_training_is_the_same_and_skips_the_frozen_prefix(module, network, options, tmp_path, make_toy):
     _, plain = train(tmp_path / "plain", make_toy(), ids=None, module=module, **options)
     callback, cached = train(tmp_path / "cached", make_toy(), network=network, module=module, **options)
     assert (callback.cache.hits, callback.cache.misses, callback.cache.reason) == (12, 6, "")

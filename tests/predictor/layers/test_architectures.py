@@ -1,4 +1,4 @@
-"""Layers of 80 networks of torchvision and timm: all parameters, in order, and fronts that end the backward pass."""
+"""Layers of 80 networks of torchvision and timm: all parameters, in order, and prefixes that end the backward pass."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from predictor.layers.layer import layers_of
-from tests.predictor.fronts import check_ends, check_order, flops, freeze_front, inside, left_out
+from tests.predictor.frozen_prefixes import check_ends, check_order, flops, freeze_all, inside, left_out
 
 TORCHVISION = {  # name: (height of the images, names of the head and of what runs in training alone)
     "alexnet": (64, ["classifier.6"]),
@@ -128,7 +128,7 @@ def test_torchvision(name):
     size, head = TORCHVISION[name]
     model = from_torchvision(name)
     for part in head[1:]:
-        # What runs in training alone trains on, behind the layer that feeds it, and would hide where the front ends.
+        # What runs in training alone trains on, behind the layer that feeds it, and would hide where the prefix ends.
         model.get_submodule(part).requires_grad_(part.lower()[:3] != "aux")
     check(model, torch.rand(2, 3, size, size, device=next(model.parameters()).device), inside(model, *head))
 
@@ -146,12 +146,12 @@ def test_timm(name):
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
 @pytest.mark.parametrize("name", COUNTED)
-def test_a_step_costs_the_forward_pass_and_the_backward_of_what_is_behind_the_front(name, granularity):
+def test_a_step_costs_the_forward_pass_and_the_backward_of_what_is_behind_the_prefix(name, granularity):
     model, images = from_timm(name)
     layers = layers_of(model, images, granularity=granularity)
     whole = least = None
     for count in (0, len(layers) // 2, len(layers)):
-        freeze_front(layers[:count])
+        freeze_all(layers[:count])
         front, rest, backward = flops(model, images, lambda logits: F.cross_entropy(logits, torch.tensor([0, 1])))
         # What the forward pass costs, once for the gradients of the weights and once for those of their inputs.
         assert rest <= backward <= 2 * rest
@@ -160,7 +160,7 @@ def test_a_step_costs_the_forward_pass_and_the_backward_of_what_is_behind_the_fr
         whole, least = front + rest, backward
 
 
-def test_a_front_out_of_order_is_seen():
+def test_a_wrong_order_is_seen():
     model, images = from_timm("test_resnet")
     layers = layers_of(model, images)
     with pytest.raises(AssertionError):

@@ -45,8 +45,8 @@ class Encoder(nn.Module):
 
 
 def counted_step(model, layers, frozen):
-    for place in frozen:
-        freeze(layers[place])
+    for index in frozen:
+        freeze(layers[index])
     torch.backends.mha.set_fastpath_enabled(False)  # its operators are unknown to the counter
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         F.cross_entropy(model(X), torch.tensor([0, 1, 2, 3])).backward()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from predictor.layers.layer import layers_of
-from tests.predictor.fronts import check_ends, check_order, flops, freeze_front, inside, left_out
+from tests.predictor.frozen_prefixes import check_ends, check_order, flops, freeze_all, inside, left_out
 
 transformers = pytest.importorskip("transformers")
 
@@ -104,19 +104,19 @@ def test_a_model_with_a_tied_head_never_freezes_its_embedding(name):
     assert none > 0.4 * full
 
 
-def cost(model, example, front):
-    freeze_front(front)
+def cost(model, example, prefix):
+    freeze_all(prefix)
     return flops(model, example, lambda output: output.logits.sum())[2]
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "GPT2ForSequenceClassification", "LlamaForCausalLM"])
-def test_a_step_costs_the_forward_pass_and_the_backward_of_what_is_behind_the_front(name, granularity):
+def test_a_step_costs_the_forward_pass_and_the_backward_of_what_is_behind_the_prefix(name, granularity):
     model, example, _ = made(HEADED, name)
     layers = layers_of(model, example, granularity=granularity)
     least = None
     for count in (0, len(layers) // 2, len(layers)):
-        freeze_front(layers[:count])
+        freeze_all(layers[:count])
         _, rest, backward = flops(model, example, lambda output: output.logits.sum())
         # Fused attention computes its scores a second time: two and a half times its forward pass.
         assert backward <= 2.5 * rest

@@ -55,7 +55,7 @@ def test_the_next_batch_with_gradients_is_taken_and_no_other():
     assert (batch.autocast, taker.waiting) == ("", False)
 
 
-def test_a_model_that_was_not_called_is_told_of():
+def test_a_model_that_was_not_called_causes_a_warning():
     taker = BatchTaker(nn.Linear(2, 2))
     taker.wait()
     with pytest.warns(UserWarning, match="no call of Linear was seen"):

@@ -43,7 +43,7 @@ def test_slope_by_hand():
     assert slope([7.0, 2.0, 4.0, 1.0]) == pytest.approx(-1.6)
 
 
-def test_losses_are_smoothed_and_the_front_freezes_once_their_line_is_flat():
+def test_losses_are_smoothed_and_the_first_layer_freezes_once_their_line_is_flat():
     policy, optimizer, layers = made(window=3, patience=2, tolerance=0.25)
     policy._start_over(0)
     calm = []
@@ -77,12 +77,12 @@ def test_the_loss_is_that_of_a_sample_whatever_the_batch():
         reference = QuantizedReference(policy._model)
         with torch.no_grad():
             layers[0].modules[0].weight.add_(torch.tensor([[0.0, 0.5], [0.0, 0.0]]))
-        policy._measure(0, View(layers, frozenset(), 1, 10), Batch((x,), {}, ""), reference)
+        policy._measure(layers[0], 0, Batch((x,), {}, ""), reference)
         losses += policy._losses
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_what_is_flat_is_told_by_the_largest_loss_of_any_layer():
+def test_what_is_flat_is_measured_by_the_largest_loss_of_any_layer():
     policy, *_ = made(window=2, patience=1, tolerance=0.1)
     policy._start_over(0)
     policy._record(100.0)
@@ -94,22 +94,22 @@ def test_what_is_flat_is_told_by_the_largest_loss_of_any_layer():
     assert policy._calm == 0
 
 
-def test_all_thaw_when_the_rate_is_a_tenth_and_freeze_again_with_half_the_window():
+def test_all_unfreezing_when_the_rate_is_a_tenth_and_freeze_again_with_half_the_window():
     policy, optimizer, layers = made(window=5, patience=1)
-    policy._front, policy._calm = 1, 1
+    policy._layer, policy._calm = 1, 1
     assert run(policy, optimizer, layers, [0.5, 0.5, 0.2, 0.05, 0.05]) == [[0, 1], [0, 1], [0, 1], [], []]
-    assert (policy.window, policy._front, policy._losses, policy._calm) == (2, -1, [], 0)
-    policy._front, policy._calm = 0, 1
+    assert (policy.window, policy._layer, policy._losses, policy._calm) == (2, -1, [], 0)
+    policy._layer, policy._calm = 0, 1
     assert run(policy, optimizer, layers, [0.05, 0.006, 0.005]) == [[0], [0], []]
     assert policy.window == 2
 
 
 def test_the_rate_of_the_first_freezing_counts_also_when_it_falls_right_after_it():
     policy, optimizer, layers = made(patience=1)
-    policy._front, policy._calm = 0, 1
+    policy._layer, policy._calm = 0, 1
     assert run(policy, optimizer, layers, [1.0, 0.1]) == [[0], []]
     policy, optimizer, layers = made(patience=1)
-    policy._front, policy._calm = 0, 1
+    policy._layer, policy._calm = 0, 1
     assert run(policy, optimizer, layers, [0.0, 0.0]) == [[0], [0]]  # a rate of 0 does not fall any more
 
 
@@ -169,7 +169,7 @@ def test_a_hook_is_there_in_the_steps_before_a_check_alone_and_after_close_nothi
     assert policy._reference is None
 
 
-def test_a_layer_without_rows_to_judge_freezes_with_the_one_behind():
+def test_a_layer_without_rows_to_measure_freezes_with_the_one_behind():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()

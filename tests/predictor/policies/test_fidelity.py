@@ -18,18 +18,18 @@ from predictor.policies.base import View
 def answers(policy, layers, total_steps, gradients=None, lr=0.1):
     """What a policy has frozen after each step, and its learning rates before each, under these gradients."""
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers + 1)))
-    places = layers_of(model)
+    indices = layers_of(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    policy.bind(model, optimizer, places)
-    frozen = policy.decide(View(places, frozenset(), 0, total_steps))
+    policy.bind(model, optimizer, indices)
+    frozen = policy.decide(View(indices, frozenset(), 0, total_steps))
     history, rates = [], []
     for step in range(1, total_steps + 1):
-        rates.append({place: lr * f for place, f in policy.rates(View(places, frozen, step - 1, total_steps)).items()})
-        for place, layer in enumerate(places):
+        rates.append({index: lr * f for index, f in policy.rates(View(indices, frozen, step - 1, total_steps)).items()})
+        for index, layer in enumerate(indices):
             for number, parameter in enumerate(layer.parameters()):
-                known = gradients is not None and place not in frozen
-                parameter.grad = torch.from_numpy(gradients[step - 1][place][number].copy()) if known else None
-        view = View(places, frozen, step, total_steps)
+                known = gradients is not None and index not in frozen
+                parameter.grad = torch.from_numpy(gradients[step - 1][index][number].copy()) if known else None
+        view = View(indices, frozen, step, total_steps)
         policy.observe(view)
         frozen = policy.decide(view) if policy.due(step, total_steps) else frozen
         history.append(set(frozen))

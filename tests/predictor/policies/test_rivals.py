@@ -37,10 +37,10 @@ class Run:
     def step(self, gradients=None, moves=None):
         """Every weight of a layer gets this gradient, and is moved by so much; returns what is frozen then."""
         self.number += 1
-        for place, layer in enumerate(self.layers):
-            active = place not in self.frozen
-            layer.own[0].grad = torch.full((2, 2), float(gradients[place])) if gradients and active else None
-            layer.own[0].add_(moves[place] if moves and active else 0.0)
+        for index, layer in enumerate(self.layers):
+            active = index not in self.frozen
+            layer.own[0].grad = torch.full((2, 2), float(gradients[index])) if gradients and active else None
+            layer.own[0].add_(moves[index] if moves and active else 0.0)
         self.policy.observe(self.view)
         if self.policy.due(self.number, self.total_steps):
             self.frozen = self.policy.decide(self.view)
@@ -53,7 +53,7 @@ def test_freezeout_freezes_each_layer_when_its_time_is_over():
     assert [run.step() for _ in range(8)] == [[], [], [], [], [0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
     run = Run("freezeout", 4, 100)
     history = [run.step() for _ in range(100)]
-    assert [next(step + 1 for step in range(100) if place in history[step]) for place in range(4)] == [52, 62, 73, 86]
+    assert [next(step + 1 for step in range(100) if index in history[step]) for index in range(4)] == [52, 62, 73, 86]
 
 
 def test_freezeouts_rates_replace_the_schedules():
@@ -133,7 +133,7 @@ def test_pipetransformer_takes_a_third_of_what_is_left_each_epoch():
     assert run.step() == [0]
 
 
-def test_pipetransformers_front_stops_before_the_smallest_gradient_when_adaptive():
+def test_pipetransformers_prefix_stops_before_the_smallest_gradient_when_adaptive():
     run = Run("pipetransformer", 9, 8, epochs=4, adaptive=True)
     low_in_1, low_in_8 = [3, 1, 3, 3, 3, 3, 3, 3, 2.9], [3] * 8 + [2]
     # Sums over an epoch's steps: the second step alone would say layer 8.
@@ -182,7 +182,7 @@ def test_the_search_finds_what_trying_all_sets_finds():
         allowed = share * full - 7 * full / 10_000  # what rounding may take
         best = max(sum(importance[p] for p in s) for s in sets if not s or flops.step(everything - s) <= allowed)
         assert not chosen or flops.step(everything - chosen) <= share * full
-        assert sum(importance[place] for place in chosen) >= best - 1e-9
+        assert sum(importance[index] for index in chosen) >= best - 1e-9
 
 
 def test_greentrainer_measures_a_full_step_and_then_trains_the_choice():
@@ -214,7 +214,7 @@ def test_slimfit_freezes_what_moves_least_and_lets_it_go_when_others_are_slower(
     assert [run.step(), run.step(moves=[0.65, 0, 2.4])] == [[1], [0]]
 
 
-def test_slimfit_chooses_at_each_step_if_told_so_and_learns_nothing_from_a_step_that_was_skipped():
+def test_slimfit_chooses_at_each_step_if_set_so_and_learns_nothing_from_a_step_that_was_skipped():
     run = Run("slimfit", 3, 4, share=1 / 3, every=1)
     assert run.step(moves=[0, 0, 0]) == []
     assert run.step(moves=[0.3, 0.1, 0.2]) == [1]
@@ -228,14 +228,14 @@ def test_lisa_draws_a_few_layers_for_some_steps_each():
     assert torch.equal(random, torch.get_rng_state())
     assert all(periods[step] == periods[step - step % 4] for step in range(400))
     assert all(len(frozen) == 3 and 0 not in frozen for frozen in periods)
-    times = [sum(place not in frozen for frozen in periods[::4]) for place in range(1, 6)]
+    times = [sum(index not in frozen for frozen in periods[::4]) for index in range(1, 6)]
     assert sum(times) == 200
     assert min(times) > 20  # 40 each, give or take 5
     other = Run("lisa", 6, 400, layers=2, every=4, seed=1)
     assert [other.frozen, *(frozenset(other.step()) for _ in range(399))] != periods
 
 
-def test_random_grows_a_front_to_its_share():
+def test_random_grows_a_prefix_to_its_share():
     fronts = []
     for seed in (0, 0, 1):
         run = Run("random", 10, 200, share=0.6, seed=seed)

@@ -35,8 +35,8 @@ def run(policy, model, layers, changes):
     frozen, history = frozenset(), []
     for step, change in enumerate(changes, start=1):
         with torch.no_grad():
-            for place, weight in change.items():
-                model[place].weight.copy_(weight)
+            for index, weight in change.items():
+                model[index].weight.copy_(weight)
         view = View(layers, frozen, step, len(changes))
         policy.observe(view)
         frozen = policy.decide(view)
@@ -73,7 +73,7 @@ def test_similarity_by_hand():
 
 
 @pytest.mark.parametrize(("prefix", "expected"), [(True, []), (False, [1, 2])])
-def test_a_front_is_kept_unless_told_otherwise(prefix, expected):
+def test_a_prefix_is_kept_unless_set_otherwise(prefix, expected):
     # Layer 0 changes and layer 1 undoes it, so that only layer 0's own output changes.
     changes = [{}, {0: STRETCH, 1: STRETCH.inverse()}]
     assert run(*watched(patience=1, prefix=prefix), changes)[-1] == expected
@@ -105,7 +105,7 @@ def test_the_first_batch_is_kept_though_others_write_over_it():
     assert policy._probe is None
 
 
-def test_batches_too_small_to_tell_and_options_that_cannot_work_are_refused():
+def test_batches_too_small_to_compare_and_options_that_cannot_work_are_refused():
     policy, model, layers = watched()
     policy._taker.close(), policy._taker.wait()
     model(torch.ones(3, 2))

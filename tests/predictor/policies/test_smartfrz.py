@@ -1,4 +1,4 @@
-"""What SmartFRZ takes for the state of a training, in loops of every kind."""
+"""When SmartFRZ freezes, and what it reads from training loops of every kind."""
 
 import copy
 import math
@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from predictor import FreezeController, layers_of, make_policy
-from predictor.errors import UsageError
-from predictor.model.features import SIGNALS, log_lr
+from predictor.errors import FileFault, UsageError
+from predictor.model.config import FEATURES
+from predictor.model.features import log_lr
+from predictor.model.file import load_predictor
 from predictor.policies.base import View
+from predictor.policies.smartfrz import SHIPPED
 
-LR = SIGNALS.index("log_lr")
+LR = FEATURES.index("log_lr")
 STEPS = 12
 RATES = [1 - step / STEPS for step in range(STEPS)]
 X = torch.linspace(-1, 1, 64).reshape(16, 4)
@@ -30,24 +33,30 @@ class Training:
         optimizer = wrapped(self.optimizer)
         self.controller = FreezeController(self.model, optimizer, policy, total_steps=STEPS, say=None)
 
-    def step(self, schedule_first=False, spoil=lambda model: None):
+    def step(self, schedule_first=False, spoil=lambda model: None, cleared=False):
         self.model(X).square().mean().backward()
         spoil(self.model)
         if all(p.grad is None or p.grad.isfinite().all() for p in self.model.parameters()):  # as a GradScaler
             self.optimizer.step()
+        if cleared:
+            self.model.zero_grad()
         actions = [self.controller.step, self.schedule.step]
         for action in reversed(actions) if schedule_first else actions:
             action()
         self.optimizer.zero_grad()
 
+    @property
+    def history(self):
+        return self.controller.policy._history
+
     def rates(self):
         """The rates of the newest snapshots, over the highest."""
-        return [math.exp(signals[0, LR]) for signals in self.controller.policy._signals]
+        return [math.exp(features[0, LR]) for features in self.history._features]
 
 
 @pytest.fixture
 def make(make_predictor_file):
-    """The policy; it freezes nothing."""
+    """The policy. It freezes nothing."""
     path = make_predictor_file(probability=0.1, window=STEPS)
     return lambda: make_policy("smartfrz", predictor=path)
 
@@ -61,17 +70,17 @@ def test_the_rate_is_that_of_the_step_just_taken_wherever_the_schedule_goes_on(m
     assert training.rates() == pytest.approx([1, *RATES[:4]])
 
 
-def test_a_plain_loop_sees_the_optimizers_rate_to_the_bit(make):
+def test_a_plain_loop_gives_the_optimizers_rate_to_the_bit(make):
     training = Training(make())
     expected = [0.0]
     for _ in range(4):
         expected.append(log_lr(training.optimizer.param_groups[0]["lr"], 1.0))
         training.step()
-    signals = [signals[0, LR] for signals in training.controller.policy._signals]
-    assert signals == [torch.tensor(rate, dtype=torch.float32) for rate in expected]
+    found = [features[0, LR] for features in training.history._features]
+    assert found == [torch.tensor(rate, dtype=torch.float32) for rate in expected]
 
 
-def test_the_rate_is_seen_through_accelerates_optimizer(make):
+def test_the_rate_is_read_through_accelerates_optimizer(make):
     accelerate = pytest.importorskip("accelerate")
     training = Training(make(), wrapped=accelerate.Accelerator(cpu=True).prepare_optimizer)
     training.step(schedule_first=True)
@@ -79,7 +88,7 @@ def test_the_rate_is_seen_through_accelerates_optimizer(make):
     assert training.rates() == pytest.approx([1, *RATES[:2]])
 
 
-def test_a_resumed_training_sees_the_same_rates(make):
+def test_a_resumed_training_has_the_same_history(make):
     training = Training(make())
     for _ in range(3):
         training.step(schedule_first=True)
@@ -89,36 +98,29 @@ def test_a_resumed_training_sees_the_same_rates(make):
     for each in (training, resumed):
         each.step(schedule_first=True)
     assert resumed.rates() == training.rates() == pytest.approx([1, *RATES[:4]])
+    assert torch.equal(resumed.history.features_LF, training.history.features_LF)
 
 
-def test_a_policy_that_watches_steps_can_be_copied_pickled_bound_again_and_closed(make):
+def test_a_policy_with_a_hook_can_be_copied_pickled_bound_again_and_closed(make):
     policy = make()
     training = Training(policy)
-    training.optimizer.register_step_post_hook(lambda *_: None)  # which no pickle takes
+    training.optimizer.register_step_post_hook(lambda *_: None)  # which cannot be pickled
     hooks = len(training.optimizer._optimizer_step_post_hooks)
     copy.deepcopy(policy).close()
     assert pickle.loads(pickle.dumps(policy)).state_dict().keys() == policy.state_dict().keys()
     policy.bind(training.model, training.optimizer, training.controller.layers)
     assert len(training.optimizer._optimizer_step_post_hooks) == hooks
+    assert policy._history is None  # another training begins
     training.controller.close()
     assert len(training.optimizer._optimizer_step_post_hooks) == hooks - 1
     training.step()  # without the hook the rate is that of now
-
-
-def test_without_a_step_the_rate_is_that_of_now(make):
-    policy = make()
-    training = Training(policy)
-    training.schedule.optimizer.param_groups[0]["lr"] = 0.5
-    policy._watch = lambda *_: None
-    policy.decide(View(layers_of(training.model), frozenset(), 1, STEPS))
-    assert training.rates() == pytest.approx([1, 0.5])
 
 
 def overflow(model):
     model[1].weight.grad.fill_(math.inf)
 
 
-def cancel(model):
+def invalid(model):
     model[0].bias.grad.fill_(math.nan)
 
 
@@ -126,70 +128,34 @@ def leave_out(model):
     model.zero_grad()
 
 
-@pytest.mark.parametrize("spoil", [overflow, cancel, leave_out])
-def test_a_step_without_good_gradients_leaves_gradient_and_motion_as_they_were(make, spoil):
+@pytest.mark.parametrize("spoil", [overflow, invalid, leave_out])
+def test_a_step_that_is_skipped_leaves_the_history_as_it_was(make, spoil):
     training = Training(make())
-    policy = training.controller.policy
     training.step()
+    before = training.history.features_LF
+    for _ in range(3):  # batches that are left out, however many
+        training.step(spoil=spoil)
+    assert training.history.features_LF is before
     training.step()
-    before = policy._gradient_L.clone(), policy._move_L.clone()
-    training.step(spoil=spoil)
-    assert torch.equal(policy._gradient_L, before[0])
-    assert torch.equal(policy._move_L, before[1])
-    training.step()
-    assert not (policy._gradient_L == before[0]).any()
-    assert not (policy._move_L == before[1]).any()
-    training.step(spoil=spoil)  # not two in a row
+    assert training.history.length == 3
 
 
-def test_a_layer_without_a_gradient_among_others_keeps_its_own_alone(make):
+def test_with_gradients_cleared_too_early_twice_in_a_row_it_raises(make):
     training = Training(make())
-    policy = training.controller.policy
+    training.step(cleared=True)
     training.step()
-    before = policy._gradient_L.clone()
-    training.step(spoil=lambda model: model[1].zero_grad())
-    assert (policy._gradient_L == before).tolist() == [False, True, False]
-
-
-def test_without_gradients_twice_in_a_row_it_says_that_they_were_cleared(make):
-    training = Training(make())
-    training.step(spoil=leave_out)
+    training.step(cleared=True)
     assert training.controller.frozen == frozenset()
-    with pytest.raises(UsageError, match="no layer has a gradient at step 2, nor had one when smartfrz looked before"):
-        training.step(spoil=leave_out)
+    with pytest.raises(UsageError, match=r"step 4.*before optimizer\.zero_grad"):
+        training.step(cleared=True)
 
 
-def test_where_the_user_lets_all_but_the_head_stand_still_nothing_is_missed(make):
+def test_if_the_user_holds_all_layers_but_the_head_still_nothing_is_missed(make):
     training = Training(make())
     training.model[:3].requires_grad_(False)
     for _ in range(STEPS):
         training.step()
-
-
-def test_what_a_frozen_layer_would_still_gain_falls_with_that_of_the_others(make_predictor_file):
-    path = make_predictor_file(probability=0.1, window=STEPS, risks=((0.5, 0.5),))
-    training = Training(make_policy("smartfrz", predictor=path))
-    policy = training.controller.policy
-    for _ in range(3):
-        training.step()
-    before = policy._gradient_L.clone(), policy._move_L.clone()
-    training.controller._change(frozenset({0}))
-    training.step()
-    for (first, *others), now in zip(before, (policy._gradient_L, policy._move_L), strict=True):
-        change = torch.linalg.vector_norm(now[1:]) / torch.linalg.vector_norm(torch.stack(others))
-        assert 0 < change < 1  # this training converges
-        assert float(now[0]) == pytest.approx(float(first * change))
-
-
-def test_without_outcomes_a_frozen_layer_keeps_what_its_training_gained_last(make):
-    training = Training(make())
-    policy = training.controller.policy
-    for _ in range(3):
-        training.step()
-    before = policy._gradient_L[0].clone(), policy._move_L[0].clone()
-    training.controller._change(frozenset({0}))
-    training.step()
-    assert (policy._gradient_L[0], policy._move_L[0]) == before
+    assert training.history.length == 1
 
 
 @pytest.mark.parametrize(
@@ -197,13 +163,13 @@ def test_without_outcomes_a_frozen_layer_keeps_what_its_training_gained_last(mak
     [
         (lambda step: 1.0, 5),
         (lambda step: 1 - step / STEPS, 5),
-        (lambda step: 0.5 ** (step // 3), 5),  # steps so small are a steady fall
+        (lambda step: 0.5 ** (step // 3), 5),  # small steps are a steady fall
         (lambda step: 0.7**step, 5),
         (lambda step: 0.1 if step >= 3 else 1.0, 9),  # the first snapshot behind the drop is the fourth
         (lambda step: 0.1 ** (step // 4), None),  # it drops before the window is full, each time
     ],
 )
-def test_where_the_learning_rate_drops_the_window_begins_anew(make_predictor_file, rate, frozen_at):
+def test_after_a_drop_of_the_rate_it_waits_for_a_whole_window(make_predictor_file, rate, frozen_at):
     policy = make_policy("smartfrz", predictor=make_predictor_file(probability=0.9, window=6))
     training = Training(policy, rate=rate)
     frozen = [bool(training.controller.frozen) for _ in range(STEPS) if training.step() is None]
@@ -216,5 +182,115 @@ def test_a_layer_that_was_frozen_before_it_ever_trained_has_nothing_to_gain(make
     for _ in range(4):
         training.step()
     assert training.controller.frozen == {0}
-    assert policy._gradient_L[0] == policy._move_L[0] == 0
-    assert (policy._gradient_L[1:] > 0).all()
+    assert training.history._gradient_L[0] == training.history._move_L[0] == 0
+    assert (training.history._gradient_L[1:] > 0).all()
+
+
+def chain(layers):
+    return nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers + 1)))
+
+
+@torch.no_grad()
+def grow(parameters):
+    for parameter in parameters:
+        parameter.add_(0.01)
+
+
+def run(path, steps, total_steps=12, **options):
+    """The policy, and what was frozen after each step of a training in which all weights grow."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    layers = layers_of(model)
+    policy = make_policy("smartfrz", predictor=path, **options)
+    policy.bind(model, optimizer, layers)
+    frozen = policy.decide(View(layers, frozenset(), 0, total_steps))
+    history = [sorted(frozen)]
+    for step in range(1, steps + 1):
+        grow(model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        if policy.due(step, total_steps):
+            frozen = policy.decide(View(layers, frozen, step, total_steps))
+        history.append(sorted(frozen))
+    return policy, history
+
+
+def test_it_waits_for_a_whole_window_and_then_freezes_what_is_ready(make_predictor_file):
+    # 12 snapshots over 24 steps: one every second step. The third, with that of step 0, is taken at step 4.
+    _, history = run(make_predictor_file(probability=0.9, threshold=0.5), steps=5, total_steps=24)
+    assert history == [[], [], [], [], [0, 1, 2], [0, 1, 2]]
+
+
+def test_it_freezes_nothing_below_its_threshold(make_predictor_file):
+    path = make_predictor_file(probability=0.9, threshold=0.95)
+    assert run(path, steps=12)[1][-1] == []
+    assert run(path, steps=12, threshold=0.8)[1][-1] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("prefix", "expected"), [(True, {0}), (False, {0, 2})])
+def test_the_frozen_set_is_a_prefix_by_default(make_predictor_file, prefix, expected):
+    policy, _ = run(make_predictor_file(threshold=0.5), steps=1, prefix=prefix)
+    view = View(layers_of(chain(3)), frozenset(), 1, 12)
+    assert policy._choose(view, torch.tensor([0.9, 0.1, 0.9])) == expected
+    view = View(layers_of(chain(4)), frozenset({0, 1}), 1, 12)
+    assert policy._choose(view, torch.tensor([0.9, 0.1])) == {2}
+
+
+def test_the_predictor_gets_the_windows_of_the_active_layers(make_predictor_file):
+    policy, _ = run(make_predictor_file(probability=0.1), steps=5)
+    weights_BWK, features_BWF = policy._history.windows([1, 2])
+    assert weights_BWK.shape == (2, 3, 8)
+    # Every weight grew by 0.01 a step, and each of the 12 steps has its snapshot.
+    assert torch.allclose(weights_BWK.diff(dim=1), torch.full((2, 2, 8), 0.01), atol=1e-6)
+    assert torch.allclose(features_BWF[..., 0], torch.tensor([3 / 12, 4 / 12, 5 / 12]).expand(2, 3))
+    assert features_BWF[:, 0, 1].tolist() == [0.5, 1.0]
+    seen = []
+    policy._model.register_forward_hook(lambda model, inputs, output: seen.append(inputs[0]))
+    grow(policy._optimizer.param_groups[0]["params"])
+    policy.decide(View(layers_of(nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))), frozenset({0}), 6, 12))
+    assert [tokens.shape for tokens in seen] == [(2, 2, policy._model.config.width)]
+
+
+def test_a_risk_stands_for_a_threshold(make_predictor_file):
+    known = load_predictor(SHIPPED).risks
+    assert make_policy("smartfrz").threshold == dict(known)[0.5]
+    assert make_policy("smartfrz", risk=2.0).threshold == dict(known)[2.0] < dict(known)[0.5]
+    with pytest.raises(UsageError, match=r"threshold=0.5, risk=1.0: give one of them"):
+        make_policy("smartfrz", risk=1.0, threshold=0.5)
+    with pytest.raises(UsageError, match=r"risk=50: .* from 0.1 to 2"):
+        make_policy("smartfrz", risk=50)
+    with pytest.raises(UsageError, match="does not know what freezing costs"):
+        make_policy("smartfrz", predictor=make_predictor_file(), risk=0.5)
+
+
+def test_a_layer_needs_votes_in_a_row(make_predictor_file):
+    policy, _ = run(make_predictor_file(threshold=0.5), steps=1, votes=2)
+    view = View(layers_of(chain(3)), frozenset(), 1, 12)
+    assert policy._choose(view, torch.tensor([0.9, 0.9, 0.9])) == set()
+    resumed = make_policy("smartfrz", predictor=make_predictor_file(threshold=0.5), votes=2)
+    resumed.load_state_dict(policy.state_dict())
+    assert policy._choose(view, torch.tensor([0.9, 0.1, 0.9])) == {0}
+    assert policy._choose(view, torch.tensor([0.9, 0.9, 0.9])) == {0}  # the second layer begins again
+    assert resumed._choose(view, torch.tensor([0.9, 0.9, 0.1])) == {0, 1}
+
+
+def test_a_share_of_the_layers_freezes_before_the_first_step(make_predictor_file):
+    path = make_predictor_file(probability=0.1, threshold=0.5)
+    assert run(path, steps=1)[1] == [[], []]
+    _, history = run(path, steps=5, total_steps=12, front=0.4)  # of three layers
+    assert history == [[0]] * 6
+    ready = make_predictor_file(probability=0.9, threshold=0.5)
+    assert run(ready, steps=5, total_steps=24, front=0.7)[1] == [[0, 1]] * 4 + [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("options", [{"threshold": 1.2}, {"votes": 0}, {"front": 1.5}])
+def test_an_option_out_of_range_is_refused(make_predictor_file, options):
+    ((name, value),) = options.items()
+    with pytest.raises(UsageError, match=f"{name}={value}: give"):
+        make_policy("smartfrz", predictor=make_predictor_file(), **options)
+
+
+def test_a_file_that_is_no_predictor_is_refused(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"not a predictor")
+    with pytest.raises(FileFault, match=r"x\.safetensors"):
+        make_policy("smartfrz", predictor=tmp_path / "x.safetensors")

@@ -1,4 +1,4 @@
-"""Training a predictor, and the figures on runs that it never saw."""
+"""Training a predictor, and the figures on unseen runs."""
 
 import math
 from dataclasses import replace
@@ -9,17 +9,17 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from predictor.errors import DivergedError, UsageError
-from predictor.model.features import SIGNALS
-from predictor.model.network import FreezePredictor, PredictorConfig
+from predictor.model.config import FEATURES, PredictorConfig
+from predictor.model.network import FreezePredictor
 from predictor.model.sampling import SampleSpec
 from predictor.shared.files import read_json_lines
 from predictor.shared.tracking import start_tracker
-from predictor.training.baselines import FromSignals, HandMade, Majority, Trees, signals_NF
-from predictor.training.evaluation import JUDGES, known, panel_of, transfer
-from predictor.training.fit import FitConfig, _hide_clock, fit, fit_on, pick_device
+from predictor.training.baselines import FromFeatures, HandMade, Majority, Trees
+from predictor.training.config import FitConfig
+from predictor.training.dataset import WindowSet
+from predictor.training.evaluation import CLASSIFIERS, known, panel_of, transfer
+from predictor.training.fit import _hide_clock, fit, fit_on, fit_scaling, pick_device
 from predictor.training.metrics import auroc
-from predictor.training.tokens import fit_scaling
-from predictor.training.windows import WindowSet
 
 SPEC = SampleSpec(weights=32, snapshots=23)
 CONFIG = PredictorConfig(window=6, weights=32, hidden=16, key=8)
@@ -37,17 +37,17 @@ def relabelled(windows, label):
     return replace(windows, runs=tuple(replace(run, labels_TL=turn(run.labels_TL)) for run in windows.runs))
 
 
-def judged(windows, result, settings, learn_from=None):
+def figures_on_test_runs(windows, result, settings, learn_from=None):
     """The figures on the test runs."""
     return known(panel_of(windows, result, settings, learn_from), windows.subset(result.split.test))
 
 
-def test_it_learns_what_progress_and_depth_do_not_tell(make_windows):
+def test_it_learns_more_than_progress_and_depth(make_windows):
     windows = make_windows()
     result = fit(windows, SPEC, CONFIG, QUICK, progress=False)
-    figures = judged(windows, result, QUICK)
+    figures = figures_on_test_runs(windows, result, QUICK)
     overall = figures["overall"]
-    assert list(overall) == list(JUDGES)
+    assert list(overall) == list(CLASSIFIERS)
     assert overall["attention"]["auroc"] > 0.95 > overall["clock"]["auroc"] > overall["majority"]["auroc"] == 0.5
     assert overall["attention"]["accuracy"] > overall["majority"]["accuracy"] + 0.2
     assert set(figures["families"]) == {"mlp", "vgg", "vit"}
@@ -72,7 +72,7 @@ def test_the_same_seed_gives_the_same_predictor_and_leaves_the_random_state_alon
 
 def test_the_best_epoch_is_kept_and_patience_ends_it(make_windows):
     windows = make_windows(each=2)
-    # The validation labels are the opposite of what is learnt, so that every epoch makes it worse.
+    # The validation labels are the opposite, so that every epoch makes it worse.
     fitted = fit_on(windows, relabelled(windows, None), CONFIG, replace(QUICK, epochs=30, patience=3))
     losses = [row["validation_loss"] for row in fitted.history]
     assert fitted.best_epoch == 1 + losses.index(min(losses))
@@ -89,18 +89,20 @@ def test_figures_do_not_depend_on_the_test_runs(make_windows):
     short = replace(QUICK, epochs=2)
     one = fit(windows, SPEC, CONFIG, short, progress=False)
     spoilt = list(windows.runs)
-    for place in one.split.test:
-        spoilt[place] = replace(spoilt[place], labels_TL=~spoilt[place].labels_TL)
+    for run in one.split.test:
+        spoilt[run] = replace(spoilt[run], labels_TL=~spoilt[run].labels_TL)
     other = fit(WindowSet(tuple(spoilt), 6), SPEC, CONFIG, short, progress=False)
     assert same_weights(one.fitted.model, other.fitted.model)
     assert one.threshold == other.threshold
 
 
-def test_it_may_learn_from_labels_of_another_rule_and_is_judged_by_its_own(make_windows):
+def test_it_may_be_trained_on_labels_of_another_rule_and_tested_on_its_own(make_windows):
     windows = make_windows(each=2)
     short = replace(QUICK, epochs=4)
     result = fit(windows, SPEC, CONFIG, short, learn_from=relabelled(windows, None), progress=False)
-    assert judged(windows, result, short, relabelled(windows, None))["overall"]["attention"]["auroc"] < 0.3
+    assert (
+        figures_on_test_runs(windows, result, short, relabelled(windows, None))["overall"]["attention"]["auroc"] < 0.3
+    )
 
 
 def test_epochs_are_logged(make_windows, tmp_path):
@@ -113,8 +115,9 @@ def test_epochs_are_logged(make_windows, tmp_path):
 
 def test_an_epoch_sees_no_more_windows_than_asked(make_windows, monkeypatch):
     seen = []
-    judge = FreezePredictor.judge
-    monkeypatch.setattr(FreezePredictor, "judge", lambda self, tokens: seen.append(len(tokens)) or judge(self, tokens))
+    forward = FreezePredictor.forward
+    noting = lambda self, tokens: seen.append(len(tokens)) or forward(self, tokens)  # noqa: E731
+    monkeypatch.setattr(FreezePredictor, "forward", noting)
     windows = make_windows(each=1)
     fit_on(windows, windows, CONFIG, replace(QUICK, epochs=1, epoch_windows=40, batch_size=16))
     assert seen == [16, 16, 8, len(windows)]
@@ -122,12 +125,12 @@ def test_an_epoch_sees_no_more_windows_than_asked(make_windows, monkeypatch):
 
 def test_the_clock_is_hidden_window_by_window_and_nothing_else_is():
     model = FreezePredictor(CONFIG)
-    model.mean.copy_(torch.arange(15.0))
+    model.scaling.mean.copy_(torch.arange(15.0))
     tokens = torch.full((2000, 5, 15), 77.0)
     hidden = _hide_clock(model, tokens, 0.3)
     assert torch.equal(hidden[..., :6], tokens[..., :6])
     assert torch.equal(hidden[..., 9:], tokens[..., 9:])
-    whole = (hidden[..., 6:9] == model.mean[6:9]).flatten(1)
+    whole = (hidden[..., 6:9] == model.scaling.mean[6:9]).flatten(1)
     assert torch.equal(whole.all(1), whole.any(1))
     assert 0.25 < whole.all(1).float().mean() < 0.35
     assert torch.equal(_hide_clock(model, tokens, 0.0), tokens)
@@ -143,7 +146,7 @@ def test_every_input_and_scaling_trains(make_windows, scaling, inputs):
     config, settings = replace(CONFIG, inputs=inputs), replace(QUICK, epochs=2, scaling=scaling, balance=True)
     fitted = fit_on(windows, windows, config, settings)
     assert all(math.isfinite(row["validation_loss"]) for row in fitted.history)
-    assert bool((fitted.model.deviation == 1).all()) == (scaling == "none")
+    assert bool((fitted.model.scaling.deviation == 1).all()) == (scaling == "none")
 
 
 def test_robust_scaling_by_hand():
@@ -151,10 +154,10 @@ def test_robust_scaling_by_hand():
     tokens[..., 1] = 0
     model = FreezePredictor(CONFIG)
     fit_scaling(model, tokens, "robust")
-    assert model.mean[0] == 50
-    assert model.deviation[0] == pytest.approx(50 / 1.349)
-    assert model.deviation[1] == 0
-    assert model.judge(tokens[:, :6]).isfinite().all()  # a feature that never changes divides by an epsilon
+    assert model.scaling.mean[0] == 50
+    assert model.scaling.deviation[0] == pytest.approx(50 / 1.349)
+    assert model.scaling.deviation[1] == 0
+    assert model(tokens[:, :6]).isfinite().all()  # a feature that never changes divides by an epsilon
 
 
 def test_baselines(make_windows):
@@ -162,29 +165,29 @@ def test_baselines(make_windows):
     share = float(train.labels_N.double().mean())
     assert np.allclose(Majority(train).probability_N(test), share)
     labels = test.labels_N.numpy()
-    clock_judge = FromSignals(train, "progress", "depth")
-    clock, hand_made = (judge.probability_N(test) for judge in (clock_judge, HandMade(train, 32)))
+    by_clock = FromFeatures(train, "progress", "depth")
+    clock, hand_made = (each.probability_N(test) for each in (by_clock, HandMade(train, 32)))
     assert 0.6 < auroc(labels, clock) < auroc(labels, hand_made)
     trees = Trees(train, 32).probability_N(test)
     assert auroc(labels, clock) < auroc(labels, trees)
     with threadpool_limits(2, user_api="openmp"):
         assert np.array_equal(Trees(train, 32).probability_N(test), trees)
-    # The clock sees progress and depth alone: other weights leave it as it was.
+    # The clock has progress and depth alone: other weights change nothing.
     still = WindowSet(tuple(replace(run, weights_TLK=run.weights_TLK * 0) for run in test.runs), test.window)
-    assert np.array_equal(clock_judge.probability_N(still), clock)
+    assert np.array_equal(by_clock.probability_N(still), clock)
 
 
-def test_a_judge_of_one_signal_ranks_as_that_signal_does(make_windows):
+def test_a_classifier_on_one_feature_ranks_as_that_feature_does(make_windows):
     windows = make_windows(each=2)
     labels = windows.labels_N.numpy()
-    _, signals_NWS, _ = windows.batch(torch.arange(len(windows)))
+    _, features_NWF, _ = windows.batch(torch.arange(len(windows)))
     for name in ("progress", "depth"):
-        values = signals_NF(windows, name)[:, 0]
-        assert np.array_equal(values, signals_NWS[:, -1, SIGNALS.index(name)].numpy())
+        values = windows.features_NF(name)[:, 0].numpy()
+        assert np.array_equal(values, features_NWF[:, -1, FEATURES.index(name)].numpy())
         area = auroc(labels, values)
-        assert auroc(labels, FromSignals(windows, name).probability_N(windows)) == pytest.approx(max(area, 1 - area))
-    both = signals_NF(windows, "log_lr", "progress")
-    assert np.array_equal(both[:, 1:], signals_NF(windows, "progress"))
+        assert auroc(labels, FromFeatures(windows, name).probability_N(windows)) == pytest.approx(max(area, 1 - area))
+    both = windows.features_NF("log_lr", "progress").numpy()
+    assert np.array_equal(both[:, 1:], windows.features_NF("progress").numpy())
     assert (np.diff(both[both[:, 1].argsort(kind="stable")], axis=0)[:, 0] <= 0).all()  # the rate only falls
 
 
@@ -192,8 +195,8 @@ def test_a_family_left_out_is_in_no_training(make_windows):
     windows = make_windows()
     result = fit(windows, SPEC, CONFIG, replace(QUICK, epochs=1), progress=False)
     spoilt = tuple(
-        replace(run, labels_TL=~run.labels_TL) if run.family == "vit" and place not in result.split.test else run
-        for place, run in enumerate(windows.runs)
+        replace(run, labels_TL=~run.labels_TL) if run.family == "vit" and index not in result.split.test else run
+        for index, run in enumerate(windows.runs)
     )
     one, other = (
         transfer(some, result.split, CONFIG, replace(QUICK, epochs=2)) for some in (windows, WindowSet(spoilt, 6))
@@ -217,10 +220,10 @@ def test_families_that_cannot_be_tested_say_why(make_windows):
 def test_a_family_of_one_class_has_no_ranking_and_stops_nothing(make_windows):
     windows = make_windows()
     frozen = relabelled(windows, True).runs
-    runs = tuple(frozen[place] if run.family == "vit" else run for place, run in enumerate(windows.runs))
+    runs = tuple(frozen[index] if run.family == "vit" else run for index, run in enumerate(windows.runs))
     windows = WindowSet(runs, 6)
     result = fit(windows, SPEC, CONFIG, replace(QUICK, epochs=1), progress=False)
-    figures = judged(windows, result, QUICK)["families"]["vit"]["attention"]
+    figures = figures_on_test_runs(windows, result, QUICK)["families"]["vit"]["attention"]
     assert figures["auroc"] is None
     assert figures["wrongly_frozen"] is None
     assert (

@@ -87,9 +87,9 @@ def test_false_freezes_where_half_of_all_freezable_windows_are_frozen():
     # One of two is half, and equal probabilities are frozen together.
     labels, probability = np.array([True, False, True, False]), np.array([0.4, 0.4, 0.2, 0.1])
     assert false_freezes_at_half(labels, probability) == 0.5
-    # A ranking that tells nothing takes all: false is then the share of what is not freezable.
+    # One probability for all freezes all: false is then the share of what is not freezable.
     assert false_freezes_at_half(LABELS, np.full(6, 0.3)) == 0.5
-    # What the threshold of other windows would be, and how sure the judge is, do not matter.
+    # The scale of the probabilities does not matter.
     assert false_freezes_at_half(LABELS, PROBABILITY / 100) == 0.0
     assert false_freezes_at_half(np.ones(6, bool), PROBABILITY) is None
     assert false_freezes_at_half(np.zeros(6, bool), PROBABILITY) is None

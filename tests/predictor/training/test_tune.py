@@ -17,17 +17,15 @@ from optuna.trial import TrialState
 
 from predictor.__main__ import _parser
 from predictor.errors import FileFault, UsageError
-from predictor.model.network import PredictorConfig
+from predictor.model.config import PredictorConfig
 from predictor.shared import flags as cli
 from predictor.shared.files import read_json_lines, write_json
 from predictor.shared.tracking import start_tracker
 from predictor.training import plots
-from predictor.training.fit import FitConfig
-from predictor.training.objective import Choice, Task, TuneConfig
-from predictor.training.settings import flags_in
+from predictor.training.config import FitConfig, TuneConfig
+from predictor.training.dataset import WindowSet
 from predictor.training.splits import split_by_run
-from predictor.training.tune import suggest, tune
-from predictor.training.windows import WindowSet
+from predictor.training.tune import Choice, Task, settings_flags, suggest, tune
 
 CHECKOUT = Path(__file__).parents[3]
 FIT = FitConfig(epochs=1, device="cpu", epoch_windows=256)
@@ -75,18 +73,18 @@ def test_train_has_the_split_and_the_epochs_of_the_study_unless_a_flag_says_othe
     fixed = replace(FIT, epochs=2, patience=1, epoch_windows=300, validation=0.25, test=0.3, split_seed=7)
     task = Task({0.98: windows}, 0.98, LABELS, TuneConfig(trials=1, folds=3), fixed)
     tune(task, tmp_path, progress=False)
-    found = given(*flags_in(tmp_path / "best.json"))
+    found = given(*settings_flags(tmp_path / "best.json"))
     for name in ("epochs", "patience", "epoch_windows", "validation", "test", "split_seed"):
         assert getattr(found, name) == getattr(fixed, name)
     assert split_by_run(windows.runs, found.validation, found.test, found.split_seed) == task._split
-    assert given(*flags_in(tmp_path / "best.json"), "--split-seed", "8") == replace(found, split_seed=8)
+    assert given(*settings_flags(tmp_path / "best.json"), "--split-seed", "8") == replace(found, split_seed=8)
 
 
 def test_every_setting_of_a_training_can_be_handed_on_in_a_file(tmp_path):
     settings = FitConfig(3, 2, 99, 16, 0.5, 0.0, 0.1, True, "robust", 0.1, 0.3, 0.25, 4, 5, "cpu")
     assert not any(value == getattr(FitConfig(), name) for name, value in asdict(settings).items())
     write_json(tmp_path / "best.json", {"settings": asdict(settings)})
-    assert given(*flags_in(tmp_path / "best.json")) == settings
+    assert given(*settings_flags(tmp_path / "best.json")) == settings
 
 
 def given(*flags):
@@ -97,13 +95,13 @@ def test_the_test_runs_have_no_say(make_windows):
     windows = make_windows(each=3)
     task = task_of(windows)
     spoilt = list(windows.runs)
-    for place in task._split.test:
-        spoilt[place] = replace(spoilt[place], labels_TL=~spoilt[place].labels_TL)
+    for run in task._split.test:
+        spoilt[run] = replace(spoilt[run], labels_TL=~spoilt[run].labels_TL)
     other = task_of(WindowSet(tuple(spoilt), windows.window))
     assert [task.scores(CHOICE, fold) for fold in range(3)] == [other.scores(CHOICE, fold) for fold in range(3)]
 
 
-def test_a_fold_is_judged_on_families_that_were_not_trained_on(make_windows):
+def test_a_fold_is_scored_on_families_that_were_not_trained_on(make_windows):
     windows = make_windows(each=3)
     task = task_of(windows)
     (family,) = task.folds[0]
@@ -114,10 +112,10 @@ def test_a_fold_is_judged_on_families_that_were_not_trained_on(make_windows):
     assert other.scores(CHOICE, 1) != task.scores(CHOICE, 1)
 
 
-def test_windows_of_any_width_are_judged_at_the_same_snapshots(make_windows, monkeypatch):
+def test_windows_of_any_width_are_scored_at_the_same_snapshots(make_windows, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "predictor.training.objective.auroc", lambda labels, probability: seen.append(labels.tolist()) or 0.5
+        "predictor.training.tune.auroc", lambda labels, probability: seen.append(labels.tolist()) or 0.5
     )
     task = task_of(make_windows(each=3))
     for window in (3, 12):
@@ -153,7 +151,7 @@ def test_a_study_of_other_data_is_refused(make_windows, tmp_path):
 def test_trials_that_cannot_work_are_passed_over_and_none_at_all_is_an_error(make_windows, tmp_path):
     windows = make_windows(each=3)
     hopeless = replace(windows, runs=tuple(replace(run, labels_TL=run.labels_TL | True) for run in windows.runs))
-    with pytest.raises(UsageError, match=r"came to an end: all .* windows are labelled freezable"):
+    with pytest.raises(UsageError, match=r"all .* windows are labelled freezable"):
         tune(task_of(hopeless), tmp_path, progress=False)
 
 
@@ -172,20 +170,20 @@ def test_a_study_that_cannot_be_is_refused(wrong):
 def test_a_trial_that_was_killed_at_its_very_start_does_not_run_for_ever(make_windows, tmp_path):
     windows = make_windows(each=3)
     study = tune(task_of(windows, trials=1), tmp_path, progress=False)
-    study.ask()  # nobody will ever tell what came of it
+    study.ask()  # its result will never come
     assert states(tmp_path) == ["COMPLETE", "RUNNING"]
     tune(task_of(windows, trials=2), tmp_path, progress=False)
     assert states(tmp_path) == ["COMPLETE", "FAIL", "COMPLETE"]
 
 
-def test_the_default_settings_are_tried_even_if_the_first_trial_was_broken_off(make_windows, tmp_path, monkeypatch):
+def test_the_default_settings_are_tried_even_if_the_first_trial_was_interrupted(make_windows, tmp_path, monkeypatch):
     windows = make_windows(each=3)
 
-    def broken_off(trial, task):
+    def interrupted(trial, task):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("predictor.training.tune._objective", broken_off)
+        patched.setattr("predictor.training.tune._objective", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tune(task_of(windows, trials=1), tmp_path, progress=False)
     assert states(tmp_path) == ["FAIL"]
@@ -203,14 +201,14 @@ def test_two_searches_at_once_in_one_folder_are_refused(make_windows, tmp_path):
 
 def test_a_study_that_was_killed_goes_on(write_trajectories, tmp_path):
     data, folder = write_trajectories(each=3), tmp_path / "tune"
-    command = [sys.executable, "-m", "predictor", "tune", "--data", str(data), "--out", str(folder), "--epochs", "2"]
+    command = [sys.executable, "-m", "predictor", "tune", "--data", str(data), "--out", str(folder), "--epochs", "1"]
     # Were it not killed, this one would go on for hours.
     started = subprocess.Popen(
         [*command, "--trials", "9999", "--folds", "2"], cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
         deadline = time.monotonic() + 300
-        while not ((folder / "study.db").exists() and (found := _try_states(folder)).count("COMPLETE") >= 2):
+        while not ((folder / "study.db").exists() and (found := _try_states(folder)).count("COMPLETE") >= 1):
             assert started.poll() is None, started.stdout.read().decode()
             assert time.monotonic() < deadline, found
             time.sleep(0.1)

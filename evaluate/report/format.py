@@ -1,0 +1,93 @@
+"""How figures and labels are written: in the terminal, in Markdown and on the page."""
+
+from collections.abc import Sequence
+
+from evaluate.analysis.area import FamilyArea
+from evaluate.analysis.compute_multiplier import Multiplier
+from evaluate.analysis.oracle_file import Oracle
+from evaluate.analysis.statistics import Estimate, Row
+
+_WIDEST_LABEL = 60
+
+
+def difference(value: Estimate) -> str:
+    """An accuracy difference in percentage points, with its interval."""
+    return f"{value.mean * 100:+.2f}" + _interval(value, 100, 2, "+")
+
+
+def ratio(value: Estimate) -> str:
+    """A ratio with its interval."""
+    return f"{value.mean:.2f}x" + _interval(value, 1, 2, "")
+
+
+def multiplier(value: Multiplier | None) -> str:
+    """A compute multiplier with its interval, and whether it is a bound; "-" for None."""
+    if value is None:
+        return "-"
+    bound = {(True, True): "~ ", (True, False): ">= ", (False, True): "<= "}
+    return bound.get((value.at_least, value.at_most), "") + ratio(value.value)
+
+
+def area(value: Estimate) -> str:
+    """An area under a Pareto front with its interval."""
+    return f"{value.mean:.3f}" + _interval(value, 1, 3, "")
+
+
+def area_difference(value: Estimate) -> str:
+    """An area less another with its interval."""
+    return f"{value.mean:+.3f}" + _interval(value, 1, 3, "+")
+
+
+def area_workloads(row: FamilyArea, workloads: int) -> str:
+    """On how many of the workloads there is an area; empty for all of them."""
+    return "" if row.workloads >= workloads else f"on {row.workloads} of {workloads} workloads"
+
+
+def accuracy(row: Row) -> str:
+    """Mean accuracy in percent, and its standard deviation over the seeds."""
+    if row.accuracy is None:
+        return "-"
+    deviation = "" if row.accuracy_deviation is None else f" ±{row.accuracy_deviation * 100:.2f}"
+    return f"{row.accuracy * 100:.2f}{deviation}"
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """A share of 1 in percent; "-" for None."""
+    return "-" if share is None else f"{share * 100:.{digits}f} %"
+
+
+def oracle_note(oracle: Oracle) -> str:
+    """What an oracle is, for readers of a share of its saving."""
+    return (
+        f"Oracle of {oracle.workload}: the best of {oracle.tried} freezing schedules, found on the test set: an upper "
+        "limit of what freezing could save, part of it luck"
+    )
+
+
+def plain(text: str) -> str:
+    """`text` with everything that could steer a terminal made visible."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def shortened(text: str, length: int) -> str:
+    """`text` made plain and cut in the middle to `length` characters: labels differ at both ends."""
+    text = plain(text)
+    if len(text) <= length:
+        return text
+    head = length * 3 // 5
+    return f"{text[:head]}…{text[head + 1 - length :]}"
+
+
+def distinct_length(labels: Sequence[str], least: int) -> int:
+    """The length, from `least` on, from which `shortened` leaves different labels different."""
+    lengths = range(least, _WIDEST_LABEL)
+    return next(
+        (length for length in lengths if len({shortened(label, length) for label in labels}) == len(labels)),
+        _WIDEST_LABEL,
+    )
+
+
+def _interval(value: Estimate, scale: float, digits: int, sign: str) -> str:
+    if not value.bounded:
+        return " [?]"
+    return f" [{value.low * scale:{sign}.{digits}f}, {value.high * scale:{sign}.{digits}f}]"

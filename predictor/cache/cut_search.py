@@ -1,0 +1,457 @@
+"""Finding the place to cut a model: passes in evaluation mode that leave no trace, and what they prove."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from predictor.cache.arguments import Arguments, Layout
+from predictor.cache.cut_points import Call, Cut, TensorForm, at_call, form_of, replayed, trace_calls, versions_of
+from predictor.errors import UsageError
+from predictor.layers.isolated_pass import undisturbed
+from predictor.layers.tensors import tensors_in
+
+_FEW = 8
+"""Samples on which cuts are tried, at most. The one that is chosen is tried once more on the whole batch."""
+REPEATED = 1e-5
+"""Two passes on the same batch may differ by this share of the largest number."""
+_ROUNDED = {"cpu": 1e-3}
+"""The same for a sample in batches of different sizes, for which libraries take other kernels."""
+_ROUNDED_ELSEWHERE = 1e-2  # GPUs round the factors of convolutions to 10 bits
+_ROUNDED_HALF = 5e-2
+
+
+def look_passes(batch: int) -> float:
+    """About how many passes forward on a whole batch it takes to find a cut: two, and a dozen on a few samples."""
+    return 2 + 12 * min(_FEW / batch, 1)
+
+
+class Search(NamedTuple):
+    """The result of looking for a place to cut."""
+
+    cut: Cut | None
+    layout: Layout
+    """Which dimensions of the arguments are that of the samples."""
+    rows: list[Tensor]
+    """The batch's features at the cut, samples first."""
+    reason: str
+    """Why there is no cut; else empty."""
+    samples: int
+    """Samples in all passes that it took."""
+
+
+def find_cut(model: nn.Module, arguments: Arguments, batch: int, layouts: Sequence[Layout]) -> Search:
+    """Find the cut that skips most among those that change nothing, for a call of the model on `batch` samples.
+
+    layouts: what the arguments' dimensions may mean, the likeliest first. The first one for which every output of the
+    frozen prefix has rows that depend on their own sample is taken, or else the one for which most have.
+    """
+    samples, scores = 0, []
+    for layout in layouts:
+        with _Probe(model, arguments, layout, batch) as probe:
+            if probe.consistent or len(layouts) == 1:
+                return probe.search(samples)
+        samples += probe.samples
+        scores.append(probe.score)
+    best = [layout for layout, score in zip(layouts, scores, strict=True) if score == max(scores)]
+    if any(a != b and None not in (a, b) for other in best for a, b in zip(best[0], other, strict=True)):
+        return Search(None, best[0], [], _AMBIGUOUS, samples)
+    with _Probe(model, arguments, best[0], batch) as probe:
+        return probe.search(samples)
+
+
+def find_again(
+    model: nn.Module, arguments: Arguments, batch: int, layout: Layout, given: Sequence[Any], skipped: Sequence[Any]
+) -> Search:
+    """Find the cut that was found in another run, among the calls of a pass.
+
+    given, skipped: keys of its calls. Raises UsageError where the pass has no such calls, as that of another model.
+    """
+    with _Probe(model, arguments, layout, batch) as probe:
+        return probe.find([(name, nth) for name, nth in given], [(name, nth) for name, nth in skipped])
+
+
+def prefix_outputs(model: nn.Module, cut: Cut, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Any]:
+    """Run the model up to the cut, in evaluation mode, and no further. Returns what the given calls return."""
+    outputs: dict[int, Any] = {}
+
+    def note(index: int) -> Callable[[Any], None]:
+        def act(output: Any) -> None:
+            outputs[index] = output
+            if len(outputs) == len(cut.given):
+                raise _Enough
+
+        return act
+
+    args, kwargs = inputs
+    with traceless(model), ExitStack() as hooks:
+        for index, call in enumerate(cut.given):
+            hooks.callback(call.module.register_forward_hook(at_call(call.nth, note(index))).remove)
+        with suppress(_Enough):
+            model(*args, **kwargs)
+    return [outputs.get(index) for index in range(len(cut.given))]
+
+
+class _Enough(BaseException):
+    """Ends a pass whose rest nobody needs. Not an Exception, which a model might catch."""
+
+
+class _Probe:
+    """Three passes of a model that show what its calls depend on, and the states in which cuts are tried.
+
+    One on a few samples, one on the whole batch, and one on the few again, from another random state and from whatever
+    state the model has kept of the batch in between. A call whose outputs for the few samples differ is random or
+    depends on other batches. One whose rows for the whole batch differ from those for the few depends on other samples.
+    """
+
+    def __init__(self, model: nn.Module, arguments: Arguments, layout: Layout, batch: int) -> None:
+        self._model, self._arguments, self._layout, self._batch = model, arguments, layout, batch
+        # In another order, and less than all: what depends on the batch shows.
+        self._few = list(range(min(_FEW, batch - 1)))[::-1]
+        self._hooked = [name for name, module in model.named_modules() if name and module._forward_hooks]
+        self.calls: list[Call] = []
+        self.samples = 0
+        self._broken = ""
+        self._faults: dict[Call, str] = {}
+        self._few_outputs: dict[Call, Any] = {}
+        self._result: Any = None
+        self._few_result: Any = None
+        self._result_fits = False
+        self._tried = 0
+        self._before_whole, self._before_few = ExitStack(), ExitStack()
+
+    def __enter__(self) -> "_Probe":
+        self._before_whole.enter_context(traceless(self._model))
+        try:
+            first, _ = self._trace(self._some())
+            self._before_few.enter_context(traceless(self._model, seed=2))
+            whole, self._result = self._trace(self._all())
+            with traceless(self._model, seed=1):
+                again, self._few_result = self._trace(self._some())
+        except Exception as error:
+            self._broken = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            return self
+        except BaseException:
+            self.__exit__()
+            raise
+        self.samples = 2 * len(self._few) + self._batch
+        self._compare(first, whole, again)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._before_few.close()
+        self._before_whole.close()
+
+    @property
+    def consistent(self) -> bool:
+        """Whether all that modules return, and the model's result, has rows that depend on their own sample alone."""
+        return not self._broken and _MIXED not in self._faults.values() and self._result_fits
+
+    @property
+    def score(self) -> tuple[int, bool]:
+        """How many calls have such rows, and whether the result has."""
+        return -1 if self._broken else sum(map(self._keepable, self.calls)), self._result_fits
+
+    def search(self, samples: int) -> Search:
+        """Look for the best cut. samples: in passes that were made before."""
+        hooked = next((name for name in self._hooked for call in whole_calls(self.calls) if _within(name, call)), None)
+        if hooked is not None:
+            self._before_few.close()
+            return self._found(None, f"module {hooked!r} has a forward hook, which has to see each pass")
+        cut = None if self._broken else best_cut(self.calls, self._keepable, self._right_for_few)
+        self._before_few.close()
+        self.samples += samples
+        if cut is None:
+            return self._found(None, self._reason())
+        if not self._right_for_all(cut):
+            return self._found(None, f"the cut at {cut.name!r} is right for a few samples, not for the whole batch")
+        return self._found(cut)
+
+    def find(self, given: list[tuple[str, int]], skipped: list[tuple[str, int]]) -> Search:
+        """Look for the cut at the calls with these keys."""
+        if self._broken:
+            return self._found(None, self._reason())
+        known = {call.key: call for call in self.calls if call.form is not None}
+        odd = next((name for name, nth in (*given, *skipped) if (name, nth) not in known), None)
+        if odd is not None:
+            raise UsageError(f"this state is of a model that calls its module {odd!r}, which this one does not")
+        cut = Cut(tuple(known[key] for key in given), tuple(known[key] for key in skipped))
+        fault = next((fault for call in cut.given if (fault := self._faults[call])), "")
+        return self._found(None if fault else cut, fault)
+
+    def _found(self, cut: Cut | None, reason: str = "") -> Search:
+        rows = None if cut is None else cut.rows([call.output for call in cut.given])
+        return Search(cut, self._layout, rows or [], reason, self.samples)
+
+    def _compare(self, first: list[Call], whole: list[Call], again: list[Call]) -> None:
+        earlier, later = ({call.key: call for call in calls} for calls in (first, again))
+        self.calls = whole
+        for call in whole:
+            one, other = earlier.get(call.key), later.get(call.key)
+            if one is None or other is None:
+                self._faults[call] = _UNSTEADY
+                continue
+            call.form = form_of(call.output, self._batch, other.output, len(self._few))
+            self._few_outputs[call] = other.output
+            self._faults[call] = self._fault(call, one, other)
+        form = form_of(self._result, self._batch, self._few_result, len(self._few))
+        by_sample = form is not None and any(isinstance(leaf, TensorForm) and any(leaf.slope) for leaf in form.leaves)
+        self._result_fits = by_sample and self._rows_alike(self._result, self._few_result)
+
+    def _fault(self, call: Call, one: Call, other: Call) -> str:
+        if not close(one.output, other.output, REPEATED):
+            return _UNSTEADY
+        for each in (call, other):
+            if versions_of(list(tensors_in(each.output))) != each.versions:
+                return _WRITTEN
+        if call.form is None or not self._rows_alike(call.output, other.output):
+            return _MIXED
+        return "" if call.form.batch_dims is not None else _NO_ROWS
+
+    def _rows_alike(self, whole: Any, few: Any) -> bool:
+        """Whether the few samples have the same rows in both; what has no dimension for samples is left out."""
+        form = form_of(whole, self._batch, few, len(self._few))
+        if form is None:
+            return False
+        for kind, a, b in zip(form.leaves, tree_leaves(whole), tree_leaves(few), strict=True):
+            if isinstance(a, Tensor) and any(kind.slope):
+                if kind.batch_dim is None:
+                    return False
+                rows = a.index_select(kind.batch_dim, torch.tensor(self._few, device=a.device))
+                if not close(rows, b, rounding(b)):
+                    return False
+        return True
+
+    def _keepable(self, call: Call) -> bool:
+        return self._faults.get(call) == ""
+
+    def _right_for_few(self, cut: Cut) -> bool:
+        self._tried += 1
+        rows = cut.rows([self._few_outputs[call] for call in cut.given])
+        return self._right(cut, rows, self._some(), len(self._few), self._few_result, seed=1)
+
+    def _right_for_all(self, cut: Cut) -> bool:
+        rows = cut.rows([call.output for call in cut.given])
+        return self._right(cut, rows, self._all(), self._batch, self._result, seed=2)
+
+    def _right(self, cut: Cut, rows: list[Tensor] | None, inputs: Any, batch: int, result: Any, seed: int) -> bool:
+        self.samples += batch
+        args, kwargs = inputs
+        try:
+            with traceless(self._model, seed), replayed(cut, rows or [], batch):
+                return same(result, self._model(*args, **kwargs))
+        except Exception:
+            return False  # a stand-in was written to, which it does not allow, or the model itself refuses its NaN
+
+    def _trace(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[list[Call], Any]:
+        return trace_calls(self._model, *inputs)
+
+    def _some(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self._arguments.rows(self._layout, self._few)
+
+    def _all(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self._arguments.copied()
+
+    def _reason(self) -> str:
+        if self._broken:
+            return (
+                "the model does not run without gradients, in evaluation mode, on a part of the batch, and so nothing "
+                f"can be proved of its features ({self._broken})"
+            )
+        if self._tried:
+            return (
+                f"no place to cut was found: {self._tried} tried, and each changed the model's output, as skip "
+                "connections around the frozen prefix do"
+            )
+        faults = {self._faults[call] for call in whole_calls(self.calls)}
+        return next((fault for fault in (_UNSTEADY, _MIXED, _NO_ROWS, _WRITTEN) if fault in faults), _NO_CALL)
+
+
+_UNSTEADY = (
+    "the frozen prefix gives other features for the same samples from pass to pass: it draws random numbers in "
+    "evaluation mode too, or keeps a state between batches"
+)
+_MIXED = "features that the frozen prefix gives for a sample depend on the other samples of the batch"
+_AMBIGUOUS = (
+    "the model's inputs have two dimensions of the batch's size, and nothing shows which is that of the samples"
+)
+_NO_ROWS = "the frozen prefix gives no features with one row a sample"
+_WRITTEN = "the model writes to the features that the frozen prefix gives"
+_NO_CALL = "no module ends before the first layer that trains"
+
+
+def best_cut(calls: Sequence[Call], keepable: Callable[[Call], bool], right: Callable[[Cut], bool]) -> Cut | None:
+    """The cut that skips most and is given least, of those that a frozen prefix allows; None where none is right.
+
+    calls: of one pass, from `trace_calls`. keepable: whether a call's output can be kept by sample. right: whether a
+    pass with this cut gives what the pass without it gave.
+
+    The prefix ends where the first module begins that holds a parameter that trains. A module that ends before that,
+    whose parent does not, can be left out as a whole. At first all of their outputs are given. Then as many as can be,
+    counted from the front, are answered with stand-ins, and then each of the others that can. Modules without
+    parameters are treated like the rest in the first round and run in the second: something hidden in them may be
+    needed. Where both rounds fail, one output alone is given and all behind it runs.
+    """
+    whole = [call for call in whole_calls(calls) if call.form is not None]
+    weighty = [call for call in whole if any(True for _ in call.module.parameters())]
+    if not weighty:
+        return None
+    for among in (whole, weighty):
+        if any(map(keepable, among)) and right(_given_from(among, 0, keepable)):
+            return _with_least(among, keepable, right)
+    singles = (
+        Cut((call,), tuple(earlier for earlier in among if earlier.end < call.end))
+        for among in (whole, weighty)
+        for call in reversed(whole)
+        if keepable(call) and call.end >= weighty[0].end
+    )
+    return next(filter(right, singles), None)
+
+
+def whole_calls(calls: Sequence[Call]) -> list[Call]:
+    """The outermost calls that end before anything that trains begins."""
+    boundary = min((call.start for call in calls if _trains(call.module)), default=0)
+    return [
+        call for call in calls if 0 < call.end < boundary and call.parent is not None and call.parent.end > boundary
+    ]
+
+
+def _with_least(among: Sequence[Call], keepable: Callable[[Call], bool], right: Callable[[Cut], bool]) -> Cut:
+    """Skip what can be skipped of `among`, which is right with nothing skipped."""
+    low, high = 0, max(index for index, call in enumerate(among) if keepable(call))
+    while low < high:  # what may be skipped up to some index may be skipped up to any before it
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if right(_given_from(among, middle, keepable)) else (low, middle - 1)
+    cut = _given_from(among, low, keepable)
+    for call in among[low:]:
+        given = tuple(other for other in cut.given if other is not call)
+        less = Cut(given, (*cut.skipped, call))
+        if given and right(less):
+            cut = less
+    return cut
+
+
+def _given_from(among: Sequence[Call], index: int, keepable: Callable[[Call], bool]) -> Cut:
+    """Everything before `index` is skipped, what can be given of the rest is, and what cannot runs."""
+    return Cut(tuple(filter(keepable, among[index:])), tuple(among[:index]))
+
+
+def _within(name: str, call: Call) -> bool:
+    return name == call.name or name.startswith(f"{call.name}.")
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two results hold the same numbers; not, where they hold none that could be compared."""
+    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
+    compared = any(isinstance(a, Tensor) and a.is_floating_point() and a.numel() for a, _ in pairs)
+    return compared and close(first, second, REPEATED)
+
+
+def close(first: Any, second: Any, tolerance: float) -> bool:
+    """Whether two outputs have the same structure, and numbers that differ by this share of the largest at most."""
+    one, other = tree_leaves(first), tree_leaves(second)
+    return len(one) == len(other) and all(
+        _close(a, b, tolerance) for a, b in zip(one, other, strict=True) if isinstance(a, Tensor)
+    )
+
+
+def _close(a: Tensor, b: Any, tolerance: float) -> bool:
+    if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    finite = a[a.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest)
+
+
+def rounding(tensor: Tensor) -> float:
+    """By how much a sample's numbers may differ between batches of different sizes."""
+    half = tensor.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(tensor.device.type)
+    return _ROUNDED_HALF if half else _ROUNDED.get(tensor.device.type, _ROUNDED_ELSEWHERE)
+
+
+@contextmanager
+def traceless(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Passes within it are without gradients, in evaluation mode, and leave no trace. seed: of their random numbers."""
+    with undisturbed(model), _attributes_kept(model), _autocast_forgets():
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds every device
+        yield
+
+
+@contextmanager
+def _autocast_forgets() -> Iterator[None]:
+    """Autocast keeps no weights: older versions of torch give those made here, without gradients, to the next pass."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_SEARCHED = 1000
+"""Containers with more than this many items are not searched for tensors."""
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Restore what modules keep in plain attributes: the objects, and what is in tensors and containers."""
+    modules = [(module, dict(module.__dict__)) for module in model.modules()]
+    values = (v for _, before in modules for name, v in before.items() if name not in _OF_EVERY_MODULE)
+    restores = [restore for value in values if (restore := _restore_of(value))]
+    try:
+        yield
+    finally:
+        for module, before in modules:
+            for name in module.__dict__.keys() - before.keys():
+                del module.__dict__[name]
+            module.__dict__.update(before)
+        for restore in restores:
+            restore()
+
+
+def _restore_of(value: Any, depth: int = 2) -> Callable[[], object] | None:
+    """What restores the content of an attribute's value; None for what cannot change or is of another kind."""
+    if isinstance(value, Tensor):
+        fit = value.layout == torch.strided and not value.is_meta and not isinstance(value, nn.Parameter)
+        return partial(_write_back, value, value.detach().clone()) if fit else None
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if type(value) not in (list, deque, set, dict):
+        return None
+    held = value.copy()
+    items = (value.values() if isinstance(value, dict) else value) if depth and len(value) <= _SEARCHED else ()
+    inner = [restore for each in items if (restore := _restore_of(each, depth - 1))]
+    return partial(_refill, value, held, inner)
+
+
+def _write_back(tensor: Tensor, content: Tensor) -> None:
+    if tensor.shape == content.shape and not torch.equal(tensor, content):
+        with torch.no_grad():
+            tensor.copy_(content)
+
+
+def _refill(value: Any, held: Any, inner: list[Callable[[], object]]) -> None:
+    value.clear()
+    if isinstance(value, set | dict):
+        value.update(held)
+    else:
+        value.extend(held)
+    for restore in inner:
+        restore()
+
+
+def gpus_of(model: nn.Module) -> list[int]:
+    """The numbers of the CUDA devices that hold the model's parameters."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

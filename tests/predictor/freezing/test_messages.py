@@ -1,0 +1,152 @@
+"""What is said at a freeze: names, costs, and data loading where it has become the bound."""
+
+import copy
+import pickle
+import time
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from predictor import FeatureCache, FreezeController, FreezePolicy, make_policy
+from tests.predictor.scripted import Script
+
+X = torch.linspace(-1, 1, 6 * 64).reshape(6, 1, 8, 8)
+Y = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def train(model, policy, steps=4, called=None, pause=0.0, close=True, **options):
+    lines = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    called = model if called is None else called
+    controller = FreezeController(called, optimizer, policy, total_steps=steps, say=lines.append, **options)
+    for _ in range(steps):
+        if pause:
+            time.sleep(pause)
+        F.cross_entropy(called(X), Y).backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+    if close:
+        controller.close()
+    return lines, controller
+
+
+def test_a_line_names_what_changed_and_its_cost_before_and_after(make_toy):
+    lines, controller = train(make_toy(), Script({1: {0}, 2: {0, 1, 2}, 3: {0, 1}}))
+    shares = [controller.view.flops.share(frozenset(range(count))) for count in range(4)]
+    say = "(%d of 3 layers frozen): a step takes %.0f%% of a full one's FLOPs, %.0f%% before"
+    assert lines == [
+        f"step 1: froze body.0 {say % (1, 100 * shares[1], 100)}",
+        f"step 2: froze body.3, body.8 {say % (3, 100 * shares[3], 100 * shares[1])}; only the head still trains",
+        f"step 3: unfroze body.8 {say % (2, 100 * shares[2], 100 * shares[3])}",
+    ]
+    assert 0 < shares[3] < shares[2] < shares[1] < 1
+
+
+def test_the_end_is_reported_though_no_step_follows(make_toy):
+    lines, controller = train(make_toy(), Script({1: {0}, 2: {0, 1, 2}}), steps=2, close=False)
+    assert controller.finished
+    assert lines[-1].endswith("before; only the head still trains")
+
+
+def test_what_freezes_before_the_first_step_is_reported_after_it(make_toy):
+    lines, _ = train(make_toy(), make_policy("static", layers=2), steps=1)
+    assert len(lines) == 1
+    assert lines[0].startswith("step 0: froze body.0, body.3 (2 of 3 layers frozen): a step takes ")
+
+
+def test_what_freezes_at_the_last_step_is_reported_at_the_end(make_toy):
+    lines, _ = train(make_toy(), Script({2: {0}}), steps=2)
+    assert lines == ["step 2: froze body.0 (1 of 3 layers frozen)"]
+
+
+def test_many_layers_are_not_all_named():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), *(torch.nn.Linear(64, 64) for _ in range(6)))
+    lines, _ = train(model, make_policy("static", layers=5), steps=1)
+    assert lines[0].startswith("step 0: froze 1 to 5 (5 layers) (5 of 5 layers frozen): ")
+
+
+def test_nothing_is_counted_where_nothing_freezes_or_nobody_listens(make_toy):
+    lines, controller = train(make_toy(), make_policy("none"))
+    assert lines == []
+    assert controller.view.flops is None
+    model = make_toy()
+    silent = FreezeController(model, torch.optim.SGD(model.parameters()), Script({0: {0}}), total_steps=1, say=None)
+    model(X)
+    silent.step()
+    assert silent.view.flops is None
+
+
+def test_a_policy_that_wants_flops_has_them_after_the_first_pass(make_toy):
+    seen = []
+
+    class Curious(FreezePolicy):
+        wants_flops = True
+
+        def decide(self, view):
+            seen.append(view.flops is not None)
+            return frozenset()
+
+    train(make_toy(), Curious(), steps=2)
+    assert seen == [False, True, True]
+
+
+def test_reporting_changes_nothing_of_the_training(make_toy):
+    weights = []
+    for say in (print, None):
+        model = make_toy()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        controller = FreezeController(model, optimizer, Script({0: {0}, 2: {0, 1}}), total_steps=4, say=say)
+        torch.manual_seed(1)
+        for _ in range(4):
+            F.cross_entropy(model(X), Y).backward()
+            optimizer.step()
+            controller.step()
+            optimizer.zero_grad()
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_costs_are_reported_beside_a_cache_and_under_compile(make_toy):
+    model = make_toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    lines = []
+    controller = FreezeController(model, optimizer, make_policy("static", layers=2), total_steps=3, say=lines.append)
+    cache = FeatureCache(controller)
+    for _ in range(3):
+        with cache.batch(range(6)):
+            loss = F.cross_entropy(model(X), Y)
+        loss.backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+    assert (cache.hits, cache.misses) == (2, 1)
+    assert "FLOPs, 100% before" in lines[0]
+    torch.compiler.reset()
+    net = make_toy()
+    told, _ = train(net, Script({1: {0}}), called=torch.compile(net, backend="eager"))
+    assert "FLOPs, 100% before" in told[0]
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_model_can_be_copied_while_it_is_watched(copied, make_toy):
+    model = make_toy()
+    FreezeController(model, torch.optim.SGD(model.parameters()), Script({0: {0}}), total_steps=3, say=print)
+    twin = copied(model)
+    assert torch.equal(twin.eval()(X), copy.deepcopy(model).eval()(X))
+
+
+def test_waiting_for_data_is_reported_once_where_it_is_the_bottleneck(make_toy):
+    lines, _ = train(make_toy(), Script({1: {0}, 25: {0, 1}}), steps=48, pause=0.02)
+    told = [line for line in lines if line.startswith("data loading has become the bottleneck: ")]
+    assert len(told) == 1
+    share = int(told[0].removeprefix("data loading has become the bottleneck: ").split("%")[0])
+    assert 50 < share < 100
+
+
+def test_nothing_is_said_of_data_that_is_there(make_toy):
+    lines, _ = train(make_toy(), Script({1: {0}}), steps=30)
+    assert not any("data loading" in line for line in lines)

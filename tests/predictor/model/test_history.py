@@ -1,0 +1,216 @@
+"""What the predictor sees: the same while training and in a replay, and nothing where nothing has moved."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from collect.hooks.recorder import Recorder
+from collect.training.loop import Hook, train
+from collect.workloads import WORKLOADS
+from predictor import FreezeController, FreezePolicy, make_policy
+from predictor.model.config import FEATURES
+from predictor.model.file import PredictorFile, load_predictor, save_predictor
+from predictor.model.history import LayerHistory
+from predictor.policies.smartfrz import SHIPPED
+from predictor.training.dataset import Recording, replay
+
+LR = FEATURES.index("log_lr")
+
+
+def snapshots(count, layers=2, weights=8, seed=0):
+    """weights_LK of a random walk."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(count, layers, weights, generator=draw).cumsum(0).unbind()
+
+
+def filled(*moves, rates=None, window=3, total=20):
+    """A history after snapshots at the steps 0, 1, ...; `moves` says which of them moved. And which it took."""
+    made, walk, weights, taken = LayerHistory([10, 20], total, window), iter(snapshots(len(moves))), None, []
+    for step, moved in enumerate(moves):
+        weights = next(walk) if moved else weights
+        taken.append(made.update(step, 0.1 if rates is None else rates[step], weights, torch.ones(2)))
+    return made, taken
+
+
+def test_a_snapshot_at_which_nothing_has_moved_is_left_out():
+    made, taken = filled(1, 1, 0, 1, 0, 0, 1)
+    assert taken == [True, True, False, True, False, False, True]
+    assert made.length == 4
+    assert [float(row[0, 0]) * 20 for row in made._features] == pytest.approx([1, 3, 6])  # of progress
+
+
+def test_steps_at_which_nothing_moved_are_no_steps_between_snapshots():
+    made, _ = filled(1, 0, 0, 0, 1)
+    direct = LayerHistory([10, 20], 20, 3)
+    first, second = snapshots(5)[:2]
+    direct.update(3, 0.1, first, torch.ones(2))
+    direct.update(4, 0.1, second, torch.ones(2))
+    assert torch.equal(made._move_L, direct._move_L)
+
+
+def test_what_is_frozen_does_not_count_as_moving_or_standing_still():
+    made, (first, second, third) = LayerHistory([10, 20], 20, 3), snapshots(3)
+    made.update(0, 0.1, first, torch.ones(2))
+    assert not made.update(1, 0.1, torch.stack([second[0], first[1]]), torch.ones(2), frozen={0})
+    assert made.update(2, 0.1, torch.stack([first[0], third[1]]), torch.ones(2), frozen={0})
+
+
+def test_the_start_is_a_snapshot_even_at_a_rate_of_zero():
+    made, taken = filled(1, 0, 0, 1, 1, rates=[0.0, 0.0, 0.0, 0.1, 0.2])
+    assert taken == [True, False, False, True, True]
+    assert made.ready
+    assert [float(row[0, LR]) for row in made._features][1:] == [0, 0]  # each rate is the highest so far
+
+
+@pytest.mark.parametrize(
+    ("rates", "lengths"),
+    [
+        ([1.0] * 6, [1, 2, 3, 4, 5, 6]),
+        ([1.0, 0.8, 0.6, 0.4, 0.2, 0.01], [1, 2, 3, 4, 5, 6]),  # it falls steadily
+        ([1.0, 1.0, 1.0, 0.1, 0.1, 0.1], [1, 2, 3, 1, 2, 3]),
+        ([1.0, 1.0, 1.0, 0.4, 0.4, 0.4], [1, 2, 3, 4, 5, 6]),  # by less than to a third
+    ],
+)
+def test_where_the_rate_drops_the_window_begins_anew(rates, lengths):
+    walk = torch.stack(snapshots(6))
+    recording = Recording(torch.arange(6), torch.tensor(rates), walk, torch.ones(6, 2), torch.tensor([10, 20]), 20)
+    assert replay(recording).length_T.tolist() == lengths
+
+
+def test_a_layer_without_a_finite_gradient_keeps_its_own():
+    made, walk = LayerHistory([10, 20], 20, 3), snapshots(4)
+    gradients = ([math.nan, math.nan], [1.0, 2.0], [math.inf, 3.0], [4.0, math.nan])
+    seen = []
+    for step, (weights, gradient) in enumerate(zip(walk, gradients, strict=True)):
+        made.update(step, 0.1, weights, torch.tensor(gradient))
+        seen.append(made._gradient_L.tolist())
+    assert seen == [[0, 0], [1, 2], [1, 3], [4, 3]]
+
+
+@pytest.mark.parametrize(("fade", "expected"), [(True, [2.0, 2.0]), (False, [4.0, 2.0])])
+def test_a_frozen_layer_fades_with_the_others_or_keeps_its_last(fade, expected):
+    made, (first, second, third) = LayerHistory([10, 20], 20, 3, fade_frozen=fade), snapshots(3)
+    made.update(0, 0.1, first, torch.tensor([math.nan, math.nan]))
+    made.update(1, 0.1, second, torch.tensor([4.0, 4.0]))
+    made.update(2, 0.1, third, torch.tensor([math.nan, 2.0]), frozen={0})
+    assert made._gradient_L.tolist() == expected
+
+
+def test_a_history_goes_on_from_its_state():
+    one, _ = filled(1, 1, 1, 1)
+    other = LayerHistory([10, 20], 20, 3)
+    other.load_state_dict(one.state_dict())
+    for each in (one, other):
+        each.update(4, 0.05, snapshots(1, seed=1)[0], torch.tensor([0.5, 0.25]))
+    assert all(torch.equal(*pair) for pair in zip(one.windows([0, 1]), other.windows([0, 1]), strict=True))
+    assert other.ready
+
+
+class Twice(FreezePolicy):
+    """SmartFRZ looks on, while a plan freezes the first layer and then the second."""
+
+    def __init__(self, smartfrz, plan):
+        self.smartfrz, self.plan, self.seen = smartfrz, plan, {}
+
+    def bind(self, model, optimizer, layers):
+        self.smartfrz.bind(model, optimizer, layers)
+
+    def due(self, step, total_steps):
+        return self.smartfrz.due(step, total_steps)
+
+    def decide(self, view):
+        self.smartfrz.decide(view)
+        history = self.smartfrz._history
+        self.seen[view.step] = (history.features_LF, history._weights[-1], view.frozen)
+        return frozenset(range(sum(view.step >= step for step in self.plan)))
+
+
+class Watched(Hook):
+    def __init__(self, policy):
+        self.policy = policy
+
+    def on_start(self, training):
+        self.controller = FreezeController(
+            training.model,
+            training.optimizer,
+            self.policy,
+            total_steps=training.total_steps,
+            layers=training.layers,
+            say=None,
+        )
+
+    def on_step(self, training):
+        self.controller.step()
+
+
+@pytest.mark.parametrize("fade", [True, False])
+def test_a_replay_of_the_recorded_run_gives_what_the_policy_saw_feature_by_feature(tmp_path, fade):
+    """Parity: the recorder of `collect` and the policy in one training, in which layers freeze."""
+    shipped = load_predictor(SHIPPED)
+    path = tmp_path / "p.safetensors"
+    save_predictor(path, PredictorFile(shipped.model, shipped.spec, 1.0, {}, shipped.risks if fade else ()))
+    policy = Twice(make_policy("smartfrz", predictor=path, threshold=1.0), plan=(14, 25))
+    recorder = Recorder(shipped.spec)
+    workload = WORKLOADS["mlp-digits"]()
+    workload = replace(workload, recipe=replace(workload.recipe, epochs=5.0, train_samples=500))
+    # The recorder comes first: a layer that freezes after a step still had its gradient at that step.
+    training = train(workload, seed=0, hooks=[recorder, Watched(policy)], device="cpu", scores="end")
+    rows = recorder.fields()
+    arrays = ("step_T", "lr_T", "weights_TLK", "gradient_norm_TL", "layer_sizes_L")
+    recording = Recording(*(torch.from_numpy(rows[name]) for name in arrays), training.total_steps)
+
+    replayed = replay(recording, fade_frozen=fade)
+    assert replayed.kept == list(range(len(recording.step_T)))
+    assert list(policy.seen) == recording.step_T.tolist()
+    frozen_sets = {frozen for _, _, frozen in policy.seen.values()}
+    assert frozen_sets == {frozenset(), frozenset({0}), frozenset({0, 1})}
+    for row, (features_LF, weights_LK, _) in enumerate(policy.seen.values()):
+        assert torch.equal(recording.weights_TLK[row], weights_LK)
+        # Of frozen layers too: what they fade to, or keep.
+        assert torch.equal(replayed.features_TLF[row], features_LF), row
+
+
+@pytest.fixture
+def eager(make_predictor_file):
+    """A policy that freezes everything as soon as it has a window of four."""
+    return make_policy("smartfrz", predictor=make_predictor_file(probability=0.9, window=4))
+
+
+def loop(policy, steps, rate=lambda step: 0.1, skipped=(), total=12):
+    """The steps at which something is frozen."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = FreezeController(model, optimizer, policy, total_steps=total, say=None)
+    frozen_at = []
+    for step in range(1, steps + 1):
+        optimizer.param_groups[0]["lr"] = rate(step)
+        model(torch.ones(2, 4)).square().sum().backward()
+        if step in skipped:
+            for parameter in model.parameters():
+                parameter.grad.fill_(math.inf)  # a GradScaler does not call step() then
+        else:
+            optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+        frozen_at += [step] if controller.frozen else []
+    return frozen_at
+
+
+def test_steps_that_a_scaler_skips_at_the_beginning_freeze_nothing(eager):
+    assert loop(eager, 12, skipped=range(1, 8))[0] == 7 + 3
+
+
+def test_a_warm_up_that_starts_at_a_rate_of_zero_freezes_nothing(eager):
+    assert loop(eager, 12, rate=lambda step: max(step - 6, 0) / 60)[0] == 6 + 3
+
+
+def test_a_whole_training_of_skipped_steps_freezes_nothing(eager):
+    assert loop(eager, 12, skipped=range(1, 13)) == []
+
+
+def test_nothing_is_left_out_of_a_plain_training(eager):
+    assert loop(eager, 6)[0] == 3

@@ -54,10 +54,9 @@ class Trajectories(Kind):
 
     def check(self, run: RunConfig) -> bool:
         """Verify a run's file, and keep its outcome."""
-        path = self.files.run(run.id)
-        with open_trajectories(path) as file:
+        with open_trajectories(self.files.run(run.id)) as file:
             self._outcomes[run.id] = file.read(run.id).outcome
-        self._verified[run.id] = stored_digest(path, run.id)
+            self._verified[run.id] = stored_digest(file, run.id)
         _remove_checkpoint(self.files, run.id)  # a kill can leave it, between the last two things that a run does
         return True
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-import h5py
 from tqdm import tqdm
 
 from data.trajectories.folder import trajectory_files
-from data.trajectories.reader import open_trajectories
+from data.trajectories.reader import TrajectoryFile, open_trajectories
 from data.trajectories.writer import NewRuns, new_file
 from predictor.errors import FileFault, UsageError
 from predictor.shared.files import written_whole
@@ -69,24 +68,21 @@ def merge(
         with new_file(part) as runs:
             for path in tqdm(files, desc="merging", unit="file", disable=not progress):
                 skipped += _copy_all(path, runs, sources, on_duplicate, verified)
-        for run_id, (path, digest) in sources.items():
-            if stored_digest(part, run_id) != digest:
-                cure = "merge again when nothing writes the file, and check the disk"
-                raise FileFault(f"{path}: run {run_id}: its copy is not what was verified: {cure}")
+        with open_trajectories(part) as copies:
+            for run_id, (path, digest) in sources.items():
+                if stored_digest(copies, run_id) != digest:
+                    cure = "merge again when nothing writes the file, and check the disk"
+                    raise FileFault(f"{path}: run {run_id}: its copy is not what was verified: {cure}")
     return MergeSummary(Path(out), len(sources), len(files), tuple(skipped), Path(out).stat().st_size)
 
 
-def stored_digest(path: Path, run_id: str) -> str:
-    """SHA-256 of a run as a file stores it, compressed. The run must have been read, and so verified, before."""
-    digest = hashlib.sha256()
-    with h5py.File(path, locking="best-effort") as file:
-        run = file["runs"][run_id]
-        for name in sorted(run):
-            dataset = run[name].id
-            mask, stored = dataset.read_direct_chunk((0,) * dataset.rank)
-            digest.update(f"{name} {dataset.shape} {dataset.dtype} {mask} {len(stored)}\n".encode())
-            digest.update(stored)
-        digest.update(bytes(run.attrs["sha256"]))
+def stored_digest(file: TrajectoryFile, run_id: str) -> str:
+    """SHA-256 of a run as a file stores it, compressed. Read the run first to know that it is sound."""
+    stored = file.stored(run_id)
+    digest = hashlib.sha256(stored.sha256.encode())
+    for name, (shape, mask, raw) in sorted(stored.chunks.items()):
+        digest.update(f"{name} {shape} {mask} {len(raw)}\n".encode())
+        digest.update(raw)
     return digest.hexdigest()
 
 
@@ -111,6 +107,6 @@ def _copy_all(
                 continue
             if run_id not in verified:
                 source.read(run_id)
-            sources[run_id] = path, verified.get(run_id) or stored_digest(path, run_id)
+            sources[run_id] = path, verified.get(run_id) or stored_digest(source, run_id)
             runs.copy(source, run_id)
     return skipped

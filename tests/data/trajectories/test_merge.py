@@ -111,6 +111,11 @@ def test_copies_are_verified(two, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("all*"))
 
 
+def digests(path):
+    with open_trajectories(path) as file:
+        return {run_id: stored_digest(file, run_id) for run_id in file.run_ids}
+
+
 def test_each_run_is_decoded_once_and_not_at_all_where_the_caller_has_read_it(two, tmp_path, monkeypatch):
     decoded, examine = [], TrajectoryFile.examine
     monkeypatch.setattr(
@@ -119,15 +124,15 @@ def test_each_run_is_decoded_once_and_not_at_all_where_the_caller_has_read_it(tw
     merge(two, tmp_path / "all.h5")
     assert sorted(decoded) == ["a", "b", "c"]
     decoded.clear()
-    merge(two, tmp_path / "all.h5", verified={run_id: stored_digest(two[0], run_id) for run_id in "ab"})
+    merge(two, tmp_path / "all.h5", verified=digests(two[0]))
     assert decoded == ["c"]
 
 
 def test_a_source_that_has_changed_since_it_was_verified_is_noticed(two, tmp_path):
-    digest = stored_digest(two[1], "c")
+    verified = digests(two[1])
     write_runs(two[1], [made_trajectory("c", layers=3)])
     with pytest.raises(FileFault, match=r"two.h5: run c: its copy is not what was verified"):
-        merge(two, tmp_path / "all.h5", verified={"c": digest})
+        merge(two, tmp_path / "all.h5", verified=verified)
     assert not list(tmp_path.glob("all*"))
 
 

@@ -1,8 +1,8 @@
 """The best freezing in hindsight: a search over schedules of one workload for accuracy and for FLOPs.
 
 A schedule freezes the first quarter of the layers at one time, the half, three quarters and all of them at later ones,
-or never. Optuna's TPE proposes a few schedules, each is trained with every seed as an ordinary trial of a suite, and
-what came of them guides the next proposals (Ozaki et al. 2022, "Multiobjective tree-structured Parzen estimator"). The
+or never. Optuna's TPE proposes a few schedules. Each is trained with every seed as an ordinary trial of a suite, and
+the results guide the next proposals (Ozaki et al. 2022, "Multiobjective tree-structured Parzen estimator"). The
 search is seeded and reads every result from the folder's results.jsonl, so the same command proposes the same
 schedules again, finds them trained, and goes on where it was interrupted, or further with more trials.
 """
@@ -64,10 +64,16 @@ class Search:
 
 
 def make_search(workload: str, suite: str | None, seeds: Sequence[int] | None, trials: int) -> Search:
-    """The search for a workload of `collect.workloads`, or, where a suite is named, for the one that it calls so.
+    """Set a search up. With a suite, its policies can be compared with what the search finds.
 
-    With a suite, the recipe, source and seeds are the suite's, so that its policies can be compared. Without seeds
-    and suite, they are 0, 1 and 2. Raises UsageError for a workload that the suite has not.
+    Args:
+        workload: A name of `collect.workloads`; with a suite, what the suite calls it.
+        suite: The suite whose recipe, source and seeds are taken.
+        seeds: Of the trainings of each schedule. Default: the suite's, or 0, 1 and 2.
+        trials: How many schedules are tried.
+
+    Raises:
+        UsageError: The suite has no such workload.
     """
     if suite is None:
         return Search(WorkloadEntry(workload, workload), tuple((0, 1, 2) if seeds is None else seeds), trials)
@@ -80,9 +86,17 @@ def make_search(workload: str, suite: str | None, seeds: Sequence[int] | None, t
 
 
 def find_oracle(search: Search, out: Path, settings: Settings, say: Callable[[str], None] = print) -> Path:
-    """Search, and write `out`/LABEL.json; the trials are in the folder `out`/LABEL, which is a suite's.
+    """Search, and write `out`/LABEL.json.
 
-    say: takes a line on each round. Raises UsageError or FileFault for a workload or a folder that does not work.
+    Args:
+        search: What is searched.
+        out: The folder. The trials are in `out`/LABEL, which is a suite's folder.
+        settings: How trials are run.
+        say: Takes a line on each round.
+
+    Raises:
+        UsageError: The workload does not work, or none of its trainings finished.
+        FileFault: The folder cannot be written to.
     """
     folder = SuiteFolder(out / search.workload.label)
     entries = {_FULL.label: _FULL}

@@ -97,9 +97,12 @@ def counts_of(layers: int) -> list[int]:
 
 
 def prefix_costs(subject: Subject, rounds: int, tick: Callable[[], None]) -> list[PrefixCost]:
-    """Measure the prefixes of `counts_of`, each in so many rounds in which all pieces of work take their turns.
+    """Measure the prefixes of `counts_of`.
 
-    tick: called after each round of each prefix.
+    Args:
+        subject: What is measured.
+        rounds: How often. In each round all pieces of work take their turns.
+        tick: Called after each round of each prefix.
     """
     subject = replace(subject, workload=subject.workload.with_recipe(accumulate=1, augment=False))
     warm_up(subject.workload, subject.source, subject.device)

@@ -62,11 +62,17 @@ class _Span:
 def overheads(
     workload: Workload, source: Source, device: torch.device, rounds: int, tick: Callable[[], None]
 ) -> list[Overhead]:
-    """Measure every entry of LIMITS, in `rounds` rounds: a span of steps without hooks, then one with each entry's.
+    """Measure every entry of LIMITS: a span of steps without hooks, then one with each entry's, round by round.
 
     A span has one snapshot, as far from the next as in a whole training, so that the shares are those of a whole
-    training; what comes at the end is spread over the snapshots. What a hook does at the start is left out.
-    At most 12 rounds, which is what a training has steps for. tick: called after each span.
+    training. What comes at the end is spread over the snapshots. What a hook does at the start is left out.
+
+    Args:
+        workload: What is trained.
+        source: Its data.
+        device: Where.
+        rounds: How many, at most 12, which is what a training has steps for.
+        tick: Called after each span.
     """
     warm_up(workload, source, device)
     training, spec = Training(workload, source, seed=0, device=device), SampleSpec()

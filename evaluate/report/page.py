@@ -42,12 +42,16 @@ _SYMBOLS = {AS_ACCURATE: "✓", LESS_ACCURATE: "▼", CANNOT_TELL: "?", BASELINE
 def make_report(folder: Path, oracles: Path | None = None, cost: str | None = None, against: str = "") -> Path:
     """Read `folder`/suite.json and results.jsonl and write `folder`/report.html, whole or not at all.
 
-    oracles: the folder of the files that `python -m evaluate oracle` wrote; by default `oracle` beside `folder`. They
-        need not be there, and one that does not fit is named in the page.
-    cost: the measure to compare by, a key of COST_AXES; the suite's own by default.
-    against: the family whose area and curve the others are compared with; training for fewer steps by default.
+    Args:
+        folder: What `python -m evaluate run-suite` wrote.
+        oracles: The folder of the files that `python -m evaluate oracle` wrote. They need not be there, and one that
+            does not fit is named in the page. Default: `oracle` beside `folder`.
+        cost: The measure to compare by, a key of COST_AXES. Default: the suite's own.
+        against: The family whose area and curve the others are compared with. Default: training for fewer steps.
 
-    Raises FileFault where the results cannot be read or the page cannot be written, UsageError for an unknown family.
+    Raises:
+        FileFault: The results cannot be read or the page cannot be written.
+        UsageError: There is no such family.
     """
     results = read_results(folder, cost, against)
     page = render(results, *find_oracles(oracles or oracles_beside(folder), results))

@@ -24,6 +24,11 @@ from evaluate.trials.records import Results
 PICTURE = Path(__file__).parents[1] / "results" / "accuracy_over_cost.svg"
 _OWN = "smartfrz"
 _SCHEDULES = ("static", "linear", "schedule")
+_NOTE = """\
+Means over paired seeds with 95 % intervals, to full training. Compute multiplier: FLOPs with which full training of the
+best length is as accurate, over the policy's; ≥: more accurate than every length on a network at least, ≤: less
+accurate than the shortest, ~: both. Cheapest rival: of all other methods that lose no more; in bold where it saves no
+less."""
 _LOWEST = -5.6
 """Percentage points below full training down to which the picture goes."""
 _NAMES = {
@@ -37,6 +42,7 @@ _NAMES = {
     "smartfrz, cached, stop": "SmartFRZ, feature cache, early stop",
     "static 0.4": "first 40 % frozen from the start",
     "static 0.4, cached": "first 40 % frozen from the start, feature cache",
+    "linear 0.7 to 0.95, stop": "frozen one by one from 70 to 95 % of the steps, early stop",
     "linear 0.4 to 0.8, cached, stop": "frozen one by one from 40 to 80 % of the steps, feature cache, early stop",
 }
 """What the settings are called in plain words; the others have their labels."""
@@ -66,7 +72,7 @@ def publish(picture: Path = PICTURE) -> str:
     picture.write_text(_picture({kind.title: results[kind.suite] for kind in _KINDS if kind.suite in _DRAWN}))
     rows = [row for kind in _KINDS for row in _lines(kind, results[kind.suite])]
     header = ("training", "policy", "FLOPs saved", "accuracy, pp", "compute multiplier", "cheapest rival as accurate")
-    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
+    return f"{tabulate(rows, header, tablefmt='github', disable_numparse=True)}\n\n{_NOTE}"
 
 
 def _lines(kind: _Kind, results: Results) -> list[tuple[str, ...]]:

@@ -26,10 +26,10 @@ _COUNTED_SAMPLES = 2
 class StepFlops:
     """FLOPs of one optimizer step of a workload, by which layers are frozen, and by what a feature cache skips.
 
-    Counts matrix products, convolutions and attention, forward and backward, as PyTorch's FlopCounterMode sees them,
-    on a model of its own on the CPU, but for the gradients of grouped convolutions, which that takes for those of one
-    group; not normalization, elementwise operations and the optimizer's own work, which are
-    a few percent. Torch's random numbers stand still.
+    Counts matrix products, convolutions and attention, forward and backward, as PyTorch's FlopCounterMode does, on a
+    model of its own on the CPU. Gradients of grouped convolutions are counted here, because FlopCounterMode takes them
+    for those of one group. Normalization, elementwise operations and the optimizer's own work, a few percent, are not
+    counted. Torch's random state is left as it was.
     """
 
     def __init__(self, workload: Workload, source: Source) -> None:

@@ -42,10 +42,15 @@ def run_suite(
 ) -> Summary:
     """Run what is pending. Killed at any time, the same call goes on with the trials that were not finished.
 
-    log: called with the figures of each trial that ends, and how many have a result by then. adopted: results from
-    elsewhere (`evaluate.trials.adopt.adopt`), which the folder keeps from now on.
+    Args:
+        plan: The suite's trials.
+        folder: Where its results are kept.
+        log: Called with the figures of each trial that ends, and how many have a result by then.
+        adopted: Results from elsewhere (`evaluate.trials.adopt.adopt`), which the folder keeps from now on.
 
-    Raises FileFault for a folder that cannot be written to, UsageError while another process is at work in it.
+    Raises:
+        FileFault: The folder cannot be written to.
+        UsageError: Another process is at work in it.
     """
     with held(folder.lock, "another run-suite"):
         for row in adopted:

@@ -111,9 +111,9 @@ def test_activations_that_are_checkpointed_are_computed_from_whole_inputs(tmp_pa
     plain.train()
     # The prefix ends inside the first block, which the backward pass computes once more.
     callback = FreezeCallback(Script({0: FRONT}), ids="sample_id")
-    newer = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
-    setting = "activation_checkpointing" if newer else "gradient_checkpointing"
-    cached = make_trainer(tmp_path, callback, **{setting: True, f"{setting}_kwargs": {"use_reentrant": False}})
+    fields = TrainingArguments.__dataclass_fields__
+    option = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    cached = make_trainer(tmp_path, callback, **{option: True, f"{option}_kwargs": {"use_reentrant": False}})
     cached.train()
     assert "activations are checkpointed" in callback.cache.reason
     assert all(map(alike, plain.model.state_dict().values(), cached.model.state_dict().values()))

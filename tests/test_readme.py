@@ -1,4 +1,4 @@
-"""The README's examples work as they stand there."""
+"""The examples of all READMEs work as they stand there, and the README's table is what the published trials show."""
 
 import json
 import os
@@ -9,8 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from data.trajectories import write_runs
+from evaluate.report.published import publish
+from tests.data.made import made_trajectory
+
 CHECKOUT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (CHECKOUT / "README.md").read_text(), flags=re.DOTALL)
+PACKAGES = ("predictor", "data", "collect", "evaluate")
+READMES = [CHECKOUT / "README.md", *(path for name in PACKAGES for path in (CHECKOUT / name).rglob("README.md"))]
+BLOCKS = [block for path in READMES for block in re.findall(r"```(\w+)\n(.*?)```", path.read_text(), flags=re.DOTALL)]
 SHORT = """
 import torch
 from torch import nn
@@ -43,7 +49,7 @@ def test_the_five_lines_and_the_cache(tmp_path):
 
 
 def test_samples_are_sieved(tmp_path):
-    data = "data, epochs = [(place, *(part[0] for part in row)) for place, row in enumerate(loader)], 3\n"
+    data = "data, epochs = [(index, *(part[0] for part in row)) for index, row in enumerate(loader)], 3\n"
     run(f"{SHORT}{data}{block('SieveSampler(')}assert len(loader) == 1 and len(sampler) == 5\n", tmp_path)
 
 
@@ -57,10 +63,55 @@ def test_the_trainer_of_hugging_face(tmp_path):
     assert "steps 50" in run(block("BertForSequenceClassification(") + check, tmp_path)
 
 
+MODULE = """
+import torch
+from lightning.pytorch import LightningModule
+
+class Net(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+
+    def training_step(self, batch):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+module = Net()
+data = torch.utils.data.TensorDataset(torch.randn(640, 64), torch.randint(10, (640,)))
+loader = torch.utils.data.DataLoader(data, batch_size=32)
+"""
+
+
 def test_the_trainer_of_lightning(tmp_path):
     pytest.importorskip("lightning")
-    check = "\nprint('events', len(trainer.callbacks[0].controller.history))"
-    assert re.search(r"events [1-9]", run(block("LightningModule") + check, tmp_path))
+    check = "\nassert trainer.global_step == 60\nprint('layers', len(trainer.callbacks[0].controller.layers))"
+    assert "layers 1" in run(MODULE + block("lightning.pytorch") + check, tmp_path)
+
+
+def test_a_source_of_ones_own_gives_batches(tmp_path):
+    files = "for split in ('train', 'test'):\n"
+    files += "    torch.save(torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8), f'{split}_bytes.pt')\n"
+    files += "    torch.save(torch.arange(40) % 10, f'{split}_labels.pt')\n"
+    use = "ids, x, y = next(mine().batches('train', 8, shuffle=False))\nprint(tuple(x.shape), len(y))"
+    assert "(8, 1, 8, 8) 8" in run(f"{block('def mine()')}\n{files}{use}", tmp_path)
+
+
+def test_trajectories_are_read(tmp_path):
+    (tmp_path / "runs").mkdir()
+    write_runs(tmp_path / "runs" / "trajectories.h5", [made_trajectory()])
+    assert made_trajectory().run_id in run(block("open_trajectories("), tmp_path)
+
+
+def test_the_table_is_what_the_published_trials_show(tmp_path):
+    text = (CHECKOUT / "README.md").read_text()
+    rows = [row.split("|") for row in re.findall(r"^\|.*\dx \[.*\|$", text, flags=re.MULTILINE)]
+    assert len(rows) >= 4
+    shown = publish(tmp_path / "picture.svg")
+    for row in rows:
+        figures = [cell.strip() for cell in row[3:6]]
+        assert any(all(figure in line for figure in figures) for line in shown.splitlines()), figures
 
 
 def test_a_workload_of_ones_own_is_gathered(tmp_path):

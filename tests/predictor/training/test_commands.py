@@ -25,10 +25,24 @@ CHECKOUT = Path(__file__).parents[3]
 QUICK = ["--epochs", "3", "--hidden", "16", "--key", "8", "--device", "cpu", "--learning-rate", "0.01"]
 
 
+@pytest.fixture
+def drawn():
+    """For the tests that look at the plots."""
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request, monkeypatch):
+    """Plots take longer than all else."""
+    if "drawn" not in request.fixturenames:
+        for name in ("learning_curve", "calibration_curve", "families", "study"):
+            monkeypatch.setattr(f"predictor.training.plots.{name}", lambda *_: [])
+
+
 def train(data, out, *flags):
     main(["train", "--data", str(data), "--out", str(out), *QUICK, *flags])
 
 
+@pytest.mark.usefixtures("drawn")
 def test_train_writes_a_predictor_with_its_figures_and_show_prints_them(write_trajectories, tmp_path, capsys):
     out = tmp_path / "runs" / "predictor.safetensors"
     train(write_trajectories(), out)

@@ -50,7 +50,7 @@ class FreezeController:
 
     **What your code switches back on.** A `requires_grad_(True)` on a frozen layer does nothing until a gradient
     arrives. That gradient is dropped in the backward pass, so that no optimizer moves the layer, with one warning; the
-    next `step` freezes the layer again and calls whoever is registered by `on_moved`. A `.grad` that is set by hand is
+    next `step` freezes the layer again and calls the callbacks of `on_moved`. A `.grad` that is set by hand is
     noticed within a twentieth of the training and 100 steps; the layer may have moved by then. To train frozen layers
     again, call `release`.
 
@@ -323,7 +323,7 @@ class FreezeController:
         warnings.warn(
             f"something switched frozen layer {index} ({self.layers[index].name}) back on; it is frozen again. Look "
             "for requires_grad_(True) in the training loop, or call controller.release() to train frozen layers",
-            stacklevel=5,
+            stacklevel=6,  # the loop, from a step; somewhere in the backward pass, from a hook
         )
 
     def _check_optimizers(self) -> None:

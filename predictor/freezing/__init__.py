@@ -1,1 +1,1 @@
-"""What "frozen" means, and what stands around a model while layers freeze."""
+"""What "frozen" means, and how DDP, FSDP2, torch.compile and AMP follow a frozen set that changes."""

@@ -1,4 +1,4 @@
-"""What stands around a model while it trains, and what each wrapper needs when the frozen set changes.
+"""What is wrapped around a model while it trains, and what each wrapper needs when the frozen set changes.
 
 - **`torch.compile`**: compiled code is discarded at each change. It was made for one pattern of gradients; PyTorch
   recompiles for a few other patterns and then falls back to eager for good.

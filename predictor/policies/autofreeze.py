@@ -15,7 +15,7 @@ from predictor.policies.base import FreezePolicy, View
 from predictor.policies.measuring.gradients import interval_ends, read
 
 _LEAST = 1e-30
-"""Stands for a gradient of zero where one divides by it."""
+"""Replaces a gradient of zero in a divisor."""
 
 
 class AutoFreezePolicy(FreezePolicy):

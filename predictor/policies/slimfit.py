@@ -14,7 +14,7 @@ from predictor.policies.base import FreezePolicy, View
 from predictor.policies.measuring.gradients import LastStep, read
 
 _LEAST = 1e-8
-"""Stands for a weight of zero where one divides by it."""
+"""Replaces a weight of zero in a divisor."""
 
 
 class SlimFitPolicy(FreezePolicy):

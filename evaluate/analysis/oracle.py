@@ -126,15 +126,15 @@ def _study(seed: int) -> "optuna.Study":
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
     for begin in _FIRST:
         gap = round((1 - begin) / len(SHARES) / _STEP) * _STEP
-        study.enqueue_trial({"begin": begin} | {f"wait{place}": gap for place in range(1, len(SHARES))})
+        study.enqueue_trial({"begin": begin} | {f"wait{index}": gap for index in range(1, len(SHARES))})
     return study
 
 
 def _prefixes(trial: "optuna.Trial") -> Prefixes:
     """The schedule that a trial proposes: a time to begin, then how long to wait for each larger prefix."""
     times = [trial.suggest_float("begin", 0.0, 1.0, step=_STEP)]
-    for place in range(1, len(SHARES)):
-        times.append(times[-1] + trial.suggest_float(f"wait{place}", 0.0, 1.0, step=_STEP))
+    for index in range(1, len(SHARES)):
+        times.append(times[-1] + trial.suggest_float(f"wait{index}", 0.0, 1.0, step=_STEP))
     return prefixes_at(times)
 
 

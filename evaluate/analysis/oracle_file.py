@@ -110,7 +110,7 @@ def shares_of_saving(
         shares |= {(name, policy): share_of_saving(found) for name, found in known.items()}
         if len(known) == len(oracles):
             shares[None, policy] = share_of_saving([found for group in known.values() for found in group])
-    return {place: share for place, share in shares.items() if share is not None}
+    return {key: share for key, share in shares.items() if share is not None}
 
 
 def oracles_beside(folder: Path) -> Path:

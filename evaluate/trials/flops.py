@@ -93,7 +93,7 @@ def _brought_to(
         with cache.batch(ids):
             model(inputs)
     policy.frozen = frozen
-    controller.step()  # the last of the training, so that no look for another place to cut is in the pass to be counted
+    controller.step()  # the last of the training, so that no search for another cut is in the pass to be counted
     return cache.batch(second)
 
 

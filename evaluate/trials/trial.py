@@ -165,7 +165,7 @@ def _beside(controller: FreezeController, training: Training) -> int:
         return 0
     probe = training.source.probe(2, training.device)
     forward_L = count_flops(training.model, controller.layers, (probe,), {}).forward_L
-    return sum(sum(forward_L[: place + 1]) * samples for place, samples in passes.items()) // len(probe)
+    return sum(sum(forward_L[: index + 1]) * samples for index, samples in passes.items()) // len(probe)
 
 
 def _sparse(masks: SparseMasks, controller: FreezeController, training: Training) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def _predictor_of(entry: PolicyEntry, given: Path | None) -> Path | None:
     if "predictor" not in _parameters(entry.name):
         return None
     named = entry.options.get("predictor")
-    path = find_predictor(given) if named is None else Path(named)
+    path = find_predictor(given) if named is None else SHIPPED if named == "shipped" else Path(named)
     load_predictor(path)
     return path
 

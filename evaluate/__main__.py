@@ -134,14 +134,14 @@ def _run_suite(flags: argparse.Namespace) -> int:
 def _introduce(plan: "Plan", left: int, root: Path, adopted: bool) -> None:
     """Say what is going to happen, and what the costs will be."""
     from collect.training.device import pick_device
-    from evaluate.trials.plan import SHIPPED, TRAINED
+    from evaluate.trials.plan import TRAINED
 
     suite, settings = plan.suite, plan.settings
     grid = f"workloads: {len(suite.workloads)}, policies: {len(suite.policies)}, seeds: {len(suite.seeds)}"
     print(f"suite {suite.name}: {len(plan.jobs)} trials ({grid}); {left} to run, {settings.chosen_slots} at a time")
     for mark, path in plan.predictors.items():
         print(f"predictor: {path} (sha256 {mark})")
-    if not (settings.predictor or TRAINED.exists()) and SHIPPED in plan.predictors.values():
+    if plan.predictors and not (settings.predictor or suite.shipped or TRAINED.exists()):
         print(f"there is no {TRAINED} yet: policies that name no predictor use the one that ships")
     if adopted:
         print("cost: FLOPs; the seconds of trials that were run elsewhere are not compared")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from collect.training.loop import Hook, Training
 from predictor.errors import UsageError
-from predictor.layers.isolated_pass import undisturbed
+from predictor.layers.isolated_pass import isolated
 from predictor.model.sampling import SampleSpec
 from predictor.policies.measuring.similarity import by_sample, cka_to_last, gram, upper_triangle
 
@@ -104,7 +104,7 @@ class CKARecorder(Hook):
                 seen.add(layer)
                 triangle_LP[layer] = self._triangle(layer, output)
 
-        with undisturbed(training.model), training.precision.forward(), ExitStack() as stack:
+        with isolated(training.model), training.precision.forward(), ExitStack() as stack:
             for index, layer in enumerate(layers):
                 stack.callback(layer.output.register_forward_hook(partial(take, index)).remove)
             training.model(self._inputs)

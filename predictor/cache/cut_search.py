@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from predictor.cache.arguments import Arguments, Layout
 from predictor.cache.cut_points import Call, Cut, TensorForm, at_call, form_of, replayed, trace_calls, versions_of
 from predictor.errors import UsageError
-from predictor.layers.isolated_pass import undisturbed
+from predictor.layers.isolated_pass import isolated
 from predictor.layers.tensors import tensors_in
 
 _FEW = 8
@@ -391,7 +391,7 @@ def rounding(tensor: Tensor) -> float:
 @contextmanager
 def traceless(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Passes within it are without gradients, in evaluation mode, and leave no trace. seed: of their random numbers."""
-    with undisturbed(model), _attributes_kept(model), _autocast_forgets():
+    with isolated(model), _attributes_kept(model), _autocast_forgets():
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds every device
         yield
 

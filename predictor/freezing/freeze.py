@@ -57,12 +57,6 @@ def unfreeze(layers: Iterable[Layer], model: nn.Module, still: Collection[int] =
                 module.train(model.training)
 
 
-def thaw(layers: Iterable[Layer], model: nn.Module, still: Collection[int] = ()) -> None:
-    """Deprecated name of `unfreeze`."""
-    warnings.warn("predictor.freezing.freeze.thaw is now called unfreeze", DeprecationWarning, stacklevel=2)
-    unfreeze(layers, model, still)
-
-
 def settle_containers(model: nn.Module, layers: Sequence[Layer], frozen: Iterable[int]) -> None:
     """Put modules that hold only frozen layers into evaluation mode, and take others out of it again.
 

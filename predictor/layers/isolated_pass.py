@@ -101,7 +101,3 @@ def _eager_part_by_part() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-
-
-undisturbed = isolated
-"""The former name."""

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from predictor import FreezeController, FreezeEvent, FreezePolicy, Layer, layers_of, make_policy
+from predictor import FreezeController, FreezeEvent, FreezePolicy, Layer, make_policy
 from predictor.errors import UsageError
-from predictor.freezing.freeze import freeze, is_frozen, thaw
 
 X = torch.linspace(-1, 1, 6 * 64).reshape(6, 1, 8, 8)
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -234,7 +233,7 @@ def test_a_dry_run_reports_and_changes_nothing(make_toy):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_the_former_names_still_work_with_a_warning(make_toy):
+def test_the_former_names_still_work_with_a_warning():
     with pytest.warns(DeprecationWarning, match="unfreezes"):
 
         class Former(FreezePolicy):
@@ -252,12 +251,6 @@ def test_the_former_names_still_work_with_a_warning(make_toy):
     assert own.unfreezes
     with pytest.warns(DeprecationWarning, match="unfroze"):
         assert FreezeEvent(1, (), (2,), (0,), 3).thawed == (2,)
-    model = make_toy()
-    layers = layers_of(model)
-    freeze(layers[0])
-    with pytest.warns(DeprecationWarning, match="unfreeze"):
-        thaw(layers, model)
-    assert not is_frozen(layers[0])
 
 
 def test_events_keep_their_keys_on_disk():

@@ -37,7 +37,7 @@ OPTIMIZERS = {
 def backward(model, step):
     torch.manual_seed(step)
     x, y = torch.randn(8, 1, 8, 8), torch.randint(3, (8,))
-    F.cross_entropy(model(x), y).backward()
+    F.cross_entropy(model(x.to(next(model.parameters()).dtype)), y).backward()
 
 
 def train(model, optimizer, controller=None, rates=lambda step: None, schedule=None):
@@ -75,14 +75,15 @@ def in_groups(model, make, layers, factors):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("factor", [0.3, 2.5])
 def test_a_factor_equals_a_parameter_group_with_its_own_rate(name, factor, make_toy):
-    model, twin = make_toy(), make_toy()
+    # In float64: Adam scales up whatever rounding leaves in a small gradient, and that differs between processors.
+    model, twin, other = (make_toy().double() for _ in range(3))
     optimizer, controller = controlled(model, Factors({1: factor}), OPTIMIZERS[name])
     moved = train(model, optimizer, controller)
     expected = train(twin, in_groups(twin, OPTIMIZERS[name], layers_of(twin), {1: factor}))
-    plain = train(other := make_toy(), OPTIMIZERS[name](other.parameters()))
+    plain = train(other, OPTIMIZERS[name](other.parameters()))
     # Not the convolutions' biases: BatchNorm behind them leaves them gradients of rounding alone, which Adam scales up.
     for number in set(range(len(moved))) - {1, 5}:
-        torch.testing.assert_close(moved[number], expected[number], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moved[number], expected[number], rtol=1e-7, atol=1e-10)
     assert not torch.allclose(moved[4], plain[4], atol=1e-3)
     assert len(optimizer.param_groups) == 1
 
@@ -218,7 +219,7 @@ def test_freezeout_trains_each_layer_at_its_own_cosine_under_any_schedule(make_t
 
     moved = train(model, optimizer, controller, schedule=schedule)
     expected = train(twin, reference, rates=set_rates)
-    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moved, expected, rtol=1e-7, atol=1e-10)
 
 
 def test_accelerates_optimizer_is_followed_to_the_one_inside(make_toy):

@@ -49,13 +49,11 @@ def sentence(row: Row, multiplier: Multiplier | None, results: Results) -> str:
 def _meaning(row: Row, multiplier: Multiplier | None) -> str:
     if multiplier is None or not multiplier.value.bounded:
         return "Whether fewer steps would have done as well was not measured."
-    factor = write.ratio(multiplier.value)
-    if multiplier.at_least:
-        factor = f"at least {factor}"
-    elif multiplier.at_most:
-        factor = f"at most {factor}"
-    fewer = f"Training for fewer steps takes {factor} the compute to get there"
-    if multiplier.value.low > 1:
+    if multiplier.at_most and row.verdict != AS_ACCURATE:
+        return "It is less accurate than the shortest full training that was tried: do not use it here."
+    least = "at least " if multiplier.at_least else "at most " if multiplier.at_most else ""
+    fewer = f"Training for fewer steps takes {least}{write.ratio(multiplier.value)} the compute to get there"
+    if multiplier.value.low > 1 and not multiplier.at_most:
         advice = "use it here" if row.verdict == AS_ACCURATE else "worth it where that accuracy is enough"
     elif multiplier.value.high < 1:
         advice = "train for fewer steps instead"

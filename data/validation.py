@@ -1,4 +1,4 @@
-"""Turns parsed JSON or TOML into a pydantic model, and pydantic's complaints into our errors: place, value, cure."""
+"""Turns parsed JSON or TOML into a pydantic model, and pydantic's complaints into our errors: path, value, cure."""
 
 import difflib
 import functools
@@ -20,7 +20,7 @@ def validated(model: type[M], content: Any, where: str, fault: type[Exception] =
     Args:
         model: A pydantic model, a dataclass (pydantic's or not), or any other type that pydantic knows.
         content: What `json.loads` or `tomllib.loads` returned.
-        where: The file, and what in it, for the front of each line of the error.
+        where: The file, and what in it, for the start of each line of the error.
         fault: The exception to raise.
 
     Returns:

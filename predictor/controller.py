@@ -308,7 +308,7 @@ class FreezeController:
         self._warn_of_reset(index)
 
     def _freeze_again(self) -> None:
-        """Freeze again what the user's code has switched back on, and inform whoever keeps its outputs."""
+        """Freeze again what the user's code has switched back on, and inform what keeps its outputs."""
         reset = [index for index in sorted(self.frozen) if _may_move(self.layers[index])]
         for index in reset:
             freeze(self.layers[index], self._optimizers)

@@ -48,12 +48,12 @@ class Kind(ABC):
 
     @property
     def remark(self) -> str:
-        """What is printed of the kind's own settings."""
+        """What is printed about the kind's own settings."""
         return ""
 
     @abstractmethod
     def state(self, run: RunConfig) -> State:
-        """What became of a run, at a glance."""
+        """The state of a run, in a word or two."""
 
     @abstractmethod
     def check(self, run: RunConfig) -> bool:

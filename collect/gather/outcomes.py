@@ -50,7 +50,7 @@ class Outcomes(Kind):
         return f"; each goes on from {len(self._choices.points)} points, up to {trainings} times from each"
 
     def state(self, run: RunConfig) -> State:
-        """What became of a run, by the files that there are."""
+        """The state of a run, by the files that exist."""
         there = self.files.run(run.id).is_file()
         if there and self._has_all(read_outcomes(self.files.run(run.id))):
             return "finished"
@@ -85,9 +85,9 @@ class Outcomes(Kind):
         return any(outcome.facts.get("choices") == self._choices.as_dict() for outcome in outcomes)
 
     def _remove_leftovers(self, run_id: str, finished: Sequence[Outcome]) -> None:
-        """Remove what a kill between the last two things that a run does has left of it.
+        """Remove the leftovers of a run that was killed between its last two actions.
 
-        Work with other choices that was broken off stays, and so does the work of another gather.
+        Interrupted work with other choices stays, and so does the work of another gather.
         """
         if not self.files.under_way(run_id).exists():
             return

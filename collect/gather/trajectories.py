@@ -47,7 +47,7 @@ class Trajectories(Kind):
         return "python -m predictor train"
 
     def state(self, run: RunConfig) -> State:
-        """What became of a run, by the files that there are."""
+        """The state of a run, by the files that exist."""
         if self.files.has_run(run.id):
             return "finished"
         return "begun" if self.files.checkpoint(run.id).exists() else "to do"

@@ -26,7 +26,7 @@ _HALVED, _LAST = 9 / 16, 3 / 4
 class SparseMasks(Hook):
     """Holds a share of each layer's weights at zero from the start, and prunes and grows weights during training.
 
-    Paper: MEST (Yuan et al., NeurIPS 2021, arXiv 2110.14032). Layer Freezing & Data Sieving (2209.11204) stands on it,
+    Paper: MEST (Yuan et al., NeurIPS 2021, arXiv 2110.14032). Layer Freezing & Data Sieving (2209.11204) builds on it,
     with random masks at the start that do not change in frozen layers.
 
     Rule, as in MEST's public code: at intervals, the active weights of least magnitude in each layer are pruned, and as

@@ -1,4 +1,4 @@
-"""The interface between those who have jobs and what executes them."""
+"""The interface between callers that have jobs and the engine that executes them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

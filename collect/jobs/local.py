@@ -178,7 +178,7 @@ class _Slot:
             if self._stopped:
                 raise ProcessLookupError("the slot was stopped")
             if self._process is None:
-                # A session of its own: Ctrl-C reaches the parent alone, which then ends the slots in good order.
+                # A session of its own: Ctrl-C reaches the parent alone, which then ends the slots in order.
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "collect.jobs.worker"],
                     stdin=subprocess.PIPE,

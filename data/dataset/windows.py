@@ -47,7 +47,7 @@ Rule = LabelRule | OutcomeRule
 
 
 def outcome_rule(paths: Sequence[Path], tolerance: float, held_out: HeldOut) -> OutcomeRule:
-    """The rule of outcome files. What accuracy a loss stands for is learned without the runs that are held out."""
+    """The rule of outcome files. The ratio of accuracy to loss is taken from the runs that are not held out."""
     outcomes = [outcome for path in paths for outcome in read_outcomes(path)]
     return OutcomeRule(accuracy_costs(outcomes, held_out), tolerance)
 

@@ -159,7 +159,7 @@ def read_outcomes(path: Path) -> tuple[Outcome, ...]:
 
 
 def outcome_of(row: Any, where: str = "outcome") -> Outcome:
-    """The outcome that a parsed line represents. Raises UsageError, with `where` in front, where it does not fit."""
+    """The outcome that a parsed line represents. Raises UsageError, which begins with `where`, if it does not fit."""
     return validated(Outcome, row, where)
 
 

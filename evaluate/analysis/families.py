@@ -50,8 +50,8 @@ def families(results: Results) -> tuple[Family, ...]:
 def rival(found: Sequence[Family], against: str = "") -> Family | None:
     """The family of this name; by default simply training for fewer steps, which freezing has to beat.
 
-    Of families in the order of their areas it is the better way to do so. None where nobody tried. Raises UsageError
-    for a name that no family has.
+    If both ways were tried, it is the one with the larger area; `families` are in that order. None if neither was.
+    Raises UsageError for a name that no family has.
     """
     if against:
         named = next((family for family in found if family.name == against), None)
@@ -92,7 +92,7 @@ def _kind(results: Results, label: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _name(policy: str, changes: Sequence[str], labels: Sequence[str], taken: Collection[str]) -> str:
-    """What a family of several is called; where another is called so, all labels of this one."""
+    """The name of a family of several settings. If another family has that name, all labels of this one."""
     own = [] if policy == "none" and changes else [policy]
     name = ", ".join([*own, *(_WORDS.get(change, change.replace("_", " ")) for change in changes)])
     return " / ".join(labels) if name in taken else name

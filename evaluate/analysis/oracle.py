@@ -164,7 +164,7 @@ def _train(search: Search, entries: tuple[PolicyEntry, ...], folder: SuiteFolder
 
 
 def _measured(results: Results, search: Search, entry: PolicyEntry) -> Schedule | None:
-    """What a schedule came to beside full training; None where a training of either was lost."""
+    """A schedule's result beside full training; None if a training of either was lost."""
     label = search.workload.label
     full, own = results.cell(label, _FULL.label), results.cell(label, entry.label)
     numbers = [_numbers(full.get(seed), own.get(seed)) for seed in search.seeds]

@@ -75,8 +75,8 @@ def pareto(schedules: list[Schedule]) -> list[Schedule]:
 def saving(row: Row, oracle: Oracle, margin: float) -> Saving | None:
     """What a policy saves on the oracle's workload, beside the oracle; None where not all of it was compared.
 
-    A policy that loses no more than the margin is held against the cheapest schedule that loses no more than the
-    margin; one that loses more, against the cheapest schedule that loses no more than it does.
+    A policy that loses at most the margin is compared with the cheapest schedule that loses at most the margin. One
+    that loses more is compared with the cheapest schedule that loses no more than the policy.
     """
     if row.difference is None or row.flops_share is None or row.gap:
         return None

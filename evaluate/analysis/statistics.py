@@ -7,8 +7,8 @@ Over several workloads every workload weighs the same, however many seeds it has
 workloads' means. Its interval treats the workloads as fixed and the seeds as drawn, so its variance is
 sum over workloads of s_w^2 / n_w, divided by the square of their number, with the degrees of freedom of Welch and
 Satterthwaite, because some workloads scatter much more than others. The alternative, the workloads as a random sample
-too, would need many workloads that nobody picked by hand; with two or three of them it says nothing. What the interval
-speaks of is therefore other seeds on these workloads, not other workloads.
+too, would need many workloads that were not picked by hand; with two or three of them it says nothing. So the interval
+is about other seeds on these workloads, not about other workloads.
 """
 
 import math

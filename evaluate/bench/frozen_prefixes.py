@@ -26,7 +26,7 @@ _SECONDS = 0.1
 """How long a measurement should at least take."""
 _MOST_STEPS = 200
 _ENDLESS = 1_000_000
-"""Steps of a training that lasts as long as anybody measures."""
+"""Steps of a training that is long enough for every measurement."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def prefix_costs(subject: Subject, rounds: int, tick: Callable[[], None]) -> lis
 
     Args:
         subject: What is measured.
-        rounds: How often. In each round all pieces of work take their turns.
+        rounds: How often. Each round measures every piece of work once.
         tick: Called after each round of each prefix.
     """
     subject = replace(subject, workload=subject.workload.with_recipe(accumulate=1, augment=False))

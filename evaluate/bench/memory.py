@@ -1,4 +1,4 @@
-"""What memory a frozen prefix returns: gradients, optimizer state, activations and the peak of a step."""
+"""The memory that a frozen prefix frees: gradients, optimizer state, activations and the peak of a step."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,12 +27,12 @@ class Change:
     before: int
     after: int
     limit: int
-    """Those of the layers behind the prefix trained alone, on outputs of it that lie ready."""
+    """Those of the layers behind the prefix trained alone, on precomputed outputs of it."""
 
 
 @dataclass(frozen=True)
 class PrefixMemory:
-    """What freezing the first layers of one workload in mid-training returns, without a cache."""
+    """The memory that freezing the first layers of one workload in mid-training frees, without a cache."""
 
     workload: str
     frozen: int

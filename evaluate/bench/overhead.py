@@ -95,7 +95,7 @@ def overheads(
 def _start_hooks(training: Training, spec: SampleSpec, batches: Iterator[Batch]) -> dict[str, list[Hook]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "untrained.safetensors"
-        # An untrained one costs the same as a trained one. At this threshold it never freezes, the dearest case.
+        # An untrained one costs the same as a trained one. At this threshold it never freezes, which costs most.
         config = PredictorConfig()
         save_predictor(path, PredictorFile(FreezePredictor(config), spec, threshold=1.0, card={}))
         freezing = FreezeHook(make_policy("smartfrz", predictor=path))

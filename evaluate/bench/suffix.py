@@ -1,4 +1,4 @@
-"""The limit that a frozen prefix could reach: the layers behind it trained alone, on outputs of it that lie ready."""
+"""The limit that a frozen prefix could reach: the layers behind it trained alone, on precomputed outputs of it."""
 
 import itertools
 from collections import defaultdict
@@ -47,13 +47,13 @@ class Subject:
 
 
 class _Reached(Exception):
-    """A forward pass was let run as far as it should."""
+    """A forward pass has run as far as it should."""
 
 
 def suffix_training(subject: Subject, count: int, batches: Sequence[Batch]) -> Training:
     """A training in which the first `count` layers' modules are never called: their outputs for `batches` are given.
 
-    Its optimizer holds the other parameters alone. To be trained on `batches` in their order, over and over. What a
+    Its optimizer holds the other parameters alone. Train it on `batches` in their order, over and over. What a
     model computes outside its modules, such as the sum of a residual connection, is still computed. Raises UsageError
     when none of the modules is ever called.
     """

@@ -19,8 +19,8 @@ from evaluate.trials.records import Results
 
 _PER_FIGURE, _COLUMNS = 12, 3
 _DEAREST = 130.0
-"""Percent of the baseline's cost. What costs more stands at the edge, so that one dear policy does not press the others
-together."""
+"""Percent of the baseline's cost. What costs more stands at the edge, so that one expensive policy does not squeeze the
+others."""
 
 
 @dataclass(frozen=True)

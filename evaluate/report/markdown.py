@@ -17,7 +17,7 @@ from evaluate.trials.records import COST_AXES, Results
 
 
 def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
-    """Each family's area, that less the area of the one compared with, and its settings, dearest first.
+    """Each family's area, its difference to the area of the one compared with, and its settings, most expensive first.
 
     Args:
         results: What is compared.
@@ -54,7 +54,7 @@ def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
 
 
 def _settings(family: Family, rows: Mapping[str, Row]) -> list[Row]:
-    """A family's rows with a difference and a cost, the dearest first."""
+    """A family's rows with a difference and a cost, the most expensive first."""
     own = [rows[label] for label in family.members if label in rows]
     known = [(row.speedup.mean, row) for row in own if row.speedup is not None and row.difference is not None]
     return [row for _, row in sorted(known, key=lambda pair: pair[0])]

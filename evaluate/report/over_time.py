@@ -58,7 +58,7 @@ def loss_plot(results: Results, workload: str) -> Plot | None:
 
 
 def step_cost_plot(results: Results, workload: str) -> Plot | None:
-    """What a step cost in the course of every policy's trainings, over those of the baseline.
+    """The cost of a step over the course of every policy's trainings, over those of the baseline.
 
     None where costs are FLOPs, since then trials may come from several machines; or where the baseline has none.
     """
@@ -92,7 +92,7 @@ def step_cost_plot(results: Results, workload: str) -> Plot | None:
 def timeline_plots(results: Results, workload: str) -> tuple[list[Plot], list[str]]:
     """A plot for each policy that froze anything, a panel a seed; and the names of those that froze nothing.
 
-    Of more than MANY policies a plot shows a family, with a panel for each setting, in which is its first seed.
+    With more than MANY policies a plot shows a family: one panel a setting, with its first seed.
     """
     by_family = len(results.policies) > MANY
     groups: list[tuple[str, Sequence[str]]] = [(policy, (policy,)) for policy in results.policies]

@@ -135,7 +135,7 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, s
 
 
 def _recipe(trial: Trial) -> Mapping[str, Any]:
-    """A trial's configuration without what the tables say of each trial anyway."""
+    """A trial's configuration without what the tables already show."""
     said = ("workload", "seed", "policy", "policy_name", "policy_options")
     return {key: value for key, value in trial.config.items() if key not in said}
 

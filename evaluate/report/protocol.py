@@ -1,4 +1,4 @@
-"""How the times of a suite's trials came about, and whether their ratios mean anything: for the page and the table."""
+"""How the times of a suite's trials were measured, and whether their ratios mean anything."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class Protocol:
 
 
 def protocol(results: Results) -> Protocol:
-    """How the costs came about by which the results are compared, as the trials themselves say."""
+    """How the costs that the results are compared by were measured, as the trials themselves say."""
     axis, trials = results.suite.cost, results.trials
     if axis == "flops":
         return Protocol("Costs are FLOPs and not times: they are the same on every machine.", False)

@@ -1,7 +1,7 @@
 """What the published trials show, for the README: a table that says what freezing saves, and a picture. Trains nothing.
 
 The table has, for each kind of training, the settings of SmartFRZ that are of use there, and beside each the cheapest
-rival that is at least as accurate, so that nobody has to ask whether something simpler would have done.
+rival that is at least as accurate. So a reader sees at once whether something simpler would have done.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,8 @@
 """Turns matplotlib figures into inline SVG that takes its colours and its font from the page around it.
 
 A figure is drawn with placeholder colours; in the SVG they become CSS variables, so that the page's light and dark
-styles reach into the figures. Nothing that a figure writes is markup: matplotlib escapes text, and the formulas that it
-would otherwise read in a policy's label ("$...$") are switched off.
+styles reach into the figures. Nothing that a figure writes becomes markup: matplotlib escapes text. Formulas, which it
+would otherwise read in a policy's label ("$...$"), are switched off.
 """
 
 import html
@@ -92,7 +92,7 @@ def drawn(height: float, draw: Callable[[Figure], Any], title: str, width: float
 
 
 def standalone(svg: str) -> str:
-    """An SVG of `drawn` as a file of its own, in the page's colours, light or dark as the reader's system asks."""
+    """An SVG of `drawn` as a standalone file in the page's colours, light or dark by the reader's system."""
     variables = re.findall(r":root \{[^}]*\}", (Path(__file__).parent / "page.css").read_text(encoding="utf-8"))
     light, dark = ("svg" + each.removeprefix(":root") for each in variables)
     font = (

@@ -22,7 +22,7 @@ from evaluate.trials.records import COST_AXES, Results
 _HEIGHT = 3.7
 _DEEPEST = 300 * LOSS
 """Percentage points below what may be lost that the plane still shows. What lost more is drawn at its edge, so that one
-policy that learned nothing does not press the others together."""
+policy that learned nothing does not squeeze the others."""
 PARTIAL = "Hollow: trainings are missing from its means or were lost, so that it has no rank."
 # Where a label may stand beside its point: offset in points, horizontal and vertical alignment.
 _SIDES = (
@@ -78,7 +78,7 @@ def relative_points(results: Results, rows: Sequence[Row]) -> list[Point]:
 
 
 def cost_label(results: Results) -> str:
-    """What such a cost is called at an axis."""
+    """The axis label of such a cost."""
     return f"training cost, % of {shortened(results.suite.baseline, 20)}"
 
 
@@ -106,7 +106,7 @@ def pareto(points: Sequence[Point]) -> list[Point]:
 
 
 def _looks(points: Sequence[Point], floor: float) -> str:
-    """What the points' looks mean; empty where each has its own and its name."""
+    """What the points' looks mean; empty if each point has a look of its own and its name."""
     parts = []
     if len({point.index for point in points}) < len(points):
         parts.append("Markers that look alike are settings of one policy.")

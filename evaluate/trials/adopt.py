@@ -33,8 +33,8 @@ def published_results(suite: str) -> Results:
 def adopt(path: Path, plan: Plan, folder: SuiteFolder) -> list[dict[str, Any]]:
     """The results in `path` that the plan asks for and that `folder` has not, marked as taken over; writes nothing.
 
-    Results are matched by the id of their configuration. So a trial is taken only where it is the very one of the plan,
-    trained on the same kind of device, and where its costs were counted as they are now.
+    Results are matched by the id of their configuration. So a trial is taken only if it is exactly the plan's, was
+    trained on the same kind of device, and its costs were counted as they are now.
 
     path: a results.jsonl, or one packed by gzip.
 
@@ -47,7 +47,7 @@ def adopt(path: Path, plan: Plan, folder: SuiteFolder) -> list[dict[str, Any]]:
 
 
 def _is_one_of(row: dict[str, Any], wanted: set[str]) -> bool:
-    """Whether a line from elsewhere is what it says: of a wanted configuration, and a trial of just that."""
+    """Whether a line from elsewhere is a trial of a wanted configuration, as its id claims."""
     try:
         trial, config = trial_of(row), row["config"]
         expected = config["label"], config["policy"]["label"], config["seed"]

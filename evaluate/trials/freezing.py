@@ -1,4 +1,4 @@
-"""The hooks of a trial that freeze layers and keep the frozen front's features, and what they note of that."""
+"""The hooks of a trial that freeze layers and keep the frozen prefix's features, and what they record of it."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -67,7 +67,7 @@ class FreezeHook(Hook):
 
 
 class CacheHook(Hook):
-    """Skips the frozen front's forward pass on samples whose features are kept. To come after the FreezeHook.
+    """Skips the frozen prefix's forward pass on samples whose features are kept. Put it after the FreezeHook.
 
     When a training goes on from a checkpoint, the counts go on. Features of the form "exact" are kept anew; those of
     the others, which no later pass would give again, are in the checkpoint.
@@ -81,8 +81,8 @@ class CacheHook(Hook):
         if form not in get_args(CacheForm):
             raise unknown("form of the cache", form, get_args(CacheForm))
         self.hits: Counter[tuple[frozenset[int], frozenset[int]]] = Counter()
-        """Samples on which the front was skipped, in steps that were taken: by the layers frozen then, and those frozen
-        when the place was found from whose features their pass began (`FeatureCache.taken`)."""
+        """Samples for which the prefix was skipped, in steps that were taken. The key: the layers frozen then, and
+        those frozen when the cut was found at which their pass began (`FeatureCache.taken`)."""
         self.misses = 0
         """Samples in such steps that the model ran as a whole."""
         self._looked = 0
@@ -92,7 +92,7 @@ class CacheHook(Hook):
         self._under_way: list[tuple[frozenset[int], Counter[frozenset[int] | None]]] = []
 
     def on_start(self, training: Training) -> None:
-        """Be there for each batch. Raises UsageError where the form does not fit the training's samples."""
+        """Hook into each batch. Raises UsageError where the form does not fit the training's samples."""
         self.cache = _made(self._form, self._freezing.controller, training, self._options)
         training.around_forward = self._around
 

@@ -1,4 +1,4 @@
-"""A workload whose layers stand still and learn through low-rank adapters: what freezing is compared with."""
+"""LoRA: a workload whose layers are fixed and train through low-rank adapters, for comparison with freezing."""
 
 import re
 from collections.abc import Callable

@@ -229,7 +229,7 @@ def _suite(path: Path) -> Suite:
 
 
 def has_result(row: dict[str, Any]) -> bool:
-    """Whether a line of results.jsonl need not be run again: not of a trial that failed, or was counted otherwise.
+    """Whether a line of results.jsonl is a result: not of a trial that failed, or whose costs were counted differently.
 
     Nor is it a result without the id of its trial, or without how many ran at a time.
     """

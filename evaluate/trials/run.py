@@ -19,7 +19,7 @@ _FIGURES = ("workload", "policy", "seed", "status", "accuracy", "train_seconds",
 
 @dataclass(frozen=True)
 class Summary:
-    """What running a suite came to."""
+    """The result of running a suite."""
 
     done: int
     """Trials with a result, those of earlier calls and diverged ones too."""

@@ -38,7 +38,7 @@ def warm_up(workload: Workload, source: Source, device: torch.device) -> None:
 
 
 class Stopwatch(Hook):
-    """Reads the training's clock about `BINS` times. To be the last hook, so that the others' work is in the span."""
+    """Reads the training's clock about `BINS` times. Make it the last hook, so that the others' work is in the span."""
 
     def __init__(self) -> None:
         self.bins: list[dict[str, Any]] = []
@@ -98,9 +98,9 @@ class Spread:
 class PeakMemory:
     """The most memory that was in use at once since this was made.
 
-    On CUDA the tensors on the device, as PyTorch's allocator counts them. On a CPU how far the process's resident
-    memory rose above where it stood at the start, as Linux keeps it: its peak is reset first, for in a process that
-    has trained before it would be that of the largest training so far.
+    On CUDA the tensors on the device, as PyTorch's allocator counts them. On a CPU: how far the process's resident
+    memory rose above its value at the start, by Linux's count. The peak is reset first; otherwise, in a process that
+    has trained before, it would be that of the largest training so far.
     """
 
     def __init__(self, device: torch.device) -> None:

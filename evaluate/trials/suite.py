@@ -72,7 +72,7 @@ class PolicyEntry:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What it changes of a training besides freezing; only what is set, so that ids of other trials stay."""
+        """What the entry changes of a training besides freezing. Only what is set, so that ids of other trials stay."""
         names = ("cache", "stop", "lora", "lr_factor", "sieve", "sparse")
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(type(self), name)}
 
@@ -103,8 +103,8 @@ class Suite:
     def cells(self) -> Iterable[tuple[int, WorkloadEntry, PolicyEntry]]:
         """Every trial's seed, workload and policy, in the order in which they run.
 
-        Policies of the same workload and seed follow each other, so that what the machine does meanwhile affects all
-        alike. Seeds come last, so that a suite that is interrupted has compared every policy with a few seeds.
+        Policies of the same workload and seed follow each other, so that other load on the machine affects all alike.
+        The seed changes slowest, so that an interrupted suite has compared every policy with a few seeds.
         """
         return ((seed, work, policy) for seed in self.seeds for work in self.workloads for policy in self.policies)
 

@@ -172,7 +172,7 @@ def _sparse(masks: SparseMasks, controller: FreezeController, training: Training
     """How sparse the network is; and the share of the training's FLOPs that would be left if none were spent on zeros.
 
     A theoretical share: dense kernels spend them, and so they are in the FLOPs of the trial's result. What a feature
-    cache skips is left out of account.
+    cache skips is not considered.
     """
     dense = count_flops(training.model, controller.layers, (training.source.probe(2, training.device),), {})
     steps = steps_by_pattern(controller.history, training.step)

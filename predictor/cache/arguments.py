@@ -1,4 +1,4 @@
-"""What a model is called with: which arguments have a row for each sample, and whether they are what they were."""
+"""What a model is called with: which arguments have a row for each sample, and whether they are the same as before."""
 
 import operator
 from collections.abc import Iterable, Sequence

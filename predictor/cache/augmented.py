@@ -1,4 +1,4 @@
-"""The feature cache for samples that are augmented at random: several views of each are kept and put together."""
+"""The feature cache for samples that are augmented at random: several views of each are kept and combined."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -165,7 +165,7 @@ def form_of(output: Any, batch: int, other: Any, other_batch: int) -> OutputForm
 
 @dataclass(frozen=True)
 class Cut:
-    """A pass with the frozen prefix left out: what it is given and what it skips. Modules in neither run as ever."""
+    """A pass with the frozen prefix left out: what it is given and what it skips. Modules in neither run as usual."""
 
     given: tuple[Call, ...]
     """Calls whose outputs are given: one, or several where a connection leads around the last of them."""
@@ -212,8 +212,8 @@ class Cut:
 def replayed(cut: Cut, rows: Sequence[Tensor], batch: int) -> Iterator[Callable[[], bool]]:
     """Within it, the model's next pass skips what the cut skips and takes what it is given from `rows`.
 
-    Yields a function that says, after the pass, whether the pass asked for all of that. The result of a pass that did
-    not, as where layers are left out at random, is of no use.
+    Yields a function that says, after the pass, whether the pass asked for all of that. Discard the result of a pass
+    that did not, as when layers are left out at random.
     """
     answers = cut.answers(rows, batch)
     before = {module: module.__dict__.get("forward") for module in answers}

@@ -1,4 +1,4 @@
-"""Finding the place to cut a model: passes in evaluation mode that leave no trace, and what they prove."""
+"""Finding where to cut a model: passes in evaluation mode that leave no trace, and what they prove."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +32,7 @@ def look_passes(batch: int) -> float:
 
 
 class Search(NamedTuple):
-    """The result of looking for a place to cut."""
+    """The result of looking for a cut."""
 
     cut: Cut | None
     layout: Layout
@@ -98,7 +98,7 @@ def prefix_outputs(model: nn.Module, cut: Cut, inputs: tuple[tuple[Any, ...], di
 
 
 class _Enough(BaseException):
-    """Ends a pass whose rest nobody needs. Not an Exception, which a model might catch."""
+    """Ends a pass whose rest is not needed. Not an Exception, which a model might catch."""
 
 
 class _Probe:
@@ -295,7 +295,7 @@ def best_cut(calls: Sequence[Call], keepable: Callable[[Call], bool], right: Cal
 
     The prefix ends where the first module begins that holds a parameter that trains. A module that ends before that,
     whose parent does not, can be left out as a whole. At first all of their outputs are given. Then as many as can be,
-    counted from the front, are answered with stand-ins, and then each of the others that can. Modules without
+    counted from the first, are answered with stand-ins, and then each of the others that can. Modules without
     parameters are treated like the rest in the first round and run in the second: something hidden in them may be
     needed. Where both rounds fail, one output alone is given and all behind it runs.
     """

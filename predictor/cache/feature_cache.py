@@ -60,7 +60,7 @@ class FeatureCache:
     (`Levels.worth_a_cut`). When the prefix's weights are written to, as by loading a checkpoint, all is forgotten.
 
     A sample's inputs must be the same each time it comes. Where they are not, as under random augmentation, UsageError
-    is raised, unless `check_inputs=False` says that the features of the first time stand for all. An `AugmentedCache`
+    is raised, unless `check_inputs=False` says to use the features of the first time for all. An `AugmentedCache`
     keeps several.
 
     Args:
@@ -183,7 +183,7 @@ class FeatureCache:
             yield present
 
     def prefetch(self, ids: Tensor | Iterable[int]) -> None:
-        """Read the features of these samples in the background, for the next `batch`. To be called after the last one.
+        """Read the features of these samples in the background, for the next `batch`. Call it after the last one.
 
         The next batch takes them where it has the same ids in the same order. This changes no number, and reads nothing
         where a sample is not known. It pays where features lie in files or go to a GPU. Errors while reading are raised
@@ -216,7 +216,7 @@ class FeatureCache:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`'s result; to be called after the controller's."""
+        """Go on from `state_dict`'s result; call it after the controller's."""
         self.clear()
         self.hits, self.misses = state["hits"], state["misses"]
         self.reason, self._stale, self._kind = state["reason"], state["stale"], state["kind"]

@@ -1,4 +1,4 @@
-"""The feature cache where somebody else calls the model: samples' ids come as one more argument of the call."""
+"""The feature cache where a trainer calls the model: samples' ids come as one more argument of the call."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -21,7 +21,7 @@ class IdsArgument:
         loss = model(input_ids=tokens, labels=labels, sample_id=numbers).loss
 
     is `with cache.batch(numbers)` around that call without the argument, which the model's own `forward` never sees.
-    Passes in evaluation mode run as ever, with it or without.
+    Passes in evaluation mode run as usual, with it or without.
 
     A pass in training without it raises UsageError. A copy of the model takes the argument out too, and does not use
     the cache.
@@ -50,7 +50,7 @@ class IdsArgument:
         self._end()
 
     def _begin(self, ids: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._end()  # of a pass that was broken off, for which torch calls no hook
+        self._end()  # of a pass that was interrupted, for which torch calls no hook
         if ids is None:
             raise UsageError(
                 f"the model was called in training without {self._name!r}, by which its samples are known: give each "

@@ -30,7 +30,7 @@ class Level:
         store: for the features, and a fingerprint of each sample.
         expected: the features of the first batch in evaluation mode, to be compared with those in training.
         frozen: the layers that were frozen when the cut was found.
-        give_up: is called with the reason where the features turn out to be of no use.
+        give_up: is called with the reason if the features turn out to be unusable.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Levels(list[Level]):
         self[:] = [level] if fullest is None else [fullest, level]
 
     def use_newest(self) -> None:
-        """A pass begins at the newest level: the other one may have served."""
+        """A pass begins at the newest level, so the older one may no longer be needed."""
         self[-1].used = True
         if len(self) == 2 and len(self[-1].store) >= len(self[0].store):
             del self[0]
@@ -185,9 +185,9 @@ class Levels(list[Level]):
     def worth_a_cut(self, frozen: frozenset[int], batch: int, view: View) -> bool:
         """Whether a prefix that has grown to these layers should be cut anew, which takes some passes forward.
 
-        The features at the newest cut must have been used, or the prefix be half as large again. And what the passes
-        that are left in the training would be spared must be more than what it takes to look. A pass is taken to be
-        spared its share of the layers, from when each sample has come once more.
+        Two conditions hold. The features at the newest cut have been used, or the prefix is half as large again. And
+        the remaining passes of the training save more than looking for a cut costs. A pass is assumed to save the
+        new layers' share of the model, from when each sample has come once more.
         """
         if not self:
             return True
@@ -222,7 +222,7 @@ def _sums(parameters: Sequence[Tensor]) -> list[float]:
 
 
 def _checkpointed() -> bool:
-    """Whether this is called from within `torch.utils.checkpoint`, for which torch has no public question."""
+    """Whether this is called from within `torch.utils.checkpoint`, for which torch has no public function."""
     frame = currentframe()
     while frame is not None:
         if frame.f_code.co_filename == checkpoint.__file__:

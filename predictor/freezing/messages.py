@@ -64,7 +64,7 @@ class FreezeReporter:
 
     @property
     def busy(self) -> bool:
-        """Whether the next step has to be seen."""
+        """Whether the next step must be passed to `stepped`."""
         return bool(self._pending) or self._counting is not None or self._data_wait.running
 
     def count(self) -> None:

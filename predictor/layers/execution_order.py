@@ -103,7 +103,7 @@ class _UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             holders = self._holders.get(id(parameter), frozenset())
             holders_in.setdefault(_number(parameter), set()).add(frozenset(filter(holds_weight, holders)))
         for parameter in model.parameters():
-            # Weights of several parts that are flattened into one storage cannot be told apart.
+            # Weights of several parts that are flattened into one storage cannot be distinguished.
             found = holders_in[_number(parameter)]
             self._mark(self._weights_in, parameter, next(iter(found)) if len(found) == 1 else frozenset())
 

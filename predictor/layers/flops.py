@@ -84,7 +84,7 @@ def count_flops(
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts every operator for the layer whose parameter was used last. The last index stands for the head."""
+    """Counts every operator for the layer whose parameter was used last. The last index is the head's."""
 
     def __init__(self, layers: Sequence[Layer], model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

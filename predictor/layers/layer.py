@@ -83,7 +83,7 @@ def layers_of(
             Afterwards the model, its buffers, modes and the random generators are as they were; its own hooks run.
             Without an example, a model of timm or Transformers runs on one small input that its configuration
             describes: their forward passes are known to change nothing, and that costs less than a training step. Any
-            other model, and a sharded one, is not run; then the order of definition stands for that of execution.
+            other model, and a sharded one, is not run; then the order of definition is taken for that of execution.
         granularity: "layer", or "block" for groups of layers: those that the model itself names (timm's
             `group_matcher`), or the items of its lists of modules (`encoder.layer.3`, `layer1.0`).
         patterns: glob patterns over module names, one layer a pattern, front to back (`["stem*", "blocks.0.*", ...]`).

@@ -298,7 +298,7 @@ def _begun(study: "optuna.Study") -> bool:
 
 
 def _fail_stale(study: "optuna.Study") -> None:
-    """Mark the trials of killed starts as failed. Otherwise they would count as running for ever.
+    """Mark the trials of killed starts as failed. Otherwise they would count as running forever.
 
     No other process uses the study, so every running trial is one. Optuna's heartbeat would miss a trial that was
     killed before its first beat.

@@ -119,7 +119,7 @@ def test_a_workload_of_ones_own_is_gathered(tmp_path):
     (tmp_path / "mine.toml").write_text(block("mine:tiny", "toml"))
     code = (
         "import runpy, sys\nsys.path.insert(0, '.')\n"
-        "sys.argv = ['collect', 'gather', 'trajectories', '--suite', 'mine.toml', '--out', 'runs', '--slots', '1']\n"
+        "sys.argv = ['collect', 'gather', 'trajectories', '--suite', 'mine.toml', '--out', 'runs', '--slots', '2']\n"
         "runpy.run_module('collect', run_name='__main__')"
     )
     assert "4 runs" in run(code, tmp_path)
@@ -133,7 +133,7 @@ def test_a_policy_of_ones_own_is_compared(tmp_path):
     (tmp_path / "calm.toml").write_text(block("# calm.toml", "toml") + "[recipe]\nepochs = 4\n")
     code = (
         "import runpy, sys\nsys.path.insert(0, '.')\n"
-        "sys.argv = ['evaluate', 'run-suite', '--suite', 'calm.toml', '--out', 'runs', '--slots', '1']\n"
+        "sys.argv = ['evaluate', 'run-suite', '--suite', 'calm.toml', '--out', 'runs', '--slots', '2']\n"
         "runpy.run_module('evaluate', run_name='__main__')"
     )
     assert "calm:Calm" in run(code, tmp_path)

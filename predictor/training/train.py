@@ -92,6 +92,11 @@ def train(
     kept = f"epoch {result.fitted.best_epoch} of {len(result.fitted.history)} kept"
     print(f"\n{figures_text(card)}\n\n{kept}; freezes from probability {result.threshold:.4f}{why(card)}")
     print(f"written: {out}, and plots and metrics.json in {out.with_suffix('')}/")
+    if not data.has_costs:
+        print(
+            "Its labels come from CKA, a proxy for what freezing costs. The predictor that ships learned from "
+            "measured costs: python -m collect gather outcomes, then train --outcomes FILE"
+        )
     figures = {f"test_{name}": value for name, value in card["test"]["overall"]["attention"].items()}
     tracker.log(figures, len(result.fitted.history))
 

@@ -67,10 +67,10 @@ def test_a_search_ends_with_a_front_and_the_same_search_trains_nothing_again(tmp
 
 
 def test_a_suite_says_what_is_trained():
-    search = make_search("resnet8-fashion", str(SUITES / "quick.toml"), None, 4)
-    assert (search.seeds, search.scores, search.workload.recipe["train_samples"]) == ((0, 1, 2), "epoch", 4000)
+    search = make_search("resnet20-transfer", str(SUITES / "quick.toml"), None, 4)
+    assert (search.seeds, search.scores, search.workload.recipe["train_samples"]) == ((0, 1, 2, 3, 4), "end", 1000)
     assert make_search("resnet8-fashion", None, [4], 4).seeds == (4,)
-    with pytest.raises(UsageError, match="has no workload 'vit': it has resnet8-fashion"):
+    with pytest.raises(UsageError, match="has no workload 'vit': it has mlp-fashion"):
         make_search("vit", "quick", None, 4)
 
 

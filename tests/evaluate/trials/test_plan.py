@@ -230,8 +230,8 @@ def test_no_slots():
 
 def test_the_default_suite_is_fit_to_run(tmp_path, make_predictor_file):
     made = plan(tmp_path, read_suite("quick"), predictor=make_predictor_file())
-    assert {trial.family for trial in made.trials} == {"resnet", "mobilenet"}
-    assert {trial.source for trial in made.trials} == {"fashion"}
+    assert {trial.family for trial in made.trials} == {"mlp", "resnet"}
+    assert {trial.source for trial in made.trials} == {"fashion", "fashion-last"}
 
 
 def test_the_suite_of_spfde_puts_its_three_parts_together(tmp_path):

@@ -95,7 +95,7 @@ def _start_wandb(program: str, mode: Literal["offline", "online"], directory: Pa
     import wandb
 
     # Console capture and system sampling cost CPU time that would be counted as the training's.
-    newer = {"finish_timeout": 120} if "finish_timeout" in wandb.Settings.model_fields else {}
+    newer = {"finish_timeout": 120} if "finish_timeout" in getattr(wandb.Settings, "model_fields", ()) else {}
     settings = wandb.Settings(console="off", x_disable_stats=True, silent=mode == "offline", login_timeout=60, **newer)
     return wandb.init(
         project=_PROJECT, job_type=program, mode=mode, dir=str(directory), config=dict(config), settings=settings

@@ -1,5 +1,6 @@
 """When a policy is asked, and how its answer is carried out. The controller acts; it decides nothing."""
 
+import operator
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -86,8 +87,7 @@ class FreezeController:
         say: Callable[[str], None] | None = print,
         dry_run: bool = False,
     ) -> None:
-        if total_steps < 1:
-            raise UsageError(f"total_steps={total_steps}: give the number of optimizer steps of the whole training")
+        total_steps = _whole(total_steps)
         self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         refuse_unfit(model, self._optimizers)
         self.model = unwrapped(model)
@@ -350,3 +350,14 @@ def _may_move(layer: Layer) -> bool:
 
 def _own_answer(wanted: frozenset[int], layers: int) -> frozenset[int]:
     return wanted
+
+
+def _whole(total_steps: Any) -> int:
+    """The number of steps as an int. A state that held NumPy's number or a tensor could not be loaded again."""
+    try:
+        steps = operator.index(total_steps)  # NumPy's and torch's whole numbers too
+    except TypeError:
+        steps = int(total_steps) if isinstance(total_steps, float) and total_steps.is_integer() else 0
+    if steps < 1:
+        raise UsageError(f"total_steps={total_steps!r}: give the number of optimizer steps of the whole training")
+    return steps

@@ -1,9 +1,7 @@
 """Finding where to cut a model: passes in evaluation mode that leave no trace, and what they prove."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -391,73 +389,9 @@ def rounding(tensor: Tensor) -> float:
 @contextmanager
 def traceless(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Passes within it are without gradients, in evaluation mode, and leave no trace. seed: of their random numbers."""
-    with isolated(model), _attributes_kept(model), _autocast_forgets():
+    with isolated(model):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds every device
         yield
-
-
-@contextmanager
-def _autocast_forgets() -> Iterator[None]:
-    """Autocast keeps no weights: older versions of torch give those made here, without gradients, to the next pass."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_SEARCHED = 1000
-"""Containers with more than this many items are not searched for tensors."""
-
-
-@contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Restore what modules keep in plain attributes: the objects, and what is in tensors and containers."""
-    modules = [(module, dict(module.__dict__)) for module in model.modules()]
-    values = (v for _, before in modules for name, v in before.items() if name not in _OF_EVERY_MODULE)
-    restores = [restore for value in values if (restore := _restore_of(value))]
-    try:
-        yield
-    finally:
-        for module, before in modules:
-            for name in module.__dict__.keys() - before.keys():
-                del module.__dict__[name]
-            module.__dict__.update(before)
-        for restore in restores:
-            restore()
-
-
-def _restore_of(value: Any, depth: int = 2) -> Callable[[], object] | None:
-    """What restores the content of an attribute's value; None for what cannot change or is of another kind."""
-    if isinstance(value, Tensor):
-        fit = value.layout == torch.strided and not value.is_meta and not isinstance(value, nn.Parameter)
-        return partial(_write_back, value, value.detach().clone()) if fit else None
-    if isinstance(value, torch.Generator):
-        return partial(value.set_state, value.get_state())
-    if type(value) not in (list, deque, set, dict):
-        return None
-    held = value.copy()
-    items = (value.values() if isinstance(value, dict) else value) if depth and len(value) <= _SEARCHED else ()
-    inner = [restore for each in items if (restore := _restore_of(each, depth - 1))]
-    return partial(_refill, value, held, inner)
-
-
-def _write_back(tensor: Tensor, content: Tensor) -> None:
-    if tensor.shape == content.shape and not torch.equal(tensor, content):
-        with torch.no_grad():
-            tensor.copy_(content)
-
-
-def _refill(value: Any, held: Any, inner: list[Callable[[], object]]) -> None:
-    value.clear()
-    if isinstance(value, set | dict):
-        value.update(held)
-    else:
-        value.extend(held)
-    for restore in inner:
-        restore()
 
 
 def gpus_of(model: nn.Module) -> list[int]:

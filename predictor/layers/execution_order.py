@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from predictor.layers.isolated_pass import isolated
 from predictor.layers.parts import holds_weight
-from predictor.layers.tensors import tensors_in
+from predictor.layers.tensors import copied, tensors_in
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def definition_order(model: nn.Module, parts: Iterable[nn.Module]) -> ExecutionO
 def traced_order(model: nn.Module, parts: Iterable[nn.Module], example: object) -> ExecutionOrder:
     """The order in which a call of the model uses its parts.
 
-    The model is left as it was (see `isolated`), apart from what its own code keeps in plain attributes.
+    The model is left as it was (see `isolated`).
 
     Args:
         model: the model.
@@ -55,7 +55,7 @@ def traced_order(model: nn.Module, parts: Iterable[nn.Module], example: object) 
     Raises:
         Exception: what the model raises.
     """
-    recorder = _UseRecorder(model, tuple(parts))
+    recorder, example = _UseRecorder(model, tuple(parts)), copied(example)
     with isolated(model), ExitStack() as hooks:
         # TorchScript modules take no hooks; uses of their weights are recorded all the same.
         for part in (part for part in recorder.parts if not isinstance(part, ScriptModule)):

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 from predictor.layers.isolated_pass import isolated
 from predictor.layers.layer import Layer
-from predictor.layers.tensors import tensors_in
+from predictor.layers.tensors import copied, tensors_in
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def count_flops(
     """
     counter = _Counter(layers, model)
     # The table of known operators lacks the CPU's fused attention; its plain form has the same products.
+    args, kwargs = copied((args, dict(kwargs)))
     with isolated(model), sdpa_kernel(SDPBackend.MATH), counter:
         model.forward(*args, **kwargs)  # not the hooks on the model itself, which are the training's
     *forward_L, head = counter.forward

@@ -2,12 +2,15 @@
 
 import copy
 import gc
+import math
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from predictor import FreezeController, FreezeEvent, FreezePolicy, Layer, make_policy
+from predictor import FreezeController, FreezeEvent, FreezePolicy, Layer, layers_of, make_policy
 from predictor.errors import UsageError
 
 X = torch.linspace(-1, 1, 6 * 64).reshape(6, 1, 8, 8)
@@ -346,3 +349,60 @@ def test_time_spent_is_counted(make_toy):
     before = controller.seconds
     step(model, optimizer, controller)
     assert controller.seconds > before > 0
+
+
+@pytest.mark.parametrize("kind", [np.int64(12), np.float64(12.0), torch.tensor(12), 12.0], ids=lambda kind: repr(kind))
+def test_a_whole_number_of_steps_of_any_kind_can_be_saved(kind, make_toy, tmp_path):
+    controller = controlled_with(make_toy(), kind)
+    torch.save(controller.state_dict(), tmp_path / "state.pt")
+    controlled_with(make_toy(), 12).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("odd", [0, -1, None, "12", math.inf, math.nan, 12.5])
+def test_what_is_no_number_of_steps_is_refused(odd, make_toy):
+    with pytest.raises(UsageError, match=r"total_steps=.*give the number of optimizer steps"):
+        controlled_with(make_toy(), odd)
+
+
+def controlled_with(model, total_steps):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    return FreezeController(model, optimizer, make_policy("none"), total_steps=total_steps, say=None)
+
+
+class Consumes(nn.Module):
+    """Pops its batch's labels, scales its images in place, and counts its calls in a plain attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.calls, self.state = nn.Linear(4, 4), nn.Linear(4, 2), [], None
+
+    def forward(self, batch):
+        labels, images = batch.pop("labels"), batch["images"]
+        images.div_(2)
+        hidden = self.body(images) if self.state is None else self.body(images) + self.state
+        self.state = hidden.detach().mean()
+        self.calls.append(len(images))
+        return nn.functional.cross_entropy(self.head(hidden), labels)
+
+
+def test_counting_what_a_freeze_saves_touches_neither_inputs_nor_what_the_model_keeps():
+    losses, models = [], []
+    for say in (None, lambda line: None):
+        torch.manual_seed(0)
+        model = Consumes()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        layers = [layer for layer in layers_of(model) if layer.name == "body"]
+        controller = FreezeController(model, optimizer, Script({0: {0}}), total_steps=4, layers=layers, say=say)
+        torch.manual_seed(1)
+        own = []
+        for _ in range(4):
+            loss = model({"images": torch.randn(6, 4), "labels": torch.randint(2, (6,))})
+            loss.backward()
+            optimizer.step()
+            controller.step()
+            optimizer.zero_grad()
+            own.append(loss.item())
+        losses.append(own)
+        models.append(model)
+    assert losses[0] == losses[1]
+    assert models[0].calls == models[1].calls == [6] * 4

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from predictor.errors import UsageError
 from predictor.layers.isolated_pass import isolated
 from predictor.layers.layer import Layer
-from predictor.layers.tensors import tensors_in
+from predictor.layers.tensors import copied, tensors_in
 from predictor.policies.measuring.similarity import by_sample
 
 
@@ -153,6 +153,7 @@ def outputs_of(
             if len(found) == len(seen):
                 raise _AllSeen
 
+    args, kwargs = copied((batch.args, batch.kwargs))
     with isolated(model), ExitStack() as stack:
         for index, module in seen.items():
             stack.callback(module.register_forward_hook(partial(take, index)).remove)
@@ -160,9 +161,9 @@ def outputs_of(
         stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=dtype is not None, cache_enabled=False))
         stack.enter_context(suppress(_AllSeen))
         if weights is None:
-            model(*batch.args, **batch.kwargs)
+            model(*args, **kwargs)
         else:
-            functional_call(model, dict(weights), batch.args, batch.kwargs)
+            functional_call(model, dict(weights), args, kwargs)
     return {index: digested for index, digested in found.items() if digested is not None}
 
 

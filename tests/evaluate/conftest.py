@@ -118,7 +118,7 @@ def _freezes(policy: str, layers: int, begins: float, chance: random.Random) -> 
         step = round(STEPS * (begins + (1 - begins) * (place + chance.random()) / layers))
         events.append(_freeze(step, frozen, frozen | {place}))
         frozen = frozen | {place}
-    if policy == "smartfrz" and len(events) > 3:  # one layer thaws again, and one freezes out of order
+    if policy == "smartfrz" and len(events) > 3:  # one layer unfreezes again, and one freezes out of order
         events[2:2] = [
             _freeze(events[1]["step"] + 9, {0, 1}, {0}),
             _freeze(events[1]["step"] + 40, {0}, {0, 1, layers - 2}),

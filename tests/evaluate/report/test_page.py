@@ -149,7 +149,7 @@ def test_hostile_names_are_text(hostile_page):
 def test_a_busy_policy_does_not_fill_the_page(write, trial):
     """100 trials stay under 3 MB even when every second one changes the frozen set at every other step."""
     freezes = [
-        {"step": step, "froze": [], "thawed": [], "frozen": [place for place in range(48) if (step + place) % 3]}
+        {"step": step, "froze": [], "thawed": [], "frozen": [index for index in range(48) if (step + index) % 3]}
         for step in range(0, 1200, 2)
     ]
     layers = [f"layer {place}" for place in range(48)]

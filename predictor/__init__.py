@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from predictor.cache.feature_cache import FeatureCache as FeatureCache
     from predictor.controller import FreezeController as FreezeController
     from predictor.freezing.event import FreezeEvent as FreezeEvent
+    from predictor.freezing.freeze import release as release
     from predictor.layers.layer import Layer as Layer
     from predictor.layers.layer import layers_of as layers_of
     from predictor.policies import make_policy as make_policy
@@ -32,6 +33,7 @@ _HOME = {
     "View": "predictor.policies.base",
     "layers_of": "predictor.layers.layer",
     "make_policy": "predictor.policies",
+    "release": "predictor.freezing.freeze",
 }
 __all__ = list(_HOME)
 __version__ = "0.1.0"

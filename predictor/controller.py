@@ -14,8 +14,10 @@ from predictor.freezing.event import FreezeEvent
 from predictor.freezing.freeze import (
     GradientGuard,
     freeze,
+    is_at_rest,
     is_frozen,
     settle_containers,
+    trains,
     unfreeze,
     warn_of_leftover_freezing,
 )
@@ -102,14 +104,15 @@ class FreezeController:
         self.agree: Callable[[frozenset[int], int], frozenset[int]] = _own_answer
         self._planned: frozenset[int] = frozenset()  # what the policy wants frozen; frozen unless in a dry run
         warn_of_leftover_freezing(self.layers)
-        self._users_frozen = {id(p) for layer in self.layers for p in layer.parameters() if not p.requires_grad}
+        self._opened: set[int] = set()  # by the user, since the last step
+        self._given_back: set[int] = set()  # all that the user has opened since they were frozen
         self._step = 0
         self._next_wake = 0
         self._next_check = 0
         self._check_every = max(1, min(_MOST_STEPS_UNCHECKED, total_steps // _CHECKS))
         self._listeners: list[Callable[[FreezeEvent], None]] = [forget_compiled]
         self._moved: list[Callable[[], None]] = []
-        self._guard = GradientGuard(self._on_dropped_gradient)
+        self._guard = GradientGuard(self._on_dropped_gradient, self._on_opened)
         self._watch = GradientWatch(self.layers, self._optimizers)
         self._reporter = FreezeReporter(model, self.layers, say, whole=layers is None, dry_run=dry_run)
         self._warned_of_reset = self._warned_of_overrun = False
@@ -134,16 +137,19 @@ class FreezeController:
     def finished(self) -> bool:
         """Whether all layers are frozen for good. A training may end here, since only the head still trains.
 
-        Never under a policy that unfreezes, and not where all were frozen before the first step, as for a linear probe.
+        Never under a policy that unfreezes, nor while the user holds a whole layer still, which he may open later, and
+        not where all were frozen before the first step, as for a linear probe.
         With `layers` that are a part of the model it is about these; the others still train.
         """
         all_frozen = 0 < len(self.layers) == len(self.frozen) and not self.policy.unfreezes
-        return all_frozen and bool(self.history) and self.history[-1].step > 0
+        return all_frozen and bool(self.history) and self.history[-1].step > 0 and not self._guard.whole_layer_rests
 
     @property
     def view(self) -> View:
         """What the policy may look at now."""
-        return View(self.layers, self._planned, self._step, self.total_steps, self._reporter.flops)
+        resting = (index for index, layer in enumerate(self.layers) if index not in self._planned and is_at_rest(layer))
+        flops = self._reporter.flops
+        return View(self.layers, self._planned, self._step, self.total_steps, flops, resting=frozenset(resting))
 
     def step(self) -> FreezeEvent | None:
         """Call after `optimizer.step()` and before `zero_grad()`. Returns what changed, if anything did."""
@@ -174,6 +180,7 @@ class FreezeController:
             "frozen": sorted(self._planned),
             "history": [event.as_dict() for event in self.history],
             "policy": self.policy.state_dict(),
+            **({"given_back": sorted(self._given_back)} if self._given_back else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -196,6 +203,7 @@ class FreezeController:
             )
         self._step = state["step"]
         self._next_wake = 0
+        self._given_back = set(state.get("given_back", ()))
         self.history = [FreezeEvent.from_dict(event) for event in state["history"]]
         if self._planned != frozenset(state["frozen"]):
             self._change(frozenset(state["frozen"]))
@@ -210,7 +218,7 @@ class FreezeController:
         self.policy.close()
 
     def release(self) -> None:
-        """Let the frozen layers train again, after the last step. What the user froze stays frozen.
+        """Let the frozen layers train again, after the last step: what trained when they froze. All else stays.
 
         What is wrapped around the model, a cache and all listeners are informed. Take states, the cache's too, before.
         """
@@ -226,23 +234,26 @@ class FreezeController:
                 "training that goes on. Give the optimizer steps of all epochs: len(loader) * epochs // accumulation",
                 stacklevel=4,
             )
+        given_back = self._give_back_opened()
         if self._step >= self._next_check:
             self._next_check = self._step + self._check_every
             self._freeze_again()
         view = self.view
         if self._watch.watching:
-            self._watch.check(view.active)
+            self._watch.check(_training(view))
         self.policy.observe(view)
         event = self._decide() if self.policy.due(self._step, self.total_steps) else None
         if self._step >= self.total_steps:
             self._guard.close()  # what a model is used for after its training is the user's
         self._next_wake = self._step + 1 if self._busy else self._next_due()
-        return event
+        return event or given_back
 
     @property
     def _busy(self) -> bool:
         """Whether there is something to do at each step, besides deciding where that is due."""
-        return self._observing or self._watch.watching or self._reporter.busy
+        # No gradient tells of a layer that is opened while its outputs come from a cache.
+        skipped = bool(self._moved) and self._guard.resting
+        return self._observing or self._watch.watching or self._reporter.busy or skipped
 
     def _next_due(self) -> int:
         """The next step at which a decision is due, or an earlier one where that is far off.
@@ -266,6 +277,8 @@ class FreezeController:
                 "indices run from 0 to one less"
             )
         wanted = self.agree(wanted, len(self.layers))
+        if not self.policy.refreezes:
+            wanted -= self._given_back
         if wanted == self._planned:
             return None
         return self._change(wanted, record=True)
@@ -282,7 +295,7 @@ class FreezeController:
         if not self.dry_run:
             self._apply(event)
         self._planned = wanted
-        self._watch.start(self.view.active)
+        self._watch.start(_training(self.view))
         if record:
             self.history.append(event)
             self._reporter.changed(event, before, self.finished)
@@ -296,9 +309,9 @@ class FreezeController:
         optimizers = self._optimizers if self._step else ()
         for index in event.froze:
             self._guard.guard(index, self.layers[index])
-            freeze(self.layers[index], optimizers)
+            freeze(self.layers[index], optimizers, self.model)
         self._guard.leave(event.unfroze)
-        unfreeze([self.layers[index] for index in event.unfroze], self.model, self._users_frozen)
+        unfreeze([self.layers[index] for index in event.unfroze], self.model)
         settle_containers(self.model, self.layers, event.frozen)
         self._next_check = self._step + self._check_every
 
@@ -307,11 +320,27 @@ class FreezeController:
         self._next_wake = self._next_check = 0
         self._warn_of_reset(index)
 
+    def _on_opened(self, index: int) -> None:
+        """The user has opened a frozen layer that had been held still. The next step gives it back."""
+        self._opened.add(index)
+        self._next_wake = 0
+
+    def _give_back_opened(self) -> FreezeEvent | None:
+        """Unfreeze the layers that the user has opened: what the user froze and unfreezes is the user's."""
+        if self._moved or self._step >= self._next_check:
+            self._opened.update(filter(self._guard.opened, self.frozen))
+        opened = self._opened & self.frozen
+        self._opened.clear()
+        if not opened:
+            return None
+        self._given_back |= opened
+        return self._change(self.frozen - opened, record=True)
+
     def _freeze_again(self) -> None:
         """Freeze again what the user's code has switched back on, and inform what keeps its outputs."""
         reset = [index for index in sorted(self.frozen) if _may_move(self.layers[index])]
         for index in reset:
-            freeze(self.layers[index], self._optimizers)
+            freeze(self.layers[index], self._optimizers, self.model)
             self._warn_of_reset(index)
         for callback in self._moved if reset else ():
             callback()
@@ -345,7 +374,12 @@ class FreezeController:
 
 def _may_move(layer: Layer) -> bool:
     """Whether an optimizer could move a frozen layer, or has."""
-    return any(parameter.requires_grad or parameter.grad is not None for parameter in layer.parameters())
+    return any(map(trains, layer.parameters()))
+
+
+def _training(view: View) -> tuple[int, ...]:
+    """The active layers but those that the user holds still."""
+    return tuple(index for index in view.active if index not in view.resting)
 
 
 def _own_answer(wanted: frozenset[int], layers: int) -> frozenset[int]:

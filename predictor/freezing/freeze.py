@@ -1,64 +1,83 @@
-"""What "frozen" means. No other file switches gradients or modes of a layer.
+"""What "frozen" means. No other file but `standstill` switches gradients or modes of a layer.
 
 - **Parameters** require no gradient and have none. No optimizer moves them, not even by momentum or weight decay.
 - **Parameter groups** stay as they are. An optimizer's state loads on resume, and schedulers notice nothing.
 - **Optimizer state** of the layer is dropped, which returns its memory. An unfrozen layer starts with fresh state.
-- **Modules** are in evaluation mode and stay there through `model.train()`. Running statistics stand still, dropout is
-  off, and the layer's output depends on its input alone. Containers that hold only frozen layers are treated alike.
-- **What the user holds** stays. A module with a `train` of its own keeps its mode when its layer is unfrozen.
+- **Modules** stand still, through `model.train()` too: running statistics stay, dropout is off, and the layer's output
+  depends on its input alone. `standstill` says how. Containers that hold only frozen layers are treated alike.
+- **What the user holds** stays. Unfrozen, a layer is as it was when it froze: a parameter that required no gradient
+  requires none, and a module that was in another mode than its model, or has a `train` of its own, keeps its mode.
 """
 
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from predictor.freezing.standstill import forget_trained, hold, is_held, let_go, note_trained, users_train
 from predictor.layers.layer import Layer
 
 
-def freeze(layer: Layer, optimizers: Iterable[Optimizer] = ()) -> None:
+def freeze(layer: Layer, optimizers: Iterable[Optimizer] = (), model: nn.Module | None = None) -> None:
     """Freeze a layer.
 
     Args:
         layer: the layer.
-        optimizers: the layer's state is dropped from these.
+        optimizers: the state of what trained is dropped from these.
+        model: the model that the layer belongs to. Without it only `unfreeze` of the layer's own modules brings back
+            what trained.
     """
+    trained = {id(parameter) for parameter in layer.parameters() if trains(parameter)}
+    left = note_trained(_modules_in(layer), trained)
+    if left and model is not None:  # those that a container holds itself
+        note_trained(model.modules(), left)
     for parameter in layer.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
-        for optimizer in optimizers:
+        for optimizer in optimizers if id(parameter) in trained else ():
             optimizer.state.pop(parameter, None)
     for module in _modules_in(layer):
-        module.eval()
-        _hold_mode(module)
+        hold(module, model)
 
 
-def unfreeze(layers: Iterable[Layer], model: nn.Module, still: Collection[int] = ()) -> None:
-    """Let layers train again, in the mode that their model is in.
+def unfreeze(layers: Iterable[Layer], model: nn.Module) -> None:
+    """Let layers train again: what trained when they froze, in the mode that their model is in.
 
     Args:
         layers: the layers.
         model: the model that they belong to.
-        still: ids of parameters that the user froze. They stay frozen.
     """
-    users = _held_by_user(model)
-    for layer in layers:
-        for parameter in layer.parameters():
-            if id(parameter) not in still:
-                parameter.requires_grad_(True)
-        for module in _modules_in(layer):
-            _release_mode(module)
-            if module not in users:
-                module.train(model.training)
+    layers = list(layers)
+    inside = dict.fromkeys(module for layer in layers for module in _modules_in(layer))
+    own = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    for parameter in forget_trained(dict.fromkeys([*inside, *model.modules()]), own):
+        parameter.requires_grad_(True)
+    _let_go_of(inside, model)
+
+
+def release(model: nn.Module) -> None:
+    """Let a model train that was copied or loaded from one with frozen layers.
+
+    A copy, such as an average of the weights, stands still where the model did when it was copied: its parameters
+    require no gradient there, and dropout is off until `train()` is called. Afterwards the copy is as the model was
+    before its layers froze. Use it too for a model whose training was interrupted, so that its controller is gone.
+
+        best = copy.deepcopy(model)
+        release(best)
+
+    In the model of a running controller call the controller's `release`, which informs all that follow it.
+    """
+    for parameter in forget_trained(model.modules()):
+        parameter.requires_grad_(True)
+    _let_go_of(model.modules(), model)
 
 
 def settle_containers(model: nn.Module, layers: Sequence[Layer], frozen: Iterable[int]) -> None:
-    """Put modules that hold only frozen layers into evaluation mode, and take others out of it again.
+    """Have modules that hold only frozen layers stand still, and let others go.
 
     A container may have dropout of its own. In BERT's attention the projections are layers, and the dropout between
     them belongs to their container.
@@ -70,28 +89,28 @@ def settle_containers(model: nn.Module, layers: Sequence[Layer], frozen: Iterabl
     """
     frozen = set(frozen)
     in_layers = {module for layer in layers for module in _modules_in(layer)}
+    still = {module for index in frozen for module in _modules_in(layers[index])}
+    frozen_ids = {id(p) for index in frozen for p in layers[index].parameters()}
     users = _held_by_user(model)
-    frozen_ids = {id(p) for index, layer in enumerate(layers) if index in frozen for p in layer.parameters()}
-    for module in model.modules():
-        if module in in_layers:
-            continue
+    containers = [module for module in model.modules() if module not in in_layers]
+    for module in containers:
         own = [id(parameter) for parameter in module.parameters()]
-        if own and frozen_ids.issuperset(own):
+        within = [inner for inner in module.modules() if inner in in_layers]
+        if frozen_ids.issuperset(own) and still.issuperset(within) and (own or within):
             if module not in users:
-                module.training = False
-                _hold_mode(module)
-        elif _release_mode(module) and module not in users:
-            module.training = model.training
+                hold(module, model)
+        elif is_held(module):
+            _let_go_of([module], model)
 
 
 def warn_of_leftover_freezing(layers: Sequence[Layer]) -> None:
     """Warn of layers that an earlier controller froze and never released: they look as if the user had frozen them."""
-    left = [layer.name for layer in layers if _is_mode_held(layer)]
+    left = [layer.name for layer in layers if all(map(is_held, _modules_in(layer))) and layer.modules]
     if left:
         warnings.warn(
             f"{len(left)} of {len(layers)} layers, the first {left[0]!r}, were left frozen by an earlier controller, "
-            "as in a training that was interrupted, and will not train: call release() of that controller before the "
-            "optimizer is made, or make the model again",
+            "as in a training that was interrupted, and will not train: call release() of that controller, or "
+            "predictor.release(model), before the optimizer is made",
             stacklevel=3,
         )
 
@@ -101,34 +120,64 @@ def is_frozen(layer: Layer) -> bool:
     return not any(parameter.requires_grad for parameter in layer.parameters())
 
 
-class GradientGuard:
-    """Keeps gradients away from frozen parameters. A step in which none arrives costs nothing.
+def trains(parameter: Tensor) -> bool:
+    """Whether a parameter moves, or has in this step: some loops switch a network off and on within a step."""
+    return parameter.requires_grad or parameter.grad is not None
 
-    Each frozen parameter has a hook that runs in the backward pass once a gradient has been accumulated for it, which
-    takes a `requires_grad_(True)` in the user's code. The hook drops that gradient before any optimizer sees it.
+
+def is_at_rest(layer: Layer) -> bool:
+    """Whether the user holds a layer still, given that no controller has frozen it."""
+    return not any(map(trains, layer.parameters()))
+
+
+class GradientGuard:
+    """Watches the gradients of frozen parameters. A step in which none arrives costs nothing.
+
+    Each parameter has a hook that runs in the backward pass once a gradient has been accumulated for it, which takes a
+    `requires_grad_(True)` in the user's code. A parameter that trained until it froze may not move: the hook drops that
+    gradient before any optimizer sees it. A parameter that the user had held still is the user's to open: its gradient
+    stays, and the layer with it.
 
     Args:
-        report: called with a layer's index at each gradient that was dropped. Held weakly: when its owner is gone, so
-            is the guard, and the parameters are the user's again.
+        dropped: called with a layer's index at each gradient that was dropped.
+        opened: called with the index of a layer that the user has opened, at each gradient. Both are held weakly: when
+            their owner is gone, so is the guard, and the parameters are the user's again.
     """
 
-    def __init__(self, report: Callable[[int], None]) -> None:
-        self._report: weakref.WeakMethod[Callable[[int], None]] = weakref.WeakMethod(report)
+    def __init__(self, dropped: Callable[[int], None], opened: Callable[[int], None]) -> None:
+        self._dropped: weakref.WeakMethod[Callable[[int], None]] = weakref.WeakMethod(dropped)
+        self._opened: weakref.WeakMethod[Callable[[int], None]] = weakref.WeakMethod(opened)
         self._handles: dict[int, list[RemovableHandle]] = {}
+        self._resting: dict[int, list[nn.Parameter]] = {}
+        self._trained: dict[int, int] = {}
 
     def guard(self, index: int, layer: Layer) -> None:
-        """Guard a layer that is about to freeze. Parameters that the user froze are the user's."""
-        hook = partial(_drop_gradient, self._report, index)
-        # PyTorch takes such a hook only while the parameter requires a gradient, and keeps it afterwards.
-        self._handles[index] = [
-            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-            for parameter in layer.parameters()
-            if parameter.requires_grad
-        ]
+        """Guard a layer that is about to freeze."""
+        resting = self._resting[index] = [parameter for parameter in layer.parameters() if not trains(parameter)]
+        drop = partial(_drop_gradient, self._dropped, self._opened, index, resting)
+        note = partial(_note_opening, self._opened, index)
+        self._handles[index] = [_hook(parameter, drop) for parameter in layer.parameters() if trains(parameter)]
+        self._trained[index] = len(self._handles[index])
+        self._handles[index] += [_hook(parameter, note) for parameter in resting if _can_train(parameter)]
+
+    def opened(self, index: int) -> bool:
+        """Whether the user has opened a layer: something in it requires a gradient that did not when it froze."""
+        return any(parameter.requires_grad for parameter in self._resting.get(index, ()))
+
+    @property
+    def resting(self) -> bool:
+        """Whether there is something that the user may open."""
+        return any(self._resting.values())
+
+    @property
+    def whole_layer_rests(self) -> bool:
+        """Whether the user held one of the layers still as a whole when it froze."""
+        return any(resting and self._trained[index] == 0 for index, resting in self._resting.items())
 
     def leave(self, indices: Iterable[int]) -> None:
         """Guard these layers no more."""
         for index in indices:
+            self._resting.pop(index, None)
             for handle in self._handles.pop(index, []):
                 handle.remove()
 
@@ -137,61 +186,55 @@ class GradientGuard:
         self.leave(list(self._handles))
 
 
-def _drop_gradient(report: "weakref.WeakMethod[Callable[[int], None]]", index: int, parameter: Tensor) -> None:
-    found = report()
-    if found is not None:
+def _hook(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    # PyTorch takes such a hook only while the parameter requires a gradient, and keeps it afterwards.
+    required = parameter.requires_grad
+    parameter.requires_grad_(True)
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    parameter.requires_grad_(required)
+    return handle
+
+
+def _can_train(parameter: nn.Parameter) -> bool:
+    """Whether a parameter could require a gradient. Quantized ones cannot."""
+    return parameter.is_leaf and (parameter.is_floating_point() or parameter.is_complex())
+
+
+def _drop_gradient(
+    dropped: "weakref.WeakMethod[Callable[[int], None]]",
+    opened: "weakref.WeakMethod[Callable[[int], None]]",
+    index: int,
+    resting: Sequence[nn.Parameter],
+    parameter: Tensor,
+) -> None:
+    if any(other.requires_grad for other in resting):  # the whole layer is the user's now
+        _note_opening(opened, index, parameter)
+    elif (report := dropped()) is not None:
         parameter.grad = None
-        found(index)
+        report(index)
+
+
+def _note_opening(opened: "weakref.WeakMethod[Callable[[int], None]]", index: int, parameter: Tensor) -> None:
+    if (report := opened()) is not None:
+        report(index)
 
 
 def _modules_in(layer: Layer) -> list[nn.Module]:
     return [inner for module in layer.modules for inner in module.modules()]
 
 
-def _hold_mode(module: nn.Module) -> None:
-    """Have a module stay in the mode that it is in."""
-    if _is_held(module):
-        return
-    # An attribute of the instance, found before the class's method: no cost in the forward pass, nothing to
-    # recompile, and copies and pickles of the module keep it. nn.Module.train calls it on every child.
-    former = module.__dict__.get("train")
-    module.train = partial(_stay_in_evaluation, module, former=former)  # type: ignore[method-assign]
-
-
-def _release_mode(module: nn.Module) -> bool:
-    """Undo `_hold_mode`, and say whether there was something to undo."""
-    if not _is_held(module):
-        return False
-    former = _users_train(module)
-    del module.train
-    if former is not None:
-        module.train = former  # type: ignore[method-assign]
-    return True
-
-
-def _is_held(module: nn.Module) -> bool:
-    """Whether a module's `train` is ours."""
-    return getattr(module.__dict__.get("train"), "func", None) is _stay_in_evaluation
-
-
-def _is_mode_held(layer: Layer) -> bool:
-    """Whether `freeze` froze the layer. Parameters alone may be frozen by the user."""
-    modules = _modules_in(layer)
-    return bool(modules) and all(map(_is_held, modules))
-
-
-def _users_train(module: nn.Module) -> Callable[..., Any] | None:
-    """The `train` that the user gave a module, as in `encoder.train = disabled_train`, also while ours covers it."""
-    own: Any = module.__dict__.get("train")
-    train: Callable[..., Any] | None = own.keywords.get("former") if _is_held(module) else own
-    return train
+def _let_go_of(modules: Iterable[nn.Module], model: nn.Module) -> None:
+    users = _held_by_user(model)
+    free = [module for module in list(modules) if let_go(module, None if module in users else model)]
+    # A class with a `train` of its own may keep something that is not right in the other mode (DoRA keeps norms).
+    special = [module for module in free if type(module).train is not nn.Module.train and module not in users]
+    modes = [(module, module.training) for module in model.modules()] if special else []
+    for module in special:
+        module.train(module.training)
+    for module, mode in modes:
+        module.training = mode
 
 
 def _held_by_user(model: nn.Module) -> set[nn.Module]:
     """Modules that do not follow `model.train()`: those with a `train` of the user's, and all inside them."""
-    return {inner for module in model.modules() if _users_train(module) is not None for inner in module.modules()}
-
-
-def _stay_in_evaluation(module: nn.Module, mode: bool = True, *, former: object = None) -> nn.Module:
-    """Replaces a frozen module's `train`. former: the user's own, if there was one."""
-    return module
+    return {inner for module in model.modules() if users_train(module) is not None for inner in module.modules()}

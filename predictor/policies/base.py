@@ -29,6 +29,9 @@ class View:
     flops: LayerFlops | None = None
     """What the layers cost, for a policy that `wants_flops`. None before the first forward pass, and for a model on
     which FLOPs cannot be counted, such as a sharded one."""
+    resting: frozenset[int] = frozenset()
+    """Indices of layers that the user holds still: none of their parameters requires a gradient, and no controller has
+    frozen them. A policy may freeze them, which is taken back where the user opens them."""
 
     @property
     def progress(self) -> float:
@@ -54,6 +57,9 @@ class FreezePolicy(ABC):
     """Whether it may freeze anything."""
     unfreezes: bool = False
     """Whether a layer that it froze may train again. Then a wholly frozen network is not the end of a training."""
+    refreezes: bool = False
+    """Whether it may freeze a layer that the user has opened since it was frozen: on evidence since then, and not by
+    the time alone."""
     wants_flops: bool = False
     """Whether its views should have FLOPs, which cost a forward pass to count."""
     budget: float = 1.0

@@ -64,6 +64,8 @@ class SmartFRZPolicy(FreezePolicy):
             `controller.step()`.
     """
 
+    refreezes = True
+
     def __init__(
         self,
         predictor: str | Path | None = None,

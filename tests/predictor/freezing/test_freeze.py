@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from predictor import FreezeController, make_policy
-from predictor.freezing.freeze import freeze, is_frozen, settle_containers, unfreeze
+from predictor.freezing.freeze import freeze, is_frozen, release, settle_containers, unfreeze
 from predictor.layers.layer import layers_of
 
 X = torch.linspace(-1, 1, 6 * 64).reshape(6, 1, 8, 8)
@@ -117,14 +117,16 @@ def test_clipping_sees_no_stale_gradient(make_toy):
     assert nn.utils.clip_grad_norm_(model.parameters(), 1.0) < 1e3
 
 
-def test_a_copy_of_a_frozen_model_is_frozen_by_itself(make_toy):
+def test_a_copy_of_a_frozen_model_is_not_held(make_toy):
     model = make_toy()
-    freeze(layers_of(model)[0])
-    twin = copy.deepcopy(model)
-    unfreeze([layers_of(model)[0]], model)
+    freeze(layers_of(model)[0], model=model)
+    twin = copy.deepcopy(copy.deepcopy(model))
     twin.train()
-    assert model.body[1].training
-    assert not twin.body[1].training
+    assert twin.body[1].training
+    assert not model.train().body[1].training
+    release(twin)
+    assert all(parameter.requires_grad for parameter in twin.parameters())
+    assert not model.body[0].weight.requires_grad
 
 
 def test_a_frozen_model_pickles(make_toy, tmp_path):
@@ -135,7 +137,10 @@ def test_a_frozen_model_pickles(make_toy, tmp_path):
     torch.save(nn.Sequential(*model.body), tmp_path / "whole.pt")
     whole = torch.load(tmp_path / "whole.pt", weights_only=False)
     whole.train()
-    assert not whole[1].training
+    assert whole[1].training
+    assert not whole[0].weight.requires_grad
+    release(whole)
+    assert whole[0].weight.requires_grad
     assert torch.equal(whole[0].weight, model.body[0].weight)
 
 
@@ -224,15 +229,17 @@ def test_what_the_user_holds_in_training_mode_keeps_its_mode_around_frozen_layer
 
 
 def test_freezing_twice_keeps_the_users_train_too():
-    model = nn.Sequential(Attending(), nn.Linear(8, 2)).train()
-    model[0].query.train = disabled_train
-    layer = layers_of(model, torch.ones(3, 8))[0]
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 2)).train()
+    model[1].train = disabled_train
+    layer = layers_of(model)[0]
     freeze(layer)
     freeze(layer)
     twin = copy.deepcopy(model)
-    unfreeze([layers_of(twin, torch.ones(3, 8))[0]], twin)
-    assert twin[0].query.train is disabled_train
-    assert model[0].query.train is not disabled_train
+    unfreeze([layers_of(twin)[0]], twin)
+    assert twin[1].train is disabled_train
+    assert twin[1].training
+    assert model[1].train is not disabled_train
+    assert not model[1].training
 
 
 def test_a_frozen_prefix_with_dropout_around_its_layers_gives_the_same_each_time():

@@ -15,7 +15,6 @@ from predictor.freezing.freeze import (
     GradientGuard,
     freeze,
     is_at_rest,
-    is_frozen,
     settle_containers,
     trains,
     unfreeze,
@@ -358,7 +357,10 @@ class FreezeController:
     def _check_optimizers(self) -> None:
         held = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
         for layer in self.layers:
-            if not is_frozen(layer) and any(p.requires_grad and id(p) not in held for p in layer.parameters()):
+            missing = [p for p in layer.parameters() if p.requires_grad and id(p) not in held]
+            # Beside weights that the user holds still, norms often stay open, to be given to the optimizer later.
+            norms = any(not p.requires_grad for p in layer.parameters()) and all(p.dim() < 2 for p in missing)
+            if missing and not norms:
                 raise UsageError(
                     f"layer {layer.name!r} has parameters that no optimizer holds: make the optimizer over all of "
                     "model.parameters(), before anything is frozen"

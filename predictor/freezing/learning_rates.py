@@ -57,9 +57,8 @@ class LayerRates:
         self._before: dict[int, list[_Before]] = {}
         self._handles = []
         for number, optimizer in enumerate(map(innermost, optimizers)):
-            held_L = [_held_by(optimizer, layer) for layer in layers]
             self._handles += [
-                optimizer.register_step_pre_hook(partial(self._before_step, number, held_L)),
+                optimizer.register_step_pre_hook(partial(self._before_step, number, _Held(optimizer, layers))),
                 optimizer.register_step_post_hook(partial(self._after_step, number)),
             ]
 
@@ -70,17 +69,18 @@ class LayerRates:
         self._handles = []
         self._before = {}
 
-    def _before_step(self, number: int, held_L: list[list[nn.Parameter]], *_: Any) -> None:
-        self._timed(partial(self._copy, number, held_L))
+    def _before_step(self, number: int, held: "_Held", *_: Any) -> None:
+        self._timed(partial(self._copy, number, held))
 
     def _after_step(self, number: int, *_: Any) -> None:
         self._timed(partial(self._scale, number))
 
     @torch.no_grad()
-    def _copy(self, number: int, held_L: list[list[nn.Parameter]]) -> None:
+    def _copy(self, number: int, held: "_Held") -> None:
         # Overwrites what a step left that raised an error half-way. Gradients are no sign of which weights will move:
         # a closure makes them during the step.
         self._before[number] = []
+        held_L = held.by_layer()
         for index, factor in self._ask().items():
             _check_factor(index, factor, len(self._layers))
             moving = [_local(parameter) for parameter in held_L[index] if parameter.requires_grad]
@@ -107,9 +107,22 @@ def _local(parameter: nn.Parameter) -> Tensor:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-def _held_by(optimizer: Optimizer, layer: Layer) -> list[nn.Parameter]:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [parameter for parameter in layer.parameters() if id(parameter) in held]
+class _Held:
+    """The parameters that an optimizer holds, by layer. Groups may be added while it trains."""
+
+    def __init__(self, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
+        self._optimizer, self._layers = optimizer, layers
+        self._sizes: list[int] = []
+        self._held_L: list[list[nn.Parameter]] = []
+
+    def by_layer(self) -> list[list[nn.Parameter]]:
+        """The parameters of each layer, front to back."""
+        sizes = [len(group["params"]) for group in self._optimizer.param_groups]
+        if sizes != self._sizes:
+            held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+            self._sizes = sizes
+            self._held_L = [[p for p in layer.parameters() if id(p) in held] for layer in self._layers]
+        return self._held_L
 
 
 def _check_factor(index: int, factor: float, layers: int) -> None:

@@ -96,7 +96,11 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
     ) -> None:
         """Let the cached outputs of these samples replace the frozen prefix's pass."""
         self._pass.close()  # of a batch that was interrupted
-        if self._ids is not None and self.cache is not None:
+        if getattr(trainer.fit_loop, "_skip_backward", False):
+            # StochasticWeightAveraging has reset all running statistics. Nothing trains in this epoch, its last: it is
+            # there to estimate them anew, which frozen layers would not.
+            self._finish()
+        if self._ids is not None and self.cache is not None and self._running:
             self._pass.enter_context(self.cache.batch(self._ids(batch)))
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
@@ -114,8 +118,8 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
     ) -> None:
         """Step the controller, once an optimizer step."""
         self._pass.close()  # of a step that gave no loss
-        if trainer.global_step == self._steps_seen:
-            return  # a batch whose gradients are only accumulated
+        if trainer.global_step == self._steps_seen or not self._running:
+            return  # a batch whose gradients are only accumulated, or that trains nothing
         self._steps_seen = trainer.global_step
         assert self.controller is not None, "Lightning trains after it started"
         self.controller.step()

@@ -8,8 +8,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _MATRICES = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
-# Modules that use their children's parameters themselves: a child of them is no part.
-_WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, *_NORMS)
+# Modules that use their children's parameters themselves, as norms, attention and quantization-aware convolutions do: a
+# child of them is no part.
+_WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, *_NORMS, *_MATRICES)
 # They have no children and are never called: their parameters belong to their owner.
 _HOLDERS = (nn.ParameterList, nn.ParameterDict)
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

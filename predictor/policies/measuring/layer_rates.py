@@ -20,15 +20,27 @@ class OwnRates:
     """
 
     def __init__(self, optimizer: Optimizer, layers: Sequence[Layer], lr: float | None = None) -> None:
-        self._optimizer = optimizer
+        self._optimizer, self._layers, self._lr = optimizer, layers, lr
+        self._count = len(optimizer.param_groups)
         self._groups = [_group_of(layer, optimizer) for layer in layers]
         self.start_L = [_start_of(optimizer.param_groups[group]) if lr is None else lr for group in self._groups]
         """The rate at which each layer starts."""
 
     def factors(self, indices: Iterable[int], rate: Callable[[int], float]) -> Mapping[int, float]:
         """Each layer's `rate(index)` as a multiple of the scheduled rate, by index. Left out where that is zero."""
+        if len(self._optimizer.param_groups) != self._count:
+            self._regroup()
         scheduled = [float(self._optimizer.param_groups[group]["lr"]) for group in self._groups]
         return {index: rate(index) / scheduled[index] for index in indices if scheduled[index] > 0}
+
+    def _regroup(self) -> None:
+        """Find the layers whose parameters the optimizer got in a group that was added later."""
+        known, self._count = self._count, len(self._optimizer.param_groups)
+        for index, layer in enumerate(self._layers):
+            group = _group_of(layer, self._optimizer)
+            if group >= known:
+                self._groups[index] = group
+                self.start_L[index] = _start_of(self._optimizer.param_groups[group]) if self._lr is None else self._lr
 
 
 def _start_of(group: dict[str, Any]) -> float:

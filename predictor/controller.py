@@ -317,6 +317,7 @@ class FreezeController:
     def _on_dropped_gradient(self, index: int) -> None:
         """A frozen layer had got a gradient. It is gone; the next step freezes the layer again."""
         self._next_wake = self._next_check = 0
+        self._guard.hold_before_passes(self.model)
         self._warn_of_reset(index)
 
     def _on_opened(self, index: int) -> None:

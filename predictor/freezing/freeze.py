@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from predictor.freezing.messages import on_forward
 from predictor.freezing.standstill import forget_trained, hold, is_held, let_go, note_trained, users_train
 from predictor.layers.layer import Layer
 
@@ -149,15 +150,16 @@ class GradientGuard:
         self._opened: weakref.WeakMethod[Callable[[int], None]] = weakref.WeakMethod(opened)
         self._handles: dict[int, list[RemovableHandle]] = {}
         self._resting: dict[int, list[nn.Parameter]] = {}
-        self._trained: dict[int, int] = {}
+        self._trained: dict[int, list[nn.Parameter]] = {}
+        self._before_pass: RemovableHandle | None = None
 
     def guard(self, index: int, layer: Layer) -> None:
         """Guard a layer that is about to freeze."""
         resting = self._resting[index] = [parameter for parameter in layer.parameters() if not trains(parameter)]
         drop = partial(_drop_gradient, self._dropped, self._opened, index, resting)
         note = partial(_note_opening, self._opened, index)
-        self._handles[index] = [_hook(parameter, drop) for parameter in layer.parameters() if trains(parameter)]
-        self._trained[index] = len(self._handles[index])
+        self._trained[index] = [parameter for parameter in layer.parameters() if trains(parameter)]
+        self._handles[index] = [_hook(parameter, drop) for parameter in self._trained[index]]
         self._handles[index] += [_hook(parameter, note) for parameter in resting if _can_train(parameter)]
 
     def opened(self, index: int) -> bool:
@@ -172,14 +174,34 @@ class GradientGuard:
     @property
     def whole_layer_rests(self) -> bool:
         """Whether the user held one of the layers still as a whole when it froze."""
-        return any(resting and self._trained[index] == 0 for index, resting in self._resting.items())
+        return any(resting and not self._trained[index] for index, resting in self._resting.items())
+
+    def hold_before_passes(self, model: nn.Module) -> None:
+        """Switch off before each pass of the model what the loop has switched on: no gradient is computed for it then.
+
+        Adapters are switched in every step where a model is its own reference.
+        """
+        if self._before_pass is None:
+            self._before_pass = on_forward(model, self._hold)
+
+    def _hold(self, *_: object) -> None:
+        if self._dropped() is None:
+            return
+        for index, trained in self._trained.items():
+            if not self.opened(index):
+                for parameter in trained:
+                    parameter.requires_grad_(False)
 
     def leave(self, indices: Iterable[int]) -> None:
         """Guard these layers no more."""
         for index in indices:
             self._resting.pop(index, None)
+            self._trained.pop(index, None)
             for handle in self._handles.pop(index, []):
                 handle.remove()
+        if self._before_pass is not None and not self._handles:
+            self._before_pass.remove()
+            self._before_pass = None
 
     def close(self) -> None:
         """Guard nothing any more."""

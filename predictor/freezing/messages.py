@@ -70,7 +70,7 @@ class FreezeReporter:
     def count(self) -> None:
         """Count FLOPs at the next forward pass."""
         if self._uncounted and self._counting is None:
-            self._counting = _on_forward(self._model, self._count)
+            self._counting = on_forward(self._model, self._count)
 
     def changed(self, event: FreezeEvent, before: frozenset[int], finished: bool = False) -> None:
         """Report a change of the frozen set.
@@ -167,7 +167,7 @@ class _DataWait:
     def start(self) -> None:
         """Measure the steps from the next one on."""
         if not self.done:
-            self._handle = _on_forward(self._model, self._arrived)
+            self._handle = on_forward(self._model, self._arrived)
             self._steps = -1  # the current step began before
 
     def stop(self) -> None:
@@ -220,7 +220,7 @@ class _Hook:
         return _Hook, (_ignore,)
 
 
-def _on_forward(model: nn.Module, callback: Callable[[tuple[Any, ...], Mapping[str, Any]], None]) -> RemovableHandle:
+def on_forward(model: nn.Module, callback: Callable[[tuple[Any, ...], Mapping[str, Any]], None]) -> RemovableHandle:
     """Call `callback` with the inputs of each forward pass, until the handle is removed.
 
     Before all other hooks: those of a feature cache make passes of their own, which are not the training's.

@@ -173,10 +173,13 @@ class GradientWatch:
         Raises:
             UsageError: gradients have stayed away for some steps.
         """
-        if not self._left or not active or not any(map(has_gradients, self._optimizers)):
-            return  # where there are no gradients at all, they were cleared
-        self._left -= 1
+        if not self._left or not active:
+            return
         first = active[0]
+        # Where there are no gradients at all, they were cleared, or this step was another network's, as a GAN's.
+        if not any(has_gradients(optimizer) for optimizer in self._optimizers if self._holds(optimizer, first)):
+            return
+        self._left -= 1
         known = first in self._had or not any(map(self._has_gradient, active))
         self._missed += known and self._trains(first) and not self._has_gradient(first)
         if self._missed == _PATIENCE:
@@ -184,6 +187,10 @@ class GradientWatch:
                 f"no gradient has reached layer {first} ({self._layers[first].name}), which trains, in the {_PATIENCE} "
                 f"steps since the layers frozen now were frozen: {_REENTRANT}"
             )
+
+    def _holds(self, optimizer: Optimizer, index: int) -> bool:
+        own = set(map(id, self._layers[index].parameters()))
+        return any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
 
     def _has_gradient(self, index: int) -> bool:
         return any(parameter.grad is not None for parameter in self._layers[index].parameters())

@@ -1,0 +1,332 @@
+"""What the user freezes and unfreezes is the user's: loops that do, as people write them."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from predictor import FreezeController, FreezePolicy, layers_of, make_policy
+
+X = torch.linspace(-1, 1, 16 * 8).reshape(16, 8)
+Y = torch.arange(16) % 2
+
+
+class After(FreezePolicy):
+    """Freezes some layers from a step on, and looks at nothing, as a policy by the clock."""
+
+    def __init__(self, step, layers):
+        self.step, self.layers, self.resting = step, frozenset(layers), []
+
+    def decide(self, view):
+        self.resting.append(view.resting)
+        return self.layers if view.step >= self.step else frozenset()
+
+
+def network(layers=3):
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.1)) for _ in range(layers)]
+    return nn.Sequential(*blocks, nn.Linear(8, 2))
+
+
+def start(model, policy, total_steps=20, **options):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    return optimizer, FreezeController(model, optimizer, policy, total_steps=total_steps, say=None, **options)
+
+
+def step(model, optimizer, controller):
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+    event = controller.step()
+    optimizer.zero_grad()
+    return event
+
+
+def trains(module):
+    return all(parameter.requires_grad for parameter in module.parameters())
+
+
+def rests(module):
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_layer_that_the_user_holds_still_is_at_rest_until_it_is_opened():
+    model, policy = network(), After(99, ())
+    model[0].requires_grad_(False)
+    optimizer, controller = start(model, policy)
+    step(model, optimizer, controller)
+    model[0].requires_grad_(True)
+    step(model, optimizer, controller)
+    assert policy.resting == [{0}, {0}, set()]
+
+
+def test_a_frozen_layer_that_the_user_opens_trains_at_once_and_is_not_frozen_again():
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer, controller = start(model, After(2, {0, 1}))
+    for _ in range(3):
+        step(model, optimizer, controller)
+    assert controller.frozen == {0, 1}
+    assert not model[0][1].training
+    before = model[0][0].weight.clone()
+    heard = []
+    controller.on_change(heard.append)
+    model[0].requires_grad_(True)
+    event = step(model, optimizer, controller)
+    assert (event.unfroze, event.frozen) == ((0,), (1,))
+    assert heard == [event] == controller.history[-1:]
+    assert not torch.equal(before, model[0][0].weight)
+    assert model[0][1].training
+    for _ in range(3):
+        step(model, optimizer, controller)
+    assert controller.frozen == {1}
+
+
+def test_what_was_opened_stays_open_after_a_resume():
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer, controller = start(model, After(2, {0, 1}))
+    for number in range(5):
+        if number == 3:
+            model[0].requires_grad_(True)
+        step(model, optimizer, controller)
+    fresh = network()
+    optimizer, resumed = start(fresh, After(2, {0, 1}))
+    resumed.load_state_dict(controller.state_dict())
+    step(fresh, optimizer, resumed)
+    assert resumed.frozen == {1}
+
+
+def test_a_layer_opened_and_closed_between_two_steps_stays_frozen():
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer, controller = start(model, After(0, {0, 1}))
+    model[0].requires_grad_(True)
+    model[0].requires_grad_(False)
+    step(model, optimizer, controller)
+    assert controller.frozen == {0, 1}
+
+
+@pytest.mark.parametrize("when", [0, 3])
+def test_a_release_opens_what_the_controller_froze_and_nothing_else(when):
+    model = network()
+    optimizer, controller = start(model, After(6, {0, 1}))
+    for number in range(8):
+        if number == when:
+            model[0].requires_grad_(False)
+        step(model, optimizer, controller)
+    assert controller.frozen == {0, 1}
+    controller.release()
+    assert rests(model[0])
+    assert trains(model[1])
+
+
+def test_a_release_opens_what_the_user_had_opened_before_it_froze():
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer, controller = start(model, After(6, {0, 1}))
+    for number in range(8):
+        if number == 3:
+            model[0].requires_grad_(True)
+        step(model, optimizer, controller)
+    controller.release()
+    assert trains(model[0])
+
+
+def test_biases_alone_freeze_and_come_back_alone():
+    model = network()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("bias" in name or name.startswith("3"))
+    optimizer, controller = start(model, After(2, {0}))
+    for _ in range(4):
+        step(model, optimizer, controller)
+    before = model[0][0].bias.clone()
+    step(model, optimizer, controller)
+    assert torch.equal(before, model[0][0].bias)
+    controller.release()
+    assert model[0][0].bias.requires_grad
+    assert not model[0][0].weight.requires_grad
+    assert model[0][1].training
+
+
+def test_all_switched_on_every_epoch_opens_what_the_user_held_and_moves_nothing_else():
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer, controller = start(model, After(2, {0, 1}))
+    for _ in range(3):
+        step(model, optimizer, controller)
+    before = model[1][0].weight.clone()
+    model.requires_grad_(True)
+    with pytest.warns(UserWarning, match="frozen layer 1"):
+        step(model, optimizer, controller)
+    for _ in range(2):
+        model.requires_grad_(True)
+        step(model, optimizer, controller)
+    assert torch.equal(before, model[1][0].weight)
+    assert controller.frozen == {1}
+
+
+def test_what_is_switched_on_in_every_step_gets_no_gradient_from_the_second_step_on():
+    """As adapters are, where a model without them is its own reference."""
+    model = network()
+    optimizer, controller = start(model, After(0, {0, 1}))
+    made = []
+    for number in range(4):
+        model.requires_grad_(True)
+        hidden = []
+        handle = model[1].register_forward_hook(lambda module, args, output, hidden=hidden: hidden.append(output))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if number == 0 else "error")
+            step(model, optimizer, controller)
+        handle.remove()
+        made.append(hidden[0].requires_grad)
+    assert made == [True, False, False, False]
+
+
+class Adversarial(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.generator = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.discriminator = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def optimizers(self):
+        return [torch.optim.Adam(part.parameters(), 0.01) for part in (self.generator, self.discriminator)]
+
+    def layers(self):
+        return layers_of(self, patterns=["generator.0", "generator.2", "discriminator.0", "discriminator.2"])
+
+    def generate(self, optimizer):
+        for parameter in self.discriminator.parameters():
+            parameter.requires_grad = False
+        optimizer.zero_grad()
+        self.discriminator(self.generator(torch.randn(6, 4))).mean().backward()
+        optimizer.step()
+
+    def discriminate(self, optimizer):
+        for parameter in self.discriminator.parameters():
+            parameter.requires_grad = True
+        optimizer.zero_grad()
+        fake = self.generator(torch.randn(6, 4)).detach()
+        (self.discriminator(torch.randn(6, 8)) - self.discriminator(fake)).mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("order", ["generator first", "discriminator first"])
+def test_a_discriminator_that_is_switched_in_each_step_freezes_for_good(order):
+    model = Adversarial()
+    first, second = model.optimizers()
+    controller = FreezeController(
+        model, [first, second], After(3, {2}), total_steps=12, layers=model.layers(), say=None
+    )
+    passes = [(model.generate, first), (model.discriminate, second)]
+    weights = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it is switched back on
+        for _ in range(12):
+            for train, optimizer in passes if order == "generator first" else reversed(passes):
+                train(optimizer)
+            controller.step()
+            weights.append(model.discriminator[0].weight.detach().clone())
+    assert controller.frozen == {2}
+    assert all(torch.equal(weights[2], weight) for weight in weights[3:])
+    assert not torch.equal(weights[1], weights[2])
+    controller.release()
+    assert trains(model.discriminator[0])
+
+
+def test_a_generator_that_trains_in_every_fifth_step_is_no_lost_gradient():
+    model = Adversarial()
+    first, second = model.optimizers()
+    policy = After(5, {0})
+    controller = FreezeController(model, [first, second], policy, total_steps=20, layers=model.layers(), say=None)
+    for number in range(20):
+        first.zero_grad()
+        model.discriminate(second)
+        if number % 5 == 4:
+            model.generate(first)
+            model.discriminator.requires_grad_(True)
+        controller.step()
+    assert controller.frozen == {0}
+
+
+def test_norms_that_no_optimizer_holds_yet_are_no_error_beside_weights_that_rest():
+    model = network()
+    model[0][0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[1:].parameters(), 0.1)
+    controller = FreezeController(model, optimizer, After(2, {0}), total_steps=20, say=None)
+    for _ in range(3):
+        step(model, optimizer, controller)
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": model[0].parameters()})
+    before = model[0][0].weight.clone()
+    step(model, optimizer, controller)
+    assert not torch.equal(before, model[0][0].weight)
+    assert controller.frozen == set()
+
+
+def test_a_network_with_a_layer_that_the_user_may_still_open_is_not_finished():
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer, controller = start(model, After(2, {0, 1, 2}))
+    for _ in range(3):
+        step(model, optimizer, controller)
+    assert controller.frozen == {0, 1, 2}
+    assert not controller.finished
+
+
+@pytest.mark.parametrize("name", ["gradual", "lisa"])
+def test_a_policy_that_unfreezes_opens_no_layer_of_the_users(name):
+    model = network(4)
+    model[0].requires_grad_(False)
+    optimizer, controller = start(model, make_policy(name))
+    for _ in range(20):
+        step(model, optimizer, controller)
+        assert rests(model[0])
+    controller.release()
+    assert rests(model[0])
+    assert trains(model[1:])
+
+
+def test_modes_come_back_as_they_were():
+    class NormsInEvaluation(nn.Sequential):
+        """As detectors override `train`."""
+
+        def train(self, mode=True):
+            super().train(mode)
+            self[1][1].eval()
+            return self
+
+    model = NormsInEvaluation(*network()).train()
+    model[0][1].eval()
+    controller = start(model, After(0, {0, 1, 2}))[1]
+    model[1].eval()
+    model[2].eval()
+    model[2].train()
+    controller.release()
+    norms = [block[1].training for block in model[:3]]
+    assert norms == [False, False, True]
+    assert not model[1][3].training
+    assert model[2][3].training
+
+
+def test_a_trainer_that_restores_flags_by_itself_changes_nothing():
+    model = network().train()
+    controller = start(model, After(0, {0, 1}))[1]
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for module, flag in flags:  # Lightning, after each validation
+        module.training = flag
+    assert not model[0][1].training
+    controller.release()
+    assert all(module.training for module in model.modules())
+
+
+def test_a_model_that_starts_in_evaluation_mode_is_released_into_its_own():
+    model = network().eval()
+    controller = start(model, After(0, {0, 1}))[1]
+    model.train()
+    assert not model[0][1].training
+    controller.release()
+    assert all(module.training for module in model.modules())

@@ -51,10 +51,14 @@ class FreezeController:
     **Cost of a step.** A step in which nothing is due costs one comparison, before the first freeze and after it.
 
     **What your code switches back on.** A `requires_grad_(True)` on a frozen layer does nothing until a gradient
-    arrives. That gradient is dropped in the backward pass, so that no optimizer moves the layer, with one warning; the
-    next `step` freezes the layer again and calls the callbacks of `on_moved`. A `.grad` that is set by hand is
-    noticed within a twentieth of the training and 100 steps; the layer may have moved by then. To train frozen layers
-    again, call `release`.
+    arrives. Where the layer trained until it froze, that gradient is dropped in the backward pass, so that no optimizer
+    moves the layer, with one warning; the next `step` freezes the layer again and calls the callbacks of `on_moved`.
+    A `.grad` that is set by hand is noticed within a twentieth of the training and 100 steps; the layer may have moved
+    by then. To train frozen layers again, call `release`.
+
+    **What your code holds still** is yours. A layer in which nothing requires a gradient is at rest. If a policy
+    freezes it all the same and you open it later, it trains at once, the controller unfreezes it, and a policy by the
+    clock does not freeze it again.
 
     Args:
         model: any module, as the loop calls it. Inside DDP or `torch.compile` it is followed there.
@@ -103,7 +107,7 @@ class FreezeController:
         self.agree: Callable[[frozenset[int], int], frozenset[int]] = _own_answer
         self._planned: frozenset[int] = frozenset()  # what the policy wants frozen; frozen unless in a dry run
         warn_of_leftover_freezing(self.layers)
-        self._opened: set[int] = set()  # by the user, since the last step
+        self._opened: set[int] = set()  # by the user, since the step before
         self._given_back: set[int] = set()  # all that the user has opened since they were frozen
         self._step = 0
         self._next_wake = 0
@@ -242,6 +246,7 @@ class FreezeController:
             self._watch.check(_training(view))
         self.policy.observe(view)
         event = self._decide() if self.policy.due(self._step, self.total_steps) else None
+        self._opened.clear()
         if self._step >= self.total_steps:
             self._guard.close()  # what a model is used for after its training is the user's
         self._next_wake = self._step + 1 if self._busy else self._next_due()
@@ -276,8 +281,7 @@ class FreezeController:
                 "indices run from 0 to one less"
             )
         wanted = self.agree(wanted, len(self.layers))
-        if not self.policy.refreezes:
-            wanted -= self._given_back
+        wanted -= self._opened if self.policy.refreezes else self._given_back
         if wanted == self._planned:
             return None
         return self._change(wanted, record=True)
@@ -330,7 +334,6 @@ class FreezeController:
         if self._moved or self._step >= self._next_check:
             self._opened.update(filter(self._guard.opened, self.frozen))
         opened = self._opened & self.frozen
-        self._opened.clear()
         if not opened:
             return None
         self._given_back |= opened

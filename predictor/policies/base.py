@@ -30,8 +30,8 @@ class View:
     """What the layers cost, for a policy that `wants_flops`. None before the first forward pass, and for a model on
     which FLOPs cannot be counted, such as a sharded one."""
     resting: frozenset[int] = frozenset()
-    """Indices of layers that the user holds still: none of their parameters requires a gradient, and no controller has
-    frozen them. A policy may freeze them, which is taken back where the user opens them."""
+    """Indices of the layers that the user holds still now: no parameter of theirs requires a gradient, and the
+    controller did not freeze them."""
 
     @property
     def progress(self) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from predictor import FreezeController, FreezePolicy, layers_of, make_policy
+from predictor import FeatureCache, FreezeController, FreezePolicy, layers_of, make_policy
 
 X = torch.linspace(-1, 1, 16 * 8).reshape(16, 8)
 Y = torch.arange(16) % 2
@@ -330,3 +330,68 @@ def test_a_model_that_starts_in_evaluation_mode_is_released_into_its_own():
     assert not model[0][1].training
     controller.release()
     assert all(module.training for module in model.modules())
+
+
+def test_a_layer_whose_outputs_come_from_a_cache_is_given_back_when_it_is_opened():
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer, controller = start(model, After(1, {0, 1}))
+    cache = FeatureCache(controller)
+    for number in range(10):
+        if number == 6:
+            model[0].requires_grad_(True)
+        with cache.batch(range(16)):
+            output = model(X)
+        F.cross_entropy(output, Y).backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+    assert cache.hits
+    assert [(event.step, event.unfroze) for event in controller.history] == [(1, ()), (7, (0,))]
+
+
+def test_adapters_come_back_as_they_were_beside_a_reference_without_them():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["4"]))
+    layers = layers_of(base, patterns=["0*", "2*"])
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    optimizer, controller = start(model, After(2, {0, 1}), layers=layers)
+    moved = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(6):
+            before = [parameter.detach().clone() for parameter in layers[0].parameters()]
+            with torch.no_grad(), model.disable_adapter():
+                reference = model(X)
+            (F.cross_entropy(model(X), Y) + F.mse_loss(model(X), reference)).backward()
+            optimizer.step()
+            controller.step()
+            optimizer.zero_grad()
+            now = layers[0].parameters()
+            moved.append(not all(torch.equal(old, new) for old, new in zip(before, now, strict=True)))
+    assert moved == [True, True, False, False, False, False]
+    assert controller.frozen == {0, 1}
+    controller.release()
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == required
+
+
+def test_a_layer_gets_its_own_rate_from_the_group_that_is_added_for_it():
+    factors = []
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    policy = make_policy("freezeout", scaled=False)
+    controller = FreezeController(model, optimizer, policy, total_steps=100, say=None)
+    step(model, optimizer, controller)
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.01})
+    factors = policy.rates(controller.view)
+    assert factors[0] == pytest.approx(factors[1], abs=0.01)  # each a multiple of its own group's rate
+    before = model[0][0].weight.clone()
+    F.cross_entropy(model(X), Y).backward()
+    gradient = model[0][0].weight.grad.clone()
+    factor = policy.rates(controller.view)[0]
+    optimizer.step()
+    assert torch.allclose(model[0][0].weight, before - factor * 0.01 * gradient, atol=1e-7)

@@ -81,7 +81,7 @@ def settle_containers(model: nn.Module, layers: Sequence[Layer], frozen: Iterabl
     """Have modules that hold only frozen layers stand still, and let others go.
 
     A container may have dropout of its own. In BERT's attention the projections are layers, and the dropout between
-    them belongs to their container.
+    them belongs to their container. One without parameters, as fake quantization is, counts by the modules inside it.
 
     Args:
         model: the model.
@@ -97,7 +97,7 @@ def settle_containers(model: nn.Module, layers: Sequence[Layer], frozen: Iterabl
     for module in containers:
         own = [id(parameter) for parameter in module.parameters()]
         within = [inner for inner in module.modules() if inner in in_layers]
-        if frozen_ids.issuperset(own) and still.issuperset(within) and (own or within):
+        if frozen_ids.issuperset(own) if own else within and still.issuperset(within):
             if module not in users:
                 hold(module, model)
         elif is_held(module):

@@ -109,7 +109,7 @@ def forget_trained(modules: Iterable[nn.Module], parameters: set[int] | None = N
     for module in modules:
         record = module.__dict__.get(_RECORD, {})
         for name in list(record.get("trained", ())):
-            parameter = module._parameters.get(name)
+            parameter = dict(module._parameters.items()).get(name)  # a scripted module has no more than items
             if parameters is None or id(parameter) in parameters:
                 record["trained"] = [other for other in record["trained"] if other != name]
                 if parameter is not None:
@@ -219,6 +219,8 @@ def _stands_still_in_evaluation(module: nn.Module) -> bool:
         return True
     if isinstance(module, (nn.MultiheadAttention, nn.RNNBase, nn.TransformerEncoderLayer)):
         return False
+    if any(kind.__name__ == "GraphModule" for kind in type(module).__mro__):
+        return False  # its code looks at no mode, and it could not be pickled with a reference to itself
     if any(type(hook).__module__ == "torch.nn.utils.spectral_norm" for hook in module._forward_pre_hooks.values()):
         return True
     own = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] not in ("torch", "builtins")]

@@ -276,6 +276,27 @@ def test_a_copy_trains_like_any_model_once_it_is_released(copied):
     controller.release()
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
+def test_a_traced_network_is_copied_too(copied):
+    model = nn.Sequential(torch.fx.symbolic_trace(normalized()), nn.Linear(2, 2))
+    controller = freeze_all(model, layers_of(model, patterns=["0.*"]))
+    assert not model.train()[0].get_submodule("1").training
+    assert copied(model).train()[0].get_submodule("1").training
+    controller.release()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is (deprecated|not supported)")
+def test_a_scripted_network_stands_still_and_comes_back():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)))
+    model = nn.Sequential(scripted, nn.Linear(8, 2)).train()
+    controller = freeze_all(model)
+    x = torch.randn(4, 8)
+    assert torch.equal(model(x), model(x))
+    controller.release()
+    assert not torch.equal(model(x), model(x))
+    assert scripted[1].training
+
+
 def test_a_copy_gives_back_only_what_trained():
     model = normalized()
     model[1].requires_grad_(False)

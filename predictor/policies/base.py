@@ -29,6 +29,9 @@ class View:
     flops: LayerFlops | None = None
     """What the layers cost, for a policy that `wants_flops`. None before the first forward pass, and for a model on
     which FLOPs cannot be counted, such as a sharded one."""
+    resting: frozenset[int] = frozenset()
+    """Indices of the layers that the user holds still now: no parameter of theirs requires a gradient, and the
+    controller did not freeze them."""
 
     @property
     def progress(self) -> float:

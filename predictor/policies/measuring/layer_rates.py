@@ -21,7 +21,7 @@ class OwnRates:
 
     def __init__(self, optimizer: Optimizer, layers: Sequence[Layer], lr: float | None = None) -> None:
         self._optimizer = optimizer
-        self._groups = [_group_of(layer, optimizer) for layer in layers]
+        self._groups = [group or 0 for group in group_of_layers(layers, optimizer.param_groups)]
         self.start_L = [_start_of(optimizer.param_groups[group]) if lr is None else lr for group in self._groups]
         """The rate at which each layer starts."""
 
@@ -35,10 +35,15 @@ def _start_of(group: dict[str, Any]) -> float:
     return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
 
 
-def _group_of(layer: Layer, optimizer: Optimizer) -> int:
-    """The number of the parameter group that holds most of a layer; of the first where none does."""
-    sizes = [0] * len(optimizer.param_groups)
-    own = {id(parameter) for parameter in layer.parameters()}
-    for number, group in enumerate(optimizer.param_groups):
-        sizes[number] = sum(parameter.numel() for parameter in group["params"] if id(parameter) in own)
-    return sizes.index(max(sizes))
+def group_of_layers(layers: Sequence[Layer], groups: Sequence[Mapping[str, Any]]) -> list[int | None]:
+    """Of each layer, the number of the parameter group that holds most of it; None where none does."""
+    number_of = {id(parameter): number for number, group in enumerate(groups) for parameter in group["params"]}
+    found: list[int | None] = []
+    for layer in layers:
+        sizes: dict[int, int] = {}
+        for parameter in layer.parameters():
+            if id(parameter) in number_of:
+                number = number_of[id(parameter)]
+                sizes[number] = sizes.get(number, 0) + parameter.numel()
+        found.append(min(sizes, key=lambda number: (-sizes[number], number), default=None))
+    return found

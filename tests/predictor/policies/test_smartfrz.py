@@ -242,11 +242,11 @@ def test_it_freezes_nothing_below_its_threshold(make_predictor_file):
 
 @pytest.mark.parametrize(("prefix", "expected"), [(True, {0}), (False, {0, 2})])
 def test_the_frozen_set_is_a_prefix_by_default(make_predictor_file, prefix, expected):
-    policy, _ = run(make_predictor_file(threshold=0.5), steps=1, prefix=prefix)
+    policy = make_policy("smartfrz", predictor=make_predictor_file(threshold=0.5), prefix=prefix)
     view = View(layers_of(chain(3)), frozenset(), 1, 12)
-    assert policy._choose(view, torch.tensor([0.9, 0.1, 0.9])) == expected
+    assert policy._choose(view, dict(zip(view.active, [0.9, 0.1, 0.9], strict=True))) == expected
     view = View(layers_of(chain(4)), frozenset({0, 1}), 1, 12)
-    assert policy._choose(view, torch.tensor([0.9, 0.1])) == {2}
+    assert policy._choose(view, dict(zip(view.active, [0.9, 0.1], strict=True))) == {2}
 
 
 def test_the_predictor_gets_the_windows_of_the_active_layers(make_predictor_file):
@@ -277,14 +277,16 @@ def test_a_risk_stands_for_a_threshold(make_predictor_file):
 
 
 def test_a_layer_needs_votes_in_a_row(make_predictor_file):
-    policy, _ = run(make_predictor_file(threshold=0.5), steps=1, votes=2)
+    policy = make_policy("smartfrz", predictor=make_predictor_file(threshold=0.5), votes=2)
     view = View(layers_of(chain(3)), frozenset(), 1, 12)
-    assert policy._choose(view, torch.tensor([0.9, 0.9, 0.9])) == set()
+    assert policy._choose(view, dict(zip(view.active, [0.9, 0.9, 0.9], strict=True))) == set()
     resumed = make_policy("smartfrz", predictor=make_predictor_file(threshold=0.5), votes=2)
     resumed.load_state_dict(policy.state_dict())
-    assert policy._choose(view, torch.tensor([0.9, 0.1, 0.9])) == {0}
-    assert policy._choose(view, torch.tensor([0.9, 0.9, 0.9])) == {0}  # the second layer begins again
-    assert resumed._choose(view, torch.tensor([0.9, 0.9, 0.1])) == {0, 1}
+    assert policy._choose(view, dict(zip(view.active, [0.9, 0.1, 0.9], strict=True))) == {0}
+    assert policy._choose(view, dict(zip(view.active, [0.9, 0.9, 0.9], strict=True))) == {
+        0
+    }  # the second layer begins again
+    assert resumed._choose(view, dict(zip(view.active, [0.9, 0.9, 0.1], strict=True))) == {0, 1}
 
 
 def test_a_share_of_the_layers_freezes_before_the_first_step(make_predictor_file):

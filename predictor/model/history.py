@@ -39,7 +39,8 @@ class LayerHistory:
     has a gradient of exactly zero or is held still by the user, it has no window, and its window begins anew when it
     moves again.
 
-    **Gradients.** A layer whose gradient norm is not finite keeps its last gradient and motion.
+    **Gradients.** A layer whose gradient norm is not finite keeps its last gradient and motion. Before its first
+    gradient a layer looks as if there were nothing left to learn, so that its window begins right before that.
 
     **Learning rate.** Weights move less at a lower rate, which looks like a layer that is ready, while the network may
     be about to gain most, or the rate about to rise again. So a layer's window begins anew at each snapshot at which
@@ -61,15 +62,22 @@ class LayerHistory:
             change by the same factor as those of the layers that train, as they would if nothing were frozen. A
             predictor that has learned from outcomes needs that: a gain kept from the moment of freezing would count
             against all layers behind it. If false, they stay at their last value.
+        needs_gradients: whether a window needs gradients.
     """
 
     def __init__(
-        self, sizes_L: Sequence[int] | Tensor, total_steps: int, window: int, fade_frozen: bool = False
+        self,
+        sizes_L: Sequence[int] | Tensor,
+        total_steps: int,
+        window: int,
+        fade_frozen: bool = False,
+        needs_gradients: bool = True,
     ) -> None:
         layers = len(sizes_L)
         self.total_steps = total_steps
         self.window = window
         self.fade_frozen = fade_frozen
+        self.needs_gradients = needs_gradients
         self.length_L = [0] * layers
         """Of each layer, the snapshots since its window began."""
         self.still_L = [0] * layers
@@ -98,15 +106,9 @@ class LayerHistory:
         """The features at the newest snapshot, in the order of FEATURES."""
         return self._features[-1]
 
-    def with_window(self, layers: Sequence[int], with_gradient: bool = False) -> list[int]:
-        """Those of the layers that have a whole window.
-
-        Args:
-            layers: indices of layers.
-            with_gradient: leave out layers that have never had a gradient.
-        """
-        whole = [index for index in layers if self.length_L[index] >= self.window]
-        return [index for index in whole if self._gradient_L[index] > 0] if with_gradient else whole
+    def with_window(self, layers: Sequence[int]) -> list[int]:
+        """Those of the layers that have a whole window."""
+        return [index for index in layers if self.length_L[index] >= self.window]
 
     def at_rest(self, layers: Sequence[int]) -> set[int]:
         """Those of the layers that have not moved for as long as a window takes."""
@@ -226,7 +228,8 @@ class LayerHistory:
         for index, length in enumerate(self.length_L):
             self.still_L[index] = self.still_L[index] + 1 if index in idle else 0
             window = min(length + 1, len(progress_T))
-            anew = self._rates[index].rose or self._rates[index].may_rise_again(progress_T[-1])
+            anew = self.needs_gradients and float(self._gradient_L[index]) == 0
+            anew = anew or self._rates[index].rose or self._rates[index].may_rise_again(progress_T[-1])
             anew = anew or _has_dropped(log_rate_LT[index][-window:])
             anew = anew or _falls_steeply(progress_T[-window:], log_rate_LT[index][-window:])
             self.length_L[index] = 0 if index in without_window else 1 if anew else length + 1

@@ -122,7 +122,7 @@ class SmartFRZPolicy(FreezePolicy):
         if not self._take_snapshot(view):
             return view.frozen | (frozenset(range(round(self.front * len(view.layers)))) if view.step == 0 else set())
         assert self._history is not None
-        indices = self._history.with_window(view.active, with_gradient=self._uses_gradients)
+        indices = self._history.with_window(view.active)
         if not indices:
             self._votes.clear()
             return view.frozen
@@ -175,7 +175,7 @@ class SmartFRZPolicy(FreezePolicy):
 
     def _new_history(self, view: View, sampler: LayerSampler) -> LayerHistory:
         window, sizes_L = self._model.config.window, sampler.sizes_L
-        history = LayerHistory(sizes_L, view.total_steps, window, fade_frozen=self._knows_costs)
+        history = LayerHistory(sizes_L, view.total_steps, window, self._knows_costs, self._uses_gradients)
         if self._loaded:
             history.load_state_dict(self._loaded)
             self._loaded = {}

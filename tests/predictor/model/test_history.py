@@ -165,8 +165,8 @@ def held(*still, window=3, gradients=(1.0, 1.0), **update):
 @pytest.mark.parametrize("norm", [math.nan, 0.0, 1.0])
 def test_a_layer_that_stands_still_has_no_window_until_it_has_moved_for_one(norm):
     history, lengths = held(0, 0, 1, 0, 0, 0, gradients=(norm, 1.0))
-    assert lengths == ([1, 2, 0, 1, 2, 3] if norm != 0 else [0] * 6)
-    assert history.with_window([0, 1]) == ([0, 1] if norm != 0 else [1])
+    assert lengths == {"nan": [1, 1, 0, 1, 1, 1], "0.0": [0] * 6, "1.0": [1, 2, 0, 1, 2, 3]}[str(norm)]
+    assert history.with_window([0, 1]) == ([0, 1] if norm == 1 else [1])
 
 
 def test_a_layer_is_at_rest_when_it_has_not_moved_for_a_window():
@@ -182,10 +182,13 @@ def test_a_layer_that_the_user_holds_has_no_window_even_if_something_moves_it():
     assert history.at_rest([0, 1]) == set()  # as the average of another network's weights, it is no part of a prefix
 
 
-def test_a_layer_without_any_gradient_ever_has_no_window_that_counts():
-    history, _ = held(0, 0, 0, gradients=(math.nan, 1.0))
-    assert history.with_window([0, 1]) == [0, 1]
-    assert history.with_window([0, 1], with_gradient=True) == [1]
+@pytest.mark.parametrize(("needed", "lengths"), [(True, [1, 1, 1, 2, 3]), (False, [1, 2, 3, 4, 5])])
+def test_a_window_begins_right_before_the_first_gradient_if_gradients_are_needed(needed, lengths):
+    made, found = LayerHistory([10], 20, 3, needs_gradients=needed), []
+    for step, weights in enumerate(snapshots(5, layers=1)):
+        made.update(step, 0.1, weights, torch.tensor([1.0 if step >= 3 else math.nan]))
+        found.append(made.length)
+    assert found == lengths
 
 
 def test_what_the_user_holds_fades_with_the_others():

@@ -81,7 +81,7 @@ class LayerHistory:
         self.length_L = [0] * layers
         """Of each layer, the snapshots since its window began."""
         self.still_L = [0] * layers
-        """Of each layer, the newest snapshots in a row between which it has not moved."""
+        """Of each layer, the newest snapshots in a row at which it had not moved, or had a gradient of zero."""
         self._size_L = torch.as_tensor(sizes_L, dtype=torch.float32, device="cpu")
         self._weights: deque[Tensor] = deque(maxlen=window)  # weights_LK of each snapshot
         self._features: deque[Tensor] = deque(maxlen=window)  # features_LF
@@ -111,7 +111,7 @@ class LayerHistory:
         return [index for index in layers if self.length_L[index] >= self.window]
 
     def at_rest(self, layers: Sequence[int]) -> set[int]:
-        """Those of the layers that have not moved for as long as a window takes."""
+        """Those of the layers that nothing has trained for as long as a window takes."""
         return {index for index in layers if self.still_L[index] >= self.window - 1}
 
     def windows(self, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -152,8 +152,8 @@ class LayerHistory:
         if evidence:
             self._update_gains(weights_LK, before_LK, step - self._step, gradient_norms_L, idle | held)
             self._append(step, lr, weights_LK)
-            signalless = set(torch.nonzero(gradient_norms_L == 0).flatten().tolist())
-            self._count(idle, idle | held | signalless)
+            idle |= set(torch.nonzero(gradient_norms_L == 0).flatten().tolist())  # weight decay alone may move these
+            self._count(idle, idle | held)
         else:
             self.length_L = [0 if index in held else length for index, length in enumerate(self.length_L)]
         self._step = step
@@ -174,6 +174,8 @@ class LayerHistory:
             self._weights[row] = weights_LK.where(anew_L1, self._weights[row])
         if self._first_LK is not None:
             self._first_LK = weights_LK.where(anew_L1, self._first_LK)
+        for index in layers:
+            self.length_L[index] = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The window and what the next features are computed from: tensors, numbers and lists of them."""

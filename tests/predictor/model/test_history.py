@@ -169,7 +169,8 @@ def test_a_layer_that_stands_still_has_no_window_until_it_has_moved_for_one(norm
     assert history.with_window([0, 1]) == ([0, 1] if norm == 1 else [1])
 
 
-def test_a_layer_is_at_rest_when_it_has_not_moved_for_a_window():
+def test_a_layer_is_at_rest_when_nothing_has_trained_it_for_a_window():
+    assert held(0, 0, 0, gradients=(0.0, 1.0))[0].at_rest([0, 1]) == {0}  # weight decay alone moves it
     assert held(0, 0, 1)[0].at_rest([0, 1]) == set()
     assert held(0, 1, 1)[0].at_rest([0, 1]) == {0}
     assert held(0, 1, 1)[0].at_rest([1]) == set()
@@ -204,6 +205,7 @@ def test_a_layer_of_which_other_weights_are_sampled_begins_again_and_no_state_ch
     state, now = made.state_dict(), snapshots(5)[4]
     saved = [rows.clone() for rows in state["snapshots"]]
     made.restart([0], now, [5, 20])
+    assert made.length_L == [0, 4]
     made.update(4, 0.1, now, torch.ones(2))
     assert made.length_L == [0, 5]
     assert all(torch.equal(*pair) for pair in zip(state["snapshots"], saved, strict=True))

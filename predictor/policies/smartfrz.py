@@ -45,11 +45,12 @@ class SmartFRZPolicy(FreezePolicy):
     Differs: the paper's predictor sees raw weights alone, which in our measurements does not carry over to another
         architecture. Ours has learned what freezing a prefix did to the loss, the paper's how alike activations are.
         The paper weighs no FLOPs. `prefix` keeps the frozen set a prefix, where freezing saves most; that is an option
-        of third parties. After a drop of the learning rate, from which a network gains most, ours waits until the whole
-        window lies behind the drop. A snapshot at which nothing has moved is left out.
-    Cost: one gather and one gradient norm a layer and one small batch through the predictor at each of about 60
-        snapshots a run. With `prefix` and a predictor that knows what freezing costs also one forward pass, in which
-        FLOPs are counted.
+        of third parties. A layer is not judged while its learning rate has dropped, falls far too early or has risen
+        again within the window, and only by steps in which it moved and had a gradient (`LayerHistory`). Layers that
+        the user holds still are not judged. A prefix passes over them, and they join it until they are opened.
+    Cost: one gather and one gradient norm a layer, two transfers from a GPU and one small batch through the predictor
+        at each of about 60 snapshots a run. With `prefix` and a predictor that knows what freezing costs also one
+        forward pass, in which FLOPs are counted.
 
     Args:
         predictor: a file from `python -m predictor train`. By default the one that ships.

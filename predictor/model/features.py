@@ -21,7 +21,12 @@ _NO_GAIN = 1e-12
 
 
 def snapshot_features(
-    progress: float, remaining_steps: int, log_lr: float, distance_L: Tensor, gradient_L: Tensor, move_L: Tensor
+    progress: float,
+    remaining_steps: int,
+    log_lr: float | NDArray[np.float64],
+    distance_L: Tensor,
+    gradient_L: Tensor,
+    move_L: Tensor,
 ) -> Tensor:
     """The features of every layer at one snapshot: features_LF, float32, in the order of FEATURES.
 
@@ -44,7 +49,7 @@ def snapshot_features(
     Args:
         progress: steps done over all steps.
         remaining_steps: optimizer steps to the end of the training.
-        log_lr: from `log_lr`.
+        log_lr: from `log_lr`, of all layers or one for each.
         distance_L: from `distance`.
         gradient_L: norms of the layers' gradients; 0 for a layer that has had none yet.
         move_L: from `move`.

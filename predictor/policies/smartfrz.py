@@ -1,5 +1,6 @@
 """SmartFRZ: an attention model predicts from the motion of each layer's weights whether the layer may freeze."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from predictor.model.file import PredictorFile, load_predictor
 from predictor.model.history import LayerHistory
 from predictor.model.sampling import LayerSampler
 from predictor.policies.base import FreezePolicy, View
-from predictor.policies.measuring.gradients import gradient_norms, gradients
+from predictor.policies.measuring.gradients import gradient_norms_of, gradients, to_host
+from predictor.policies.measuring.layer_rates import group_of_layers
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "smartfrz.safetensors"
 _PATIENCE = 2
@@ -43,11 +45,12 @@ class SmartFRZPolicy(FreezePolicy):
     Differs: the paper's predictor sees raw weights alone, which in our measurements does not carry over to another
         architecture. Ours has learned what freezing a prefix did to the loss, the paper's how alike activations are.
         The paper weighs no FLOPs. `prefix` keeps the frozen set a prefix, where freezing saves most; that is an option
-        of third parties. After a drop of the learning rate, from which a network gains most, ours waits until the whole
-        window lies behind the drop. A snapshot at which nothing has moved is left out.
-    Cost: one gather and one gradient norm a layer and one small batch through the predictor at each of about 60
-        snapshots a run. With `prefix` and a predictor that knows what freezing costs also one forward pass, in which
-        FLOPs are counted.
+        of third parties. A layer is not judged while its learning rate has dropped, falls far too early or has risen
+        again within the window, and only by steps in which it moved and had a gradient (`LayerHistory`). Layers that
+        the user holds still are not judged. A prefix passes over them, and they join it until they are opened.
+    Cost: one gather and one gradient norm a layer, two transfers from a GPU and one small batch through the predictor
+        at each of about 60 snapshots a run. With `prefix` and a predictor that knows what freezing costs also one
+        forward pass, in which FLOPs are counted.
 
     Args:
         predictor: a file from `python -m predictor train`. By default the one that ships.
@@ -93,14 +96,19 @@ class SmartFRZPolicy(FreezePolicy):
         self._history: LayerHistory | None = None  # made at the first decision
         self._loaded: dict[str, Any] = {}  # the state of a history that is not made yet
         self._votes: dict[int, int] = {}  # by active layer: consecutive decisions at which it was found ready
-        self._lr: float | Tensor | None = None  # of the newest step, if there was one since the newest snapshot
+        self._sampler: LayerSampler | None = None
+        self._steps = 0  # optimizer steps since the newest decision
+        self._decided = 0  # the step of that decision
+        self._rates: list[Any] = []  # of the newest of them, by parameter group
         self._lr_hook: RemovableHandle | None = None
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         """Draw the positions of the sampled weights, and begin a new history."""
         self.close()
         self._optimizer = optimizer
-        self._lr_hook = innermost(optimizer).register_step_post_hook(self._note_lr)
+        self._layers = layers
+        self._steps, self._decided, self._rates = 0, 0, []
+        self._lr_hook = innermost(optimizer).register_step_post_hook(self._note_rates)
         self._sampler = LayerSampler(layers, self._spec)
         self._history = None
         self._loaded = {}
@@ -114,33 +122,31 @@ class SmartFRZPolicy(FreezePolicy):
 
     def decide(self, view: View) -> frozenset[int]:
         """The layers frozen so far, and those that the predictor finds ready."""
-        history = self._history = self._history or self._new_history(view)
-        weights_LK = self._sampler.sample_all().cpu()  # of frozen layers too, so that all snapshots have one shape
-        evidence = history.update(view.step, self._last_lr(), weights_LK, self._gradient_norms(view), view.frozen)
-        if view.step == 0:
-            return view.frozen | frozenset(range(round(self.front * len(view.layers))))
-        if not evidence:
-            return view.frozen
-        self._check_gradients(view)
-        if history.length == 1:  # the learning rate has dropped
+        if not self._take_snapshot(view):
+            return view.frozen | (frozenset(range(round(self.front * len(view.layers)))) if view.step == 0 else set())
+        assert self._history is not None
+        indices = self._history.with_window(view.active)
+        if not indices:
             self._votes.clear()
-        if not history.ready or not view.active:
             return view.frozen
-        return view.frozen | self._choose(view, self._predict(view.active))
+        return view.frozen | self._choose(view, dict(zip(indices, self._predict(indices).tolist(), strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The history of the layers, and the votes so far."""
+        """The history of the layers, what is sampled of them, and the votes so far."""
         history = self._loaded if self._history is None else self._history.state_dict()
-        return {**history, "votes": dict(self._votes)}
+        sampled = {} if self._sampler is None else self._sampler.state_dict()
+        return {**history, **sampled, "votes": dict(self._votes)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        history = {name: value for name, value in state.items() if name != "votes"}
+        history = {name: value for name, value in state.items() if name not in ("votes", "sampled")}
         if self._history is None:
             self._loaded = history
         elif history:
             self._history.load_state_dict(history)
         self._votes = dict(state["votes"])
+        if self._sampler is not None and "sampled" in state:  # not in one of an earlier version
+            self._sampler.load_state_dict(state)
 
     def close(self) -> None:
         """Remove the hook from the optimizer."""
@@ -152,42 +158,69 @@ class SmartFRZPolicy(FreezePolicy):
         # A hook's handle refers to all hooks of the optimizer, and some of those cannot be copied.
         return {**self.__dict__, "_lr_hook": None}
 
-    def _new_history(self, view: View) -> LayerHistory:
-        sizes = [layer.size for layer in view.layers]
-        history = LayerHistory(sizes, view.total_steps, self._model.config.window, fade_frozen=self._knows_costs)
+    def _take_snapshot(self, view: View) -> bool:
+        """Add a snapshot to the history, and say whether it is evidence."""
+        sampler = self._sampler
+        assert sampler is not None
+        history = self._history = self._history or self._new_history(view, sampler)
+        opened = sampler.follow()
+        # Of frozen layers too, so that all snapshots have one shape.
+        weights_LK = to_host([sampler.sample(index) for index in range(len(view.layers))])
+        if opened:
+            history.restart(opened, weights_LK, sampler.sizes_L)
+        skipped = self._steps < view.step - self._decided
+        self._steps, self._decided = 0, view.step
+        norm_L, lr_L = self._read_norms_and_rates(view)
+        evidence = history.update(view.step, lr_L, weights_LK, norm_L, view.frozen, view.resting)
+        if evidence and view.step > 0:
+            self._check_gradients(view, skipped)
+        return evidence and view.step > 0
+
+    def _new_history(self, view: View, sampler: LayerSampler) -> LayerHistory:
+        window, sizes_L = self._model.config.window, sampler.sizes_L
+        history = LayerHistory(sizes_L, view.total_steps, window, self._knows_costs, self._uses_gradients)
         if self._loaded:
             history.load_state_dict(self._loaded)
             self._loaded = {}
         return history
 
-    def _note_lr(self, optimizer: Optimizer, *_: object) -> None:
-        """Keep the rate of the step just taken: in some loops the schedule has gone on when `decide` is called."""
-        lr = optimizer.param_groups[0]["lr"]
-        self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # a tensor is overwritten, and reading it waits
+    def _note_rates(self, optimizer: Optimizer, *_: object) -> None:
+        """Keep the rates of the step just taken: in some loops the schedule has gone on when `decide` is called."""
+        self._steps += 1
+        rates = [group.get("lr") for group in optimizer.param_groups]
+        # A tensor is overwritten, and reading it waits for the device.
+        self._rates = [lr.clone() if isinstance(lr, Tensor) else lr for lr in rates]
 
-    def _last_lr(self) -> float:
-        lr = float(self._optimizer.param_groups[0]["lr"] if self._lr is None else self._lr)
-        self._lr = None
-        return lr
+    def _read_norms_and_rates(self, view: View) -> tuple[Tensor, list[float]]:
+        """norm_L of the gradients, and lr_L: with one synchronization, rates on the device included."""
+        groups = self._optimizer.param_groups
+        rates = self._rates or [group.get("lr") for group in groups]
+        self._rates = []
+        norms = gradient_norms_of(view.layers) if self._uses_gradients and view.active else []
+        rates = [float(lr) if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr for lr in rates]
+        on_device = [lr.detach().float().reshape(()) for lr in rates if isinstance(lr, Tensor)]
+        read = to_host([*norms, *on_device]) if norms or on_device else torch.empty(0, device="cpu")
+        norm_L = read[: len(norms)] if norms else torch.full((len(view.layers),), torch.nan, device="cpu")
+        tensors = iter(read[len(norms) :].tolist())
+        lr_G = [_rate(next(tensors) if isinstance(lr, Tensor) else lr) for lr in rates]
+        if len(set(lr_G)) == 1:
+            return norm_L, lr_G[:1] * len(view.layers)
+        group_L = group_of_layers(self._layers, groups[: len(lr_G)])
+        return norm_L, [max(lr_G) if group is None else lr_G[group] for group in group_L]
 
     @property
     def _uses_gradients(self) -> bool:
         return len(self._model.config.features) > len(CLOCK)
 
-    def _gradient_norms(self, view: View) -> Tensor:
-        if not self._uses_gradients or not view.active:
-            return torch.full((len(view.layers),), torch.nan)
-        return gradient_norms(view.layers).cpu()
-
-    def _check_gradients(self, view: View) -> None:
+    def _check_gradients(self, view: View, skipped: bool) -> None:
         """Raise UsageError if weights move and no layer has a gradient, twice in a row.
 
-        Once may be a batch that was left out, as Lightning allows it.
+        Not where steps were skipped since the snapshot before: the newest may be one of them, and has none by right.
         """
         if not self._uses_gradients or any(gradients(view.layers[index]) for index in view.active):
             self._missed = 0
             return
-        self._missed += 1
+        self._missed += not skipped
         if self._missed == _PATIENCE:
             # Otherwise it would look like a network in which nothing is left to learn.
             raise UsageError(
@@ -196,32 +229,42 @@ class SmartFRZPolicy(FreezePolicy):
             )
 
     @torch.inference_mode()
-    def _predict(self, active: Sequence[int]) -> Tensor:
+    def _predict(self, indices: Sequence[int]) -> Tensor:
         """The probability that each of these layers may be frozen now."""
         assert self._history is not None
-        probability_B: Tensor = self._model(tokens(self._model.config, *self._history.windows(active))).sigmoid()
+        probability_B: Tensor = self._model(tokens(self._model.config, *self._history.windows(indices))).sigmoid()
         return probability_B
 
-    def _choose(self, view: View, probability_B: Tensor) -> set[int]:
-        ready = self._ready(view, dict(zip(view.active, probability_B.tolist(), strict=True)))
+    def _choose(self, view: View, probability: dict[int, float]) -> set[int]:
+        """The layers to freeze now, by the probabilities of those that have a window."""
+        passed = set() if self._history is None else self._history.at_rest(view.active)
+        ready = self._ready(view, probability, passed)
         self._votes = {index: self._votes.get(index, 0) + 1 for index in ready}
         chosen = {index for index, votes in self._votes.items() if votes >= self.votes}
         if not self.prefix:
             return chosen
         size = 0
-        while size in chosen or size in view.frozen:
+        while size in chosen or size in view.frozen or size in passed:
             size += 1
-        return {index for index in chosen if index < size}
+        chosen = {index for index in chosen if index < size}
+        # What the user holds still in front of them joins them: the prefix ends the backward pass, and can be cached.
+        return chosen | {index for index in passed & view.resting if index < max(chosen, default=0)}
 
-    def _ready(self, view: View, probability: dict[int, float]) -> list[int]:
-        """Which of the active layers are ready, by their probabilities."""
+    def _ready(self, view: View, probability: dict[int, float], passed: set[int]) -> list[int]:
+        """Which of the layers that have a window are ready."""
         if not self.wants_flops:
             return [index for index, p in probability.items() if p >= self.threshold]
         if self._saved_L is None:
             self._saved_L = _saved_by_prefixes(view)
-        probability_L = [probability.get(index, 1.0) for index in range(len(view.layers))]
+        certain = view.frozen | passed
+        probability_L = [probability.get(index, float(index in certain)) for index in range(len(view.layers))]
         size = largest_prefix(probability_L, self._saved_L, self.threshold)
         return [index for index in probability if index < size]
+
+
+def _rate(lr: Any) -> float:
+    """A learning rate. An optimizer that finds its own, as Adafactor, may have None: then it is taken for constant."""
+    return float(lr) if isinstance(lr, int | float) and math.isfinite(lr) else 1.0
 
 
 def _threshold(file: PredictorFile, threshold: float | None, risk: float | None) -> float:

@@ -55,7 +55,8 @@ def replay(
         fade_frozen: as in `LayerHistory`.
         frozen: the frozen layers at each snapshot. By default those that stand still and have no gradient.
     """
-    history = LayerHistory(recording.size_L, recording.total_steps, window=3, fade_frozen=fade_frozen)
+    with_gradients = bool(recording.gradient_norm_TL.isfinite().any())
+    history = LayerHistory(recording.size_L, recording.total_steps, 3, fade_frozen, needs_gradients=with_gradients)
     frozen = _standing_still(recording) if frozen is None else frozen
     kept, features, lengths = [], [], []
     for row, (step, lr) in enumerate(zip(recording.step_T.tolist(), recording.lr_T.tolist(), strict=True)):

@@ -17,9 +17,18 @@ def gradients(layer: Layer) -> list[Tensor]:
 
 @torch.no_grad()
 def gradient_norms(layers: Sequence[Layer]) -> Tensor:
-    """norm_L: the Euclidean norm of each layer's gradient, over all its parameters; NaN where there is none."""
-    norms = [_gradient_norm(layer) for layer in layers]
+    """norm_L: the Euclidean norm of each layer's gradient, over all its parameters; NaN where there is none.
+
+    Float32, on the first layer's device.
+    """
+    norms = gradient_norms_of(layers)
     return torch.stack([norm.to(norms[0].device) for norm in norms])
+
+
+@torch.no_grad()
+def gradient_norms_of(layers: Sequence[Layer]) -> list[Tensor]:
+    """The same numbers, each on its layer's device."""
+    return [_gradient_norm(layer) for layer in layers]
 
 
 def whole(value: Tensor) -> Tensor:
@@ -31,6 +40,17 @@ def read(values: Sequence[Tensor]) -> list[float]:
     """Read numbers that may be on several devices, with one synchronization."""
     first, *_ = values = [whole(value) for value in values]
     return [float(number) for number in torch.stack([value.to(first.device) for value in values]).tolist()]
+
+
+def to_host(rows: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of one shape and dtype on the CPU, with one synchronization for each device that they are on."""
+    by_device: dict[torch.device, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_device.setdefault(row.device, []).append(number)
+    order = [number for numbers in by_device.values() for number in numbers]
+    parts = [torch.stack([rows[number] for number in numbers]).cpu() for numbers in by_device.values()]
+    stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return stacked if len(parts) == 1 else stacked[torch.tensor(order, device="cpu").argsort()]
 
 
 def steps_into_interval(step: int, total_steps: int, intervals: int) -> int:
@@ -45,13 +65,18 @@ def interval_ends(step: int, total_steps: int, intervals: int) -> bool:
 
 
 def _gradient_norm(layer: Layer) -> Tensor:
-    found = gradients(layer)
+    found = [_values(gradient) for gradient in gradients(layer) if gradient.numel()]
     if not found:
-        return torch.full((), math.nan, device=layer.own[0].device)
+        return torch.full((), math.nan, dtype=torch.float32, device=layer.own[0].device)
     norm: Tensor = torch.linalg.vector_norm(
         torch.stack([whole(torch.linalg.vector_norm(gradient)) for gradient in found]).float()
     )
     return norm
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """The gradient, or what is not zero in it, as that of an embedding with `sparse=True`."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 class LastStep:

@@ -21,36 +21,43 @@ class OwnRates:
 
     def __init__(self, optimizer: Optimizer, layers: Sequence[Layer], lr: float | None = None) -> None:
         self._optimizer, self._layers, self._lr = optimizer, layers, lr
-        self._count = len(optimizer.param_groups)
-        self._groups = [_group_of(layer, optimizer) for layer in layers]
-        self.start_L = [_start_of(optimizer.param_groups[group]) if lr is None else lr for group in self._groups]
+        self._known = 0  # parameter groups that were seen
+        self._groups = [0] * len(layers)
+        self.start_L = [0.0] * len(layers)
         """The rate at which each layer starts."""
+        self._take_groups()
 
     def factors(self, indices: Iterable[int], rate: Callable[[int], float]) -> Mapping[int, float]:
         """Each layer's `rate(index)` as a multiple of the scheduled rate, by index. Left out where that is zero."""
-        if len(self._optimizer.param_groups) != self._count:
-            self._regroup()
+        if len(self._optimizer.param_groups) != self._known:
+            self._take_groups()
         scheduled = [float(self._optimizer.param_groups[group]["lr"]) for group in self._groups]
         return {index: rate(index) / scheduled[index] for index in indices if scheduled[index] > 0}
 
-    def _regroup(self) -> None:
-        """Find the layers whose parameters the optimizer got in a group that was added later."""
-        known, self._count = self._count, len(self._optimizer.param_groups)
-        for index, layer in enumerate(self._layers):
-            group = _group_of(layer, self._optimizer)
-            if group >= known:
-                self._groups[index] = group
-                self.start_L[index] = _start_of(self._optimizer.param_groups[group]) if self._lr is None else self._lr
+    def _take_groups(self) -> None:
+        """Find the layers' groups: at the start all, later those whose group was added since."""
+        groups = self._optimizer.param_groups
+        known, self._known = self._known, len(groups)
+        for index, group in enumerate(group_of_layers(self._layers, groups)):
+            number = group or 0
+            if number >= known:
+                self._groups[index] = number
+                self.start_L[index] = _start_of(groups[number]) if self._lr is None else self._lr
 
 
 def _start_of(group: dict[str, Any]) -> float:
     return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
 
 
-def _group_of(layer: Layer, optimizer: Optimizer) -> int:
-    """The number of the parameter group that holds most of a layer; of the first where none does."""
-    sizes = [0] * len(optimizer.param_groups)
-    own = {id(parameter) for parameter in layer.parameters()}
-    for number, group in enumerate(optimizer.param_groups):
-        sizes[number] = sum(parameter.numel() for parameter in group["params"] if id(parameter) in own)
-    return sizes.index(max(sizes))
+def group_of_layers(layers: Sequence[Layer], groups: Sequence[Mapping[str, Any]]) -> list[int | None]:
+    """Of each layer, the number of the parameter group that holds most of it; None where none does."""
+    number_of = {id(parameter): number for number, group in enumerate(groups) for parameter in group["params"]}
+    found: list[int | None] = []
+    for layer in layers:
+        sizes: dict[int, int] = {}
+        for parameter in layer.parameters():
+            if id(parameter) in number_of:
+                number = number_of[id(parameter)]
+                sizes[number] = sizes.get(number, 0) + parameter.numel()
+        found.append(min(sizes, key=lambda number: (-sizes[number], number), default=None))
+    return found

@@ -48,7 +48,8 @@ RISKS = ((0.5, 0.5), (1.0, 0.2))
 def chosen(policy, probability, frozen=frozenset(), flops=None):
     layers = layers_of(nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))))
     policy._saved_L = None
-    return policy._choose(View(layers, frozen, 1, 12, flops), torch.tensor(probability))
+    view = View(layers, frozen, 1, 12, flops)
+    return policy._choose(view, dict(zip(view.active, probability, strict=True)))
 
 
 def test_smartfrz_weighs_doubt_against_saving_where_its_file_knows_risks(make_predictor_file):

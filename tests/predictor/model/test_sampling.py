@@ -103,3 +103,100 @@ def test_fewer_weights_are_of_all_matrices_alike():
         assert thinned(values, weights).shape == (1, weights)
         assert float((thinned(values, weights) < 600).double().mean()) == pytest.approx(share, abs=0.03)
     assert thinned(values, 200) is values
+
+
+def partly(*trains, shape=(8, 8)):
+    """A layer of matrices, of which some train. The values of each begin at a multiple of a thousand."""
+    own = [nn.Parameter(torch.arange(64.0).reshape(shape) + 1000 * number) for number in range(len(trains))]
+    for parameter, train in zip(own, trains, strict=True):
+        parameter.requires_grad_(train)
+    return Layer("layer", (), tuple(own))
+
+
+def sources(sampler):
+    return set((sampler.sample(0) // 1000).int().tolist())
+
+
+def test_only_what_trains_is_sampled_and_a_layer_at_rest_as_a_whole():
+    assert sources(LayerSampler([partly(False, True, True)], SampleSpec(weights=32))) == {1, 2}
+    assert sources(LayerSampler([partly(False, False)], SampleSpec(weights=32))) == {0, 1}
+    assert LayerSampler([partly(False, True)], SampleSpec()).sizes_L == [64]
+    assert LayerSampler([partly(False, False)], SampleSpec()).sizes_L == [128]
+    adapter = Layer("layer", (), (nn.Parameter(torch.zeros(8, 8), requires_grad=False), nn.Parameter(torch.ones(3))))
+    assert set(LayerSampler([adapter], SampleSpec(weights=8)).sample(0).tolist()) == {1.0}
+
+
+def test_what_is_opened_later_is_sampled_from_then_on():
+    layers = [partly(False, True), partly(True, True), partly(False, False)]
+    sampler = LayerSampler(layers, SampleSpec(weights=32))
+    before = sampler.sample_all()
+    assert sampler.follow() == []
+    for parameter in layers[1].own:  # as a controller freezes it, or an adapter that is switched off for a while
+        parameter.requires_grad_(False)
+    assert sampler.follow() == []
+    for layer in (layers[0], layers[2]):
+        for parameter in layer.own:
+            parameter.requires_grad_(True)
+    assert sampler.follow() == [0]  # the last was sampled as a whole already
+    after = sampler.sample_all()
+    assert sources(sampler) == {0, 1}
+    assert torch.equal(before[1:], after[1:])
+
+
+def test_a_sampler_goes_on_with_what_was_sampled_before_a_restart():
+    layer = partly(False, True)
+    state = LayerSampler([layer], SampleSpec(weights=32)).state_dict()
+    layer.own[0].requires_grad_(True)
+    resumed = LayerSampler([layer], SampleSpec(weights=32))
+    assert sources(resumed) == {0, 1}
+    resumed.load_state_dict(state)
+    assert sources(resumed) == {1}
+    assert resumed.follow() == [0]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_weights_of_every_width_are_read(dtype):
+    layer = Layer("layer", (), (nn.Parameter(torch.ones(6, 6).to(dtype)), nn.Parameter(torch.ones(4, 2, 2).to(dtype))))
+    values = LayerSampler([layer], SampleSpec(weights=16)).sample(0)
+    assert values.dtype == torch.float32
+    assert values.tolist() == [1.0] * 16
+
+
+def test_complex_weights_are_read_as_pairs_and_integers_left_out():
+    wave = Layer("layer", (), (nn.Parameter(torch.full((4, 4), 1 + 2j)),))
+    assert set(LayerSampler([wave], SampleSpec(weights=24)).sample(0).tolist()) == {1.0, 2.0}
+    codes = nn.Parameter(torch.full((4, 4), 7, dtype=torch.uint8), requires_grad=False)
+    assert set(LayerSampler([Layer("l", (), (codes,))], SampleSpec(weights=4)).sample(0).tolist()) == {0.0}
+    both = Layer("l", (), (codes, nn.Parameter(torch.full((2, 2), 3.0))))
+    assert set(LayerSampler([both], SampleSpec(weights=4)).sample(0).tolist()) == {3.0}
+
+
+@pytest.mark.parametrize("shapes", [[(0, 4)], [(0,)], [(0, 4), (3,)], [(0, 4), ()], [()]])
+def test_weights_without_elements_and_single_numbers(shapes):
+    layer = Layer("layer", (), tuple(nn.Parameter(torch.full(shape, 5.0)) for shape in shapes))
+    expected = 5.0 if layer.size else 0.0
+    assert LayerSampler([layer], SampleSpec(weights=4)).sample(0).tolist() == [expected] * 4
+
+
+def test_the_users_default_dtype_and_device_change_nothing():
+    layers = [layer_of((100, 100)), layer_of((5, 5))]
+    plain = LayerSampler(layers, SampleSpec(weights=16)).sample_all()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        found = LayerSampler(layers, SampleSpec(weights=16)).sample_all()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(plain, found)
+
+
+def test_positions_follow_a_model_that_is_moved():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    sampler = LayerSampler(layers_of(model), SampleSpec(weights=8))
+    sampler.sample_all()
+    model.to("meta")  # stands for any other device: the parameters stay the same objects where they can
+    sampler._drawn[0].parameters = [model[0].weight]
+    assert sampler.sample(0).device.type == "meta"

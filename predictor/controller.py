@@ -64,8 +64,8 @@ class FreezeController:
         agree: makes one process's answer that of all, given the answer and the number of layers. By default the first
             process decides where `model` is DDP or sharded.
         say: takes one line at each freeze, with what froze and what a step costs before and after, and one line where
-            data loading has become the bottleneck. None for silence. The cost is counted once, in a forward pass of
-            its own, and not at all under silence unless the policy needs it.
+            steps wait longer for their inputs than they compute. None for silence. The cost is counted once, in a
+            forward pass of its own, and not at all under silence unless the policy needs it.
         dry_run: ask the policy and report what it would freeze, and change nothing. `history` holds what would have
             happened; `frozen` stays empty. The policy sees a training in which all layers train on.
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from predictor import FeatureCache
+from predictor import FeatureCache, FreezeController
 from predictor.policies import POLICIES
 from tests import syncs
 from tests.predictor.scripted import Script
@@ -92,3 +92,23 @@ def test_the_cache_gives_the_losses_of_the_cpu(on_second_device):
     losses, hits = on_second_device(losses_with_cache, "gpu")
     assert (losses, hits) == on_second_device(losses_with_cache, "cpu")
     assert hits >= 6
+
+
+def waits_while_a_change_is_reported():
+    """Waits in each step of a training whose freeze is reported, and what was said."""
+    lines = []
+    with second_device() as counted:
+        run = syncs.Run(Script({1: [0]}))
+        run.controller = FreezeController(run.net, run.optimizer, run.policy, total_steps=syncs.STEPS, say=lines.append)
+        waits = []
+        for _ in range(30):
+            counted.clear()
+            run.step()
+            waits.append(counted.count("predictor/freezing/"))
+    return waits, lines
+
+
+def test_what_a_freeze_saves_is_reported_with_one_wait_in_all(on_second_device):
+    waits, lines = on_second_device(waits_while_a_change_is_reported)
+    assert sum(waits) == 1
+    assert "FLOPs" in lines[0]

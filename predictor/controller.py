@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from predictor.errors import UsageError
+from predictor.freezing.compiled import CompiledCode
 from predictor.freezing.event import FreezeEvent
 from predictor.freezing.freeze import (
     GradientGuard,
@@ -21,7 +22,7 @@ from predictor.freezing.freeze import (
 )
 from predictor.freezing.learning_rates import LayerRates
 from predictor.freezing.messages import FreezeReporter
-from predictor.freezing.wrappers import GradientWatch, follow, forget_compiled, refuse_unfit
+from predictor.freezing.wrappers import GradientWatch, follow, refuse_unfit
 from predictor.layers.layer import Layer, layers_of
 from predictor.layers.parts import unwrapped
 from predictor.policies.base import FreezePolicy, View
@@ -107,7 +108,8 @@ class FreezeController:
         self._next_wake = 0
         self._next_check = 0
         self._check_every = max(1, min(_MOST_STEPS_UNCHECKED, total_steps // _CHECKS))
-        self._listeners: list[Callable[[FreezeEvent], None]] = [forget_compiled]
+        self._compiled = CompiledCode(model, total_steps)
+        self._listeners: list[Callable[[FreezeEvent], None]] = [self._compiled.forget]
         self._moved: list[Callable[[], None]] = []
         self._guard = GradientGuard(self._on_dropped_gradient)
         self._watch = GradientWatch(self.layers, self._optimizers)
@@ -265,6 +267,8 @@ class FreezeController:
                 f"{type(self.policy).__name__} wants to freeze layer {outside[0]} of {len(self.layers)}: "
                 "indices run from 0 to one less"
             )
+        if not (self.dry_run or self.policy.unfreezes):
+            wanted = self._compiled.hold_back(wanted, self._planned, self._step)
         wanted = self.agree(wanted, len(self.layers))
         if wanted == self._planned:
             return None

@@ -43,11 +43,12 @@ def nothing_compiled():
     torch.compiler.reset()
 
 
-def train(net, called, answers, steps, measure):
-    """What `measure` says of each step."""
+def train(net, called, answers, steps, measure, model=None):
+    """What `measure` says of each step. model: what the controller is given, if it is not what is called."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     # silent: a line at a freeze takes a forward pass to count, which would be counted here
-    controller = FreezeController(called, optimizer, Script(answers), total_steps=steps, say=None)
+    model = called if model is None else model
+    controller = FreezeController(model, optimizer, Script(answers), total_steps=steps, say=None)
     seen = []
     for _ in range(steps):
         seen.append(measure(lambda: F.cross_entropy(called(X), Y).backward()))
@@ -150,3 +151,87 @@ def test_a_resumed_training_compiles_for_what_is_frozen_there(make_toy):
     F.cross_entropy(called(X), Y).backward()
     assert counting.compiled == 4
     assert [twin.body[index].weight.grad is None for index in (0, 3, 8)] == [True, True, False]
+
+
+class Other(nn.Module):
+    """Another model, with classes of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
+class Torn(nn.Module):
+    """A model that PyTorch compiles in two pieces."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        x = self.net.body(x)
+        torch._dynamo.graph_break()
+        return self.net.head(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's own, between pieces
+def test_what_else_was_compiled_stays(make_toy):
+    others, counting, net = Counting(), Counting(), make_toy()
+    other = torch.compile(Other(), backend=others.backend)
+    scaled = torch.compile(lambda loss: 0.5 * loss + loss**2, backend=others.backend)
+    called = torch.compile(net, backend=counting.backend)
+
+    def measure(run):
+        run()
+        scaled(other(X).sum()).backward()
+        return others.compiled, counting.compiled
+
+    seen = train(net, called, {2: {0}, 3: {0, 1}}, 5, measure)
+    assert seen == [(4, 2), (4, 2), (4, 4), (4, 6), (4, 6)]
+
+
+def test_a_compiled_training_step_keeps_up(make_toy):
+    counting, net, twin = Counting(), make_toy_without_dropout(make_toy), make_toy_without_dropout(make_toy)
+
+    def flops(run):
+        counting.flops = 0
+        run()
+        return counting.flops
+
+    compiled = train(net, torch.compile(lambda x: net(x), backend=counting.backend), MANY, 6, flops, model=net)
+    assert compiled == train(twin, twin, MANY, 6, eager_flops)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's own, between pieces
+def test_a_model_compiled_in_pieces_keeps_up(make_toy):
+    counting = Counting()
+    net, twin = Torn(make_toy_without_dropout(make_toy)), make_toy_without_dropout(make_toy)
+
+    def flops(run):
+        counting.flops = 0
+        run()
+        return counting.flops
+
+    compiled = train(net, torch.compile(net, backend=counting.backend), MANY, 6, flops)
+    assert compiled == train(twin, twin, MANY, 6, eager_flops)
+
+
+def test_a_compiled_model_is_not_compiled_at_every_step(make_toy):
+    steps, answers = 60, {1: {0}, 2: {0, 1}, 3: {0, 1, 2}}  # the next change may come three steps after the first
+    frozen = {}
+    for compiled in (True, False):
+        net = make_toy()
+        called = torch.compile(net, backend="eager") if compiled else net
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        controller = FreezeController(called, optimizer, Script(answers), total_steps=steps, say=None)
+        frozen[compiled] = []
+        for _ in range(5):
+            F.cross_entropy(called(X), Y).backward()
+            optimizer.step()
+            controller.step()
+            optimizer.zero_grad()
+            frozen[compiled].append(len(controller.frozen))
+    assert frozen == {True: [1, 1, 1, 3, 3], False: [1, 2, 3, 3, 3]}

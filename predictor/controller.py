@@ -20,9 +20,10 @@ from predictor.freezing.freeze import (
     unfreeze,
     warn_of_leftover_freezing,
 )
+from predictor.freezing.frozen_weights import FrozenWeights
 from predictor.freezing.learning_rates import LayerRates
 from predictor.freezing.messages import FreezeReporter
-from predictor.freezing.wrappers import GradientWatch, follow, refuse_unfit
+from predictor.freezing.wrappers import GradientWatch, follow, refuse_capture, refuse_unfit
 from predictor.layers.layer import Layer, layers_of
 from predictor.layers.parts import unwrapped
 from predictor.policies.base import FreezePolicy, View
@@ -108,6 +109,8 @@ class FreezeController:
         self._next_wake = 0
         self._next_check = 0
         self._check_every = max(1, min(_MOST_STEPS_UNCHECKED, total_steps // _CHECKS))
+        self._weights = FrozenWeights()
+        self._warned_of_motion = False
         self._compiled = CompiledCode(model, total_steps)
         self._listeners: list[Callable[[FreezeEvent], None]] = [self._compiled.forget]
         self._moved: list[Callable[[], None]] = []
@@ -156,7 +159,10 @@ class FreezeController:
         return self._timed(self._advance)
 
     def on_change(self, callback: Callable[[FreezeEvent], None]) -> None:
-        """Call `callback` after each change, also after one that comes from loading a state."""
+        """Call `callback` after each change, also after one that comes from loading a state.
+
+        A CUDA graph of your own has to be captured again here: it replays the backward pass of the frozen set before.
+        """
         self._listeners.append(callback)
 
     def on_moved(self, callback: Callable[[], None]) -> None:
@@ -231,6 +237,7 @@ class FreezeController:
         if self._step >= self._next_check:
             self._next_check = self._step + self._check_every
             self._freeze_again()
+            self._check_frozen_weights()
         view = self.view
         if self._watch.watching:
             self._watch.check(view.active)
@@ -304,6 +311,7 @@ class FreezeController:
         self._guard.leave(event.unfroze)
         unfreeze([self.layers[index] for index in event.unfroze], self.model, self._users_frozen)
         settle_containers(self.model, self.layers, event.frozen)
+        self._weights.keep(parameter for index in event.frozen for parameter in self.layers[index].parameters())
         self._next_check = self._step + self._check_every
 
     def _on_dropped_gradient(self, index: int) -> None:
@@ -319,6 +327,22 @@ class FreezeController:
             self._warn_of_reset(index)
         for callback in self._moved if reset else ():
             callback()
+
+    def _check_frozen_weights(self) -> None:
+        """Warn where frozen weights move without a gradient, and inform what keeps their outputs."""
+        refuse_capture()
+        if not self._weights.moved():
+            return
+        for callback in self._moved:
+            callback()
+        if not self._warned_of_motion:
+            self._warned_of_motion = True
+            warnings.warn(
+                f"frozen weights have moved before step {self._step}, though no optimizer has a gradient of them: a "
+                "CUDA graph replays what was captured before they froze, or something writes to their .data. Capture "
+                "the graph again after each change: controller.on_change(lambda event: capture())",
+                stacklevel=5,
+            )
 
     def _warn_of_reset(self, index: int) -> None:
         if self._warned_of_reset:

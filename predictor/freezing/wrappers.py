@@ -7,6 +7,8 @@
 - **AMP**: nothing is needed, except for an optimizer whose parameters are all frozen: see `has_gradients`.
 - **Activation checkpointing**: `use_reentrant=False`. The other kind is refused, at the start where it can be seen, and
   otherwise once gradients stay away: see `GradientWatch`.
+- **CUDA graphs**: capture again in a callback of `on_change`. Modules that `torch.cuda.make_graphed_callables` has
+  replaced are refused: they replay one backward pass for good.
 - **FSDP1, DeepSpeed, LBFGS and DDP with `static_graph=True`** cannot follow, and are refused.
 """
 
@@ -92,6 +94,22 @@ def refuse_unfit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None
             _refuse_unfit_ddp(module)
         if _is_reentrant(module):
             raise UsageError(f"{type(module).__name__}: {_REENTRANT}")
+        if "make_graphed" in getattr(vars(module).get("forward"), "__qualname__", ""):  # Transformer Engine's too
+            raise UsageError(
+                f"{type(module).__name__} runs as a CUDA graph of make_graphed_callables, which computes all gradients "
+                "for good: leave that out, or use torch.compile(mode='reduce-overhead'), which captures anew at each "
+                "change"
+            )
+
+
+def refuse_capture() -> None:
+    """Raise UsageError while a CUDA graph is captured: a controller's step there would run once, and never again."""
+    cuda: Any = torch.cuda
+    if cuda.is_initialized() and cuda.is_current_stream_capturing():
+        raise UsageError(
+            "controller.step() was called while a CUDA graph is captured: call it after each replay, outside the "
+            "graph, and capture again in controller.on_change(callback)"
+        )
 
 
 def has_gradients(optimizer: Optimizer) -> bool:

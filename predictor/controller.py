@@ -100,7 +100,8 @@ class FreezeController:
         self.dry_run = dry_run
         self.history: list[FreezeEvent] = []
         self.seconds = 0.0
-        """Wall-clock seconds spent in here so far, decisions included."""
+        """Wall-clock seconds spent in here so far, decisions included. On a GPU a decision waits for the steps that are
+        queued; that wait counts too, though those steps had to be computed anyway."""
         self.agree: Callable[[frozenset[int], int], frozenset[int]] = _own_answer
         self._planned: frozenset[int] = frozenset()  # what the policy wants frozen; frozen unless in a dry run
         warn_of_leftover_freezing(self.layers)

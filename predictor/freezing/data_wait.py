@@ -118,7 +118,7 @@ class DataWait:
 def _clock_of(model: nn.Module) -> Callable[[], Any]:
     """What notes the time on a model's device: an event there, or the host's clock."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    kind: Any = None if device.type in ("cpu", "meta") else getattr(torch.get_device_module(device), "Event", None)
+    kind: Any = None if device.type == "cpu" else getattr(getattr(torch, device.type, None), "Event", None)
     if kind is None:
         return time.perf_counter
 

@@ -67,7 +67,7 @@ def _few(tensor: Tensor) -> Tensor:
 
 def _towards_host(value: Tensor) -> tuple[Tensor, Any]:
     """A number on its way from a device, and the event after which it is there; None where it is there already."""
-    kind: Any = getattr(torch.get_device_module(value.device), "Event", None)
+    kind: Any = getattr(getattr(torch, value.device.type, None), "Event", None)
     if kind is None:
         return value.cpu(), None
     copy, event = value.to("cpu", non_blocking=True), kind()

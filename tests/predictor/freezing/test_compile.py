@@ -1,5 +1,8 @@
 """Compiled models: after each freeze they save what eager ones save, and after unfreezing, gradients come back."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -9,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from predictor import FreezeController
+from predictor.freezing.compiled import CompiledCode
 from tests.predictor.scripted import Script
 
 X = torch.linspace(-1, 1, 6 * 64).reshape(6, 1, 8, 8)
@@ -235,3 +239,26 @@ def test_a_compiled_model_is_not_compiled_at_every_step(make_toy):
             optimizer.zero_grad()
             frozen[compiled].append(len(controller.frozen))
     assert frozen == {True: [1, 1, 1, 3, 3], False: [1, 2, 3, 3, 3]}
+
+
+def test_captured_graphs_of_compiled_code_are_dropped_with_it(make_toy, monkeypatch):
+    dropped = []
+    trees = SimpleNamespace(
+        local=SimpleNamespace(tree_manager_containers={0: "graphs"}),
+        reset_cudagraph_trees=lambda: dropped.append("graphs"),
+    )
+    net = make_toy()
+    code = CompiledCode(net, 100)
+    torch.compile(net, backend="eager")(X)
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)  # a stand-in: there is no GPU here
+    monkeypatch.setattr(torch.compiler, "reset", lambda: dropped.append("code"))
+    code.forget()
+    assert dropped == ["code", "graphs"]
+
+
+def test_private_parts_that_are_others_cost_a_full_reset(make_toy, monkeypatch):
+    dropped = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: dropped.append("code"))
+    monkeypatch.delattr("torch._dynamo.convert_frame.input_codes")
+    CompiledCode(make_toy(), 100).forget()
+    assert dropped == ["code"]

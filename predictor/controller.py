@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from predictor.errors import UsageError
+from predictor.freezing.compiled import CompiledCode
 from predictor.freezing.event import FreezeEvent
 from predictor.freezing.freeze import (
     GradientGuard,
@@ -20,9 +21,10 @@ from predictor.freezing.freeze import (
     unfreeze,
     warn_of_leftover_freezing,
 )
+from predictor.freezing.frozen_weights import FrozenWeights
 from predictor.freezing.learning_rates import LayerRates
 from predictor.freezing.messages import FreezeReporter
-from predictor.freezing.wrappers import GradientWatch, follow, forget_compiled, refuse_unfit
+from predictor.freezing.wrappers import GradientWatch, follow, refuse_capture, refuse_unfit
 from predictor.layers.layer import Layer, layers_of
 from predictor.layers.parts import unwrapped
 from predictor.policies.base import FreezePolicy, View
@@ -69,8 +71,8 @@ class FreezeController:
         agree: makes one process's answer that of all, given the answer and the number of layers. By default the first
             process decides where `model` is DDP or sharded.
         say: takes one line at each freeze, with what froze and what a step costs before and after, and one line where
-            data loading has become the bottleneck. None for silence. The cost is counted once, in a forward pass of
-            its own, and not at all under silence unless the policy needs it.
+            steps wait longer for their inputs than they compute. None for silence. The cost is counted once, in a
+            forward pass of its own, and not at all under silence unless the policy needs it.
         dry_run: ask the policy and report what it would freeze, and change nothing. `history` holds what would have
             happened; `frozen` stays empty. The policy sees a training in which all layers train on.
 
@@ -103,7 +105,8 @@ class FreezeController:
         self.dry_run = dry_run
         self.history: list[FreezeEvent] = []
         self.seconds = 0.0
-        """Wall-clock seconds spent in here so far, decisions included."""
+        """Wall-clock seconds spent in here so far, decisions included. On a GPU a decision waits for the steps that are
+        queued; that wait counts too, though those steps had to be computed anyway."""
         self.agree: Callable[[frozenset[int], int], frozenset[int]] = _own_answer
         self._planned: frozenset[int] = frozenset()  # what the policy wants frozen; frozen unless in a dry run
         warn_of_leftover_freezing(self.layers)
@@ -113,7 +116,10 @@ class FreezeController:
         self._next_wake = 0
         self._next_check = 0
         self._check_every = max(1, min(_MOST_STEPS_UNCHECKED, total_steps // _CHECKS))
-        self._listeners: list[Callable[[FreezeEvent], None]] = [forget_compiled]
+        self._weights = FrozenWeights()
+        self._warned_of_motion = False
+        self._compiled = CompiledCode(model, total_steps)
+        self._listeners: list[Callable[[FreezeEvent], None]] = [self._compiled.forget]
         self._moved: list[Callable[[], None]] = []
         self._guard = GradientGuard(self._on_dropped_gradient, self._on_opened)
         self._watch = GradientWatch(self.layers, self._optimizers)
@@ -163,7 +169,10 @@ class FreezeController:
         return self._timed(self._advance)
 
     def on_change(self, callback: Callable[[FreezeEvent], None]) -> None:
-        """Call `callback` after each change, also after one that comes from loading a state."""
+        """Call `callback` after each change, also after one that comes from loading a state.
+
+        A CUDA graph of your own has to be captured again here: it replays the backward pass of the frozen set before.
+        """
         self._listeners.append(callback)
 
     def on_moved(self, callback: Callable[[], None]) -> None:
@@ -241,6 +250,7 @@ class FreezeController:
         if self._step >= self._next_check:
             self._next_check = self._step + self._check_every
             self._freeze_again()
+            self._check_frozen_weights()
         view = self.view
         if self._watch.watching:
             self._watch.check(_training(view))
@@ -280,6 +290,8 @@ class FreezeController:
                 f"{type(self.policy).__name__} wants to freeze layer {outside[0]} of {len(self.layers)}: "
                 "indices run from 0 to one less"
             )
+        if not (self.dry_run or self.policy.unfreezes):
+            wanted = self._compiled.hold_back(wanted, self._planned, self._step)
         wanted = self.agree(wanted, len(self.layers))
         wanted -= self._opened if self.policy.refreezes else self._given_back
         if wanted == self._planned:
@@ -316,6 +328,7 @@ class FreezeController:
         self._guard.leave(event.unfroze)
         unfreeze([self.layers[index] for index in event.unfroze], self.model)
         settle_containers(self.model, self.layers, event.frozen)
+        self._weights.keep(parameter for index in event.frozen for parameter in self.layers[index].parameters())
         self._next_check = self._step + self._check_every
 
     def _on_dropped_gradient(self, index: int) -> None:
@@ -347,6 +360,22 @@ class FreezeController:
             self._warn_of_reset(index)
         for callback in self._moved if reset else ():
             callback()
+
+    def _check_frozen_weights(self) -> None:
+        """Warn where frozen weights move without a gradient, and inform what keeps their outputs."""
+        refuse_capture()
+        if not self._weights.moved():
+            return
+        for callback in self._moved:
+            callback()
+        if not self._warned_of_motion:
+            self._warned_of_motion = True
+            warnings.warn(
+                f"frozen weights have moved before step {self._step}, though no optimizer has a gradient of them: a "
+                "CUDA graph replays what was captured before they froze, or something writes to their .data. Capture "
+                "the graph again after each change: controller.on_change(lambda event: capture())",
+                stacklevel=5,
+            )
 
     def _warn_of_reset(self, index: int) -> None:
         if self._warned_of_reset:

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from predictor.model.file import PredictorFile, save_predictor
 from predictor.model.network import FreezePredictor, PredictorConfig
 from predictor.model.sampling import SampleSpec
+from tests.second_device import AVAILABLE, Child
 
 # One thread, as `make test` asks for, unless the tests are run with more on purpose.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -77,3 +78,13 @@ def make_predictor_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def on_second_device() -> Iterator[Child]:
+    """Run a function of a module in a process that has a second device; `tests/second_device.py` says how."""
+    if not AVAILABLE:
+        pytest.skip(f"PyTorch {torch.__version__} takes no device that is written in Python")
+    child = Child()
+    yield child
+    child.close()

@@ -37,9 +37,10 @@ class CKARecorder(Hook):
 
     At each snapshot the network runs on the same n test inputs, in evaluation mode. X is the output of `layer.output`
     at its first call (the first tensor of a tuple or dict), with centred columns, at most `probe.features` of them. The
-    Gram matrix K = XX' is kept in the host's memory: the n (n - 1) / 2 numbers above its diagonal in float32, 32 kB a
-    layer a snapshot at n = 128. HSIC1 needs no more: it zeroes the diagonals, and no shift of X changes it. At the end,
-    in float64 (Nguyen, Raghu and Kornblith, ICLR 2021; Song et al., JMLR 2012):
+    Gram matrix K = XX' is kept: the n (n - 1) / 2 numbers above its diagonal in float32, 32 kB a layer a snapshot at
+    n = 128. They stay on the device, so that no snapshot waits for a GPU. HSIC1 needs no more: it zeroes the diagonals,
+    and no shift of X changes it. At the end, in float64 (Nguyen, Raghu and Kornblith, ICLR 2021; Song et al., JMLR
+    2012):
 
         HSIC1(K, L) = [tr(KL) + (1'K1)(1'L1) / ((n-1)(n-2)) - 2/(n-2) 1'KL1] / (n (n-3))
         CKA = HSIC1(K, L) / sqrt(HSIC1(K, K) HSIC1(L, L)),  L that of the final network
@@ -78,7 +79,7 @@ class CKARecorder(Hook):
 
     def on_end(self, training: Training) -> None:
         """Compare all snapshots with the last."""
-        triangles_TLP = torch.stack(self._triangles)
+        triangles_TLP = torch.stack(self._triangles).cpu()
         self.similarity_TL = np.full(triangles_TLP.shape[:2], math.nan, dtype=np.float32)
         if training.status == "finished":
             for layer in range(triangles_TLP.shape[1]):
@@ -91,12 +92,12 @@ class CKARecorder(Hook):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a state of the same training."""
-        self._triangles = list(state["triangles"])
+        self._triangles = [triangle_LP.to(self._inputs.device) for triangle_LP in state["triangles"]]
 
     def _probe(self, training: Training) -> Tensor:
         """triangle_LP of the current network."""
         layers, samples = training.layers, len(self._inputs)
-        triangle_LP = torch.zeros(len(layers), samples * (samples - 1) // 2)
+        triangle_LP = torch.zeros(len(layers), samples * (samples - 1) // 2, device=self._inputs.device)
         seen: set[int] = set()
 
         def take(layer: int, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -115,9 +116,9 @@ class CKARecorder(Hook):
         samples = len(self._inputs)
         features_BF = by_sample(output, samples)
         if features_BF is None:
-            return torch.zeros(samples * (samples - 1) // 2)
+            return torch.zeros(samples * (samples - 1) // 2, device=self._inputs.device)
         with torch.autocast(features_BF.device.type, enabled=False):  # products in full precision
-            return upper_triangle(gram(self._chosen(layer, features_BF))).cpu()
+            return upper_triangle(gram(self._chosen(layer, features_BF)))
 
     def _chosen(self, layer: int, features_BF: Tensor) -> Tensor:
         size = features_BF.shape[1]

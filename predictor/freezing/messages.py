@@ -1,8 +1,7 @@
-"""What is reported at each freeze: what froze, what a step costs now, and when data loading is the bottleneck."""
+"""What is reported at each freeze: what froze, what a step costs now, and where steps wait for their inputs."""
 
-import contextlib
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,15 +9,18 @@ from torch import distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from predictor.freezing.data_wait import DataWait, Wait
 from predictor.freezing.event import FreezeEvent
 from predictor.layers.flops import LayerFlops, count_flops
 from predictor.layers.layer import Layer
 from predictor.layers.parts import unwrapped
 
 _TIMED_STEPS = 20
-"""Steps after a change over which the time spent waiting for data is measured."""
+"""Steps after a change over which the wait before forward passes is measured."""
 _TOO_LONG = 0.5
-"""Share of the time between steps from which data loading is the bottleneck."""
+"""Share of a step's time from which that wait is the bottleneck."""
+_LONGEST_REASON = 200
+"""Characters of an error that a line quotes."""
 
 
 class FreezeReporter:
@@ -28,8 +30,8 @@ class FreezeReporter:
 
     FLOPs are counted in a forward pass of its own, on the inputs of the training's next one, and only when there is
     something to report or `count` was called. Where they cannot be counted, as for a sharded model, lines come without
-    them. Of several processes only the first reports, but all count: a `forward` may send to the others and wait for
-    them.
+    them, and one says why. Of several processes only the first reports, but all count: a `forward` may send to the
+    others and wait for them.
 
     Args:
         model: the model as it is called in the loop.
@@ -59,8 +61,10 @@ class FreezeReporter:
         self._end = "; only the head still trains" if whole else ""
         self._pending: list[tuple[FreezeEvent, frozenset[int], bool]] = []
         self._counting: RemovableHandle | None = None
-        self._uncounted = not any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
-        self._data_wait = _DataWait(model)
+        sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+        self._uncounted = not sharded
+        self._why_not = "the model is sharded" if sharded else ""  # counted; empty once it was said
+        self._data_wait = DataWait(partial(on_forward, model), model, _TIMED_STEPS)
 
     @property
     def busy(self) -> bool:
@@ -98,16 +102,15 @@ class FreezeReporter:
             return
         for change in self._pending:
             self._say(self._line(*change))
+        if self._pending and self.flops is None and self._why_not:
+            self._say(f"{self._prefix}FLOPs are not reported: {self._why_not}")
+            self._why_not = ""
         if self._pending and self.flops is not None:
             self._data_wait.start()
         self._pending.clear()
-        share = self._data_wait.stepped()
-        if share is not None and share > _TOO_LONG:
-            self._say(
-                f"data loading has become the bottleneck: {share:.0%} of the last {_TIMED_STEPS} steps' time passed "
-                "before their forward passes, and freezing saves none of that: load with more workers, or prepare the "
-                "data once"
-            )
+        wait = self._data_wait.stepped()
+        if wait is not None and wait.share > _TOO_LONG:
+            self._say(_bottleneck(wait))
             self._data_wait.done = True
 
     def close(self) -> None:
@@ -119,10 +122,14 @@ class FreezeReporter:
         self._stop_counting()
         model = unwrapped(self._model)
         if model is not self._model and "forward" in vars(model):
-            return  # Lightning redirects one call of the wrapped model, and a pass in here would be that one
+            # Lightning redirects one call of the wrapped model, and a pass in here would be that one.
+            self._why_not = "the trainer redirects the call of the wrapped model"
+            return
         kwargs = {name: value for name, value in kwargs.items() if name not in self.hidden}
-        with contextlib.suppress(Exception):  # it is the user's model, and only a figure in a line depends on it
+        try:
             self.flops = count_flops(model, self._layers, args, kwargs)
+        except Exception as error:  # it is the user's model, and only a figure in a line depends on it
+            self._why_not = _reason(error)
 
     def _stop_counting(self) -> None:
         if self._counting is not None:
@@ -148,62 +155,25 @@ class FreezeReporter:
         return ", ".join(names) if len(names) <= 3 else f"{names[0]} to {names[-1]} ({len(names)} layers)"
 
 
-class _DataWait:
-    """Measures which share of some steps' time passes between an optimizer step and the next forward pass."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.done = False
-        """Whether it has been reported, and need not be measured again."""
-        self._model = model
-        self._handle: RemovableHandle | None = None
-        self._began = self._stepped = self._waited = 0.0
-        self._steps = 0
-
-    @property
-    def running(self) -> bool:
-        """Whether steps are measured now."""
-        return self._handle is not None
-
-    def start(self) -> None:
-        """Measure the steps from the next one on."""
-        if not self.done:
-            self._handle = on_forward(self._model, self._arrived)
-            self._steps = -1  # the current step began before
-
-    def stop(self) -> None:
-        """Stop measuring."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def stepped(self) -> float | None:
-        """Call after each step. Returns the share of time spent waiting after the last measured step, else None."""
-        if self._handle is None:
-            return None
-        _synchronize(self._model)
-        now = time.perf_counter()
-        if self._steps < 0:
-            self._began, self._waited = now, 0.0
-        self._steps += 1
-        self._stepped = now
-        if self._steps < _TIMED_STEPS:
-            return None
-        self.stop()
-        return self._waited / (now - self._began)
-
-    def _arrived(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._stepped:
-            self._waited += time.perf_counter() - self._stepped
-            self._stepped = 0.0  # only the first forward pass of a step waited for data
+def _bottleneck(wait: Wait) -> str:
+    """What is said where steps wait for their inputs longer than they compute."""
+    share = f"{wait.share:.0%} of a step's time passes between the optimizer's step and the next forward pass"
+    if wait.loader_share > _TOO_LONG:
+        return (
+            f"data loading has become the bottleneck: {share}, most of it in the DataLoader, and freezing saves none "
+            "of that: load with more workers, or prepare the data once"
+        )
+    where = "outside the DataLoader" if wait.loader_seen else "there is no torch DataLoader whose time could be told"
+    return (
+        f"freezing saves little from here on: {share} ({where}). Look at what runs there: loading and preparing data, "
+        "logging, checkpoints"
+    )
 
 
-def _synchronize(model: nn.Module) -> None:
-    """Wait for the GPU: while it still computes the last step, nothing waits for data."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+def _reason(error: Exception) -> str:
+    """An error in one line."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}"[:_LONGEST_REASON].rstrip(": ")
 
 
 class _Hook:

@@ -1,21 +1,22 @@
 """What is wrapped around a model while it trains, and what each wrapper needs when the frozen set changes.
 
-- **`torch.compile`**: compiled code is discarded at each change. It was made for one pattern of gradients; PyTorch
-  recompiles for a few other patterns and then falls back to eager for good.
+- **`torch.compile`**: the model's compiled code is discarded at each change: see `compiled.CompiledCode`.
 - **`DistributedDataParallel`**: the first process decides for all, and the gradient buckets are rebuilt over what still
   trains. So less is communicated, and no process waits for gradients that do not come.
 - **FSDP2** (`fully_shard`): the first process decides for all. Nothing else is needed.
 - **AMP**: nothing is needed, except for an optimizer whose parameters are all frozen: see `has_gradients`.
 - **Activation checkpointing**: `use_reentrant=False`. The other kind is refused, at the start where it can be seen, and
   otherwise once gradients stay away: see `GradientWatch`.
+- **CUDA graphs**: capture again in a callback of `on_change`. Modules that `torch.cuda.make_graphed_callables` has
+  replaced are refused: they replay one backward pass for good.
 - **FSDP1, DeepSpeed, LBFGS and DDP with `static_graph=True`** cannot follow, and are refused.
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import distributed as dist
@@ -28,7 +29,6 @@ from predictor.layers.layer import Layer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
 
 _REFUSED = {
     "FullyShardedDataParallel": "FSDP1 wants all of a unit's parameters to train or none, and returns no memory: use "
@@ -81,7 +81,7 @@ def follow(controller: Followed, model: nn.Module) -> None:
                 _rebuild_buckets(wrapper)
     mesh = next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
     if mesh is not None:
-        controller.agree = Agreement(_group_of(mesh))
+        controller.agree = Agreement(ranks=mesh.mesh.flatten().tolist())
 
 
 def refuse_unfit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
@@ -94,12 +94,22 @@ def refuse_unfit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None
             _refuse_unfit_ddp(module)
         if _is_reentrant(module):
             raise UsageError(f"{type(module).__name__}: {_REENTRANT}")
+        if "make_graphed" in getattr(vars(module).get("forward"), "__qualname__", ""):  # Transformer Engine's too
+            raise UsageError(
+                f"{type(module).__name__} runs as a CUDA graph of make_graphed_callables, which computes all gradients "
+                "for good: leave that out, or use torch.compile(mode='reduce-overhead'), which captures anew at each "
+                "change"
+            )
 
 
-def forget_compiled(event: object = None) -> None:
-    """Discard what `torch.compile` made, so that the model is recompiled for what trains now."""
-    if "torch._dynamo" in sys.modules:  # otherwise nothing was compiled, and its import is slow
-        torch.compiler.reset()
+def refuse_capture() -> None:
+    """Raise UsageError while a CUDA graph is captured: a controller's step there would run once, and never again."""
+    cuda: Any = torch.cuda
+    if cuda.is_initialized() and cuda.is_current_stream_capturing():
+        raise UsageError(
+            "controller.step() was called while a CUDA graph is captured: call it after each replay, outside the "
+            "graph, and capture again in controller.on_change(callback)"
+        )
 
 
 def has_gradients(optimizer: Optimizer) -> bool:
@@ -118,16 +128,17 @@ def has_gradients(optimizer: Optimizer) -> bool:
 class Agreement:
     """Makes the answer of a group's first process that of all. Each process calls it with its own answer.
 
+    They talk over the CPU, so that no training waits for its GPU to see what was decided. Where the group cannot, one
+    that can is made at the first call, for all agreements of the same processes.
+
     Args:
         group: the processes. By default all.
+        ranks: the processes by their numbers, in place of a group.
     """
 
-    def __init__(self, group: "ProcessGroup | None" = None) -> None:
+    def __init__(self, group: "ProcessGroup | None" = None, *, ranks: Sequence[int] | None = None) -> None:
         self._group: Any = group
-        # Over the CPU, so that no training waits for its GPU to see what was decided.
-        if "cpu" not in dist.get_backend_config(group):
-            ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
-            self._group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        self._ranks = None if ranks is None else tuple(sorted(ranks))
 
     def __call__(self, wanted: frozenset[int], layers: int) -> frozenset[int]:
         """The set that the first process wants frozen.
@@ -136,10 +147,27 @@ class Agreement:
             wanted: what this process wants frozen, as layer indices.
             layers: how many layers there are.
         """
+        ranks = self._ranks or tuple(dist.get_process_group_ranks(self._group or dist.group.WORLD))
+        if len(ranks) == 1:
+            return wanted
         chosen_L = torch.zeros(layers, dtype=torch.uint8)
         chosen_L[sorted(wanted)] = 1
-        dist.broadcast(chosen_L, group=self._group, group_src=0)
+        dist.broadcast(chosen_L, group=self._over_the_cpu(ranks), group_src=0)
         return frozenset(chosen_L.nonzero().flatten().tolist())
+
+    def _over_the_cpu(self, ranks: tuple[int, ...]) -> Any:
+        """A group of these processes whose messages go over the CPU."""
+        everyone = len(ranks) == dist.get_world_size()
+        if (everyone or self._ranks is None) and "cpu" in dist.get_backend_config(self._group):
+            return self._group
+        made = _groups.setdefault(dist.group.WORLD, {})
+        if ranks not in made:
+            made[ranks] = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
+        return made[ranks]
+
+
+_groups: "WeakKeyDictionary[Any, dict[tuple[int, ...], Any]]" = WeakKeyDictionary()
+"""Groups that agreements have made, by the group of all processes: another one after they have met anew."""
 
 
 class GradientWatch:
@@ -211,13 +239,6 @@ def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
             return
 
 
-def _group_of(mesh: "DeviceMesh") -> "ProcessGroup | None":
-    """All processes that hold a piece of a sharded model; None where that is all there are."""
-    if mesh.size() == dist.get_world_size():
-        return None
-    return cast("ProcessGroup", dist.new_group(mesh.mesh.flatten().tolist(), use_local_synchronization=True))
-
-
 def _refuse_unfit_ddp(ddp: DistributedDataParallel) -> None:
     if ddp.static_graph:
         raise UsageError("DDP with static_graph=True cannot freeze layers while it trains: leave static_graph out")
@@ -254,13 +275,41 @@ def _rebuild_buckets(ddp: DistributedDataParallel, event: object = None) -> None
     if not _can_rebuild_buckets(ddp):  # then DDP looks for unused parameters itself, or was refused
         return
     inner: Any = ddp
-    hooks: list[tuple[Any, object]] = inner._comm_hooks
+    hooks: list[tuple[Any, Any]] = inner._comm_hooks
+    builtin = _builtin_hook(inner)
     parameters, sparse = inner._build_params_for_reducer()
     inner._ddp_init_helper(parameters, sparse, inner._build_debug_param_to_name_mapping(parameters), False)
     inner._has_rebuilt_buckets = False
     inner._comm_hooks = []
-    for hook, state in hooks:
+    # DDP takes one hook. It lists those too that it then refused.
+    for hook, state in hooks[:1]:
+        _forget_buckets(state)
         ddp.register_comm_hook(state, hook)
+    if builtin is not None and not hooks:
+        inner._register_builtin_comm_hook(builtin)
+
+
+def _builtin_hook(ddp: Any) -> Any:
+    """The hook that DDP runs in C++, which it lists nowhere but in its log; None where there is none."""
+    try:
+        name = str(ddp._get_ddp_logging_data().get("comm_hook", ""))
+        kinds: Any = getattr(dist, "BuiltinCommHookType", None)
+        return getattr(kinds, name.removeprefix("BuiltinCommHookType."), None)
+    except (AttributeError, RuntimeError):  # another PyTorch, or a DDP that logs nothing
+        return None
+
+
+def _forget_buckets(state: Any) -> None:
+    """Drop what PowerSGD keeps for each bucket, which fits no other buckets.
+
+    It goes on as it started: DDP builds its buckets once more after the first step with them, and until then gradients
+    are sent as they are.
+    """
+    if not hasattr(state, "start_powerSGD_iter"):
+        return
+    state.iter = min(state.iter, state.start_powerSGD_iter - 2)
+    for kept in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+        kept.clear()
 
 
 def _is_reentrant(module: object) -> bool:

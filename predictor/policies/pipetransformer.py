@@ -48,22 +48,23 @@ class PipeTransformerPolicy(FreezePolicy):
         self._norms_L: Tensor | None = None
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
-        """Note the device of the gradients."""
-        self._device = next(layers[0].parameters()).device
+        """Keep a parameter, by whose device the norms are added up: the model may be moved later."""
+        self._parameter = next(layers[0].parameters())
 
     @torch.no_grad()
     def observe(self, view: View) -> None:
         """Add the norms of the active layers' gradients to those of the epoch."""
         if not self.adaptive:
             return
-        norms = dict.fromkeys(range(len(view.layers)), torch.zeros((), device=self._device))
+        device = self._parameter.device
+        norms = dict.fromkeys(range(len(view.layers)), torch.zeros((), device=device))
         for index in view.active:
             if grads := gradients(view.layers[index]):
-                norms[index] = whole(get_total_norm(grads)).float().to(self._device)
+                norms[index] = whole(get_total_norm(grads)).float().to(device)
         norms_L = torch.stack(list(norms.values()))
         # Not finite where a GradScaler had to skip a step, which then is no evidence for any layer.
         norms_L = norms_L.where(norms_L.isfinite().all(), torch.zeros_like(norms_L))
-        self._norms_L = norms_L if self._norms_L is None else self._norms_L + norms_L
+        self._norms_L = norms_L if self._norms_L is None else self._norms_L.to(device) + norms_L
 
     def due(self, step: int, total_steps: int) -> bool:
         """At the end of each epoch."""
@@ -88,4 +89,4 @@ class PipeTransformerPolicy(FreezePolicy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load them."""
-        self._norms_L = state["norms"].to(self._device, copy=True) if "norms" in state else None
+        self._norms_L = state["norms"].to(self._parameter.device, copy=True) if "norms" in state else None

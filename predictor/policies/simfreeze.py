@@ -123,7 +123,7 @@ class SimFreezePolicy(FreezePolicy):
     def _check(self, view: View, probe: Batch) -> None:
         """Compare each active layer's output with that at the last check."""
         layers = {index: view.layers[index] for index in view.active}
-        now = outputs_of(self._model, layers, probe, lambda features_BF: upper_triangle(gram(features_BF)).cpu())
+        now = _on_host(outputs_of(self._model, layers, probe, lambda features_BF: upper_triangle(gram(features_BF))))
         self.passes[max(layers)] += probe.samples
         self._silent = [index for index in view.active if index not in now]
         for index, triangle_P in now.items():
@@ -141,3 +141,12 @@ class SimFreezePolicy(FreezePolicy):
             end += 1
         # Silent layers at its end wait for the next one that can be measured.
         return set(range(max((index for index in indices if index < end), default=-1) + 1))
+
+
+def _on_host(triangles: dict[int, Tensor]) -> dict[int, Tensor]:
+    """The same on the CPU, in one copy: each copy waits for a GPU."""
+    if not triangles:
+        return {}
+    first, *_ = triangles.values()
+    triangles_LP = torch.stack([triangle_P.to(first.device) for triangle_P in triangles.values()]).cpu()
+    return dict(zip(triangles, triangles_LP.unbind(), strict=True))

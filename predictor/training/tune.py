@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 STUDY_FILE, BEST_FILE = "study.db", "best.json"
 _NAME = "smartfrz"
+_LOCK_SECONDS = 60
+"""How long to wait for another program that holds the study's file."""
 _WEIGHTS = (32, 64, 128, 256, 512, 1024)
 _WIDEST_WINDOW = 16
 
@@ -140,13 +142,19 @@ def tune(
     """Run trials until the study in `folder` has as many as asked for, and write the best settings beside it.
 
     A start that was killed loses the trial that it was in, and the next start goes on. Raises UsageError while another
-    process uses the same study, and FileFault for a folder that cannot be used.
+    process uses the same study, and FileFault for a folder that cannot be used, also where it is found out later.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with held(folder / ".lock", "another tune"):
-        return _search(_open(task, folder), task, folder, tracker, progress)
+        try:
+            return _search(_open(task, folder), task, folder, tracker, progress)
+        except Exception as error:
+            fault = _of_storage(error)
+            if fault is None:
+                raise
+            raise FileFault(_why_unusable(folder / STUDY_FILE, fault)) from error
 
 
 def describe(study: "optuna.Study", config: TuneConfig) -> str:
@@ -258,21 +266,22 @@ def _objective(trial: "optuna.Trial", task: Task) -> float:
 def _open(task: Task, folder: Path) -> "optuna.Study":
     """The study in `folder`, new or from an earlier start. Its first trial has the default settings of `train`."""
     import optuna
+    from optuna.storages import RDBStorage
     from sqlalchemy.exc import SQLAlchemyError
 
     path = folder / STUDY_FILE
     pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+    patience = {"connect_args": {"timeout": _LOCK_SECONDS}}
     try:
         study = optuna.create_study(
             study_name=_NAME,
-            storage=f"sqlite:///{path}",
+            storage=RDBStorage(f"sqlite:///{path}", engine_kwargs=patience),
             pruner=pruner,
             direction="maximize",
             load_if_exists=True,
         )
     except (SQLAlchemyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileFault(f"{path}: no study can be kept there ({reason}): choose another folder with --out") from error
+        raise FileFault(_why_unusable(path, error)) from error
     if study.user_attrs.get("fingerprint", task.fingerprint) != task.fingerprint:
         raise UsageError(
             f"{path}: a study of other data or settings ({study.user_attrs.get('described')}): choose another folder "
@@ -287,6 +296,27 @@ def _open(task: Task, folder: Path) -> "optuna.Study":
     if not _begun(study):
         study.enqueue_trial(_defaults(task))
     return study
+
+
+def _of_storage(error: BaseException | None) -> BaseException | None:
+    """The database's error that led to another one. Optuna runs into errors of its own after it."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    while error is not None and not isinstance(error, SQLAlchemyError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _why_unusable(path: Path, error: BaseException) -> str:
+    """What is wrong with a study's file, and what to do."""
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    if "locked" in reason:
+        return (
+            f"{path}: another program holds the study for longer than {_LOCK_SECONDS} seconds ({reason}): close it (a "
+            "database browser, a dashboard, a copy), or choose a folder on a local disk with --out; then start again, "
+            "and the trials that have ended are kept"
+        )
+    return f"{path}: no study can be kept there ({reason}): choose another folder with --out"
 
 
 def _begun(study: "optuna.Study") -> bool:

@@ -96,13 +96,14 @@ class LastStep:
         self._before = [[p.detach().clone() for p in layer.parameters()] for layer in self._layers]
 
     def before(self, index: int) -> list[Tensor]:
-        """The copied weights of a layer, in the order of its parameters."""
-        return self._before[index]
+        """The copied weights of a layer, in the order of its parameters, and on their devices now."""
+        pairs = zip(self._before[index], self._layers[index].parameters(), strict=True)
+        return [weight.to(parameter.device) for weight, parameter in pairs]
 
     @torch.no_grad()
     def moved(self, index: int) -> list[Tensor]:
         """The change of each of a layer's parameters since `keep`."""
-        return [now - before for now, before in zip(self._layers[index].parameters(), self._before[index], strict=True)]
+        return [now - before for now, before in zip(self._layers[index].parameters(), self.before(index), strict=True)]
 
     def drop(self) -> None:
         """Drop the copies."""

@@ -1,5 +1,8 @@
 """Compiled models: after each freeze they save what eager ones save, and after unfreezing, gradients come back."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -9,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from predictor import FreezeController
+from predictor.freezing.compiled import CompiledCode
 from tests.predictor.scripted import Script
 
 X = torch.linspace(-1, 1, 6 * 64).reshape(6, 1, 8, 8)
@@ -43,11 +47,12 @@ def nothing_compiled():
     torch.compiler.reset()
 
 
-def train(net, called, answers, steps, measure):
-    """What `measure` says of each step."""
+def train(net, called, answers, steps, measure, model=None):
+    """What `measure` says of each step. model: what the controller is given, if it is not what is called."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     # silent: a line at a freeze takes a forward pass to count, which would be counted here
-    controller = FreezeController(called, optimizer, Script(answers), total_steps=steps, say=None)
+    model = called if model is None else model
+    controller = FreezeController(model, optimizer, Script(answers), total_steps=steps, say=None)
     seen = []
     for _ in range(steps):
         seen.append(measure(lambda: F.cross_entropy(called(X), Y).backward()))
@@ -150,3 +155,110 @@ def test_a_resumed_training_compiles_for_what_is_frozen_there(make_toy):
     F.cross_entropy(called(X), Y).backward()
     assert counting.compiled == 4
     assert [twin.body[index].weight.grad is None for index in (0, 3, 8)] == [True, True, False]
+
+
+class Other(nn.Module):
+    """Another model, with classes of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
+class Torn(nn.Module):
+    """A model that PyTorch compiles in two pieces."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        x = self.net.body(x)
+        torch._dynamo.graph_break()
+        return self.net.head(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's own, between pieces
+def test_what_else_was_compiled_stays(make_toy):
+    others, counting, net = Counting(), Counting(), make_toy()
+    other = torch.compile(Other(), backend=others.backend)
+    scaled = torch.compile(lambda loss: 0.5 * loss + loss**2, backend=others.backend)
+    called = torch.compile(net, backend=counting.backend)
+
+    def measure(run):
+        run()
+        scaled(other(X).sum()).backward()
+        return others.compiled, counting.compiled
+
+    seen = train(net, called, {2: {0}, 3: {0, 1}}, 5, measure)
+    assert seen == [(4, 2), (4, 2), (4, 4), (4, 6), (4, 6)]
+
+
+def test_a_compiled_training_step_keeps_up(make_toy):
+    counting, net, twin = Counting(), make_toy_without_dropout(make_toy), make_toy_without_dropout(make_toy)
+
+    def flops(run):
+        counting.flops = 0
+        run()
+        return counting.flops
+
+    compiled = train(net, torch.compile(lambda x: net(x), backend=counting.backend), MANY, 6, flops, model=net)
+    assert compiled == train(twin, twin, MANY, 6, eager_flops)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's own, between pieces
+def test_a_model_compiled_in_pieces_keeps_up(make_toy):
+    counting = Counting()
+    net, twin = Torn(make_toy_without_dropout(make_toy)), make_toy_without_dropout(make_toy)
+
+    def flops(run):
+        counting.flops = 0
+        run()
+        return counting.flops
+
+    compiled = train(net, torch.compile(net, backend=counting.backend), MANY, 6, flops)
+    assert compiled == train(twin, twin, MANY, 6, eager_flops)
+
+
+def test_a_compiled_model_is_not_compiled_at_every_step(make_toy):
+    steps, answers = 60, {1: {0}, 2: {0, 1}, 3: {0, 1, 2}}  # the next change may come three steps after the first
+    frozen = {}
+    for compiled in (True, False):
+        net = make_toy()
+        called = torch.compile(net, backend="eager") if compiled else net
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        controller = FreezeController(called, optimizer, Script(answers), total_steps=steps, say=None)
+        frozen[compiled] = []
+        for _ in range(5):
+            F.cross_entropy(called(X), Y).backward()
+            optimizer.step()
+            controller.step()
+            optimizer.zero_grad()
+            frozen[compiled].append(len(controller.frozen))
+    assert frozen == {True: [1, 1, 1, 3, 3], False: [1, 2, 3, 3, 3]}
+
+
+def test_captured_graphs_of_compiled_code_are_dropped_with_it(make_toy, monkeypatch):
+    dropped = []
+    trees = SimpleNamespace(
+        local=SimpleNamespace(tree_manager_containers={0: "graphs"}),
+        reset_cudagraph_trees=lambda: dropped.append("graphs"),
+    )
+    net = make_toy()
+    code = CompiledCode(net, 100)
+    torch.compile(net, backend="eager")(X)
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)  # a stand-in: there is no GPU here
+    monkeypatch.setattr(torch.compiler, "reset", lambda: dropped.append("code"))
+    code.forget()
+    assert dropped == ["code", "graphs"]
+
+
+def test_private_parts_that_are_others_cost_a_full_reset(make_toy, monkeypatch):
+    dropped = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: dropped.append("code"))
+    monkeypatch.delattr("torch._dynamo.convert_frame.input_codes")
+    CompiledCode(make_toy(), 100).forget()
+    assert dropped == ["code"]

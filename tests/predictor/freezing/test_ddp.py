@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -55,11 +56,13 @@ def compiled_ddp(net):
 class Process:
     """One of the two: a training and what it saw."""
 
-    def __init__(self, net, answers, wrap=DistributedDataParallel, say=print, **options):
+    def __init__(self, net, answers, wrap=DistributedDataParallel, say=print, hook=None, **options):
         self.net, self.sent, self.seen = net, 0, {"weights": [], "bytes": [], "frozen": []}
         self.model = wrap(net, **options)
         ddp = getattr(self.model, "_orig_mod", self.model)
-        if isinstance(ddp, DistributedDataParallel):
+        if hook is not None:
+            hook(ddp)
+        elif isinstance(ddp, DistributedDataParallel):
             ddp.register_comm_hook(self, Process.count)
         self.optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         self.controller = FreezeController(self.model, self.optimizer, Script(answers), total_steps=STEPS, say=say)
@@ -154,6 +157,29 @@ def released(folder):
     return training.run(range(4, STEPS)).seen
 
 
+def halves_in_cpp(folder):
+    """A hook that DDP runs in C++."""
+    kind = dist.BuiltinCommHookType.FP16_COMPRESS
+    training = Process(make_net(), PHASES, hook=lambda ddp: ddp._register_builtin_comm_hook(kind)).run()
+    return {**training.seen, "hook": training.model._get_ddp_logging_data()["comm_hook"]}
+
+
+def power_sgd(folder):
+    """A hook that keeps tensors for each bucket, and starts in the third step after a change."""
+    state = powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=2, min_compression_rate=1)
+    answers = {3: {0, 1}}
+    training = Process(make_net(), answers, hook=lambda ddp: ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook))
+    return {**training.run().seen, "compressed": state.total_numel_after_compression, "kept": len(state.error_dict)}
+
+
+def refused_hook(folder):
+    """A second hook, which DDP refuses and yet lists."""
+    training = Process(make_net(), PHASES)
+    with pytest.raises(RuntimeError):
+        training.model.register_comm_hook(None, allreduce_hook)
+    return training.run().seen
+
+
 class Gathering(nn.Sequential):
     """Waits in its forward pass for what the other process sends, as contrastive models do."""
 
@@ -199,6 +225,9 @@ CASES = (
     resumes,
     released,
     gathers_in_forward,
+    halves_in_cpp,
+    power_sgd,
+    refused_hook,
     *([sharded] if SHARDS else []),
 )
 
@@ -258,11 +287,18 @@ def test_they_train(seen, case):
         ("resumes", (0, 1)),
         ("released", (0, 1)),
         ("gathers_in_forward", ()),
+        ("refused_hook", ()),
     ],
 )
 def test_only_gradients_of_what_trains_are_sent(seen, case, first):
     case = seen[0][case]
     assert case["bytes"] == [sent_while(frozen) for frozen in frozen_before(case["frozen"], first)]
+
+
+def test_communication_hooks_stay(seen):
+    assert seen[0]["halves_in_cpp"]["hook"] == "BuiltinCommHookType.FP16_COMPRESS"
+    assert seen[0]["power_sgd"]["compressed"] > 0
+    assert seen[0]["power_sgd"]["kept"] > 0
 
 
 def test_one_that_looks_for_unused_parameters_itself_sends_them_all(seen):

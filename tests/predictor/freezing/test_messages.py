@@ -1,12 +1,16 @@
-"""What is said at a freeze: names, costs, and data loading where it has become the bound."""
+"""What is said at a freeze: names, costs, and data loading where it has become the bottleneck."""
 
 import copy
+import gc
+import itertools
 import pickle
 import time
+from types import MappingProxyType
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, dataloader
 
 from predictor import FeatureCache, FreezeController, FreezePolicy, make_policy
 from tests.predictor.scripted import Script
@@ -15,14 +19,12 @@ X = torch.linspace(-1, 1, 6 * 64).reshape(6, 1, 8, 8)
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
-def train(model, policy, steps=4, called=None, pause=0.0, close=True, **options):
+def train(model, policy, steps=4, called=None, close=True, **options):
     lines = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     called = model if called is None else called
     controller = FreezeController(called, optimizer, policy, total_steps=steps, say=lines.append, **options)
     for _ in range(steps):
-        if pause:
-            time.sleep(pause)
         F.cross_entropy(called(X), Y).backward()
         optimizer.step()
         controller.step()
@@ -139,14 +141,104 @@ def test_a_model_can_be_copied_while_it_is_watched(copied, make_toy):
     assert torch.equal(twin.eval()(X), copy.deepcopy(model).eval()(X))
 
 
-def test_waiting_for_data_is_reported_once_where_it_is_the_bottleneck(make_toy):
-    lines, _ = train(make_toy(), Script({1: {0}, 25: {0, 1}}), steps=48, pause=0.02)
-    told = [line for line in lines if line.startswith("data loading has become the bottleneck: ")]
-    assert len(told) == 1
-    share = int(told[0].removeprefix("data loading has become the bottleneck: ").split("%")[0])
-    assert 50 < share < 100
+class Slow(torch.utils.data.Dataset):
+    """Three samples, each of which takes some time to load."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        time.sleep(0.005)
+        return X[index], Y[index]
+
+
+def lines_of_loop(make_toy, batches, between=lambda step: None, freeze=MappingProxyType({1: {0}})):
+    """What is said in a training over these batches, with something that runs after each step."""
+    model, lines = make_toy(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = FreezeController(model, optimizer, Script(freeze), total_steps=60, say=lines.append)
+    for step, (x, y) in enumerate(batches):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+        between(step)
+    controller.close()
+    return [line for line in lines if not line.startswith("step ")]
+
+
+def slow_batches(count):
+    loader = DataLoader(Slow(), batch_size=3)
+    return itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), count)
+
+
+def test_waiting_for_a_data_loader_is_reported_once_where_it_is_the_bottleneck(make_toy):
+    lines = lines_of_loop(make_toy, slow_batches(48), freeze={1: {0}, 25: {0, 1}})
+    assert len(lines) == 1
+    assert lines[0].startswith("data loading has become the bottleneck: ")
+    assert 50 < int(lines[0].removeprefix("data loading has become the bottleneck: ").split("%")[0]) <= 100
 
 
 def test_nothing_is_said_of_data_that_is_there(make_toy):
-    lines, _ = train(make_toy(), Script({1: {0}}), steps=30)
-    assert not any("data loading" in line for line in lines)
+    assert lines_of_loop(make_toy, [(X, Y)] * 30) == []
+
+
+def test_what_runs_between_steps_is_not_taken_for_data_loading(make_toy):
+    fast = DataLoader([(X[index], Y[index]) for index in range(6)], batch_size=6)
+    batches = itertools.islice(itertools.chain.from_iterable(itertools.repeat(fast)), 30)
+    (line,) = lines_of_loop(make_toy, batches, between=lambda step: time.sleep(0.02))
+    assert not line.startswith("data loading")
+    assert "outside the DataLoader" in line
+
+
+def test_where_no_data_loader_is_seen_it_is_said_that_it_cannot_be_told(make_toy):
+    def generated():
+        for _ in range(30):
+            time.sleep(0.02)
+            yield X, Y
+
+    (line,) = lines_of_loop(make_toy, generated())
+    assert not line.startswith("data loading")
+    assert "no torch DataLoader" in line
+
+
+def test_a_long_gap_now_and_then_is_no_bottleneck(make_toy):
+    def evaluates(step):
+        if step % 6 == 0:
+            time.sleep(0.1)
+
+    assert lines_of_loop(make_toy, [(X, Y)] * 30, between=evaluates) == []
+
+
+def test_data_loaders_are_timed_while_steps_are_measured_and_not_afterwards(make_toy):
+    gc.collect()  # trainings of other tests that ended while they were measured
+    list(DataLoader([0]))
+    before = dataloader._BaseDataLoaderIter.__next__
+    during = []
+    lines_of_loop(
+        make_toy, [(X, Y)] * 30, between=lambda step: during.append(dataloader._BaseDataLoaderIter.__next__ is before)
+    )
+    assert during[0]
+    assert not during[5]
+    assert during[-1]
+    assert dataloader._BaseDataLoaderIter.__next__ is before
+
+
+class Uncountable(torch.nn.Module):
+    """Refuses a pass beside the training's."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        if not torch.is_grad_enabled():
+            raise RuntimeError("no pass without gradients\nat all")
+        return self.net(x)
+
+
+def test_why_there_are_no_costs_is_said_once(make_toy):
+    lines, _ = train(Uncountable(make_toy()), Script({1: {0}, 3: {0, 1}}), steps=6)
+    assert [line for line in lines if not line.startswith("step ")] == [
+        "FLOPs are not reported: RuntimeError: no pass without gradients"
+    ]

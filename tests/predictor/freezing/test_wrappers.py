@@ -205,15 +205,43 @@ def test_what_is_wrapped_later_is_followed_or_refused_alike(one_process):
         follow(controller, DistributedDataParallel(net, static_graph=True))
 
 
-def test_processes_agree_over_the_cpu_also_where_gradients_travel_otherwise(one_process, monkeypatch):
-    made = []
-    new_group = dist.new_group
+@pytest.fixture
+def groups_made(one_process, monkeypatch):
+    """Ranks and options of each process group that is made, as in two processes whose gradients travel over NCCL."""
+    made, new_group = [], dist.new_group
+
+    def make(ranks, **options):
+        made.append((ranks, options))
+        return new_group([0], **options)
+
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
-    monkeypatch.setattr(
-        dist, "new_group", lambda *args, **kwargs: made.append((args, kwargs)) or new_group(*args, **kwargs)
-    )
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1])
+    monkeypatch.setattr(dist, "new_group", make)
+    return made
+
+
+def test_processes_agree_over_the_cpu_also_where_gradients_travel_otherwise(groups_made):
     assert Agreement()(frozenset({2}), 3) == {2}
-    assert made == [(([0],), {"backend": "gloo", "use_local_synchronization": True})]
+    assert groups_made == [([0, 1], {"backend": "gloo", "use_local_synchronization": True})]
+
+
+def test_no_group_is_made_only_to_be_replaced(groups_made):
+    net = Blocks()
+    model = DistributedDataParallel(net)
+    groups_made.clear()  # of DDP itself
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    controller = FreezeController(model, optimizer, Script({}), total_steps=4, agree=lambda wanted, layers: wanted)
+    assert groups_made == []
+    for _ in range(2):
+        follow(controller, model)
+        assert controller.agree(frozenset({1}), 4) == {1}
+    assert len(groups_made) == 1
+
+
+def test_one_process_agrees_with_itself_without_a_group(one_process, monkeypatch):
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    monkeypatch.delattr(dist, "new_group")
+    assert Agreement()(frozenset({2}), 3) == {2}
 
 
 # FSDP1 and DeepSpeed

@@ -232,3 +232,20 @@ def _try_states(folder):
         return states(folder)
     except sqlite3.OperationalError:  # not set up yet
         return []
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_study_that_another_program_holds_is_named_with_the_cure(begun, make_windows, tmp_path, monkeypatch):
+    monkeypatch.setattr("predictor.training.tune._LOCK_SECONDS", 0.1)
+    windows = make_windows(each=3)
+    tune(task_of(windows), tmp_path, progress=False)
+    other = sqlite3.connect(tmp_path / "study.db", timeout=30, isolation_level=None)
+    if begun:  # the file is locked while a trial is under way
+        monkeypatch.setattr(Task, "scores", lambda *_: other.execute("BEGIN EXCLUSIVE"))
+    else:
+        other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(FileFault, match=r"study.db: another program holds .*locked.* start again"):
+        tune(task_of(windows, trials=3), tmp_path, progress=False)
+    other.close()
+    monkeypatch.undo()
+    assert len(states(tmp_path)) >= 2

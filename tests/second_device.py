@@ -264,6 +264,7 @@ class _Module(backend_registration._DummyBackendModule if AVAILABLE else object)
 _current = Stream()
 _listening: list[Syncs] = []
 _pinned: "set[int]" = set()
+_library: list[Any] = []
 _tensor = torch.tensor
 _as_tensor = torch.as_tensor
 
@@ -273,11 +274,23 @@ def _register() -> None:
     if hasattr(torch, NAME):
         return
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    # What makes tensors where no mode is active.
+    for name, make in (("empty.memory_format", _empty), ("empty_strided", _empty_strided)):
+        _library.append(torch.library.Library("aten", "IMPL"))
+        _library[-1].impl(name, make, "PrivateUse1")
     # Parameters stay the same objects when a model is moved, as they do for other devices.
     torch.__future__.set_swap_module_params_on_conversion(True)
     # Both make their tensors in C++ without asking a mode. Signatures of torch.tensor and torch.as_tensor.
     torch.tensor = _made_over(_tensor)
     torch.as_tensor = _made_over(_as_tensor)
+
+
+def _empty(size: Any, *, dtype: Any = None, memory_format: Any = None, **_: Any) -> Tensor:
+    return DeviceTensor(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
+
+
+def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Tensor:
+    return DeviceTensor(torch.empty_strided(size, stride, dtype=dtype))
 
 
 def _made_over(make: Callable[..., Tensor]) -> Callable[..., Tensor]:

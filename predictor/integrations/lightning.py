@@ -1,5 +1,6 @@
 """Freezing in Lightning's Trainer."""
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -33,7 +34,7 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
         policy: from `make_policy`.
         layers: those that may freeze. By default `layers_of(module)`.
         total_steps: batches in which an optimizer steps, of the whole training. Needed where the training has no end,
-            or where several optimizers step.
+            where several optimizers step, and under manual optimization that does not step in each batch.
         ids: returns the whole numbers of a batch's samples, as `lambda batch: batch[0]` does for (ids, x, y). With it
             the frozen prefix's outputs are cached and its passes skipped, and `cache` is the FeatureCache of the
             training.
@@ -82,7 +83,7 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
         self._start(
             trainer.strategy.model or pl_module,
             trainer.optimizers,
-            self._total_steps or _total_steps(trainer),
+            self._total_steps or planned_steps(trainer, pl_module, "FreezeCallback"),
             done=trainer.global_step,
             state=self.state_dict() or None,
         )
@@ -115,12 +116,18 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
         """Step the controller, once an optimizer step."""
         self._pass.close()  # of a step that gave no loss
         if trainer.global_step == self._steps_seen:
+            self._refuse_unknown_length(trainer, pl_module)
             return  # a batch whose gradients are only accumulated
         self._steps_seen = trainer.global_step
         assert self.controller is not None, "Lightning trains after it started"
         self.controller.step()
         if self._stop and self.controller.finished:
             trainer.should_stop = True
+
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Release the frozen layers before StochasticWeightAveraging collects statistics of its averaged weights."""
+        if _averages_again(trainer, pl_module) and trainer.current_epoch >= trainer.max_epochs - 2:
+            self._finish()
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Release the frozen layers."""
@@ -135,6 +142,14 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
         self._loaded = self.state_dict()  # with what was frozen: Lightning may write a checkpoint after the end
         super()._finish()
 
+    def _refuse_unknown_length(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
+        """Raise UsageError where a loop of the user's own accumulates gradients: its number of steps is not known."""
+        if self._total_steps is None and not module.automatic_optimization and trainer.global_step == 0:
+            raise UsageError(
+                "under manual optimization no optimizer stepped in the first batch, so the number of steps cannot be "
+                "known: give FreezeCallback(..., total_steps=N), the number of batches in which an optimizer steps"
+            )
+
     def _named_network(self, module: "pl.LightningModule") -> nn.Module:
         try:
             network: nn.Module = module.get_submodule(self._network)
@@ -146,11 +161,44 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
         return network
 
 
-def _total_steps(trainer: "pl.Trainer") -> int:
-    steps = trainer.estimated_stepping_batches
-    if len(trainer.optimizers) > 1 or steps == float("inf"):
+def planned_steps(trainer: "pl.Trainer", module: "pl.LightningModule", callback: str) -> int:
+    """The batches of a whole training in which an optimizer steps.
+
+    Args:
+        trainer: the trainer, once it has its data.
+        module: what it trains.
+        callback: the name of the callback that asks, for the error.
+
+    Raises:
+        UsageError: the number cannot be known.
+    """
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if len(trainer.optimizers) > 1 or (trainer.max_steps == -1 and (epochs == -1 or batches == float("inf"))):
+        length = "without an end" if len(trainer.optimizers) < 2 else f"with {len(trainer.optimizers)} optimizers"
         raise UsageError(
-            f"a training of {steps} steps with {len(trainer.optimizers)} optimizers: give "
-            "FreezeCallback(..., total_steps=N), the number of batches in which an optimizer steps"
+            f"a training {length}: give {callback}(..., total_steps=N), the number of batches in which an optimizer "
+            "steps"
         )
-    return int(steps)
+    if epochs == -1 or batches == float("inf"):
+        return int(trainer.max_steps)
+    if _averages_again(trainer, module):
+        epochs -= 1
+    factor = _accumulation(trainer)
+    steps: int = sum(math.ceil(batches / factor(epoch)) for epoch in range(max(epochs, 1)))
+    return steps if trainer.max_steps == -1 else min(steps, int(trainer.max_steps))
+
+
+def _accumulation(trainer: "pl.Trainer") -> Callable[[int], int]:
+    """How many batches make a step, by epoch. Lightning's own estimate knows one number for all."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, pl.callbacks.GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches  # type: ignore[no-any-return]
+    return lambda epoch: trainer.accumulate_grad_batches
+
+
+def _averages_again(trainer: "pl.Trainer", module: "pl.LightningModule") -> bool:
+    """Whether StochasticWeightAveraging adds an epoch without steps, for the statistics of the averaged weights."""
+    return trainer.max_epochs != -1 and any(
+        isinstance(callback, pl.callbacks.StochasticWeightAveraging) and callback.pl_module_contains_batch_norm(module)
+        for callback in trainer.callbacks
+    )

@@ -23,8 +23,8 @@ class RecordingCallback(RecordingCallbackBase, TrainerCallback, ExportableState)
         trainer.train()
 
     The Trainer's checkpoints hold what is recorded so far; `trainer.train(resume_from_checkpoint=...)` continues. The
-    loss is that of the model's own output, as a mean over the step's batches. The accuracy and loss at the end are those of the last evaluation, where
-    there was one.
+    loss is that of the model's own output, as a mean over the step's batches. The accuracy and loss at the end are
+    those of the last evaluation, where there was one.
 
     Args:
         out: a folder, for `OUT/runs/ID.h5`, or the path of a new file that ends in .h5.

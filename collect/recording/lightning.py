@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from collect.recording.callback import Layers, RecordingCallbackBase
-from predictor.integrations.lightning import planned_steps
+from predictor.integrations.lightning import averages_next, planned_steps
 
 try:
     import lightning.pytorch as pl
@@ -75,10 +75,17 @@ class RecordingCallback(RecordingCallbackBase, pl.Callback):  # type: ignore[mis
         )
         self._running = True
 
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Write the file before StochasticWeightAveraging replaces the weights, where it adds an epoch for that."""
+        if averages_next(trainer, pl_module):
+            self.on_train_end(trainer, pl_module)
+
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add up the loss, and record once an optimizer step."""
+        if not self._running:
+            return
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             self._add_loss(loss.detach())
@@ -88,6 +95,8 @@ class RecordingCallback(RecordingCallbackBase, pl.Callback):  # type: ignore[mis
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Write the file."""
+        if not self._running:
+            return
         self._loaded, self._running = self.state_dict(), False
         accuracy, loss = self._names
         self._finish(trainer.callback_metrics, accuracy, loss)

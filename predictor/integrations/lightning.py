@@ -28,7 +28,9 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
     before its gradients are cleared: Lightning does that in the next batch. Under manual optimization clear them at the
     start of `training_step` rather than at its end, for policies that read gradients.
 
-    Lightning's checkpoints hold the callback's state; `trainer.fit(module, data, ckpt_path=...)` continues.
+    Lightning's checkpoints hold the callback's state; `trainer.fit(module, data, ckpt_path=...)` continues. The
+    trainer's loggers get `freeze/frozen_layers`, `freeze/step_flops_share` (FLOPs of a step, of a full one's) and
+    `freeze/saved_share` (FLOPs that were saved so far) at each change and as often as the trainer logs.
 
     Args:
         policy: from `make_policy`.
@@ -42,6 +44,8 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
             `self(x)`.
         memory_gb: features beyond this go to files.
         stop: stop the training once only the head still trains, as an EarlyStopping callback does.
+        dry_run: freeze nothing, and report at the end what would have frozen when. Figures are logged behind
+            `freeze_dry_run/`.
 
     Raises:
         UsageError: total_steps is needed and missing; `training_step` does not call the network; or something cannot
@@ -58,8 +62,9 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
         network: str = "",
         memory_gb: float = 4.0,
         stop: bool = False,
+        dry_run: bool = False,
     ) -> None:
-        super().__init__(policy, layers)
+        super().__init__(policy, layers, dry_run)
         self._total_steps = total_steps
         self._ids, self._network, self._memory_gb = ids, network, memory_gb
         self._pass = ExitStack()  # of the model's pass, inside the cache
@@ -115,22 +120,27 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
     ) -> None:
         """Step the controller, once an optimizer step."""
         self._pass.close()  # of a step that gave no loss
+        if not self._running:
+            return  # averaged weights get their statistics
         if trainer.global_step == self._steps_seen:
             self._refuse_unknown_length(trainer, pl_module)
             return  # a batch whose gradients are only accumulated
         self._steps_seen = trainer.global_step
         assert self.controller is not None, "Lightning trains after it started"
-        self.controller.step()
+        if self.controller.step() or trainer.global_step % trainer.log_every_n_steps == 0:
+            self._log(trainer)
         if self._stop and self.controller.finished:
             trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Release the frozen layers before StochasticWeightAveraging collects statistics of its averaged weights."""
-        if _averages_again(trainer, pl_module) and trainer.current_epoch >= trainer.max_epochs - 2:
+        if averages_next(trainer, pl_module):
             self._finish()
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Release the frozen layers."""
+        if self._running:
+            self._log(trainer)
         self._finish()
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
@@ -149,6 +159,10 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
                 "under manual optimization no optimizer stepped in the first batch, so the number of steps cannot be "
                 "known: give FreezeCallback(..., total_steps=N), the number of batches in which an optimizer steps"
             )
+
+    def _log(self, trainer: "pl.Trainer") -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(self._figures(), step=trainer.global_step)
 
     def _named_network(self, module: "pl.LightningModule") -> nn.Module:
         try:
@@ -186,6 +200,11 @@ def planned_steps(trainer: "pl.Trainer", module: "pl.LightningModule", callback:
     factor = _accumulation(trainer)
     steps: int = sum(math.ceil(batches / factor(epoch)) for epoch in range(max(epochs, 1)))
     return steps if trainer.max_steps == -1 else min(steps, int(trainer.max_steps))
+
+
+def averages_next(trainer: "pl.Trainer", module: "pl.LightningModule") -> bool:
+    """Whether all epochs are done in which layers train, and StochasticWeightAveraging adds one for statistics."""
+    return _averages_again(trainer, module) and trainer.current_epoch >= trainer.max_epochs - 2
 
 
 def _accumulation(trainer: "pl.Trainer") -> Callable[[int], int]:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 pytest.importorskip("lightning")
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging
 
 from collect.recording.lightning import RecordingCallback
 from data.trajectories import Trajectory, open_trajectories
@@ -136,3 +136,12 @@ def test_a_training_without_an_end_needs_its_length(tmp_path: Path) -> None:
     callback = RecordingCallback(tmp_path / "out", PROBE, sampling=SPEC)
     fit(tmp_path, callback, max_epochs=-1, max_steps=5)
     assert recorded(callback.path).step_T[-1] == 5
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+def test_averaged_weights_are_not_taken_for_the_final_ones(tmp_path: Path) -> None:
+    callback = RecordingCallback(tmp_path / "out", PROBE, sampling=SPEC)
+    fit(tmp_path, callback, StochasticWeightAveraging(0.02, 1), accumulate_grad_batches=1)
+    run = recorded(callback.path)
+    assert run.step_T.tolist() == [0, 6, 12, 18]
+    assert run.similarity_TL[-1] == pytest.approx([1.0, 1.0])

@@ -66,6 +66,7 @@ class RecordingCallbackBase:
             out=self._out,
             probe=self._probe,
             layers=self._layers(model) if callable(self._layers) else self._layers,
+            replace=bool(done),
             **self._options,
         )
         if done and state:

@@ -17,7 +17,8 @@ class ProbeBatch:
     """A copy of the first samples of a batch, on the CPU. Its length is the number of samples.
 
     Args:
-        batch: the inputs of the model: a tensor, a tuple or list of inputs, or a mapping of named ones.
+        batch: the inputs of the model: a tensor, a tuple or list of inputs, or a mapping of named ones; for a detector
+            a list of images.
 
     Raises:
         UsageError: no tensor in it, or fewer than four samples.
@@ -25,13 +26,16 @@ class ProbeBatch:
 
     def __init__(self, batch: Any) -> None:
         batch = _plain(batch)
-        size = next((len(tensor) for tensor in tensors_in(batch) if tensor.dim()), 0)
+        self._listed = _is_listed(batch)
+        sizes = [len(batch)] if self._listed else [len(tensor) for tensor in tensors_in(batch) if tensor.dim()]
+        size = sizes[0] if sizes else 0
         if size < 4:
             raise UsageError(
                 f"probe: a {type(batch).__name__} with {size} samples: give a batch of the model's inputs with at "
                 "least 4 samples, which CKA needs; 80 are enough"
             )
-        self._batch = copied(_map(batch, lambda tensor: _first(tensor, size).cpu()))
+        batch = batch[:MOST_SAMPLES] if self._listed else _map(batch, lambda tensor: _first(tensor, size))
+        self._batch = copied(_map(batch, Tensor.cpu))
         self._size = min(size, MOST_SAMPLES)
 
     def __len__(self) -> int:
@@ -46,7 +50,7 @@ class ProbeBatch:
         batch = self.on(next(model.parameters()).device)
         if isinstance(batch, dict):
             return model(**batch)
-        return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+        return model(*batch) if isinstance(batch, tuple | list) and not self._listed else model(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The tensors."""
@@ -66,7 +70,12 @@ class ProbeBatch:
             )
         parts: Iterator[Tensor] = iter(stored)
         self._batch = _map(self._batch, lambda _: next(parts).cpu())
-        self._size = len(next(tensor for tensor in stored if tensor.dim()))
+        self._size = len(stored) if self._listed else len(next(tensor for tensor in stored if tensor.dim()))
+
+
+def _is_listed(batch: Any) -> bool:
+    """Whether a list holds an image for each sample, as detectors take it, and not the inputs of a model."""
+    return isinstance(batch, list) and len(batch) >= 4 and all(isinstance(i, Tensor) and i.dim() == 3 for i in batch)
 
 
 def _first(tensor: Tensor, size: int) -> Tensor:

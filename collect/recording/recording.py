@@ -76,6 +76,8 @@ class Recording:
         seed: the training's seed. By default torch's initial one.
         recipe: what else is worth knowing about the training, as JSON.
         sampling: when snapshots are taken, and of which weights. One predictor needs one kind.
+        replace: whether `out` may be a file that exists, as where a training that ended early is resumed. It stays
+            until the new one is whole.
 
     Raises:
         UsageError: total_steps is below 1; the model cannot be called on the probe; or the file exists.
@@ -98,12 +100,13 @@ class Recording:
         seed: int | None = None,
         recipe: Mapping[str, Any] | None = None,
         sampling: SampleSpec = _SAMPLING,
+        replace: bool = False,
     ) -> None:
         self.run_id = uuid.uuid4().hex[:12]
         """The run's id, which it keeps when it is resumed."""
         self._out = Path(out)
         total_steps = _count(total_steps)
-        _refuse_unfit(self._out, self.path)
+        _refuse_unfit(self._out, self.path, replace)
         self._probe, self._call_probe = ProbeBatch(probe), call
         network, first = unwrapped(model), optimizer if isinstance(optimizer, Optimizer) else next(iter(optimizer))
         self.layers = tuple(self._layers_of(network) if layers is None else layers)
@@ -394,10 +397,12 @@ def _count(total_steps: Any) -> int:
     return steps
 
 
-def _refuse_unfit(out: Path, path: Path) -> None:
+def _refuse_unfit(out: Path, path: Path, replace: bool) -> None:
     """Find out now what would otherwise lose a whole training's recording."""
-    if path.exists() and _is_first():
-        raise UsageError(f"out={str(out)!r}: the file exists: remove it, or name a folder, which holds many runs")
+    if path.exists() and not replace and _is_first():
+        raise UsageError(
+            f"out={str(out)!r}: the file exists: name a folder, which holds many runs, or give replace=True"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -133,6 +133,7 @@ class FreezeCallback(TrainerCallbackBase, TrainerCallback, ExportableState):  # 
         )
         assert self.controller is not None, "it has just been made"
         self._reporters = _reporters()
+        self._changed = bool(self.controller.history)
         if self._ids is not None:
             self.cache = FeatureCache(self.controller, memory_gb=self._memory_gb)
             self._argument = IdsArgument(self.cache, self.controller, self._ids)

@@ -93,6 +93,8 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
             state=self.state_dict() or None,
         )
         assert self.controller is not None, "it has just been made"
+        if self.controller.history:
+            self._log(trainer)
         if self._ids is not None:
             network = self._named_network(pl_module)
             self.cache = FeatureCache(self.controller, model=network, memory_gb=self._memory_gb)

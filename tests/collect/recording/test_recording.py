@@ -267,6 +267,7 @@ def test_no_older_file_is_lost(tmp_path: Path) -> None:
     Loop(tmp_path / "one.h5").run().recording.finish()
     with pytest.raises(UsageError, match="exists"):
         Loop(tmp_path / "one.h5")
+    assert Loop(tmp_path / "one.h5", replace=True).run().recording.finish() == tmp_path / "one.h5"
     (tmp_path / "file").write_text("")
     with pytest.raises(FileFault, match="cannot be made"):
         Loop(tmp_path / "file")
@@ -398,3 +399,27 @@ def test_the_probe_is_not_the_users_tensor(tmp_path: Path) -> None:
     loop = Loop(tmp_path / "one", probe=reused)
     reused.zero_()
     assert_equal(only_run(loop.run().recording.finish()), only_run(Loop(tmp_path / "other").run().recording.finish()))
+
+
+class Detector(nn.Module):
+    """Takes a list of images, as torchvision's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        pooled = torch.stack([self.conv(image[None]).mean(dim=(0, 2, 3)) for image in images])
+        answer: Tensor = self.head(self.linear(pooled))
+        return answer
+
+
+def test_a_detector_takes_a_list_of_images(tmp_path: Path) -> None:
+    net = Detector()
+    images = [torch.rand(3, 5 + index, 6) for index in range(5)]
+    recording = Recording(net, torch.optim.SGD(net.parameters(), 0.1), total_steps=1, out=tmp_path, probe=images)
+    net(images).sum().backward()
+    recording.step()
+    run = only_run(recording.finish())
+    assert run.config["probe"]["samples"] == 5
+    assert np.isfinite(run.similarity_TL[:, 1]).all()

@@ -189,10 +189,16 @@ def _reporters() -> list[TrainerCallback]:
     while frame is not None:
         handler = frame.f_locals.get("self")
         if isinstance(handler, CallbackHandler):
-            own = "transformers.integrations"
-            return [callback for callback in handler.callbacks if type(callback).__module__.startswith(own)]
+            return [callback for callback in handler.callbacks if _is_reporter(callback)]
         frame = frame.f_back
     return []
+
+
+def _is_reporter(callback: TrainerCallback) -> bool:
+    kinds = type(callback).__mro__
+    if any(kind.__name__ == "DVCLiveCallback" for kind in kinds):
+        return False  # it takes each call for a step of its own
+    return any(kind.__module__.startswith("transformers.integrations") for kind in kinds)
 
 
 def _refuse_unfit(args: TrainingArguments) -> None:

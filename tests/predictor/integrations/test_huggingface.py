@@ -312,12 +312,12 @@ def logged(folder):
 def test_the_freezing_is_logged_where_the_trainer_logs(dry_run, group, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    callback = FreezeCallback(WatchingScript({2: FRONT, 5: ALL}), dry_run=dry_run)
+    callback = FreezeCallback(WatchingScript({0: {0}, 2: FRONT, 5: ALL}), dry_run=dry_run)
     often = {"report_to": ["tensorboard"], "logging_strategy": "steps", "logging_steps": 4}
     trained(make_trainer(tmp_path, callback, **often))
     figures = logged(tmp_path / "logs")
     layers = dict(figures[f"train/{group}/frozen_layers"])
-    assert layers == {2: len(FRONT), 4: len(FRONT), 5: len(ALL), 8: len(ALL)}
+    assert layers == {1: 1, 2: len(FRONT), 4: len(FRONT), 5: len(ALL), 8: len(ALL)}
     assert dict(figures[f"train/{group}/saved_share"])[8] == pytest.approx(callback.controller.timeline.saved_share)
     assert 0 < dict(figures[f"train/{group}/step_flops_share"])[8] < 1
 
@@ -358,3 +358,18 @@ def test_a_dry_run_freezes_nothing_and_says_so(tmp_path, capsys):
 def test_a_dry_run_is_remade_when_the_trainer_restores_callbacks(tmp_path):
     callback = FreezeCallback("linear", dry_run=True)
     assert FreezeCallback(**callback.state()["args"])._dry_run
+
+
+def test_the_best_model_is_loaded_into_layers_that_train_again(tmp_path):
+    often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    callback = FreezeCallback(WatchingScript({2: FRONT}))
+    trainer = make_trainer(
+        tmp_path, callback, load_best_model_at_end=True, metric_for_best_model="loss", neftune_noise_alpha=5.0, **often
+    )
+    trained(trainer)
+    best = BertForSequenceClassification.from_pretrained(trainer.state.best_model_checkpoint)
+    assert equal(trainer.model.state_dict(), best.state_dict())
+    trainer.predict(sentences())
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    trainer.model.train()
+    assert all(module.training for module in trainer.model.modules())

@@ -71,7 +71,7 @@ class FreezeController:
             process decides where `model` is DDP or sharded.
         say: takes one line at each freeze, with what froze and what a step costs before and after, and one line where
             data loading has become the bottleneck. None for silence. The cost is counted once, in a forward pass of
-            its own, and not at all under silence unless the policy needs it.
+            its own, and not at all under silence unless the policy needs it or in a dry run.
         dry_run: ask the policy and report what it would freeze, and change nothing. `history` holds what would have
             happened; `frozen` stays empty. The policy sees a training in which all layers train on. After the last
             step, or at `close`, a summary says what would have frozen when, and which FLOPs that saves.
@@ -124,7 +124,7 @@ class FreezeController:
         self._check_optimizers()
         follow(self, model)
         self.agree = agree or self.agree
-        if policy.wants_flops or (dry_run and say is not None):
+        if policy.wants_flops or dry_run:
             self._reporter.count()
         policy.bind(self.model, self._optimizers[0], self.layers)
         self._rates: LayerRates | None = None
@@ -159,7 +159,10 @@ class FreezeController:
         return Timeline(names, tuple(self.history), self._step, self.total_steps, self._reporter.flops)
 
     def plot(self, path: "str | Path | None" = None) -> "Figure":
-        """Draw the `timeline` with matplotlib, and write the picture to a path if one is given."""
+        """Draw the `timeline` with matplotlib, and write the picture to a path if one is given.
+
+        FLOPs are in it where they were counted: see `say`.
+        """
         return self.timeline.plot(path)
 
     def step(self) -> FreezeEvent | None:

@@ -1,5 +1,6 @@
 """The batch on which a recording compares the layers' outputs: kept apart from the user's, and cut to a few samples."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,6 +42,15 @@ class ProbeBatch:
     def __len__(self) -> int:
         return self._size
 
+    def fit(self, model: nn.Module) -> None:
+        """Leave out what the model has no argument for: the labels of (x, y), a data set's other columns."""
+        accepted = inspect.signature(model.forward)
+        if isinstance(self._batch, dict) and not _binds(accepted, **self._batch):
+            self._batch = {name: part for name, part in self._batch.items() if name in accepted.parameters}
+        several = isinstance(self._batch, tuple | list) and not self._listed
+        if several and not _binds(accepted, *self._batch) and _binds(accepted, self._batch[0]):
+            self._batch = self._batch[0]
+
     def on(self, device: torch.device) -> Any:
         """The batch on a device, as a copy that a model may change."""
         return copied(_map(self._batch, lambda tensor: tensor.to(device)))
@@ -71,6 +81,14 @@ class ProbeBatch:
         parts: Iterator[Tensor] = iter(stored)
         self._batch = _map(self._batch, lambda _: next(parts).cpu())
         self._size = len(stored) if self._listed else len(next(tensor for tensor in stored if tensor.dim()))
+
+
+def _binds(accepted: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
+    try:
+        accepted.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_listed(batch: Any) -> bool:

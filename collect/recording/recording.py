@@ -65,8 +65,9 @@ class Recording:
         optimizer: one or several; the first one's first learning rate is recorded.
         total_steps: optimizer steps of the whole training.
         out: a folder, for `OUT/runs/ID.h5`, or the path of a new file that ends in .h5.
-        probe: a batch of the model's inputs, the same kind as in the loop but without labels: a tensor, a tuple of
-            inputs, or a dict of named ones. Best are 80 samples that are not trained on. At most 128 are used.
+        probe: a batch of the model's inputs, of the same kind as in the loop: a tensor, a tuple of inputs, a dict of
+            named ones, or a list of images. What the model has no argument for is left out, such as the labels of
+            (x, y). Best are 80 samples that are not trained on. At most 128 are used.
         layers: those that may freeze, front to back. By default `layers_of(model)`, in execution order on the probe.
         call: how the model is called on the probe, as `lambda model, batch: model.encode(batch)`.
         workload: a name for what is trained. By default the model's class.
@@ -109,6 +110,8 @@ class Recording:
         _refuse_unfit(self._out, self.path, replace)
         self._probe, self._call_probe = ProbeBatch(probe), call
         network, first = unwrapped(model), optimizer if isinstance(optimizer, Optimizer) else next(iter(optimizer))
+        if call is None:
+            self._probe.fit(network)
         self.layers = tuple(self._layers_of(network) if layers is None else layers)
         """The layers that are recorded, front to back."""
         self._watched = _Watched(network, self.layers, innermost(first), total_steps, self._probe)

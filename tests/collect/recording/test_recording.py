@@ -248,7 +248,6 @@ def test_an_accuracy_in_percent_does_not_lose_the_run(tmp_path: Path) -> None:
         ({"probe": PROBE[:3]}, "at least 4 samples"),
         ({"probe": [1, 2]}, "0 samples"),
         ({"probe": PROBE[:, :, :3]}, r"TinyNet cannot be called on it .*call="),
-        ({"probe": (PROBE, torch.zeros(8))}, r"TinyNet cannot be called on it"),
         ({"probe": torch.zeros(8, 1, 8, 8)}, "different samples"),
     ],
 )
@@ -392,6 +391,17 @@ def test_the_first_of_several_processes_writes(tmp_path: Path, monkeypatch: pyte
 def test_a_probe_of_many_samples_is_cut(tmp_path: Path) -> None:
     run = only_run(Loop(tmp_path, probe=torch.randn(300, 1, 8, 8)).run().recording.finish())
     assert run.config["probe"]["samples"] == 128
+
+
+@pytest.mark.parametrize(
+    "probe", [(PROBE, torch.zeros(8)), [PROBE, torch.zeros(8)], {"x_BCHW": PROBE, "labels": torch.zeros(8)}]
+)
+def test_labels_in_the_probe_are_left_out(tmp_path: Path, probe: Any) -> None:
+    broken = Loop(tmp_path / "own", probe=probe).run(last=5)
+    resumed = Loop(tmp_path / "own", probe=probe, seed=1)
+    resumed.load(broken.state())
+    run = only_run(resumed.run(first=5).recording.finish())
+    assert_equal(run, only_run(Loop(tmp_path / "plain").run().recording.finish()))
 
 
 def test_the_probe_is_not_the_users_tensor(tmp_path: Path) -> None:

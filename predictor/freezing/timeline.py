@@ -82,16 +82,17 @@ class Timeline:
         """Lines that say what a dry run would have frozen when, what that would have saved, and what is not known."""
         if not self.events:
             return [f"dry run of {self.step} steps: nothing would have frozen"]
-        lines = [self._line(event) for event in self.events[:_MOST_LINES]]
-        more = len(self.events) - len(lines)
+        changes = [self._line(event) for event in self.events]
+        if len(changes) > _MOST_LINES:
+            changes[_MOST_LINES:] = [f"and {len(changes) - _MOST_LINES} more changes"]
         saved = self.saved_share
+        share = "not known, they could not be counted" if saved is None else f"{saved:.1%}"
         return [
             f"dry run of {self.step} steps: nothing was frozen. It would have been so:",
-            *lines,
-            *([f"  and {more} more changes"] if more else []),
-            "  FLOPs of the steps so far that it would have saved: "
-            + ("not known, they could not be counted" if saved is None else f"{saved:.1%}"),
-            "  What it would have cost in accuracy is not known: all layers trained. A training that freezes shows it",
+            *(f"dry run:   {change}" for change in changes),
+            f"dry run: FLOPs of these steps that it would have saved: {share}",
+            "dry run: what it would have cost in accuracy is not known: all layers trained. A training that freezes "
+            "shows it",
         ]
 
     def plot(self, path: str | Path | None = None) -> "Figure":
@@ -126,7 +127,7 @@ class Timeline:
         )
         share = self._share(frozenset(event.frozen))
         cost = "" if share is None else f": a step takes {share:.0%} of a full one's FLOPs"
-        return f"  step {event.step}: {changes} ({len(event.frozen)} of {event.layers} layers frozen){cost}"
+        return f"step {event.step}: {changes} ({len(event.frozen)} of {event.layers} layers frozen){cost}"
 
     def _listed(self, indices: tuple[int, ...]) -> str:
         names = [self.names[index] for index in indices]

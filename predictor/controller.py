@@ -156,7 +156,7 @@ class FreezeController:
     def timeline(self) -> Timeline:
         """Which layer froze when, and which FLOPs that saved; in a dry run, what would have."""
         names = tuple(layer.name for layer in self.layers)
-        return Timeline(names, tuple(self.history), self._step, self.total_steps, self._reporter.flops)
+        return Timeline(names, tuple(self.history), self._step, self.total_steps, self._reporter.flops, self.dry_run)
 
     def plot(self, path: "str | Path | None" = None) -> "Figure":
         """Draw the `timeline` with matplotlib, and write the picture to a path if one is given.

@@ -33,6 +33,8 @@ class Timeline:
     """Steps of the whole training."""
     flops: LayerFlops | None = None
     """What the layers cost."""
+    dry_run: bool = False
+    """Whether nothing really froze."""
 
     @property
     def phases(self) -> list[tuple[int, int, frozenset[int]]]:
@@ -64,18 +66,14 @@ class Timeline:
             spent += share * (end - start)
         return 1 - spent / self.step
 
-    def figures(self, dry_run: bool = False) -> dict[str, float]:
-        """For a log: frozen_layers, step_flops_share and saved_share, behind `freeze/`.
-
-        Args:
-            dry_run: whether nothing really froze: they are behind `freeze_dry_run/` then.
-        """
+    def figures(self) -> dict[str, float]:
+        """For a log: frozen_layers, step_flops_share and saved_share, behind `freeze/`, or `freeze_dry_run/`."""
         values = {
             "frozen_layers": float(len(self.frozen)),
             "step_flops_share": self.step_share,
             "saved_share": self.saved_share,
         }
-        group = "freeze_dry_run" if dry_run else "freeze"
+        group = "freeze_dry_run" if self.dry_run else "freeze"
         return {f"{group}/{name}": value for name, value in values.items() if value is not None}
 
     def dry_run_summary(self) -> list[str]:
@@ -145,7 +143,8 @@ class Timeline:
             axes.barh(rows, widths, left=starts, color=_FROZEN, height=0.8, label="frozen")
         every = -(-count // 40)
         axes.set_yticks(range(0, count, every), self.names[::every], fontsize=7)
-        axes.set(xlim=(0, self.total_steps), xlabel="" if self.flops else "step", title="frozen layers")
+        title = "layers that would have been frozen (dry run)" if self.dry_run else "frozen layers"
+        axes.set(xlim=(0, self.total_steps), xlabel="" if self.flops else "step", title=title)
         axes.invert_yaxis()
 
     def _draw_shares(self, axes: Any) -> None:

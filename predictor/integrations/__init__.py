@@ -82,7 +82,7 @@ class TrainerCallbackBase:
     def _figures(self) -> dict[str, float]:
         """What is logged where the trainer logs: see `Timeline.figures`."""
         assert self.controller is not None, "there is a training"
-        return self.controller.timeline.figures(self._dry_run)
+        return self.controller.timeline.figures()
 
     def _finish(self) -> None:
         """Release the frozen layers, once: what is frozen by hand between two trainings is the user's."""

@@ -47,8 +47,8 @@ def test_what_froze_before_the_first_step_saves_from_it_on():
 
 
 def test_without_flops_there_is_no_share():
-    timeline = Timeline(NAMES, EVENTS, 40, 50)
-    assert timeline.figures(dry_run=True) == {"freeze_dry_run/frozen_layers": 0.0}
+    timeline = Timeline(NAMES, EVENTS, 40, 50, dry_run=True)
+    assert timeline.figures() == {"freeze_dry_run/frozen_layers": 0.0}
     assert "not known" in " ".join(timeline.dry_run_summary())
 
 

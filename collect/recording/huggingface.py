@@ -45,8 +45,8 @@ class RecordingCallback(RecordingCallbackBase, TrainerCallback, ExportableState)
     ) -> None:
         if probe is None:
             raise UsageError(
-                "restore_callback_states_from_checkpoint=True makes callbacks again, and this one is made of a batch: "
-                "leave that setting out, without which the recording goes on all the same"
+                "probe: give a batch of the model's inputs. Where restore_callback_states_from_checkpoint=True makes "
+                "callbacks again, leave that setting out: without it the recording goes on all the same"
             )
         super().__init__(out, probe, layers, **options)
         self._accuracy = accuracy

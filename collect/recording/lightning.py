@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from collect.recording.callback import Layers, RecordingCallbackBase
-from predictor.integrations.lightning import averages_next, planned_steps
+from predictor.integrations.lightning import averages_next, planned_steps, refuse_unknown_length
 
 try:
     import lightning.pytorch as pl
@@ -20,15 +20,17 @@ class RecordingCallback(RecordingCallbackBase, pl.Callback):  # type: ignore[mis
         trainer = Trainer(max_epochs=10, callbacks=[RecordingCallback("runs/mine", probe=x)])
         trainer.fit(module, data)
 
-    A step is a batch in which an optimizer stepped. Lightning's checkpoints hold what is recorded so far;
-    `trainer.fit(module, data, ckpt_path=...)` continues.
+    A step is a batch in which an optimizer stepped. Under manual optimization clear the gradients at the start of
+    `training_step` rather than at its end, so that their norms are recorded.
+
+    Lightning's checkpoints hold what is recorded so far; `trainer.fit(module, data, ckpt_path=...)` continues.
 
     Args:
         out: a folder, for `OUT/runs/ID.h5`, or the path of a new file that ends in .h5.
         probe: a batch of inputs on which `module(probe)` can be called; for another call see `call` of `Recording`.
         layers: the layers to record, or a function that finds them in the module. By default `layers_of`.
         total_steps: batches in which an optimizer steps, of the whole training. Needed where the training has no end,
-            or where several optimizers step.
+            where several optimizers step, and under manual optimization that does not step in each batch.
         accuracy: the name under which the module logs the held-out accuracy, from 0 to 1.
         loss: the name under which it logs the held-out loss.
         options: further arguments of `Recording`: call, workload, family, source, seed, recipe, sampling.
@@ -89,9 +91,11 @@ class RecordingCallback(RecordingCallbackBase, pl.Callback):  # type: ignore[mis
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             self._add_loss(loss.detach())
-        if trainer.global_step != self._steps_seen:
-            self._steps_seen = trainer.global_step
-            self._step()
+        if trainer.global_step == self._steps_seen:
+            refuse_unknown_length(trainer, pl_module, self._total_steps, "RecordingCallback")
+            return
+        self._steps_seen = trainer.global_step
+        self._step()
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Write the file."""

@@ -265,8 +265,8 @@ class Recording:
         if self._missed == 2:
             warnings.warn(
                 f"no layer had a gradient at step {self._watched.step} and at the snapshot before: call "
-                "recording.step() after optimizer.step() and before optimizer.zero_grad(). A predictor learns little "
-                "from this run",
+                "recording.step() after optimizer.step() and before optimizer.zero_grad(); in Lightning's manual "
+                "optimization clear them at the start of training_step. A predictor learns little from this run",
                 stacklevel=3,
             )
 

@@ -125,7 +125,7 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
         if not self._running:
             return  # averaged weights get their statistics
         if trainer.global_step == self._steps_seen:
-            self._refuse_unknown_length(trainer, pl_module)
+            refuse_unknown_length(trainer, pl_module, self._total_steps, "FreezeCallback")
             return  # a batch whose gradients are only accumulated
         self._steps_seen = trainer.global_step
         assert self.controller is not None, "Lightning trains after it started"
@@ -153,14 +153,6 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
         self._pass.close()
         self._loaded = self.state_dict()  # with what was frozen: Lightning may write a checkpoint after the end
         super()._finish()
-
-    def _refuse_unknown_length(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
-        """Raise UsageError where a loop of the user's own accumulates gradients: its number of steps is not known."""
-        if self._total_steps is None and not module.automatic_optimization and trainer.global_step == 0:
-            raise UsageError(
-                "under manual optimization no optimizer stepped in the first batch, so the number of steps cannot be "
-                "known: give FreezeCallback(..., total_steps=N), the number of batches in which an optimizer steps"
-            )
 
     def _log(self, trainer: "pl.Trainer") -> None:
         for logger in trainer.loggers:
@@ -202,6 +194,24 @@ def planned_steps(trainer: "pl.Trainer", module: "pl.LightningModule", callback:
     factor = _accumulation(trainer)
     steps: int = sum(math.ceil(batches / factor(epoch)) for epoch in range(max(epochs, 1)))
     return steps if trainer.max_steps == -1 else min(steps, int(trainer.max_steps))
+
+
+def refuse_unknown_length(
+    trainer: "pl.Trainer", module: "pl.LightningModule", total_steps: int | None, callback: str
+) -> None:
+    """Raise UsageError where a loop of the user's own accumulates gradients: its number of steps is not known.
+
+    Args:
+        trainer: after a batch without an optimizer step.
+        module: what it trains.
+        total_steps: the number of steps, if it was given.
+        callback: the name of the callback that asks, for the error.
+    """
+    if total_steps is None and not module.automatic_optimization and trainer.global_step == 0:
+        raise UsageError(
+            "under manual optimization no optimizer stepped in the first batch, so the number of steps cannot be "
+            f"known: give {callback}(..., total_steps=N), the number of batches in which an optimizer steps"
+        )
 
 
 def averages_next(trainer: "pl.Trainer", module: "pl.LightningModule") -> bool:

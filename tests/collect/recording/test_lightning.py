@@ -1,5 +1,6 @@
 """Lightning's callback records real trainings, and goes on from Lightning's checkpoints."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,27 @@ def test_averaged_weights_are_not_taken_for_the_final_ones(tmp_path: Path) -> No
     run = recorded(callback.path)
     assert run.step_T.tolist() == [0, 6, 12, 18]
     assert run.similarity_TL[-1] == pytest.approx([1.0, 1.0])
+
+
+class AccumulatesItself(Module):
+    """A loop of one's own that steps in every third batch."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx % 3 == 0:
+            self.optimizers().zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 3 == 2:
+            self.optimizers().step()
+
+
+def test_a_loop_that_accumulates_itself_needs_its_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "Module", AccumulatesItself)
+    with pytest.raises(UsageError, match=r"manual optimization .*RecordingCallback\(\.\.\., total_steps=N\)"):
+        fit(tmp_path, RecordingCallback(tmp_path / "out", PROBE), accumulate_grad_batches=1)
+    callback = RecordingCallback(tmp_path / "out", PROBE, sampling=SPEC, total_steps=6)
+    fit(tmp_path, callback, accumulate_grad_batches=1)
+    assert recorded(callback.path).step_T.tolist() == [0, 2, 4, 6]

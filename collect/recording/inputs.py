@@ -38,12 +38,14 @@ class ProbeBatch:
         batch = batch[:MOST_SAMPLES] if self._listed else _map(batch, lambda tensor: _first(tensor, size))
         self._batch = copied(_map(batch, Tensor.cpu))
         self._size = min(size, MOST_SAMPLES)
+        self._placed: tuple[torch.device, Any] | None = None
 
     def __len__(self) -> int:
         return self._size
 
     def fit(self, model: nn.Module) -> None:
         """Leave out what the model has no argument for: the labels of (x, y), a data set's other columns."""
+        self._placed = None
         accepted = inspect.signature(model.forward)
         if isinstance(self._batch, dict) and not _binds(accepted, **self._batch):
             self._batch = {name: part for name, part in self._batch.items() if name in accepted.parameters}
@@ -52,8 +54,10 @@ class ProbeBatch:
             self._batch = self._batch[0]
 
     def on(self, device: torch.device) -> Any:
-        """The batch on a device, as a copy that a model may change."""
-        return copied(_map(self._batch, lambda tensor: tensor.to(device)))
+        """The batch on a device, as a copy that a model may change. It stays there: to move it means to wait."""
+        if self._placed is None or self._placed[0] != device:
+            self._placed = device, _map(self._batch, lambda tensor: tensor.to(device))
+        return copied(self._placed[1])
 
     def call(self, model: nn.Module) -> object:
         """The model's output for the batch: named inputs by name, several in their order."""
@@ -78,6 +82,7 @@ class ProbeBatch:
                 f"probe: {len(own)} tensors, and the recording that goes on had {len(stored)}: give the batch that it "
                 "began with"
             )
+        self._placed = None
         parts: Iterator[Tensor] = iter(stored)
         self._batch = _map(self._batch, lambda _: next(parts).cpu())
         self._size = len(stored) if self._listed else len(next(tensor for tensor in stored if tensor.dim()))

@@ -104,7 +104,7 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
     ) -> None:
         """Let the cached outputs of these samples replace the frozen prefix's pass."""
         self._pass.close()  # of a batch that was interrupted
-        if self._ids is not None and self.cache is not None:
+        if self._ids is not None and self.cache is not None and self._running:
             self._pass.enter_context(self.cache.batch(self._ids(batch)))
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:

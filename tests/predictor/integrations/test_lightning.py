@@ -319,6 +319,24 @@ def test_averaged_weights_get_their_statistics_though_layers_were_frozen(first, 
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+class Numbered(Plain):
+    """Gets each sample's number with it."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[1]), batch[2])
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+def test_averaged_weights_beside_a_cache(tmp_path, make_toy):
+    callback = FreezeCallback(WatchingScript({2: {0, 1}}), ids=lambda batch: batch[0], network="net")
+    data, net = [(index, *row) for index, row in enumerate(images())], make_toy()
+    fit_with(tmp_path, [callback, StochasticWeightAveraging(0.02, 1)], net, module=Numbered, data=data)
+    assert callback.cache.hits
+    assert net.body[1].running_mean.any()
+
+
 def test_weight_averaging_beside_freezing(tmp_path, make_toy):
     averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging").WeightAveraging
     before, net = make_toy(), make_toy()

@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         from predictor.training.tune import settings_flags
 
         # The user's own flags come last, and so override those of the file.
-        flags = _parser().parse_args([arguments[0], *settings_flags(flags.settings), *arguments[1:]])
+        arguments = [arguments[0], *settings_flags(flags.settings), *arguments[1:]]
+        flags = _parser().parse_args(arguments)
+    if flags.command == "train":
+        flags.given = {argument.partition("=")[0] for argument in arguments}
     commands = {"train": _train, "tune": _tune, "show": _show}
     try:
         return commands[flags.command](flags)
@@ -93,6 +96,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
 def _train(flags: argparse.Namespace) -> None:
     from data.dataset.windows import part_of
     from predictor.training.config import CKA_LABEL_FLAGS, OUTCOME_LABEL_FLAG, FitConfig
+    from predictor.training.continued import continued
     from predictor.training.train import TrainingData, train
     from predictor.training.tune import check_settings
 
@@ -100,7 +104,9 @@ def _train(flags: argparse.Namespace) -> None:
         raise UsageError(f"--out {flags.out}: name a file that ends in {_OUT.suffix}")
     if flags.outcomes and flags.learn_threshold is not None:
         raise UsageError("--learn-threshold is for labels from CKA: leave it out, or --outcomes")
-    config, settings = cli.from_flags(PredictorConfig, flags), cli.from_flags(FitConfig, flags)
+    config, settings = continued(
+        cli.from_flags(PredictorConfig, flags), cli.from_flags(FitConfig, flags), vars(flags).pop("given")
+    )
     _use_one_thread()
     held_out = _held_out(flags)
     if flags.settings:

@@ -4,7 +4,7 @@ import operator
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -24,10 +24,16 @@ from predictor.freezing.freeze import (
 from predictor.freezing.frozen_weights import FrozenWeights
 from predictor.freezing.learning_rates import LayerRates
 from predictor.freezing.messages import FreezeReporter
+from predictor.freezing.timeline import Timeline
 from predictor.freezing.wrappers import GradientWatch, follow, refuse_capture, refuse_unfit
 from predictor.layers.layer import Layer, layers_of
 from predictor.layers.parts import unwrapped
 from predictor.policies.base import FreezePolicy, View
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
 
 _MOST_STEPS_UNCHECKED = 100
 """Steps after which the controller looks at the frozen layers at the latest."""
@@ -72,9 +78,10 @@ class FreezeController:
             process decides where `model` is DDP or sharded.
         say: takes one line at each freeze, with what froze and what a step costs before and after, and one line where
             steps wait longer for their inputs than they compute. None for silence. The cost is counted once, in a
-            forward pass of its own, and not at all under silence unless the policy needs it.
+            forward pass of its own, and not at all under silence unless the policy needs it or in a dry run.
         dry_run: ask the policy and report what it would freeze, and change nothing. `history` holds what would have
-            happened; `frozen` stays empty. The policy sees a training in which all layers train on.
+            happened; `frozen` stays empty. The policy sees a training in which all layers train on. After the last
+            step, or at `close`, a summary says what would have frozen when, and which FLOPs that saves.
 
     Raises:
         UsageError: total_steps is below 1; no optimizer holds a layer's parameter; the policy names a layer that does
@@ -124,12 +131,12 @@ class FreezeController:
         self._guard = GradientGuard(self._on_dropped_gradient, self._on_opened)
         self._watch = GradientWatch(self.layers, self._optimizers)
         self._reporter = FreezeReporter(model, self.layers, say, whole=layers is None, dry_run=dry_run)
-        self._warned_of_reset = self._warned_of_overrun = False
+        self._warned_of_reset = self._warned_of_overrun = self._summarized = False
         self._observing = type(policy).observe is not FreezePolicy.observe
         self._check_optimizers()
         follow(self, model)
         self.agree = agree or self.agree
-        if policy.wants_flops:
+        if policy.wants_flops or dry_run:
             self._reporter.count()
         policy.bind(self.model, self._optimizers[0], self.layers)
         self._rates: LayerRates | None = None
@@ -159,6 +166,19 @@ class FreezeController:
         resting = (index for index, layer in enumerate(self.layers) if index not in self._planned and is_at_rest(layer))
         flops = self._reporter.flops
         return View(self.layers, self._planned, self._step, self.total_steps, flops, resting=frozenset(resting))
+
+    @property
+    def timeline(self) -> Timeline:
+        """Which layer froze when, and which FLOPs that saved; in a dry run, what would have."""
+        names = tuple(layer.name for layer in self.layers)
+        return Timeline(names, tuple(self.history), self._step, self.total_steps, self._reporter.flops, self.dry_run)
+
+    def plot(self, path: "str | Path | None" = None) -> "Figure":
+        """Draw the `timeline` with matplotlib, and write the picture to a path if one is given.
+
+        FLOPs are in it where they were counted: see `say`.
+        """
+        return self.timeline.plot(path)
 
     def step(self) -> FreezeEvent | None:
         """Call after `optimizer.step()` and before `zero_grad()`. Returns what changed, if anything did."""
@@ -223,6 +243,7 @@ class FreezeController:
 
     def close(self) -> None:
         """Remove all hooks and drop what the policy holds. Layers stay as they are."""
+        self._summarize()
         self._reporter.close()
         self._guard.close()
         if self._rates is not None:
@@ -259,6 +280,7 @@ class FreezeController:
         self._opened.clear()
         if self._step >= self.total_steps:
             self._guard.close()  # what a model is used for after its training is the user's
+            self._summarize()
         self._next_wake = self._step + 1 if self._busy else self._next_due()
         return event or given_back
 
@@ -330,6 +352,12 @@ class FreezeController:
         settle_containers(self.model, self.layers, event.frozen)
         self._weights.keep(parameter for index in event.frozen for parameter in self.layers[index].parameters())
         self._next_check = self._step + self._check_every
+
+    def _summarize(self) -> None:
+        """Report once what a dry run would have done."""
+        if self.dry_run and self._step and not self._summarized:
+            self._summarized = True
+            self._reporter.say(self.timeline.dry_run_summary())
 
     def _on_dropped_gradient(self, index: int) -> None:
         """A frozen layer had got a gradient. It is gone; the next step freezes the layer again."""

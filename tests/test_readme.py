@@ -141,3 +141,37 @@ def test_a_policy_of_ones_own_is_compared(tmp_path):
     own_rows = [row for row in rows if row["policy_name"] == "calm:Calm"]
     assert [row["status"] for row in own_rows] == ["finished"] * 3
     assert any(row["freezes"] for row in own_rows)
+
+
+def command(text, folder):
+    """Run a command line of a README in a folder."""
+    arguments = [sys.executable, *text.split()[1:]]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_from_a_script_of_ones_own_to_a_predictor_of_ones_own(tmp_path):
+    (tmp_path / "own.py").write_text(block("# own.py"))
+    printed = [command(line, tmp_path) for line in block("python own.py", "sh").splitlines()]
+    assert "runs/own: 3 runs" in printed[1]
+    assert "goes on from shipped" in printed[2]
+    run(
+        "from predictor import make_policy\nmake_policy('smartfrz', predictor='runs/mine.safetensors')",
+        tmp_path,
+    )
+
+
+def test_the_trainings_of_hugging_face_are_recorded(tmp_path):
+    pytest.importorskip("transformers")
+    before = block("BertForSequenceClassification(").replace("trainer.train()", "evaluation_data = data")
+    run(before + block("# trainer.py"), tmp_path)
+    assert len(list((tmp_path / "runs/own/runs").glob("*.h5"))) == 1
+
+
+def test_the_trainings_of_lightning_are_recorded(tmp_path):
+    pytest.importorskip("lightning")
+    more = "from lightning.pytorch import Trainer\nNet.forward = lambda self, x: self.net(x)\nx = data[:80][0]\n"
+    run(MODULE + more + block("# fit.py"), tmp_path)
+    assert len(list((tmp_path / "runs/own/runs").glob("*.h5"))) == 1

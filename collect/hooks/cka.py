@@ -1,17 +1,19 @@
 """A hook that compares each layer's output with that of the final network, by unbiased CKA."""
 
 import math
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from collect.training.loop import Hook, Training
+from collect.hooks.recorder import Recorded
+from collect.training.loop import Hook
 from predictor.errors import UsageError
 from predictor.layers.isolated_pass import isolated
 from predictor.model.sampling import SampleSpec
@@ -30,6 +32,24 @@ class ProbeSpec:
     def __post_init__(self) -> None:
         if self.samples < 4 or self.features < 1:
             raise UsageError(f"{self}: unbiased CKA needs at least 4 samples, and 1 feature")
+
+
+class Probed(Recorded, Protocol):
+    """What a `CKARecorder` needs of a training besides: the toolkit's own is one, see `Training` for each."""
+
+    @property
+    def model(self) -> nn.Module: ...  # noqa: D102
+    @property
+    def source(self) -> Any: ...  # noqa: D102
+    @property
+    def precision(self) -> Any: ...  # noqa: D102
+    @property
+    def status(self) -> str: ...  # noqa: D102
+    def untimed(self) -> AbstractContextManager[None]: ...  # noqa: D102
+
+
+def _call(model: nn.Module, inputs: Any) -> object:
+    return model(inputs)
 
 
 class CKARecorder(Hook):
@@ -51,16 +71,23 @@ class CKARecorder(Hook):
     Args:
         spec: When snapshots are taken; the same as the `Recorder`'s.
         probe: The inputs and outputs to compare.
+        call: How the model is called on the inputs.
     """
 
-    def __init__(self, spec: SampleSpec, probe: ProbeSpec = ProbeSpec()) -> None:
+    def __init__(
+        self,
+        spec: SampleSpec,
+        probe: ProbeSpec = ProbeSpec(),
+        call: Callable[[nn.Module, Any], object] = _call,
+    ) -> None:
         self.spec = spec
         self.probe = probe
+        self._call = call
         self.similarity_TL: npt.NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
         """After the end: unbiased CKA of each snapshot's layers with the final ones, at most 1. NaN in a run that
         diverged, for a layer that the model does not call, and for outputs that are the same for all inputs."""
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: Probed) -> None:
         """Choose the inputs, and probe the network at step 0."""
         with training.untimed():
             self._inputs = training.source.probe(self.probe.samples, device=training.device)
@@ -71,13 +98,13 @@ class CKARecorder(Hook):
             self._positions: dict[int, Tensor] = {}
             self._triangles = [self._probe(training)]
 
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: Probed) -> None:
         """Probe the network, if a snapshot is due."""
         if self.spec.due(training.step, training.total_steps):
             with training.untimed():
                 self._triangles.append(self._probe(training))
 
-    def on_end(self, training: Training) -> None:
+    def on_end(self, training: Probed) -> None:
         """Compare all snapshots with the last."""
         triangles_TLP = torch.stack(self._triangles).cpu()
         self.similarity_TL = np.full(triangles_TLP.shape[:2], math.nan, dtype=np.float32)
@@ -94,7 +121,7 @@ class CKARecorder(Hook):
         """Resume from a state of the same training."""
         self._triangles = [triangle_LP.to(self._inputs.device) for triangle_LP in state["triangles"]]
 
-    def _probe(self, training: Training) -> Tensor:
+    def _probe(self, training: Probed) -> Tensor:
         """triangle_LP of the current network."""
         layers, samples = training.layers, len(self._inputs)
         triangle_LP = torch.zeros(len(layers), samples * (samples - 1) // 2, device=self._inputs.device)
@@ -108,7 +135,7 @@ class CKARecorder(Hook):
         with isolated(training.model), training.precision.forward(), ExitStack() as stack:
             for index, layer in enumerate(layers):
                 stack.callback(layer.output.register_forward_hook(partial(take, index)).remove)
-            training.model(self._inputs)
+            self._call(training.model, self._inputs)
         return triangle_LP
 
     def _triangle(self, layer: int, output: Any) -> Tensor:

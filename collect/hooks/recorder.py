@@ -1,14 +1,33 @@
 """A hook that records how the layers move: their sampled weights and what goes with them, snapshot by snapshot."""
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from collect.training.loop import Hook, Training
+from collect.training.loop import Hook
+from predictor.layers.layer import Layer
 from predictor.model.sampling import LayerSampler, SampleSpec
 from predictor.policies.measuring.gradients import gradient_norms
+
+
+class Recorded(Protocol):
+    """What a `Recorder` reads of a training: the toolkit's own is one, see `Training` for each."""
+
+    step: int
+    total_steps: int
+    loss: Tensor
+
+    @property
+    def layers(self) -> tuple[Layer, ...]: ...  # noqa: D102
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+    @property
+    def lr(self) -> float: ...  # noqa: D102
+    @property
+    def train_seconds(self) -> float: ...  # noqa: D102
 
 
 class Recorder(Hook):
@@ -25,7 +44,7 @@ class Recorder(Hook):
     def __init__(self, spec: SampleSpec) -> None:
         self.spec = spec
 
-    def on_start(self, training: Training) -> None:
+    def on_start(self, training: Recorded) -> None:
         """Draw the positions, and take the snapshot at step 0."""
         self._layers = training.layers
         self._sampler = LayerSampler(self._layers, self.spec)
@@ -43,7 +62,7 @@ class Recorder(Hook):
         self._add_row(training)
 
     @torch.no_grad()
-    def on_step(self, training: Training) -> None:
+    def on_step(self, training: Recorded) -> None:
         """Add up the loss, and take a snapshot when one is due."""
         self._tensors["loss_sum"] += training.loss
         self._losses += 1
@@ -74,7 +93,7 @@ class Recorder(Hook):
         self._losses = state["losses"]
         self._tensors = {name: state["tensors"][name].to(own.device) for name, own in self._tensors.items()}
 
-    def _take(self, training: Training) -> None:
+    def _take(self, training: Recorded) -> None:
         row = len(self._step)
         self._tensors["loss_T"][row] = self._tensors["loss_sum"] / self._losses
         self._tensors["loss_sum"].zero_()
@@ -82,7 +101,7 @@ class Recorder(Hook):
         self._tensors["gradient_norm_TL"][row] = gradient_norms(self._layers)
         self._add_row(training)
 
-    def _add_row(self, training: Training) -> None:
+    def _add_row(self, training: Recorded) -> None:
         self._tensors["weights_TLK"][len(self._step)] = self._sampler.sample_all()
         self._step.append(training.step)
         self._lr.append(training.lr)

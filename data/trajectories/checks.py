@@ -36,7 +36,10 @@ class _Config(BaseModel):
 
 
 class _Outcome(BaseModel):
-    """How a run ended. One that diverged may lack the numbers."""
+    """How a run ended. One that diverged may lack the numbers.
+
+    Accuracy and loss may be null in a run that finished: not every training of one's own knows them.
+    """
 
     status: Literal["finished", "diverged"]
     final_accuracy: Annotated[float | None, Field(ge=0, le=1)] = None
@@ -46,7 +49,8 @@ class _Outcome(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> "_Outcome":
-        missing = [name for name, value in self if value is None]
+        known = self.model_fields_set & {"final_accuracy", "final_loss"}
+        missing = [name for name, value in self if value is None and name not in known]
         if self.status == "finished" and missing:
             raise ValueError(f"{', '.join(missing)}: missing in a run that finished")
         return self

@@ -41,7 +41,8 @@ class _Group:
         if not trajectory.finished:
             self.diverged += 1
             return
-        self.accuracies.append(trajectory.outcome["final_accuracy"])
+        if trajectory.outcome["final_accuracy"] is not None:
+            self.accuracies.append(trajectory.outcome["final_accuracy"])
         self.labels += int((~np.isnan(trajectory.similarity_TL)).sum())
         self.positive += int(rule.labels(trajectory.similarity_TL).sum())
 

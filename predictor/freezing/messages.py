@@ -1,6 +1,6 @@
 """What is reported at each freeze: what froze, what a step costs now, and where steps wait for their inputs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -74,7 +74,7 @@ class FreezeReporter:
     def count(self) -> None:
         """Count FLOPs at the next forward pass."""
         if self._uncounted and self._counting is None:
-            self._counting = on_forward(self._model, self._count)
+            self._counting = on_forward(_network_in(self._model), self._count)
 
     def changed(self, event: FreezeEvent, before: frozenset[int], finished: bool = False) -> None:
         """Report a change of the frozen set.
@@ -113,6 +113,13 @@ class FreezeReporter:
             self._say(_bottleneck(wait))
             self._data_wait.done = True
 
+    def say(self, lines: Iterable[str]) -> None:
+        """Report what is still pending, and then these lines."""
+        self.stepped()
+        if self._say is not None:
+            for line in lines:
+                self._say(line)
+
     def close(self) -> None:
         """Report what is still pending, and stop measuring."""
         self.stepped()
@@ -120,7 +127,7 @@ class FreezeReporter:
 
     def _count(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._stop_counting()
-        model = unwrapped(self._model)
+        model = unwrapped(_network_in(self._model))
         if model is not self._model and "forward" in vars(model):
             # Lightning redirects one call of the wrapped model, and a pass in here would be that one.
             self._why_not = "the trainer redirects the call of the wrapped model"
@@ -196,6 +203,16 @@ def on_forward(model: nn.Module, callback: Callable[[tuple[Any, ...], Mapping[st
     Before all other hooks: those of a feature cache make passes of their own, which are not the training's.
     """
     return model.register_forward_pre_hook(_Hook(callback), with_kwargs=True, prepend=True)
+
+
+def _network_in(model: nn.Module) -> nn.Module:
+    """What is called on a batch. A LightningModule need not be: its `training_step` may call the network in it."""
+    network = unwrapped(model)
+    if not hasattr(network, "training_step"):
+        return model
+    holding = [child for child in network.children() if any(True for _ in child.parameters())]
+    only = len(holding) == 1 and not any(True for _ in network.parameters(recurse=False))
+    return unwrapped(holding[0]) if only else model
 
 
 def _ignore(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

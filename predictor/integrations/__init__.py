@@ -29,7 +29,7 @@ class TrainerCallbackBase:
     cache: FeatureCache | None = None
     """The cache of the current training or, empty, of the last one. None without `ids`."""
 
-    def __init__(self, policy: FreezePolicy, layers: Layers) -> None:
+    def __init__(self, policy: FreezePolicy, layers: Layers, dry_run: bool = False) -> None:
         if policy.budget != 1.0:
             raise UsageError(
                 f"{type(policy).__name__} takes a share of {policy.budget} of the steps, and a callback cannot shorten "
@@ -37,6 +37,7 @@ class TrainerCallbackBase:
             )
         self._policy = policy
         self._layers = layers
+        self._dry_run = dry_run
         self._running = False
 
     def _start(
@@ -71,11 +72,17 @@ class TrainerCallbackBase:
             copy.deepcopy(self._policy),
             total_steps=total_steps,
             layers=self._layers(model) if callable(self._layers) else self._layers,
+            dry_run=self._dry_run,
             **options,
         )
         self._running = True
         if done and state is not None:
             self.controller.load_state_dict(state)
+
+    def _figures(self) -> dict[str, float]:
+        """What is logged where the trainer logs: see `Timeline.figures`."""
+        assert self.controller is not None, "there is a training"
+        return self.controller.timeline.figures()
 
     def _finish(self) -> None:
         """Release the frozen layers, once: what is frozen by hand between two trainings is the user's."""

@@ -1,12 +1,19 @@
 """Freezing in Transformers' Trainer."""
 
 import base64
+import inspect
 import io
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import (
+    CallbackHandler,
+    ExportableState,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import ParallelMode, TrainingArguments
 
@@ -29,6 +36,10 @@ class FreezeCallback(TrainerCallbackBase, TrainerCallback, ExportableState):  # 
     what is frozen earlier is never trained. Policies are asked right after each optimizer step, before its gradients
     are cleared. The Trainer's checkpoints hold its state; `trainer.train(resume_from_checkpoint=...)` continues.
 
+    What the Trainer reports to (TensorBoard, wandb, ...) gets, at each change and with each logged loss,
+    `freeze/frozen_layers`, `freeze/step_flops_share` (FLOPs of a step, as a share of a full one's) and
+    `freeze/saved_share` (FLOPs that were saved so far). Trackers put `train/` before these names.
+
     Args:
         policy: from `make_policy`, or a policy's name, with its settings as `options`. By name it can also be made
             again under `restore_callback_states_from_checkpoint=True`.
@@ -39,6 +50,8 @@ class FreezeCallback(TrainerCallbackBase, TrainerCallback, ExportableState):  # 
         memory_gb: features beyond this go to files.
         stop: stop the training once only the head still trains, as an EarlyStoppingCallback does, but with the last
             evaluation and checkpoint.
+        dry_run: freeze nothing, and report at the end what would have frozen when. Figures are logged behind
+            `freeze_dry_run/`.
         options: settings of a policy that is given by its name.
 
     Raises:
@@ -54,6 +67,7 @@ class FreezeCallback(TrainerCallbackBase, TrainerCallback, ExportableState):  # 
         ids: str | None = None,
         memory_gb: float = 4.0,
         stop: bool = False,
+        dry_run: bool = False,
         **options: Any,
     ) -> None:
         if policy == "":
@@ -68,16 +82,19 @@ class FreezeCallback(TrainerCallbackBase, TrainerCallback, ExportableState):  # 
                 f"{', '.join(options)}: settings go with a policy's name, FreezeCallback('smartfrz', risk=1.0), or "
                 "into make_policy"
             )
-        super().__init__(make_policy(policy, **options) if isinstance(policy, str) else policy, layers)
-        cached = {} if ids is None else {"ids": ids, "memory_gb": memory_gb}
+        super().__init__(make_policy(policy, **options) if isinstance(policy, str) else policy, layers, dry_run)
+        more = {} if ids is None else {"ids": ids, "memory_gb": memory_gb}
+        more |= {"dry_run": True} if dry_run else {}
         # The Trainer writes it as JSON, which has no paths; a policy takes either.
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
         self._made_of = (
-            {"policy": policy, **settings, **cached, "stop": stop} if named and layers is None else {"policy": ""}
+            {"policy": policy, **settings, **more, "stop": stop} if named and layers is None else {"policy": ""}
         )
         self._saved = ""
         self._ids, self._memory_gb, self._stop = ids, memory_gb, stop
         self._argument: IdsArgument | None = None
+        self._reporters: list[TrainerCallback] = []
+        self._changed = False
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into its checkpoints, as JSON."""
@@ -115,6 +132,8 @@ class FreezeCallback(TrainerCallbackBase, TrainerCallback, ExportableState):  # 
             agree=Agreement() if many else None,
         )
         assert self.controller is not None, "it has just been made"
+        self._reporters = _reporters()
+        self._changed = bool(self.controller.history)
         if self._ids is not None:
             self.cache = FeatureCache(self.controller, memory_gb=self._memory_gb)
             self._argument = IdsArgument(self.cache, self.controller, self._ids)
@@ -124,11 +143,19 @@ class FreezeCallback(TrainerCallbackBase, TrainerCallback, ExportableState):  # 
     ) -> None:
         """Step the controller. Gradients still exist here, and are cleared before `on_step_end`."""
         assert self.controller is not None, "the Trainer steps after it began to train"
-        self.controller.step()
+        self._changed |= self.controller.step() is not None
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log the freezing with each loss of the training."""
+        if self._running and "loss" in (kwargs.get("logs") or {}):
+            self._report(args, state, control, kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop the training where `stop` asks for it, with the evaluation and checkpoint of an end at `max_steps`."""
+        """Log a change, and the last step, and stop where `stop` asks for it, with what an end at `max_steps` has."""
         assert self.controller is not None, "the Trainer steps after it began to train"
+        if self._changed or state.global_step >= state.max_steps:
+            self._changed = False
+            self._report(args, state, control, kwargs)
         if not (self._stop and self.controller.finished):
             return
         control.should_training_stop = True
@@ -143,11 +170,35 @@ class FreezeCallback(TrainerCallbackBase, TrainerCallback, ExportableState):  # 
         """Release the frozen layers."""
         self._finish()
 
+    def _report(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: dict[str, Any]
+    ) -> None:
+        for reporter in self._reporters:
+            reporter.on_log(args, state, control, model=kwargs.get("model"), logs=self._figures())
+
     def _finish(self) -> None:
         if self._argument is not None:
             self._argument.close()
             self._argument = None
         super()._finish()
+
+
+def _reporters() -> list[TrainerCallback]:
+    """What the Trainer reports to, found in the calls that led here: no event of a callback hands it over."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            return [callback for callback in handler.callbacks if _is_reporter(callback)]
+        frame = frame.f_back
+    return []
+
+
+def _is_reporter(callback: TrainerCallback) -> bool:
+    kinds = type(callback).__mro__
+    if any(kind.__name__ == "DVCLiveCallback" for kind in kinds):
+        return False  # it takes each call for a step of its own
+    return any(kind.__module__.startswith("transformers.integrations") for kind in kinds)
 
 
 def _refuse_unfit(args: TrainingArguments) -> None:

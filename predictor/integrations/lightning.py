@@ -1,5 +1,6 @@
 """Freezing in Lightning's Trainer."""
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -27,13 +28,15 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
     before its gradients are cleared: Lightning does that in the next batch. Under manual optimization clear them at the
     start of `training_step` rather than at its end, for policies that read gradients.
 
-    Lightning's checkpoints hold the callback's state; `trainer.fit(module, data, ckpt_path=...)` continues.
+    Lightning's checkpoints hold the callback's state; `trainer.fit(module, data, ckpt_path=...)` continues. The
+    trainer's loggers get `freeze/frozen_layers`, `freeze/step_flops_share` (FLOPs of a step, of a full one's) and
+    `freeze/saved_share` (FLOPs that were saved so far) at each change and as often as the trainer logs.
 
     Args:
         policy: from `make_policy`.
         layers: those that may freeze. By default `layers_of(module)`.
         total_steps: batches in which an optimizer steps, of the whole training. Needed where the training has no end,
-            or where several optimizers step.
+            where several optimizers step, and under manual optimization that does not step in each batch.
         ids: returns the whole numbers of a batch's samples, as `lambda batch: batch[0]` does for (ids, x, y). With it
             the frozen prefix's outputs are cached and its passes skipped, and `cache` is the FeatureCache of the
             training.
@@ -41,6 +44,8 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
             `self(x)`.
         memory_gb: features beyond this go to files.
         stop: stop the training once only the head still trains, as an EarlyStopping callback does.
+        dry_run: freeze nothing, and report at the end what would have frozen when. Figures are logged behind
+            `freeze_dry_run/`.
 
     Raises:
         UsageError: total_steps is needed and missing; `training_step` does not call the network; or something cannot
@@ -57,8 +62,9 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
         network: str = "",
         memory_gb: float = 4.0,
         stop: bool = False,
+        dry_run: bool = False,
     ) -> None:
-        super().__init__(policy, layers)
+        super().__init__(policy, layers, dry_run)
         self._total_steps = total_steps
         self._ids, self._network, self._memory_gb = ids, network, memory_gb
         self._pass = ExitStack()  # of the model's pass, inside the cache
@@ -82,11 +88,13 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
         self._start(
             trainer.strategy.model or pl_module,
             trainer.optimizers,
-            self._total_steps or _total_steps(trainer),
+            self._total_steps or planned_steps(trainer, pl_module, "FreezeCallback"),
             done=trainer.global_step,
             state=self.state_dict() or None,
         )
         assert self.controller is not None, "it has just been made"
+        if self.controller.history:
+            self._log(trainer)
         if self._ids is not None:
             network = self._named_network(pl_module)
             self.cache = FeatureCache(self.controller, model=network, memory_gb=self._memory_gb)
@@ -96,10 +104,6 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
     ) -> None:
         """Let the cached outputs of these samples replace the frozen prefix's pass."""
         self._pass.close()  # of a batch that was interrupted
-        if getattr(trainer.fit_loop, "_skip_backward", False):
-            # StochasticWeightAveraging has reset all running statistics. Nothing trains in this epoch, its last: it is
-            # there to estimate them anew, which frozen layers would not.
-            self._finish()
         if self._ids is not None and self.cache is not None and self._running:
             self._pass.enter_context(self.cache.batch(self._ids(batch)))
 
@@ -118,16 +122,27 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
     ) -> None:
         """Step the controller, once an optimizer step."""
         self._pass.close()  # of a step that gave no loss
-        if trainer.global_step == self._steps_seen or not self._running:
-            return  # a batch whose gradients are only accumulated, or that trains nothing
+        if not self._running:
+            return  # averaged weights get their statistics
+        if trainer.global_step == self._steps_seen:
+            refuse_unknown_length(trainer, pl_module, self._total_steps, "FreezeCallback")
+            return  # a batch whose gradients are only accumulated
         self._steps_seen = trainer.global_step
         assert self.controller is not None, "Lightning trains after it started"
-        self.controller.step()
+        if self.controller.step() or trainer.global_step % trainer.log_every_n_steps == 0:
+            self._log(trainer)
         if self._stop and self.controller.finished:
             trainer.should_stop = True
 
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Release the frozen layers before StochasticWeightAveraging collects statistics of its averaged weights."""
+        if averages_next(trainer, pl_module):
+            self._finish()
+
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Release the frozen layers."""
+        if self._running:
+            self._log(trainer)
         self._finish()
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
@@ -138,6 +153,10 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
         self._pass.close()
         self._loaded = self.state_dict()  # with what was frozen: Lightning may write a checkpoint after the end
         super()._finish()
+
+    def _log(self, trainer: "pl.Trainer") -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(self._figures(), step=trainer.global_step)
 
     def _named_network(self, module: "pl.LightningModule") -> nn.Module:
         try:
@@ -150,11 +169,67 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
         return network
 
 
-def _total_steps(trainer: "pl.Trainer") -> int:
-    steps = trainer.estimated_stepping_batches
-    if len(trainer.optimizers) > 1 or steps == float("inf"):
+def planned_steps(trainer: "pl.Trainer", module: "pl.LightningModule", callback: str) -> int:
+    """The batches of a whole training in which an optimizer steps.
+
+    Args:
+        trainer: the trainer, once it has its data.
+        module: what it trains.
+        callback: the name of the callback that asks, for the error.
+
+    Raises:
+        UsageError: the number cannot be known.
+    """
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if len(trainer.optimizers) > 1 or (trainer.max_steps == -1 and (epochs == -1 or batches == float("inf"))):
+        length = "without an end" if len(trainer.optimizers) < 2 else f"with {len(trainer.optimizers)} optimizers"
         raise UsageError(
-            f"a training of {steps} steps with {len(trainer.optimizers)} optimizers: give "
-            "FreezeCallback(..., total_steps=N), the number of batches in which an optimizer steps"
+            f"a training {length}: give {callback}(..., total_steps=N), the number of batches in which an optimizer "
+            "steps"
         )
-    return int(steps)
+    if epochs == -1 or batches == float("inf"):
+        return int(trainer.max_steps)
+    if _averages_again(trainer, module):
+        epochs -= 1
+    factor = _accumulation(trainer)
+    steps: int = sum(math.ceil(batches / factor(epoch)) for epoch in range(max(epochs, 1)))
+    return steps if trainer.max_steps == -1 else min(steps, int(trainer.max_steps))
+
+
+def refuse_unknown_length(
+    trainer: "pl.Trainer", module: "pl.LightningModule", total_steps: int | None, callback: str
+) -> None:
+    """Raise UsageError where a loop of the user's own accumulates gradients: its number of steps is not known.
+
+    Args:
+        trainer: after a batch without an optimizer step.
+        module: what it trains.
+        total_steps: the number of steps, if it was given.
+        callback: the name of the callback that asks, for the error.
+    """
+    if total_steps is None and not module.automatic_optimization and trainer.global_step == 0:
+        raise UsageError(
+            "under manual optimization no optimizer stepped in the first batch, so the number of steps cannot be "
+            f"known: give {callback}(..., total_steps=N), the number of batches in which an optimizer steps"
+        )
+
+
+def averages_next(trainer: "pl.Trainer", module: "pl.LightningModule") -> bool:
+    """Whether all epochs are done in which layers train, and StochasticWeightAveraging adds one for statistics."""
+    return _averages_again(trainer, module) and trainer.current_epoch >= trainer.max_epochs - 2
+
+
+def _accumulation(trainer: "pl.Trainer") -> Callable[[int], int]:
+    """How many batches make a step, by epoch. Lightning's own estimate knows one number for all."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, pl.callbacks.GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches  # type: ignore[no-any-return]
+    return lambda epoch: trainer.accumulate_grad_batches
+
+
+def _averages_again(trainer: "pl.Trainer", module: "pl.LightningModule") -> bool:
+    """Whether StochasticWeightAveraging adds an epoch without steps, for the statistics of the averaged weights."""
+    return trainer.max_epochs != -1 and any(
+        isinstance(callback, pl.callbacks.StochasticWeightAveraging) and callback.pl_module_contains_batch_norm(module)
+        for callback in trainer.callbacks
+    )

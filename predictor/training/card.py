@@ -126,7 +126,21 @@ def _facts(card: Any) -> list[tuple[str, str]]:
         ("trained on", f"runs by family: {families or 'n/a'}; {epochs}"),
         # Older cards do not know this split.
         *([("held out", held_out_text(held_out))] if isinstance(held_out, dict) else []),
+        *_origin(at(card, "continued_from")),
         ("made", f"{text(at(made, 'made'))} with {versions}"),
+    ]
+
+
+def _origin(before: Any) -> list[tuple[str, str]]:
+    """The line about the predictor that was continued, if one was."""
+    if not isinstance(before, dict):
+        return []
+    runs = (
+        f"{text(at(before, 'data', 'runs'))} runs of {', '.join(_listed(list(at(before, 'data', 'families') or ())))}"
+    )
+    labels = _rule(at(before, "labels"))
+    return [
+        ("continues", f"{text(at(before, 'name'))} (sha256 {text(at(before, 'sha256'))}...), from {runs}: {labels}")
     ]
 
 

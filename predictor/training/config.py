@@ -6,6 +6,9 @@ from typing import Literal
 from predictor.errors import UsageError
 from predictor.shared.flags import option
 
+CONTINUED_LEARNING_RATE = 0.0002
+"""By default, for a predictor that is trained already: a tenth of a new one's, so that a few runs do not undo it."""
+
 
 @dataclass(frozen=True)
 class FitConfig:
@@ -43,6 +46,11 @@ class FitConfig:
     split_seed: int = option(0, "Seed of the split into training, validation and test runs")
     seed: int = option(0, "Seed of the first weights, the order and the dropout")
     device: str = option("auto", "auto (a GPU if there is one), cpu, or cuda:N")
+    continue_from: str = option(
+        "",
+        "Go on from this predictor's weights and scaling: a file, or `shipped` for the one that ships; the learning "
+        f"rate is then {CONTINUED_LEARNING_RATE} unless it is given",
+    )
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.patience, self.epoch_windows, self.batch_size) < 1:

@@ -17,6 +17,7 @@ from predictor.model.network import FreezePredictor
 from predictor.model.sampling import SampleSpec
 from predictor.shared.tracking import Tracker
 from predictor.training.config import FitConfig
+from predictor.training.continued import check_sampling, start_of
 from predictor.training.dataset import Tokens, WindowSet
 from predictor.training.metrics import Floats, auroc, choose_threshold
 from predictor.training.splits import Split, split_by_run
@@ -33,7 +34,7 @@ class Fitted:
     history: list[dict[str, float | None]]
     """An epoch a row: train_loss, validation_loss, validation_auroc, learning_rate."""
     best_epoch: int
-    """From 1: the epoch whose weights were kept."""
+    """From 1: the epoch whose weights were kept. 0 for a predictor that was continued and got no better."""
     fit_seconds: float
 
     def probability_N(self, windows: WindowSet) -> Floats:
@@ -81,8 +82,10 @@ def fit(
         tracker: where the figures of each epoch go.
 
     Raises:
-        UsageError: for data that cannot train a predictor: too few runs, one class only, fewer weights than configured.
+        UsageError: for data that cannot train a predictor: too few runs, one class only, fewer weights than configured,
+            another sampling than that of the predictor to go on from.
     """
+    check_sampling(start_of(settings), spec)
     split = split_by_run(windows.runs, settings.validation, settings.test, settings.split_seed)
     train, validation = (learn_from or windows).subset(split.train), windows.subset(split.validation)
     fitted = fit_on(train, validation, config, settings, progress=progress, tracker=tracker)
@@ -109,9 +112,12 @@ def fit_on(
         model = FreezePredictor(config).to(device)
         train_tokens, validation_tokens = Tokens(train, config, device), Tokens(validation, config, device)
         generator = torch.Generator().manual_seed(settings.seed)
-        fit_scaling(model, train_tokens.sample(generator), settings.scaling)
-        history = _epochs(model, train_tokens, validation_tokens, settings, generator, progress, tracker)
-    best_epoch = min(range(len(history)), key=lambda epoch: history[epoch]["validation_loss"] or 0.0) + 1
+        start = start_of(settings)
+        if start is None:
+            fit_scaling(model, train_tokens.sample(generator), settings.scaling)
+        else:
+            model.load_state_dict(start.model.state_dict())
+        history, best_epoch = _epochs(model, train_tokens, validation_tokens, settings, generator, progress, tracker)
     return Fitted(model.eval(), history, best_epoch, time.perf_counter() - started)
 
 
@@ -170,8 +176,12 @@ def _epochs(
     generator: torch.Generator,
     progress: bool,
     tracker: Tracker | None,
-) -> list[dict[str, float | None]]:
-    """Train until the validation loss no longer falls. The best epoch's weights are left in `model`."""
+) -> tuple[list[dict[str, float | None]], int]:
+    """Train until the validation loss no longer falls. The best epoch's weights are left in `model`.
+
+    Returns:
+        A row an epoch, and the best epoch, from 1. It is 0 where the predictor that is continued was the best.
+    """
     from tqdm import tqdm
 
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
@@ -179,6 +189,8 @@ def _epochs(
     pos_weight = _pos_weight(train.labels_N) if settings.balance else None
     history: list[dict[str, float | None]] = []
     best_loss, best_epoch, best_state = float("inf"), 0, copy.deepcopy(model.state_dict())
+    if settings.continue_from:
+        best_loss, _ = _validate(model, validation, pos_weight)
     with tqdm(range(1, settings.epochs + 1), desc="training", unit="epoch", disable=not progress) as bar:
         for epoch in bar:
             learning_rate = float(schedule.get_last_lr()[0])
@@ -196,7 +208,7 @@ def _epochs(
             elif epoch - best_epoch >= settings.patience:
                 break
     model.load_state_dict(best_state)
-    return history
+    return history, best_epoch
 
 
 def _train_epoch(

@@ -13,6 +13,7 @@ from predictor.shared.tracking import Tracker
 from predictor.training import plots
 from predictor.training.card import figures_text, provenance, training_data, why
 from predictor.training.config import FitConfig
+from predictor.training.continued import origin
 from predictor.training.dataset import WindowSet
 from predictor.training.evaluation import known, panel_of, transfer, unseen
 from predictor.training.fit import FitResult, fit
@@ -89,6 +90,11 @@ def train(
         )
         save_predictor(out, result.file(card))
     _write_figures(data.windows, result, card, out.with_suffix(""))
+    if settings.continue_from:
+        print(
+            f"\nIt goes on from {settings.continue_from}. Figures on runs, families and sources that this one learned "
+            "from are no test."
+        )
     kept = f"epoch {result.fitted.best_epoch} of {len(result.fitted.history)} kept"
     print(f"\n{figures_text(card)}\n\n{kept}; freezes from probability {result.threshold:.4f}{why(card)}")
     print(f"written: {out}, and plots and metrics.json in {out.with_suffix('')}/")
@@ -113,8 +119,9 @@ def _card(data: TrainingData, result: FitResult, settings: FitConfig) -> dict[st
         "labels": data.labels,
         "held_out": asdict(data.held_out),
         "data": training_data(data.windows, asdict(result.split), data.files),
+        **origin(settings),
         "training": {
-            **asdict(settings),
+            **{name: value for name, value in asdict(settings).items() if name != "continue_from"},
             "best_epoch": result.fitted.best_epoch,
             "epochs": len(result.fitted.history),
             "fit_seconds": result.fitted.fit_seconds,

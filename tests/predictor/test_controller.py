@@ -231,7 +231,7 @@ def test_a_dry_run_reports_and_changes_nothing(make_toy):
         assert [(event.step, event.frozen) for event in controller.history] == [
             (at, tuple(sorted(frozen))) for at, frozen in answers.items() if policy.freezes
         ]
-        assert len(lines) == len(controller.history)
+        assert len([line for line in lines if line.startswith("dry run, step")]) == len(controller.history)
         assert all("dry run" in line for line in lines)
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

@@ -52,11 +52,9 @@ def make_trainer(folder, callback, seed=0, stop=None, **options):
         per_device_train_batch_size=3,
         gradient_accumulation_steps=2,
         learning_rate=0.01,
-        report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        logging_strategy="no",
-        **{"save_strategy": "no", **options},
+        **{"report_to": [], "logging_strategy": "no", "save_strategy": "no", **options},
     )
     callbacks = [callback, *([StopAt(stop)] if stop else [])]
     data = sentences()
@@ -293,3 +291,85 @@ def test_two_processes_stay_in_step(tmp_path):
 
 if __name__ == "__main__":
     one_of_two(Path(sys.argv[1]))
+
+
+def logged(folder):
+    """(step, value) of each figure in TensorBoard's event files, by its name."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = {}
+    for path in sorted(folder.rglob("events.out.tfevents.*")):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own
+@pytest.mark.parametrize(("dry_run", "group"), [(False, "freeze"), (True, "freeze_dry_run")])
+def test_the_freezing_is_logged_where_the_trainer_logs(dry_run, group, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    callback = FreezeCallback(WatchingScript({0: {0}, 2: FRONT, 5: ALL}), dry_run=dry_run)
+    often = {"report_to": ["tensorboard"], "logging_strategy": "steps", "logging_steps": 4}
+    trained(make_trainer(tmp_path, callback, **often))
+    figures = logged(tmp_path / "logs")
+    layers = dict(figures[f"train/{group}/frozen_layers"])
+    assert layers == {1: 1, 2: len(FRONT), 4: len(FRONT), 5: len(ALL), 8: len(ALL)}
+    assert dict(figures[f"train/{group}/saved_share"])[8] == pytest.approx(callback.controller.timeline.saved_share)
+    assert 0 < dict(figures[f"train/{group}/step_flops_share"])[8] < 1
+
+
+class WandbSpy(TrainerCallback):
+    """Notes what goes to wandb, whose `log` is made anew when a run starts."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch, self.rows = monkeypatch, []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        import wandb
+
+        self.monkeypatch.setattr(wandb, "log", self.rows.append)
+
+
+@pytest.mark.filterwarnings("ignore")  # wandb's own
+def test_the_freezing_is_logged_to_wandb(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in {"MODE": "disabled", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    callback, spy = FreezeCallback(WatchingScript({2: FRONT})), WandbSpy(monkeypatch)
+    trainer = make_trainer(tmp_path, callback, report_to=["wandb"], logging_strategy="steps", logging_steps=4)
+    trainer.add_callback(spy)
+    trained(trainer)
+    told = [row["train/global_step"] for row in spy.rows if row.get("train/freeze/frozen_layers") == len(FRONT)]
+    assert set(told) == {2, 4, 8}
+
+
+def test_a_dry_run_freezes_nothing_and_says_so(tmp_path, capsys):
+    dry = trained(make_trainer(tmp_path, FreezeCallback(WatchingScript({2: FRONT, 5: ALL}), dry_run=True, stop=True)))
+    assert equal(dry, trained(make_trainer(tmp_path, FreezeCallback("none"))))
+    told = capsys.readouterr().out
+    assert told.count("dry run of 8 steps") == 1
+    assert "step 5: freeze" in told
+
+
+def test_a_dry_run_is_remade_when_the_trainer_restores_callbacks(tmp_path):
+    callback = FreezeCallback("linear", dry_run=True)
+    assert FreezeCallback(**callback.state()["args"])._dry_run
+
+
+def test_the_best_model_is_loaded_into_layers_that_train_again(tmp_path):
+    often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    callback = FreezeCallback(WatchingScript({2: FRONT}))
+    trainer = make_trainer(
+        tmp_path, callback, load_best_model_at_end=True, metric_for_best_model="loss", neftune_noise_alpha=5.0, **often
+    )
+    trained(trainer)
+    best = BertForSequenceClassification.from_pretrained(trainer.state.best_model_checkpoint)
+    assert equal(trainer.model.state_dict(), best.state_dict())
+    trainer.predict(sentences())
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    trainer.model.train()
+    assert all(module.training for module in trainer.model.modules())

@@ -1,6 +1,7 @@
 """Lightning's callback: real trainings that freeze, stop, resume from their checkpoint, and end equal."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch.utils.data import DataLoader
 
 pytest.importorskip("lightning")
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from predictor import layers_of, make_policy
 from predictor.errors import UsageError
@@ -219,3 +221,186 @@ def test_several_optimizers_count_as_one_step_a_batch(tmp_path, make_toy):
 def test_a_share_of_the_steps_is_refused():
     with pytest.raises(UsageError, match=r"takes a share of 0\.5 of the steps"):
         FreezeCallback(make_policy("shorter", budget=0.5))
+
+
+def fit_with(folder, callbacks, net, epochs=EPOCHS, module=Module, logger=False, accumulate=1, data=None, **options):
+    loader = DataLoader(images() if data is None else data, 4)
+    trainer = pl.Trainer(
+        default_root_dir=folder,
+        max_epochs=epochs,
+        accumulate_grad_batches=accumulate,
+        callbacks=callbacks,
+        accelerator="cpu",
+        logger=logger,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **options,
+    )
+    trainer.fit(module(net), loader, loader)
+    return trainer
+
+
+class Plain(Module):
+    """Without a schedule, which has a fixed length."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "steps"), [({0: 1, 1: 4}, 3, 6 + 2 + 2), ({2: 3}, 3, 6 + 6 + 2), ({0: 4, 9: 1}, 1, 2)]
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_accumulation_that_changes_by_epoch_is_counted(schedule, epochs, steps, first, tmp_path, make_toy):
+    callback = FreezeCallback(WatchingScript({}))
+    both = [GradientAccumulationScheduler(schedule), callback]
+    fit_with(tmp_path, both if first else both[::-1], make_toy(), epochs, Plain)
+    assert callback.controller.total_steps == steps
+    assert len(callback.controller.policy.observed) == steps
+
+
+@pytest.mark.parametrize(("options", "steps"), [({"max_steps": 4}, 4), ({"limit_train_batches": 3}, 9)])
+def test_shorter_trainings_are_counted(options, steps, tmp_path, make_toy):
+    callback = FreezeCallback(WatchingScript({}))
+    fit_with(tmp_path, [callback], make_toy(), module=Plain, **options)
+    assert callback.controller.total_steps == steps == len(callback.controller.policy.observed)
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(images())
+
+
+@pytest.mark.filterwarnings("ignore:.*IterableDataset")
+def test_a_training_whose_length_is_not_known_needs_it(tmp_path, make_toy):
+    with pytest.raises(UsageError, match=r"total_steps=N"):
+        fit_with(tmp_path, [FreezeCallback(WatchingScript({}))], make_toy(), module=Plain, data=Endless())
+    callback = FreezeCallback(WatchingScript({2: {0}}), total_steps=18)
+    fit_with(tmp_path, [callback], make_toy(), module=Plain, data=Endless())
+    assert len(callback.controller.policy.observed) == 18
+
+
+class AccumulatesItself(Plain):
+    """A loop of one's own that steps in every third batch."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 3 == 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+def test_a_loop_that_accumulates_itself_needs_its_length(tmp_path, make_toy):
+    with pytest.raises(UsageError, match=r"manual optimization .*total_steps=N"):
+        fit_with(tmp_path, [FreezeCallback(WatchingScript({}))], make_toy(), module=AccumulatesItself)
+    callback = FreezeCallback(WatchingScript({2: {0}}), total_steps=6)
+    fit_with(tmp_path, [callback], make_toy(), module=AccumulatesItself)
+    assert len(callback.controller.policy.observed) == 6
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_averaged_weights_get_their_statistics_though_layers_were_frozen(first, tmp_path, make_toy):
+    """StochasticWeightAveraging collects BatchNorm's statistics anew, in an epoch of its own, in training mode."""
+    callback, average = FreezeCallback(WatchingScript({2: {0, 1}})), StochasticWeightAveraging(0.02, 1)
+    net = make_toy()
+    fit_with(tmp_path, [callback, average] if first else [average, callback], net, module=Plain)
+    assert callback.controller.total_steps == 18 == len(callback.controller.policy.observed)
+    assert callback.controller.history[-1].frozen == (0, 1)
+    norm = net.body[1]
+    statistics = norm.running_mean.clone(), norm.running_var.clone()
+    torch.optim.swa_utils.update_bn(DataLoader(images(), 4), net)
+    assert norm.num_batches_tracked == 6
+    for ours, theirs in zip(statistics, (norm.running_mean, norm.running_var), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+class Numbered(Plain):
+    """Gets each sample's number with it."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[1]), batch[2])
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+def test_averaged_weights_beside_a_cache(tmp_path, make_toy):
+    callback = FreezeCallback(WatchingScript({2: {0, 1}}), ids=lambda batch: batch[0], network="net")
+    data, net = [(index, *row) for index, row in enumerate(images())], make_toy()
+    fit_with(tmp_path, [callback, StochasticWeightAveraging(0.02, 1)], net, module=Numbered, data=data)
+    assert callback.cache.hits
+    assert net.body[1].running_mean.any()
+
+
+def test_weight_averaging_beside_freezing(tmp_path, make_toy):
+    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging").WeightAveraging
+    before, net = make_toy(), make_toy()
+    fit_with(tmp_path, [FreezeCallback(WatchingScript({0: {0, 1}})), averaging()], net, module=Plain)
+    assert torch.allclose(net.body[0].weight, before.body[0].weight)
+
+
+def test_the_freezing_is_logged_where_the_trainer_logs(tmp_path, make_toy):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    callback = FreezeCallback(WatchingScript({0: {0}, 7: {0, 1}}))
+    logger = TensorBoardLogger(tmp_path, name="run")
+    fit_with(tmp_path, [callback], make_toy(), module=Plain, logger=logger, log_every_n_steps=5)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    values = {
+        name: {event.step: event.value for event in events.Scalars(f"freeze/{name}")}
+        for name in ("frozen_layers", "saved_share", "step_flops_share")
+    }
+    assert values["frozen_layers"] == {0: 1, 5: 1, 7: 2, 10: 2, 15: 2, 18: 2}
+    assert values["saved_share"][18] == pytest.approx(callback.controller.timeline.saved_share)
+    assert 0 < values["step_flops_share"][18] < values["step_flops_share"][5] < 1
+
+
+def test_the_freezing_is_logged_to_a_table(tmp_path, make_toy):
+    logger = CSVLogger(tmp_path, name="run")
+    fit_with(
+        tmp_path,
+        [FreezeCallback(WatchingScript({3: {0}}), dry_run=True)],
+        make_toy(),
+        module=Plain,
+        logger=logger,
+        log_every_n_steps=5,
+    )
+    assert "freeze_dry_run/saved_share" in (Path(logger.log_dir) / "metrics.csv").read_text()
+
+
+def test_a_dry_run_freezes_nothing_and_says_so(tmp_path, make_toy, capsys):
+    nets = make_toy(), make_toy()
+    fit_with(tmp_path, [FreezeCallback(WatchingScript({2: {0, 1}}), dry_run=True)], nets[0], module=Plain)
+    fit_with(tmp_path, [], nets[1], module=Plain)
+    assert equal(nets[0].state_dict(), nets[1].state_dict())
+    assert capsys.readouterr().out.count("dry run of 18 steps") == 1
+
+
+def test_a_validation_afterwards_finds_all_layers_released(tmp_path, make_toy):
+    net = make_toy()
+    trainer = fit_with(tmp_path, [FreezeCallback(WatchingScript({2: {0, 1}}))], net, module=Plain)
+    after = copy.deepcopy(net.state_dict())
+    trainer.validate(trainer.lightning_module, dataloaders=DataLoader(images(), 4), verbose=False)
+    assert equal(net.state_dict(), after)
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_a_second_fit_of_the_same_trainer_goes_on_or_says_what_it_needs(tmp_path, make_toy):
+    net, loader = make_toy(), DataLoader(images(), 4)
+    known = FreezeCallback(WatchingScript({2: {0}}), total_steps=24)
+    trainer = fit_with(tmp_path, [known], net, module=Plain)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(trainer.lightning_module, loader, loader)
+    assert known.controller.view.step == 24
+    assert [event.step for event in known.controller.history] == [2]
+    trainer = fit_with(tmp_path, [FreezeCallback(WatchingScript({2: {0}}))], make_toy(), module=Plain)
+    trainer.fit_loop.max_epochs = 4
+    with pytest.raises(UsageError, match="training of 18 steps, and total_steps=24"):
+        trainer.fit(trainer.lightning_module, loader, loader)

@@ -21,6 +21,7 @@ from predictor.freezing.freeze import (
 )
 from predictor.freezing.learning_rates import LayerRates
 from predictor.freezing.messages import FreezeReporter
+from predictor.freezing.optimizer_state import begin_again
 from predictor.freezing.wrappers import GradientWatch, follow, forget_compiled, refuse_unfit
 from predictor.layers.layer import Layer, layers_of
 from predictor.layers.parts import unwrapped
@@ -299,6 +300,7 @@ class FreezeController:
             freeze(self.layers[index], optimizers)
         self._guard.leave(event.unfroze)
         unfreeze([self.layers[index] for index in event.unfroze], self.model, self._users_frozen)
+        begin_again(self._optimizers, [self.layers[index] for index in event.unfroze])
         settle_containers(self.model, self.layers, event.frozen)
         self._next_check = self._step + self._check_every
 

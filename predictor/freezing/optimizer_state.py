@@ -15,7 +15,7 @@ from predictor.layers.layer import Layer
 
 
 def begin_again(optimizers: Iterable[Optimizer], layers: Iterable[Layer]) -> None:
-    """Give parameters without state the one that their optimizer would begin with, where it could not make it itself."""
+    """Give parameters without state what their optimizer begins with, where it would not make that itself."""
     wanted = {id(parameter) for layer in layers for parameter in layer.parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -38,8 +38,9 @@ class Settings:
     """Where the table goes."""
 
 
-def run_checks(settings: Settings, say: Callable[[str], None] = tqdm.write) -> int:
+def run_checks(settings: Settings, say: Callable[[str], None] | None = None) -> int:
     """Run the checks, say one line each, and write the table. Returns the exit status: 1 where a check failed."""
+    say = say or _say
     for name in settings.only:
         if name not in CHECKS:
             raise unknown("check", name, CHECKS)
@@ -59,6 +60,12 @@ def run_checks(settings: Settings, say: Callable[[str], None] = tqdm.write) -> i
         _write(settings.out, device, rows)
         say(_summary(rows, len(names), settings.out))
     return int(any(row.status == "FAILED" for row in rows))
+
+
+def _say(line: str) -> None:
+    """Print a line above the progress bar, at once also into a file."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def _picked(name: str) -> str:

@@ -178,9 +178,9 @@ class _Loaders:
         except Exception:
             raise  # its workers may be gone
         except GeneratorExit:  # a pass that was not read to its end
-            self._free[key] = loader
+            self._free.setdefault(key, loader)
             raise
-        self._free[key] = loader
+        self._free.setdefault(key, loader)
 
 
 def _collated(images: list[Tensor | FileFault]) -> Tensor | FileFault:

@@ -57,8 +57,9 @@ def deterministic(device: torch.device) -> Iterator[list[str]]:
     if device.type != "cuda":
         yield without
         return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    show = warnings.showwarning
+    cudnn, show = torch.backends.cudnn, warnings.showwarning
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    kernels = cudnn.deterministic, cudnn.benchmark
 
     def note(message: Warning | str, *args: Any, **kwargs: Any) -> None:
         if "deterministic" in str(message):
@@ -68,13 +69,12 @@ def deterministic(device: torch.device) -> Iterator[list[str]]:
     warnings.showwarning = note
     # To raise would leave a whole workload without outcomes for the sake of the last digits.
     torch.use_deterministic_algorithms(True, warn_only=True)
+    cudnn.deterministic, cudnn.benchmark = True, False
     try:
-        with torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=torch.backends.cudnn.allow_tf32
-        ):
-            yield without
+        yield without
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.deterministic, cudnn.benchmark = kernels
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
         warnings.showwarning = show
 
 

@@ -18,12 +18,12 @@ _TOO_MUCH = 1 << 50
 
 def out_of_memory(device: torch.device) -> str:
     """The process goes on, and what it held is free again."""
-    return _then_a_good_one(device, "take_too_much")
+    return _then_a_good_one(device, take_too_much.__name__)
 
 
 def device_assert(device: torch.device) -> str:
     """The process cannot go on, and is replaced."""
-    return _then_a_good_one(device, "index_out_of_range")
+    return _then_a_good_one(device, index_out_of_range.__name__)
 
 
 def take_too_much(payload: dict[str, Any], folder: Path, progress: Callable[[float], None]) -> dict[str, Any]:
@@ -65,4 +65,6 @@ def _then_a_good_one(device: torch.device, bad: str) -> str:
     if after["done"]["held"]:
         raise CheckFailed(f"after {bad} the process still held {after['done']['held'] / 1e6:.0f} MB")
     same = before["done"]["pid"] == after["done"]["pid"]
+    if device.type == "cuda" and same != (bad == take_too_much.__name__):
+        raise CheckFailed(f"after {bad} ({why}) the next job had {'the same' if same else 'a new'} process")
     return f"failed ({why:.60}), then a good job in {'the same' if same else 'a new'} process"

@@ -17,7 +17,7 @@ from evaluate.trials.freezing import FreezeHook
 from predictor.model.sampling import SampleSpec
 from predictor.policies import make_policy
 
-_STEPS = 120
+_STEPS = 80
 _WARM_UP = 3
 """Steps in which kernels are chosen and constants copied."""
 _A_DECISION = 2
@@ -41,7 +41,7 @@ def gathering(device: torch.device) -> str:
     """The toolkit's own training with augmentation, recorder and shipped predictor."""
     _refuse_blind(device)
     policy, spec = make_policy("smartfrz"), SampleSpec()
-    training = Training(small_workload(epochs=30), images(128, 8), seed=0, device=device)
+    training = Training(small_workload(epochs=_STEPS // 4), images(128, 8), seed=0, device=device)
     watch = _Watch(device)
 
     def around(step: int) -> AbstractContextManager[None]:

@@ -1,10 +1,13 @@
 """The checks themselves, on the CPU: those that hold say so, and a fault is found."""
 
+import contextlib
+
 import pytest
 import torch
 
-from evaluate.gpu import agreement, loops, subject
-from evaluate.gpu.checks import CheckFailed
+from evaluate.gpu import agreement, loops, subject, syncs
+from evaluate.gpu.checks import SECOND, SECOND_DEVICE, CheckFailed
+from evaluate.gpu.command import run_check
 from evaluate.gpu.worker import outcome
 
 CPU = torch.device("cpu")
@@ -13,6 +16,15 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("name", ["amp-bf16", "amp-fp16", "fused", "foreach", "fsdp2", "ddp", "cache"])
 def test_holds(name):
     assert outcome(name, "cpu")[0] in ("ok", "skipped")
+
+
+@pytest.mark.skipif(not SECOND_DEVICE.exists(), reason="needs the second device")
+@pytest.mark.parametrize("name", ["syncs", "syncs-gather"])
+def test_holds_on_the_second_device(name, tmp_path, monkeypatch):
+    """In a process of its own: a process has one such device, for good."""
+    monkeypatch.setattr("evaluate.gpu.command.LOGS", tmp_path)
+    status, line = run_check(name, SECOND, 100)
+    assert status in ("ok", "skipped"), line
 
 
 def test_is_skipped_with_a_reason():
@@ -44,6 +56,19 @@ def test_another_frozen_set_is_found(monkeypatch):
     monkeypatch.setattr(agreement, "_history", lambda *_: next(histories))
     with pytest.raises(CheckFailed, match=r"linear: on the CPU step 2 freezes \[0\], here step 2 \[0, 1\]"):
         agreement.frozen_sets(CPU)
+
+
+def test_too_many_waits_are_found(monkeypatch):
+    watch = syncs._Watch(CPU)
+    for step in range(1, 9):
+        with watch(step, 2):
+            pass
+    assert "5 steps that may wait 2 times: at most 0" in watch.figures()
+    monkeypatch.setattr(syncs, "waits", lambda device: contextlib.nullcontext(["here.py:1"]))
+    with watch(9, 0):
+        pass
+    with pytest.raises(CheckFailed, match=r"may wait 0 times: at most 1 \(1 at here.py:1\)"):
+        watch.figures()
 
 
 def test_other_weights_are_found(monkeypatch):

@@ -227,7 +227,10 @@ def _bench(flags: argparse.Namespace) -> int:
 def _gpu(flags: argparse.Namespace) -> int:
     from evaluate.gpu.command import Settings, run_checks
 
-    return run_checks(Settings(flags.device, tuple(flags.only), flags.minutes, flags.out))
+    try:
+        return run_checks(Settings(flags.device, tuple(flags.only), flags.minutes, flags.out))
+    except KeyboardInterrupt:  # the table so far is written, and the same command would start over
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The checks themselves, on the CPU: those that hold say so, and a fault is found."""
 
 import contextlib
+import warnings
 
 import pytest
 import torch
 
-from evaluate.gpu import agreement, loops, subject, syncs
+from evaluate.gpu import agreement, devices, loops, subject, syncs
 from evaluate.gpu.checks import SECOND, SECOND_DEVICE, CheckFailed
 from evaluate.gpu.command import run_check
 from evaluate.gpu.worker import outcome
@@ -69,6 +70,17 @@ def test_too_many_waits_are_found(monkeypatch):
         pass
     with pytest.raises(CheckFailed, match=r"may wait 0 times: at most 1 \(1 at here.py:1\)"):
         watch.figures()
+
+
+def test_waits_for_cuda_are_taken_from_its_own_warnings(monkeypatch):
+    modes = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with devices.waits(torch.device("cuda")) as places:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert [place.rpartition(":")[0] for place in places] == ["tests/evaluate/gpu/test_checks.py"]
+    assert modes == [0, "warn", 0]
 
 
 def test_other_weights_are_found(monkeypatch):

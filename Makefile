@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpus compat check lint bench clean
+.PHONY: help demo test test-cpus compat check lint bench gpu clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ check: lint test  ## ruff, mypy and the tests
 
 bench: $(READY)  ## what the library itself costs, against the stated limits
 	$(BIN)/python -m evaluate bench
+
+gpu: $(READY)  ## what a GPU may do otherwise: at most 10 minutes; without one, what a CPU can show
+	$(BIN)/python -m evaluate gpu
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -65,7 +65,12 @@ def _add_settings(
     add = parser.add_argument
     text = "a name in collect/suites, or a TOML file of your own (default: %(default)s)"
     add("--suite", default=suite, metavar="NAME|PATH", help=text)
-    add("--slots", type=int, metavar="N", help="runs at once (default: one a GPU, or one a CPU core without a GPU)")
+    add(
+        "--slots",
+        type=int,
+        metavar="N",
+        help="runs at once (default: one a CPU core; with GPUs up to 4 on each, one for every 16 GB)",
+    )
     text = "the I-th of N parts of the suite, for job arrays"
     add("--shard", type=_shard, default=(1, 1), metavar="I/N", help=text)
     text = "where all files go (default: %(default)s)"

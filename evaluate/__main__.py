@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", _bench, "what recording, deciding and frozen layers cost, against the limits")
     bench.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="default: %(default)s")
     _add_device(bench)
+    _add_gpu(command("gpu", _gpu, "check on a GPU all that may be otherwise there, in at most 10 minutes"))
     command("published", _published, "what the published trials show, as Markdown, and the README's picture")
     return parser
 
@@ -90,6 +91,19 @@ def _add_oracle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slots", type=int, help="trainings at once (default: one a CPU core or GPU)")
     parser.add_argument("--out", type=Path, default=_RUNS / "oracle", help="default: %(default)s")
     _add_device(parser)
+
+
+def _add_gpu(parser: argparse.ArgumentParser) -> None:
+    from evaluate.gpu.checks import CHECKS
+
+    text = f"checks to run, of: {', '.join(CHECKS)} (default: all)"
+    parser.add_argument("--only", nargs="+", default=(), metavar="CHECK", help=text)
+    text = "minutes for all checks together (default: %(default)g)"
+    parser.add_argument("--minutes", type=float, default=10.0, help=text)
+    text = "the table as Markdown (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu.md"), metavar="FILE", help=text)
+    text = "auto, cpu, cuda or cuda:1 (default: %(default)s; without CUDA: what a CPU can show, small)"
+    parser.add_argument("--device", default="auto", help=text)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -208,6 +222,15 @@ def _bench(flags: argparse.Namespace) -> int:
     from evaluate.bench.bench import run_bench
 
     return 0 if run_bench(flags.out, flags.device) else 1
+
+
+def _gpu(flags: argparse.Namespace) -> int:
+    from evaluate.gpu.command import Settings, run_checks
+
+    try:
+        return run_checks(Settings(flags.device, tuple(flags.only), flags.minutes, flags.out))
+    except KeyboardInterrupt:  # the table so far is written, and the same command would start over
+        return 130
 
 
 if __name__ == "__main__":

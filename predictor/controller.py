@@ -24,6 +24,7 @@ from predictor.freezing.freeze import (
 from predictor.freezing.frozen_weights import FrozenWeights
 from predictor.freezing.learning_rates import LayerRates
 from predictor.freezing.messages import FreezeReporter
+from predictor.freezing.optimizer_state import begin_again
 from predictor.freezing.timeline import Timeline
 from predictor.freezing.wrappers import GradientWatch, follow, refuse_capture, refuse_unfit
 from predictor.layers.layer import Layer, layers_of
@@ -349,6 +350,7 @@ class FreezeController:
             freeze(self.layers[index], optimizers, self.model)
         self._guard.leave(event.unfroze)
         unfreeze([self.layers[index] for index in event.unfroze], self.model)
+        begin_again(self._optimizers, [self.layers[index] for index in event.unfroze])
         settle_containers(self.model, self.layers, event.frozen)
         self._weights.keep(parameter for index in event.frozen for parameter in self.layers[index].parameters())
         self._next_check = self._step + self._check_every

@@ -14,9 +14,9 @@ import torch
 from collect.gather.continuation_plan import Choices, Continuation, planned
 from collect.gather.gathering import attempted
 from collect.gather.plan import RunConfig
-from collect.training.device import pick_device
+from collect.training.device import deterministic, pick_device
 from collect.training.loop import Hook, Training, train
-from collect.training.provenance import hardware, versions
+from collect.training.provenance import determinism, hardware, versions
 from collect.training.seeding import seed_everything
 from data.outcomes.records import Outcome, OutcomeFolder, Result, outcome_of, read_outcomes, write_outcomes
 from data.sources import load_source
@@ -40,7 +40,12 @@ def record_outcomes(payload: dict[str, Any], folder: Path, progress: Callable[[f
     files, run_id = OutcomeFolder(folder), payload["id"]
 
     def attempt() -> list[Outcome]:
-        outcomes = _Run(payload, files, progress).finish()
+        device = pick_device(payload["device"])
+        with deterministic(device) as without:
+            outcomes = _Run(payload, files, progress).finish()
+            if device.type != "cpu":  # which always gives the same
+                facts = {**outcomes[0].facts, "determinism": {**determinism(), "without": sorted(set(without))}}
+                outcomes[0] = replace(outcomes[0], facts=facts)
         write_outcomes(files.run(run_id), outcomes)
         shutil.rmtree(files.under_way(run_id), ignore_errors=True)
         return outcomes

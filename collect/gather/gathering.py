@@ -1,9 +1,10 @@
 """The way from a suite to one packed file, for trajectories and outcomes alike: plan, jobs, file."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from collect.gather.plan import RunConfig, Suite
@@ -31,6 +32,8 @@ class Kind(ABC):
     """The job's function: see `Job.target`."""
     threads: int | None = None
     """CPU threads of each job; None divides the cores among the slots."""
+    environment: Mapping[str, str] = MappingProxyType({})
+    """What the processes of the jobs find in their environment besides ours."""
     packs_after_each_run = False
     """Whether the packed file is written after each run, and not at the end alone."""
     files: GatherFolder | OutcomeFolder
@@ -128,6 +131,7 @@ def gather(suite: Suite, kind: Kind, settings: Settings, tracker: Tracker) -> Ga
         on_failed=on_failed,
         threads=kind.threads,
         device=settings.device,
+        environment=kind.environment,
     )
     table = kind.table([run for run in runs if kind.files.run(run.id).is_file()])
     return Gathered(failed, _pack(suite, kind, settings), table)

@@ -8,6 +8,7 @@ from typing import Any
 from collect.gather.continuation_plan import Choices
 from collect.gather.gathering import Kind, State
 from collect.gather.plan import RunConfig
+from collect.training.device import deterministic_environment
 from data.outcomes.records import Key, Outcome, OutcomeFolder, outcome_of, read_outcomes, write_outcomes
 from predictor.errors import UsageError
 from predictor.shared.files import held, read_json_lines
@@ -16,7 +17,8 @@ from predictor.shared.files import held, read_json_lines
 class Outcomes(Kind):
     """The final losses of each run's continuations with layers frozen, in one file of JSON lines.
 
-    Each training has one CPU thread, so that its numbers do not depend on how many run at once.
+    Each training has one CPU thread, so that its numbers do not depend on how many run at once, and on CUDA operators
+    that give the same each time: what is compared differs by what was frozen, and by nothing else.
 
     Args:
         files: Where the files go.
@@ -30,6 +32,7 @@ class Outcomes(Kind):
 
     def __init__(self, files: OutcomeFolder, choices: Choices) -> None:
         self.files: OutcomeFolder = files
+        self.environment = deterministic_environment()
         self._choices = choices
         self._known: dict[str, tuple[Outcome, ...]] = {}
 

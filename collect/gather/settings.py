@@ -12,7 +12,7 @@ class Settings:
     device: str = "auto"
     """Where to train: auto, cpu, cuda, cuda:1, ... or mps."""
     slots: int | None = None
-    """Runs at once; by default one a GPU, or one a CPU core where there is no GPU."""
+    """Runs at once; by default one a CPU core, or up to four a GPU, where its memory holds them."""
     shard: tuple[int, int] = (1, 1)
     """The part of the suite that this machine does, and the number of parts: (2, 8) is the second of eight."""
 
@@ -28,7 +28,7 @@ class Settings:
         """Runs at once."""
         from collect.jobs import default_slots
 
-        return default_slots(self.device) if self.slots is None else self.slots
+        return default_slots(self.device, sharing=True) if self.slots is None else self.slots
 
     @property
     def device_in_slot(self) -> str:

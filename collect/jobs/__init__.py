@@ -1,11 +1,13 @@
 """Where jobs execute. `run_jobs` is the entrance: callers do not know the engine behind it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from collect.jobs.engine import Engine, Event, Job
-from collect.jobs.local import LocalEngine, default_slots, visible_gpus
+from collect.jobs.gpus import visible_gpus
+from collect.jobs.local import LocalEngine, default_slots
 from collect.jobs.progress import JobProgress
 
 __all__ = ["Engine", "Job", "default_slots", "run_jobs", "visible_gpus"]
@@ -21,6 +23,7 @@ def run_jobs(
     on_failed: Callable[[Job, str], None],
     threads: int | None = None,
     device: str = "auto",
+    environment: Mapping[str, str] = MappingProxyType({}),
     engine: Engine | None = None,
 ) -> None:
     """Run jobs with a progress bar.
@@ -34,6 +37,7 @@ def run_jobs(
         on_failed: Takes a line that says why a job failed.
         threads: CPU threads of each slot; None divides the free cores among the slots.
         device: "cpu" hides all GPUs; "auto" and "cuda" give each slot one GPU, in turn.
+        environment: What else the processes find in their environment.
         engine: Executes the jobs; by default the processes of this machine.
     """
     with JobProgress(len(jobs)) as progress:
@@ -48,4 +52,4 @@ def run_jobs(
                 progress.finish(job.id, f"FAILED {job.title}: {event['failed']}")
                 on_failed(job, event["failed"])
 
-        (engine or LocalEngine(slots, threads, device)).run(jobs, folder, log, report)
+        (engine or LocalEngine(slots, threads, device, environment)).run(jobs, folder, log, report)

@@ -8,11 +8,12 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from collect.jobs.engine import Event, Job
+from collect.jobs.gpus import environment_of, jobs_a_gpu, visible_gpus
 from predictor.errors import UsageError
 
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -22,7 +23,8 @@ _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 class LocalEngine:
     """Runs jobs in processes of this machine, one persistent process a slot.
 
-    A process that dies fails its job and is replaced. The processes end with this one, even when it is killed.
+    A process that dies fails its job and is replaced, and so is one whose GPU refuses all further work after an error,
+    such as a failed assertion on the device. The processes end with this one, even when it is killed.
     """
 
     slots: int
@@ -31,6 +33,8 @@ class LocalEngine:
     """CPU threads of each slot; None divides the free cores among the slots."""
     device: str = "auto"
     """"cpu" hides all GPUs; "auto" and "cuda" give each slot one GPU, in turn."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What else the processes find in their environment."""
 
     def __post_init__(self) -> None:
         if self.slots < 1:
@@ -39,30 +43,55 @@ class LocalEngine:
     def run(
         self, jobs: Sequence[Job], folder: Path, log: Callable[[str], Path], report: Callable[[Job, Event], None]
     ) -> None:
-        """Run every job: see `Engine.run`."""
-        waiting = iter(jobs)
-        events: queue.SimpleQueue[tuple[Job, Event]] = queue.SimpleQueue()
-        lock = threading.Lock()
-
-        def take() -> Job | None:
-            with lock:
-                return next(waiting, None)
-
+        """Run every job: see `Engine.run`. One for which a shared GPU was too full is run again at the end, alone."""
         environments = slot_environments(self.slots, threads=self.threads, device=self.device)
-        team = [_Slot(environment, take, events.put, folder, log) for environment in environments[: len(jobs)]]
-        try:
-            for slot in team:
-                slot.start()
-            left = len(jobs)
-            while left:
-                job, event = events.get()
-                left -= "share" not in event
+        alone = list({each["CUDA_VISIBLE_DEVICES"]: {**each, **self.environment} for each in environments}.values())
+        crowded: list[Job] = []
+
+        def report_all_but_crowded(job: Job, event: Event) -> None:
+            if event.pop("crowded", False) and len(environments) > len(alone) and alone[0]["CUDA_VISIBLE_DEVICES"]:
+                crowded.append(job)
+            else:
                 report(job, event)
-        finally:
-            for slot in team:
-                slot.stop()
-            for slot in team:
-                slot.join()
+
+        def reported(job: Job, event: Event) -> None:
+            event.pop("crowded", None)
+            report(job, event)
+
+        _run([{**each, **self.environment} for each in environments], jobs, folder, log, report_all_but_crowded)
+        _run(alone, crowded, folder, log, reported)
+
+
+def _run(
+    environments: Sequence[dict[str, str]],
+    jobs: Sequence[Job],
+    folder: Path,
+    log: Callable[[str], Path],
+    report: Callable[[Job, Event], None],
+) -> None:
+    """Run jobs in a slot for each environment."""
+    waiting = iter(jobs)
+    events: queue.SimpleQueue[tuple[Job, Event]] = queue.SimpleQueue()
+    lock = threading.Lock()
+
+    def take() -> Job | None:
+        with lock:
+            return next(waiting, None)
+
+    team = [_Slot(environment, take, events.put, folder, log) for environment in environments[: len(jobs)]]
+    try:
+        for slot in team:
+            slot.start()
+        left = len(jobs)
+        while left:
+            job, event = events.get()
+            left -= "share" not in event
+            report(job, event)
+    finally:
+        for slot in team:
+            slot.stop()
+        for slot in team:
+            slot.join()
 
 
 def free_cores() -> int:
@@ -74,33 +103,19 @@ def free_cores() -> int:
     return cores
 
 
-def visible_gpus(device: str) -> tuple[str, ...]:
-    """The GPUs to share among slots, as CUDA_VISIBLE_DEVICES names them; none for a device that is not CUDA.
+def default_slots(device: str, sharing: bool = False) -> int:
+    """As many jobs at once as there are GPUs, or CPU cores where there is no GPU to use.
 
-    A slot sees one GPU alone, as "cuda": the job's device is "cuda" even for "cuda:1".
-
-    Raises:
-        UsageError: `device` is "cuda" or "cuda:N", and torch sees no such GPU.
+    sharing: whether several jobs may share a GPU, where its memory holds them. Their times then compare nothing.
     """
-    if device != "auto" and not device.startswith("cuda"):
-        return ()
-    import torch
-
-    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    names = (given or [str(index) for index in range(torch.cuda.device_count())])[: torch.cuda.device_count()]
-    wanted = names[int(device[5:]) :][:1] if device.startswith("cuda:") else names
-    if device != "auto" and not wanted:
-        raise UsageError(f"device {device!r}: torch sees {len(names)} GPU(s) here; use --device cpu or --device auto")
-    return tuple(wanted)
-
-
-def default_slots(device: str) -> int:
-    """As many jobs at once as there are GPUs, or CPU cores where there is no GPU to use."""
     import torch
 
     if device in ("auto", "mps") and torch.backends.mps.is_available():
         return 1
-    return len(visible_gpus(device)) or free_cores()
+    gpus = len(visible_gpus(device))
+    if gpus and sharing:
+        return gpus * max(1, min(jobs_a_gpu(device), free_cores() // gpus))
+    return gpus or free_cores()
 
 
 def slot_environments(slots: int, *, threads: int | None, device: str) -> list[dict[str, str]]:
@@ -110,7 +125,7 @@ def slot_environments(slots: int, *, threads: int | None, device: str) -> list[d
     shared = {name: str(threads) for name in _THREAD_SETTINGS}
     shared["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     gpu_of_slot = itertools.cycle(gpus or ("",))
-    return [{**shared, "CUDA_VISIBLE_DEVICES": next(gpu_of_slot)} for _ in range(slots)]
+    return [{**shared, **environment_of(next(gpu_of_slot))} for _ in range(slots)]
 
 
 class _Slot:
@@ -169,6 +184,9 @@ class _Slot:
                 break
             event = json.loads(line)
             if "share" not in event:
+                if event.pop("spent", False):
+                    process.kill()  # its GPU refuses all further work of it
+                    self._end_process()
                 return dict(event)
             self._report((job, event))
         return {"failed": _how_it_died(self._end_process())}

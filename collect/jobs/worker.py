@@ -3,7 +3,6 @@
 Its input ends when the parent closes it, and also when the parent is killed: either way this process is gone at once.
 """
 
-import gc
 import importlib
 import json
 import os
@@ -17,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from collect.jobs import devices
 from predictor.errors import UsageError
 
 _SECONDS_BETWEEN_REPORTS = 0.25
@@ -47,6 +47,7 @@ def _prepare() -> None:
 
 
 def _answer(order: dict[str, Any], write: Callable[[bytes], object]) -> dict[str, Any]:
+    """Do a job. The answer is `done` or `failed`. `crowded`: its GPU had no room. `spent`: it refuses all."""
     try:
         _point_output_at(Path(order["log"]))
         _prepare()
@@ -55,15 +56,19 @@ def _answer(order: dict[str, Any], write: Callable[[bytes], object]) -> dict[str
         job = getattr(importlib.import_module(module), function)
         answer = {"done": job(order["payload"], Path(order["folder"]), _reporter(write))}
         _line(answer)  # what cannot be written as JSON fails here, inside the job
-        return answer
+        devices.settle()  # and so does a kernel that has not been waited for
     except Exception as error:  # whatever a job raises is the job's failure, and must not end the slot
         traceback.print_exc()
         kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
-        return {"failed": f"{kind}{error}".strip().replace("\n", " ")}
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        _clean_up()
+        answer = {"failed": f"{kind}{error}".strip().replace("\n", " ")}
+        if devices.is_crowded(error):
+            answer["crowded"] = True
+    # The error is gone here, and with it what its frames held.
+    if not devices.clean_up():
+        answer["spent"] = True
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return answer
 
 
 def _reporter(write: Callable[[bytes], object]) -> Callable[[float], None]:
@@ -89,15 +94,6 @@ def _point_output_at(path: Path) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.close(handle)
-
-
-def _clean_up() -> None:
-    """Give back what the job held, so that the next one starts as the first did."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

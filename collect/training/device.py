@@ -1,15 +1,19 @@
 """Where a training runs: the device, mixed precision, and the clock."""
 
 import contextlib
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from predictor.errors import UsageError
+
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -35,6 +39,43 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def deterministic_environment() -> dict[str, str]:
+    """What a process has to find in its environment, before CUDA starts, for cuBLAS to give the same each time."""
+    return {_CUBLAS: os.environ.get(_CUBLAS) or ":4096:8"}
+
+
+@contextlib.contextmanager
+def deterministic(device: torch.device) -> Iterator[list[str]]:
+    """A context in which a GPU gives the same numbers each time, where PyTorch can. A CPU does so anyway.
+
+    The process needs `deterministic_environment`. Yields a list, into which messages about operators come that give
+    other numbers each time and have no other form.
+    """
+    without: list[str] = []
+    if device.type != "cuda":
+        yield without
+        return
+    cudnn, show = torch.backends.cudnn, warnings.showwarning
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    kernels = cudnn.deterministic, cudnn.benchmark
+
+    def note(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        if "deterministic" in str(message):
+            without.append(str(message).split(". ")[0])
+        show(message, *args, **kwargs)
+
+    warnings.showwarning = note
+    # To raise would leave a whole workload without outcomes for the sake of the last digits.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield without
+    finally:
+        cudnn.deterministic, cudnn.benchmark = kernels
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        warnings.showwarning = show
 
 
 class Precision:

@@ -49,6 +49,19 @@ def hardware() -> dict[str, str | int | float | None]:
     }
 
 
+def determinism() -> dict[str, bool | str | None]:
+    """Return what decides whether this process's GPU gives the same numbers each time."""
+    import torch
+
+    return {
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    }
+
+
 def _commit() -> str | None:
     """The checkout's commit, with a plus sign for changed files; None outside a repository."""
     git = ["git", "-C", str(Path(__file__).parent)]

@@ -136,6 +136,14 @@ def generator_for(*keys: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))  # torch's CPU generator keeps 32 bits of a seed
 
 
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU's on a device, by a copy that does not wait for the device's queue."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # from other memory CUDA first waits for what it has to do
+    # Apple's GPUs read the memory later, when it may be gone.
+    return tensor.to(device, non_blocking=device.type != "mps")
+
+
 def balanced(labels_N: Tensor, samples: int) -> Tensor:
     """ids_B of `samples` samples: one of each class, then another of each, and so on. Always the same ones."""
     ids_N, rank_N = _ranked(labels_N)

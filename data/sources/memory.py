@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from data.sources.base import Batch, Plan, Source, Split, generator_for, stratified
+from data.sources.base import Batch, Plan, Source, Split, generator_for, on_device, stratified
 
 AnyMemorySource = TypeVar("AnyMemorySource", bound="MemorySource")
 
@@ -98,7 +98,7 @@ class MemorySource(Source):
             self._moved[split, device] = self.samples[split].to(device)
         samples = self._moved[split, device]
         for batch_number, ids_B in enumerate(plan.ids, plan.start):
-            batch = samples.at(ids_B.to(device, non_blocking=True))
+            batch = samples.at(on_device(ids_B, device))
             yield ids_B, self._prepared(batch.inputs, plan, batch_number), batch.labels
 
     def _prepared(self, inputs: Tensor, plan: Plan, batch: int) -> Tensor:
@@ -140,11 +140,12 @@ def shift_and_flip(bytes_BCHW: Tensor, look: Look, generator: torch.Generator) -
     """
     batch, channels, height, width = bytes_BCHW.shape
     device = bytes_BCHW.device
-    down_B, right_B = torch.randint(0, 2 * look.shift + 1, (2, batch), generator=generator).to(device)
-    mirror_B = (torch.rand(batch, generator=generator) < (0.5 if look.flip else 0.0)).to(device)
+    moves_2B = torch.randint(0, 2 * look.shift + 1, (2, batch), generator=generator)
+    mirror_B = torch.rand(batch, generator=generator) < (0.5 if look.flip else 0.0)
+    down_B, right_B, mirrored_B = on_device(torch.cat([moves_2B, mirror_B[None]]), device)  # in one copy
     rows_BH = torch.arange(height, device=device) + down_B[:, None]
     columns_W = torch.arange(width, device=device)
-    columns_BW = torch.where(mirror_B[:, None], columns_W.flip(0), columns_W) + right_B[:, None]
+    columns_BW = torch.where(mirrored_B.bool()[:, None], columns_W.flip(0), columns_W) + right_B[:, None]
     padded = pad(bytes_BCHW, [look.shift] * 4)
     index_BHW = rows_BH[:, :, None] * padded.shape[3] + columns_BW[:, None, :]
     index_BCP = index_BHW.view(batch, 1, -1).expand(-1, channels, -1)

@@ -149,6 +149,7 @@ def test_the_outcomes_of_a_run(job: dict[str, Any], tmp_path: Path) -> None:
     assert {outcome.unfrozen for outcome in outcomes} == {whole.result}
     assert whole.facts["config"] == job["config"]
     assert whole.facts["versions"]["torch"]
+    assert "determinism" not in whole.facts  # a CPU always gives the same
     assert [outcome.kind for outcome in outcomes].count("noise") == 2
     assert {outcome.step for outcome in outcomes if outcome.kind == "front"} == {0, 3}
     prefix = next(outcome for outcome in outcomes if outcome.kind == "front" and outcome.step == 3)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,37 @@ def die(payload, folder, progress):
 
 def leave(payload, folder, progress):
     os._exit(3)
+
+class Held:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __del__(self):
+        (self.folder / "given-back").touch()
+
+def overfill(payload, folder, progress):
+    import torch
+    held = Held(folder)
+    with (folder / "tries").open("a") as file:
+        file.write(payload["name"] + os.environ["CUDA_VISIBLE_DEVICES"])
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+def fit_if_alone(payload, folder, progress):
+    if not (folder / "tries").exists():
+        overfill(payload, folder, progress)
+    return {}
+
+def break_device(payload, folder, progress):
+    import collect.jobs.devices
+    class Broken:
+        @staticmethod
+        def synchronize():
+            raise RuntimeError("CUDA error: device-side assert triggered")
+    collect.jobs.devices._in_use = lambda: iter([Broken])
+    return {"pid": os.getpid()}
+
+def see_given_back(payload, folder, progress):
+    return {"given_back": (folder / "given-back").exists(), "pid": os.getpid()}
 
 def linger(payload, folder, progress):
     (folder / f"pid-{payload['name']}").write_text(str(os.getpid()))
@@ -126,6 +158,40 @@ def test_a_process_that_dies_costs_only_its_job_and_is_replaced(folder: Path) ->
     assert list(outcome.done) == ["c"]
 
 
+def test_a_job_that_breaks_its_device_fails_and_its_process_is_replaced(folder: Path) -> None:
+    """Its kernel failed after its last line: nothing had waited for it."""
+    outcome = run(folder, "see_given_back", "break_device", "see_given_back")
+    assert "device-side assert" in outcome.failed["b"]
+    assert outcome.done["a"]["pid"] != outcome.done["c"]["pid"]
+    assert "Traceback" in (folder / "b.log").read_text()
+
+
+def test_a_job_without_memory_fails_alone_and_gives_back_what_it_held(folder: Path) -> None:
+    outcome = run(folder, "see_given_back", "overfill", "see_given_back")
+    assert outcome.failed == {"b": "OutOfMemoryError: CUDA out of memory"}
+    assert outcome.done["c"] == {"given_back": True, "pid": outcome.done["a"]["pid"]}
+
+
+def test_a_job_for_which_a_shared_gpu_was_too_full_runs_again_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("collect.jobs.local.visible_gpus", lambda device: ("7",))
+    outcome = run(folder, "fit_if_alone", "see_given_back", "see_given_back", slots=2)
+    assert sorted(outcome.done) == ["a", "b", "c"]
+    (folder / "tries").unlink()
+    outcome = run(folder, "overfill", "see_given_back", slots=2)
+    assert outcome.failed == {"a": "OutOfMemoryError: CUDA out of memory"}
+    assert (folder / "tries").read_text() == "a7a7"
+    (folder / "tries").unlink()
+    run(folder, "overfill", slots=1)
+    assert (folder / "tries").read_text() == "a7"  # it was alone
+
+
+def test_jobs_find_what_else_is_asked_for_in_their_environment(folder: Path) -> None:
+    outcome = run(folder, "describe", environment={"OMP_NUM_THREADS": "1", "EXTRA": "yes"})
+    assert outcome.done["a"]["omp"] == "1"
+
+
 def test_no_jobs_and_no_slots(folder: Path) -> None:
     assert not run(folder).done
     with pytest.raises(UsageError, match="slots=0"):
@@ -195,6 +261,7 @@ def test_gpus_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert visible_gpus("cuda:1") == ("GPU-abc",)
     assert visible_gpus("cpu") == ()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    listing(monkeypatch, None)
     assert visible_gpus("cuda") == ("0", "1")
     with pytest.raises(UsageError, match="2 GPU"):
         visible_gpus("cuda:2")
@@ -203,6 +270,66 @@ def test_gpus_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_slots("auto") == free_cores()
     with pytest.raises(UsageError, match="--device cpu"):
         visible_gpus("cuda")
+
+
+MIG = """\
+GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5c89852c)
+  MIG 3g.20gb     Device  0: (UUID: MIG-7089d0f3)
+  MIG 3g.20gb     Device  1: (UUID: MIG-c6d4f1ef)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-4f3b2a1c)
+GPU 2: NVIDIA A30 (UUID: GPU-00000000)
+  MIG 1g.6gb      Device  0: (UUID: MIG-GPU-00000000/1/0)
+"""
+"""What `nvidia-smi -L` prints where GPUs are divided, with an old name of an instance at the end."""
+
+
+def listing(monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
+    def answer(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        if text is None:
+            raise FileNotFoundError("nvidia-smi")
+        return subprocess.CompletedProcess([], 0, text)
+
+    monkeypatch.setattr("collect.jobs.gpus.subprocess.run", answer)
+
+
+def test_each_instance_of_a_divided_gpu_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # a process sees one instance
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    listing(monkeypatch, MIG)
+    names = ("MIG-7089d0f3", "MIG-c6d4f1ef", "GPU-4f3b2a1c", "MIG-GPU-00000000/1/0")
+    assert visible_gpus("auto") == names
+    assert visible_gpus("cuda:1") == names[1:2]
+    assert default_slots("auto", sharing=True) == 4
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a, MIG-b")
+    assert visible_gpus("cuda") == ("MIG-a", "MIG-b")
+    for text in ("GPU 0: NVIDIA A100 (UUID: GPU-5c89852c)", "No devices found.", "", None):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        listing(monkeypatch, text)
+        assert visible_gpus("auto") == ("0",)
+
+
+@pytest.mark.parametrize(("gigabytes", "cores", "expected"), [(24, 64, 2), (40, 64, 4), (141, 64, 8), (141, 4, 4)])
+def test_small_runs_share_a_gpu_as_its_memory_and_the_cores_allow(
+    gigabytes: int, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(
+        "torch.cuda.get_device_properties", lambda index: SimpleNamespace(total_memory=gigabytes * 10**9)
+    )
+    monkeypatch.setattr("collect.jobs.local.free_cores", lambda: cores)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert default_slots("auto", sharing=True) == expected
+    assert default_slots("auto") == 2  # what is timed has a GPU for itself
+
+
+def test_rocm_reads_and_gets_its_own_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.version.hip", "6.2")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    slots = slot_environments(2, threads=1, device="auto")
+    assert [slot["HIP_VISIBLE_DEVICES"] for slot in slots] == ["2", "3"]
+    assert [slot["HIP_VISIBLE_DEVICES"] for slot in slot_environments(1, threads=1, device="cpu")] == [""]
 
 
 def _alive(pid: int) -> bool:

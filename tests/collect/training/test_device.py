@@ -1,11 +1,13 @@
 import time
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from collect.training.device import Clock, Precision, pick_device
+from collect.training.device import Clock, Precision, deterministic, deterministic_environment, pick_device
 from collect.training.loop import train
+from collect.training.provenance import determinism
 from predictor.errors import UsageError
 from tests.collect.tiny import tiny_source, tiny_workload
 
@@ -44,3 +46,23 @@ def test_mixed_precision_on_cuda(native: bool, monkeypatch: pytest.MonkeyPatch) 
     training = train(tiny_workload(epochs=10, clip_norm=1.0), seed=0, device="cuda", source=tiny_source())
     assert training.precision.scaler.is_enabled() != native
     assert training.curve[-1]["test_accuracy"] > 0.8
+
+
+def test_operators_of_a_gpu_are_deterministic_and_what_was_set_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "showwarning", lambda *_, **__: None)
+    before, show = determinism(), warnings.showwarning
+    with deterministic(torch.device("cuda")) as without:
+        inside = determinism()
+        warnings.showwarning("bincount does not have a deterministic implementation. And so on", UserWarning, "", 1)
+    assert inside == {**before, "deterministic_algorithms": True, "warn_only": True, "cudnn_deterministic": True}
+    assert without == ["bincount does not have a deterministic implementation"]
+    assert (determinism(), warnings.showwarning) == (before, show)
+    with deterministic(torch.device("cpu")):
+        assert determinism() == before
+
+
+def test_the_users_own_workspace_for_cublas_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert deterministic_environment() == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    assert deterministic_environment() == {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}

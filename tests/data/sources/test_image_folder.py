@@ -1,5 +1,8 @@
 """Folders of images: workers change nothing, broken files and odd folders are named."""
 
+import copy
+import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,8 @@ from PIL import Image
 
 from data.sources import folder as folder_module
 from data.sources import load_source
-from data.sources.folder import _middle, _random_part, _workers
+from data.sources.base import Source
+from data.sources.folder import _cut, _Images, _middle, _Order, _pixels_wanted, _random_part, _workers
 from predictor.errors import FileFault, UsageError
 
 
@@ -57,7 +61,7 @@ def test_workers_change_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return list(source.batches("train", 3, shuffle=True, seed=2, epoch=1, augment=True, start=start))
 
     alone = epoch()
-    monkeypatch.setattr(folder_module, "_workers", lambda: 2)
+    monkeypatch.setattr(folder_module, "_workers", lambda on_gpu=False: 2)
     state = torch.get_rng_state()
     for start in (0, 2):
         found = epoch(start)
@@ -69,6 +73,78 @@ def test_workers_change_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(FileFault, match=r"3.png: no image that can be read") as caught:
         epoch()
     assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_stay_from_epoch_to_epoch(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_module, "_workers", lambda on_gpu=False: 2)
+    source = load_source(f"imagefolder:{root}@12")
+
+    def epoch(number: int, source: Source = source) -> Iterator[tuple[torch.Tensor, ...]]:
+        return source.batches("train", 3, shuffle=True, seed=2, epoch=number, augment=True)
+
+    def workers() -> set[int | None]:
+        return {child.pid for child in multiprocessing.active_children()}
+
+    before = workers()
+    first = [list(epoch(number)) for number in range(3)]
+    started = workers() - before
+    assert len(started) == 2
+    next(epoch(1))  # left after a batch
+    outer, inner = epoch(0), epoch(1)  # one inside the other
+    for ours, others in zip(first[0], zip(outer, inner, strict=True), strict=True):
+        assert torch.equal(ours[1], others[0][1])
+    for number, expected in enumerate(first):
+        assert all(torch.equal(a[1], b[1]) for a, b in zip(epoch(number), expected, strict=True))
+    assert started <= workers()
+    assert len(list(copy.deepcopy(source).batches("train", 3, shuffle=False))) == 4
+    limited = source.limited(6)
+    assert [x.tolist() for x, *_ in epoch(0, limited)] != [x.tolist() for x, *_ in first[0]]
+    assert len(list(epoch(0, limited))) == 2
+
+
+def photograph(path: Path, size: tuple[int, int]) -> None:
+    """A JPEG with nothing finer than a few pixels, so that its halves look alike."""
+    gradient = Image.linear_gradient("L")
+    Image.merge("RGB", [gradient, gradient.rotate(90), gradient.rotate(180)]).resize(size).save(path, quality=95)
+
+
+def test_a_large_photograph_is_decoded_smaller_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photograph(tmp_path / "a.jpg", (640, 480))
+    decoded = []
+    convert = Image.Image.convert
+
+    def noted(image: Image.Image, *args: object) -> Image.Image:
+        decoded.append(image.size)
+        return convert(image, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "convert", noted)
+    images = _Images([str(tmp_path / "a.jpg")], 48)
+    for seeds in (None, (0, 0), (0, 1), (0, 2)):
+        exact, fast = (images[_Order(0, seeds, fast)] for fast in (False, True))
+        assert isinstance(exact, torch.Tensor)
+        assert isinstance(fast, torch.Tensor)
+        assert exact.shape == fast.shape == (3, 48, 48)
+        assert (exact.float() - fast.float()).abs().max() < 8
+    assert decoded[::2] == [(640, 480)] * 4
+    assert all(size[0] < 640 for size in decoded[1::2])
+
+
+def test_as_many_pixels_are_decoded_as_are_wanted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        part = _random_part(640, 480, generator)
+        width, height = _pixels_wanted((640, 480), part, 48)
+        assert part.width * width / 640 >= 48
+        assert part.height * height / 480 >= 48
+    assert _pixels_wanted((640, 480), None, 224) == (342, 256)
+
+
+def test_a_gpu_has_more_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 24)
+    assert (_workers(), _workers(on_gpu=True)) == (8, 24)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 128)
+    assert _workers(on_gpu=True) == 32
 
 
 def test_one_thread_means_no_workers() -> None:
@@ -120,7 +196,7 @@ def test_random_parts_vary_and_are_mirrored_one_time_in_two() -> None:
     image = Image.linear_gradient("L").rotate(90).convert("RGB")  # brightness runs from one side to the other
     rising = []
     for seed in range(60):
-        part = _random_part(image, 16, torch.Generator().manual_seed(seed))
+        part = _cut(image, _random_part(*image.size, torch.Generator().manual_seed(seed)), image.size, 16)
         assert part.size == (16, 16)
         rising.append(part.getpixel((0, 8))[0] < part.getpixel((15, 8))[0])
     assert 15 < sum(rising) < 45

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.sources import SOURCES, load_source
-from data.sources.memory import MemorySource, Samples, TokenSource
+from data.sources.memory import ImageSource, Look, MemorySource, Samples, TokenSource
 from predictor.errors import UsageError
 
 
@@ -56,3 +57,28 @@ def test_of_an_odd_number_of_classes_the_last_half_has_one_more(monkeypatch: pyt
 def test_what_is_no_half(name: str) -> None:
     with pytest.raises(UsageError, match=f"there is no source '{name}'.*NAME-first and NAME-last"):
         load_source(name)
+
+
+class Copies(TorchDispatchMode):
+    """Notes copies to another device: how many, and those that wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = self.waiting = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("meta"):
+            self.all += 1
+            self.waiting += not kwargs.get("non_blocking")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_batch_does_not_wait_for_the_device() -> None:
+    """One copy of its ids and one of the random numbers. A split itself is copied once."""
+    samples = Samples(torch.zeros(12, 3, 8, 8, dtype=torch.uint8), torch.arange(12) % 2)
+    source = ImageSource("small", 2, samples, samples, Look((0.0,) * 3, (1.0,) * 3, shift=1, flip=True))
+    batches = source.batches("train", 4, shuffle=True, augment=True, device="meta")
+    next(batches)
+    with Copies() as copies:
+        assert len(list(batches)) == 2
+    assert (copies.all, copies.waiting) == (4, 0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from predictor.cache.store import index_of
 from predictor.errors import UsageError
 
 Layout: TypeAlias = "tuple[int | None, ...]"
@@ -145,7 +146,7 @@ class Arguments:
                 other = next(rest)
                 leaves.append(other.detach().clone() if isinstance(other, Tensor) else other)
             else:
-                leaves.append(leaf.detach().index_select(dim, torch.tensor(indices, device=leaf.device)))
+                leaves.append(leaf.detach().index_select(dim, index_of(indices, leaf.device)))
         return self._built(leaves)
 
     def _built(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -31,13 +31,15 @@ from predictor.cache.hooks import all_are_watched
 from predictor.cache.levels import LEFT_OUT, Level, Levels
 from predictor.cache.payoff import Payoff, Timing, clock_for
 from predictor.cache.prefetch import ReadAhead, moved_beside, with_next
-from predictor.cache.store import FeatureStore, Precision, moved
+from predictor.cache.store import FeatureStore, Precision, index_of
 from predictor.cache.watch import Watch
 from predictor.controller import FreezeController
 from predictor.errors import UsageError
 from predictor.freezing.event import FreezeEvent
 
 _Batch = TypeVar("_Batch", bound=Sequence[Any])
+_WEIGHTS, _SAMPLES = "weights", "samples"
+"""What may have turned out to be others."""
 _TRIED = 2
 """Samples on which features are checked where something else than a sample has changed."""
 _JUDGED = 16
@@ -81,8 +83,9 @@ class FeatureCache:
     augmentation, the cache is off, with a warning, unless `check_inputs=False` says to use the features of the first
     time for all. An `AugmentedCache` keeps several.
 
-    On a GPU nobody waits for these comparisons: they are read with the next batch. So one batch is trained on features
-    of before, with a warning, where a sample changes or weights are written to behind PyTorch's back (`weight.data`).
+    On a GPU nobody waits for these comparisons: they are read with the next batch, or the one after. So one or two
+    batches are trained on features of before, with a warning, where a sample changes or weights are written to behind
+    PyTorch's back (`weight.data`).
 
     Args:
         controller: freezes the layers.
@@ -154,7 +157,6 @@ class FeatureCache:
         self._restarts = self._hits_then = 0
         self._suspected = False  # that weights have been written to
         self._questions: list[tuple[str, Tensor]] = []
-        self._asked: list[str] = []
         self._deferred = Deferred()
         self._adaptive = adaptive
         self._payoff = Payoff(lambda: clock_for(next(self._model.parameters(), torch.empty(0)).device))
@@ -320,7 +322,8 @@ class FeatureCache:
             return
         self._begun = True
         rows, shapes = arguments.rows_of_all(), arguments.shapes
-        if rows is not None and rows % len(ids) and not arguments.layouts(len(ids)):
+        # Several tensors may be put together from samples of different lengths, and one from several views of each.
+        if len(shapes) == 1 and rows is not None and rows % len(ids) and not arguments.layouts(len(ids)):
             raise UsageError(
                 f"the model got no tensor with {len(ids)} rows, one for each id, but shapes {shapes}: call it inside "
                 "`cache.batch(ids)` on the samples that the ids name"
@@ -383,30 +386,27 @@ class FeatureCache:
                 level.unsure = level.unsure or odd
             stack.enter_context(self._levels[-1].kept(self._model, numbers, prints, timing))
         if known is not None:
-            self._asked = [name for name, _ in self._questions]
-            self._deferred.ask([question for _, question in self._questions])
+            self._deferred.ask(self._questions)
         self._questions = []
         return known
 
     def _answered(self, ids: Ids) -> list[int]:
         """The ids, read; and what the GPU has answered of the last batch."""
-        answers, numbers = self._deferred.read(ids if isinstance(ids, Tensor) else None)
-        for name, answer in zip(self._asked, answers, strict=False):
-            if answer and name == "weights":
+        for name in self._deferred.read():
+            if name == _WEIGHTS:
                 self._suspected = True
-            elif answer:
+            elif self._levels:
                 self._switch_off(
-                    f"a sample of the last batch {NOT_WHAT_IT_WAS}. "
-                    "That batch was trained on features of its first time"
+                    f"a sample of the last batches {NOT_WHAT_IT_WAS}. They were trained on features of its first time"
                 )
-        return numbers if isinstance(ids, Tensor) else ids
+        return ids.tolist() if isinstance(ids, Tensor) else ids
 
     def _inspect(self) -> bool:
         """Whether something may be other than when features were kept, so that they are to be checked."""
         suspected, self._suspected, odd = self._suspected, False, False
         for level in self._levels:
             watch, differ = level.watch, level.watch.norms_differ()
-            self._questions += [("weights", each) for each in differ if each.device.type != "cpu"]
+            self._questions += [(_WEIGHTS, each) for each in differ if each.device.type != "cpu"]
             touched = suspected or watch.touched or any(bool(each) for each in differ if each.device.type == "cpu")
             if watch.trains:
                 self._give_up("a layer in front of the cut is trained again")
@@ -425,7 +425,7 @@ class FeatureCache:
         if used:
             warnings.warn(
                 "the frozen prefix's weights have been written to behind PyTorch's back, as by `weight.data`: the last "
-                "batch was trained on features of the old ones, and the feature cache begins anew",
+                "batches were trained on features of the old ones, and the feature cache begins anew",
                 stacklevel=2,
             )
         self._restarts = self._restarts + 1 if self.hits == self._hits_then else 1
@@ -462,19 +462,20 @@ class FeatureCache:
 
     def _agree(self, level: Level, ids: list[int], prints: Tensor, arguments: Arguments, indices: list[int]) -> bool:
         """Whether the prefix gives what the level holds of these samples; else the cache is off."""
-        if fault := changed(ids, _taken(prints, indices), level.store.get(ids)[-1]):
-            self._switch_off(fault)
-            return False
         outputs = prefix_outputs(self._model, level.cut, arguments.rows(self._layout, indices), modes=True)
-        if level.agrees(ids, outputs):
-            return True
-        self._give_up(
-            LEFT_OUT
-            if any(output is None for output in outputs)
-            else "the frozen prefix gives other features for a sample than it gave before, though its weights and "
-            "inputs are the same: it depends on a state that changes while the model trains"
-        )
-        return False
+        agrees, fault = level.agrees(ids, outputs, _taken(prints, indices))
+        if fault:
+            self._switch_off(fault)
+        elif not agrees and any(each.watch.moved for each in self._levels):
+            self._begin_again(used=False)
+        elif not agrees:
+            self._give_up(
+                LEFT_OUT
+                if any(output is None for output in outputs)
+                else "the frozen prefix gives other features for a sample than it gave before, though its weights and "
+                "inputs are the same: it depends on a state that changes while the model trains"
+            )
+        return agrees
 
     def _unfit(self, batch: int, arguments: Arguments) -> str:
         """Why what is kept is not for a pass on these arguments; empty where it is, or where nothing is kept."""
@@ -560,7 +561,7 @@ class FeatureCache:
                 self._switch_off(fault)
                 return False
         elif self._check_inputs:
-            self._questions.append(("samples", (prints != prints_then).any()))
+            self._questions.append((_SAMPLES, (prints != prints_then).any()))
         level.replay(stack, self._model, rows, len(ids))
         return True
 
@@ -662,7 +663,7 @@ def _evaluates(model: nn.Module) -> bool:
 
 
 def _taken(prints: Tensor, indices: list[int]) -> Tensor:
-    return prints.index_select(0, moved(torch.tensor(indices, dtype=torch.int64, device="cpu"), prints.device))
+    return prints.index_select(0, index_of(indices, prints.device))
 
 
 def _own(values: list[Any]) -> list[Any]:

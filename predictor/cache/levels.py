@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from predictor.cache.arguments import changed
 from predictor.cache.cut_points import Call, Cut, at_call, replayed, uncompiled
 from predictor.cache.cut_search import close, look_passes, repeated, rounding
 from predictor.cache.payoff import Timing
@@ -88,14 +89,18 @@ class Level:
             return len(ids)
         return min(_TRIED, len(ids)) if again or self._uses & (self._uses - 1) == 0 else 0
 
-    def agrees(self, ids: list[int], outputs: list[Any]) -> bool:
-        """Whether the store holds what the calls at the cut returned for these samples, but for rounding."""
+    def agrees(self, ids: list[int], outputs: list[Any], prints_B: Tensor) -> tuple[bool, str]:
+        """Whether the store holds what the calls at the cut returned for these samples, but for rounding.
+
+        And, where it does not, which sample is not what it was, in words.
+        """
         rows = self.cut.rows(outputs)
-        if not rows:
-            return False
-        *kept, _ = self.store.get(ids)
+        *kept, then_B = self.store.get(ids)
         coarse = _COARSE[self.store.precision]
-        return close(kept, rows, lambda row: max(coarse, rounding(row)))
+        # Together, since each comparison waits for a GPU.
+        if rows and close([*kept, then_B], [*rows, prints_B], lambda row: max(coarse, rounding(row))):
+            return True, ""
+        return False, changed(ids, prints_B, then_B)
 
     @contextmanager
     def kept(self, model: nn.Module, ids: list[int], prints_B: Tensor, timing: Timing | None = None) -> Iterator[None]:

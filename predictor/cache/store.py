@@ -96,11 +96,11 @@ class FeatureStore:
         ordered = [leaf.detach().permute(order) for leaf, order in zip(leaves, self._orders, strict=True)]
         for block, inside, at in self._spread([self._row_of[i] for i in ids]):
             for kept, leaf in zip(self._blocks[block], ordered, strict=True):
-                part = leaf if len(inside) == len(ids) else leaf.index_select(0, _index(inside, leaf.device))
+                part = leaf if len(inside) == len(ids) else leaf.index_select(0, index_of(inside, leaf.device))
                 if at == list(range(at[0], at[0] + len(at))):  # as always but for samples that are replaced
                     kept[at[0] : at[0] + len(at)].copy_(part)
                 else:
-                    kept.index_copy_(0, _index(at, kept.device), part.to(kept.device))
+                    kept.index_copy_(0, index_of(at, kept.device), part.to(kept.device))
 
     def get(self, ids: Sequence[int], device: torch.device | None = None) -> list[Tensor]:
         """The rows of these samples, in their order, where they were computed, or on `device`."""
@@ -152,7 +152,7 @@ class FeatureStore:
         parts = [_stacked([views[index] for index in each], device) for each in (here, there)]
         place = {index: at for at, index in enumerate((*here, *there))}
         whole = torch.cat([moved(part, device) for part in parts])
-        return whole.index_select(0, _index([place[index] for index in range(len(rows))], device))
+        return whole.index_select(0, index_of([place[index] for index in range(len(rows))], device))
 
     def _spread(self, rows: Sequence[int]) -> list[tuple[int, list[int], list[int]]]:
         """For each block concerned: its number, which of the batch lie in it, and where there."""
@@ -200,13 +200,14 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=tensor.device.type == "cpu" and device.type != "mps")
 
 
-def _index(numbers: Sequence[int], device: torch.device) -> Tensor:
+def index_of(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """These numbers as an index of a tensor on this device."""
     return moved(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device)
 
 
 def _selected(kept: Tensor, rows: Sequence[int], device: torch.device) -> Tensor:
     """These rows of a block, in page-locked memory where they go to a GPU."""
-    return torch.index_select(kept, 0, _index(rows, kept.device), out=_buffer(kept, len(rows), device))
+    return torch.index_select(kept, 0, index_of(rows, kept.device), out=_buffer(kept, len(rows), device))
 
 
 def _stacked(views: Sequence[Tensor], device: torch.device) -> Tensor:

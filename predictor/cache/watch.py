@@ -42,7 +42,7 @@ class Held(NamedTuple):
         now = self.table.get(self.name)
         if now is None or now is not self.tensor:
             return True
-        return (now._version, _address(now), (now.dtype, now.device)) != (self.version, self.address, self.kind)
+        return bool((now._version, _address(now), (now.dtype, now.device)) != (self.version, self.address, self.kind))
 
 
 class Attribute(NamedTuple):
@@ -69,8 +69,8 @@ class Attribute(NamedTuple):
         """Whether it is another value now."""
         now = self.table.get(self.name)
         if now is self.value:
-            return self.content is not None and _content(now) != self.content
-        return _content(now, constants=True) != _content(self.value, constants=True)
+            return self.content is not None and bool(_content(now) != self.content)
+        return bool(_content(now, constants=True) != _content(self.value, constants=True))
 
 
 class Watch:
@@ -178,11 +178,11 @@ def _address(tensor: Tensor) -> int:
 
 
 def _head(tensor: Tensor) -> Tensor | None:
-    """A view on the first numbers of a tensor; None where it has none."""
-    if tensor.is_meta or not tensor.numel() or not tensor.dim():
-        return tensor.detach() if tensor.numel() and not tensor.is_meta else None
-    rows = max(1, _READ // max(1, tensor[0].numel()))
-    return tensor.detach()[:rows]
+    """The first numbers of a tensor, in its memory; None where it has none."""
+    if tensor.is_meta or not tensor.numel():
+        return None
+    plain = tensor.data  # a detached view would hold the tensor itself, which may be exchanged when a model is moved
+    return plain[: max(1, _READ // plain[0].numel())] if plain.dim() else plain
 
 
 def _norms_of(heads: list[Tensor]) -> list[Tensor]:

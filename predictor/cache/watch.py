@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from predictor.cache.arguments import CONSTANTS
 from predictor.cache.hooks import is_watched, number_of_hooks
 
-_READ = 1 << 16
+_READ = 1 << 12
 """How many numbers of a weight are read with each batch, for writes that PyTorch does not count (`weight.data`)."""
 _MOST_ITEMS = 64
 _HARMLESS = 4

@@ -532,3 +532,22 @@ def test_weights_that_train_and_are_read_without_a_call():
     cache = check(Hidden)
     assert cache.hits == 0
     assert cache.reason
+
+
+class Capturing(nn.Module):
+    """Installs hooks on its layers in its first pass, and notes that they are there, as Transformers' models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.network, self.hooked, self.captured = network(), False, []
+
+    def forward(self, x):
+        if not self.hooked:
+            self.network[2].register_forward_hook(lambda module, args, output: self.captured.append(output))
+            self.hooked = True
+        self.captured.clear()
+        return self.network(x) + sum(output.mean() for output in self.captured)
+
+
+def test_hooks_that_a_model_installs_in_its_first_pass_are_installed_once():
+    check(Capturing)

@@ -87,7 +87,8 @@ def _brought_to(
     controller = FreezeController(model, optimizer, policy, total_steps=1, layers=layers_of(model, inputs), say=None)
     if kept_under is None:
         return nullcontext()
-    cache = FeatureCache(controller, check_inputs=False)  # whose checks are no part of the pass to be counted
+    # Its checks are no part of the pass to be counted.
+    cache = FeatureCache(controller, check_inputs=False, adaptive=False)
     first, second = range(len(inputs)), range(len(inputs), 2 * len(inputs))
     for ids in (first, second):  # the same inputs, as if they were other samples
         with cache.batch(ids):

@@ -12,7 +12,7 @@ from predictor.cache.augmented import AugmentedCache
 from predictor.cache.compression import Compression
 from predictor.cache.feature_cache import FeatureCache
 from predictor.controller import FreezeController
-from predictor.errors import unknown
+from predictor.errors import UsageError, unknown
 from predictor.layers.layer import Layer
 from predictor.policies.base import FreezePolicy
 
@@ -145,6 +145,12 @@ class CacheHook(Hook):
 
 
 def _made(form: CacheForm, controller: FreezeController, training: Training, options: dict[str, Any]) -> FeatureCache:
+    if training.recipe.augment and form not in UNDER_AUGMENTATION:
+        raise UsageError(
+            f"the cache's form {form!r} wants the same samples in each epoch, and random augmentation changes them: "
+            f"take one of {', '.join(UNDER_AUGMENTATION)}"
+        )
+    options = {"adaptive": False, **options}  # what a trial gives does not hang on how fast its machine is
     if form == "exact":
         return FeatureCache(controller, **options)
     if form == "compressed":

@@ -11,7 +11,7 @@ from torch import Tensor
 from predictor.cache.compression import CompressedStore, channel_dimension, has_channels
 from predictor.cache.feature_cache import FeatureCache
 from predictor.cache.levels import Level
-from predictor.cache.store import FeatureStore, Precision
+from predictor.cache.store import FeatureStore, Precision, moved
 from predictor.controller import FreezeController
 from predictor.errors import UsageError
 
@@ -42,7 +42,7 @@ class AugmentedCache(FeatureCache):
         views: how many views of a sample are kept.
         channels: the share of channels that count as sensitive.
         seed: of the views that are drawn, which depend on it and on the number of the batch alone.
-        options: `model`, `memory_gb`, `directory` and `compression` of a FeatureCache.
+        options: `model`, `memory_gb`, `device_gb`, `directory` and `compression` of a FeatureCache.
 
     Raises:
         UsageError: `views` is below 1, or `channels` is not in (0, 1].
@@ -64,7 +64,7 @@ class AugmentedCache(FeatureCache):
     def _fetching(self, level: Level, ids: list[int]) -> Callable[[], list[Tensor]]:
         newest = self._levels[-1]
         if level is newest:
-            views = torch.randint(self._views, (len(ids),), generator=self._generator()).tolist()
+            views = torch.randint(self._views, (len(ids),), generator=self._generator(), device="cpu").tolist()
         else:
             views = _view_store(newest).missing(ids)  # its first view is made of the old first one, and so on
         return partial(_view_store(level).fetch, ids, views)
@@ -74,6 +74,7 @@ class AugmentedCache(FeatureCache):
             like,
             memory_bytes,
             self._directory,
+            self._device_bytes(like),
             precision=self._precision(frozen),
             views=self._views,
             channels=self._channels,
@@ -92,7 +93,7 @@ class ViewStore(CompressedStore):
     least alike. A sample is held when all of its views are.
 
     Args:
-        like, memory_bytes, directory, precision: as for a CompressedStore; the bytes are divided among the views.
+        like, memory_bytes, directory, device_bytes, precision: as for a CompressedStore; the views share the bytes.
         views: how many views of a sample are kept.
         channels: the share of channels that is kept of each view but the first.
     """
@@ -102,16 +103,18 @@ class ViewStore(CompressedStore):
         like: Sequence[Tensor],
         memory_bytes: int,
         directory: Path | str | None = None,
+        device_bytes: int = 0,
         *,
         precision: Precision,
         views: int,
         channels: float,
     ) -> None:
-        first_bytes = int(memory_bytes / (1 + (views - 1) * channels))
-        super().__init__(like, first_bytes, directory, precision=precision)
+        share = 1 / (1 + (views - 1) * channels)
+        first_bytes, first_there = int(memory_bytes * share), int(device_bytes * share)
+        super().__init__(like, first_bytes, directory, first_there, precision=precision)
         self._views = views
         self._share = channels
-        self._later_bytes = memory_bytes - first_bytes
+        self._later_bytes, self._later_there = memory_bytes - first_bytes, device_bytes - first_there
         self._files = directory
         self._later: CompressedStore | None = None  # a row for each view but the first, found by `_key`
         self._sensitive: list[Tensor | None] = []  # of each output the channels, once they were measured
@@ -125,6 +128,11 @@ class ViewStore(CompressedStore):
     def bytes(self) -> int:
         """Bytes of all views held."""
         return super().bytes + (0 if self._later is None else self._later.bytes)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes reserved where the tensors lie, such as on a GPU."""
+        return super().device_bytes + (0 if self._later is None else self._later.device_bytes)
 
     def holds(self, ids: Sequence[int]) -> bool:
         """Whether every view of every one of these samples is here."""
@@ -140,7 +148,8 @@ class ViewStore(CompressedStore):
         for view in sorted(set(seen_B) - {self._views}):
             at = [index for index, seen in enumerate(seen_B) if seen == view]
             some = [ids[index] for index in at]
-            rows = [leaf.detach()[at] for leaf in leaves]
+            index_B = torch.tensor(at, dtype=torch.int64, device="cpu")
+            rows = [leaf.detach().index_select(0, moved(index_B, leaf.device)) for leaf in leaves]
             if view == 0:
                 super().put(some, rows)
             else:
@@ -154,10 +163,15 @@ class ViewStore(CompressedStore):
         later: list[Tensor] = []
         if at and self._later is not None:
             later = self._later.fetch([self._key(ids[index], (views or ())[index]) for index in at])
-        return [*super().fetch(ids), torch.tensor(at, dtype=torch.int64), *later]
+        return [*super().fetch(ids), torch.tensor(at, dtype=torch.int64, device="cpu"), *later]
 
-    def unpacked(self, rows: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-        """What `fetch` gave, as it goes into the model, on `device`."""
+    def moved(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """What `fetch` gave, where the first views were computed."""
+        count = sum(self._parts)
+        return [*super().moved(rows[:count]), *rows[count:]]
+
+    def unpacked(self, rows: Sequence[Tensor], device: torch.device | None = None) -> list[Tensor]:
+        """What `fetch` gave, as it goes into the model: where it was computed, or on `device`."""
         count = sum(self._parts)
         first, at, later = rows[:count], rows[count], rows[count + 1 :]
         leaves = super().unpacked(first, device)
@@ -167,7 +181,8 @@ class ViewStore(CompressedStore):
                 if channels_C is not None:
                     dim = channel_dimension(leaf)
                     view = next(shown).movedim(dim, 1)
-                    leaf.movedim(dim, 1)[at.to(device)[:, None], channels_C.to(device)] = view
+                    place = moved(at, leaf.device)[:, None], moved(channels_C, leaf.device)
+                    leaf.movedim(dim, 1)[place] = view
         return leaves
 
     def state_dict(self) -> dict[str, Any]:
@@ -186,13 +201,13 @@ class ViewStore(CompressedStore):
         self._complete = sum(seen == self._views for seen in self._seen.values())
         self._sensitive = list(state["sensitive"])
         if state["later"] is not None:
-            one = self.get(state["first"]["ids"][:1].tolist(), torch.device("cpu"))
+            one = self.get(state["first"]["ids"][:1].tolist())
             self._later = self._later_like(self._chosen(one))
             self._later.load_state_dict(state["later"])
 
     def _put_later(self, view: int, ids: list[int], rows: list[Tensor]) -> None:
         if not self._sensitive:
-            before = self.get(ids, rows[0].device)
+            before = self.get(ids)
             self._sensitive = [self._measured(a, b) for a, b in zip(before, rows, strict=True)]
         chosen = self._chosen(rows)
         if self._later is None:
@@ -200,7 +215,7 @@ class ViewStore(CompressedStore):
         self._later.put([self._key(i, view) for i in ids], chosen)
 
     def _later_like(self, chosen: list[Tensor]) -> CompressedStore:
-        return CompressedStore(chosen, self._later_bytes, self._files, precision=self.precision)
+        return CompressedStore(chosen, self._later_bytes, self._files, self._later_there, precision=self.precision)
 
     def _key(self, sample: int, view: int) -> int:
         return sample * self._views + view
@@ -211,7 +226,7 @@ class ViewStore(CompressedStore):
     def _chosen(self, rows: list[Tensor]) -> list[Tensor]:
         """What of a view is kept."""
         return [
-            leaf.index_select(channel_dimension(leaf), channels_C.to(leaf.device))
+            leaf.index_select(channel_dimension(leaf), moved(channels_C, leaf.device))
             for leaf, channels_C in zip(rows, self._sensitive, strict=True)
             if channels_C is not None
         ]

@@ -72,11 +72,12 @@ class CompressedStore(FeatureStore):
         like: Sequence[Tensor],
         memory_bytes: int,
         directory: Path | str | None = None,
+        device_bytes: int = 0,
         *,
         precision: Precision,
     ) -> None:
         parts = [compressed(leaf, precision) for leaf in like]
-        super().__init__([part for each in parts for part in each], memory_bytes, directory)
+        super().__init__([part for each in parts for part in each], memory_bytes, directory, device_bytes)
         self.precision = precision
         self._parts = [len(each) for each in parts]
         self._whole = [(leaf.shape[1:], leaf.dtype) for leaf in like]
@@ -94,8 +95,8 @@ class CompressedStore(FeatureStore):
         """Keep the rows of these samples, in their order; a sample that is here already is replaced."""
         super().put(ids, [part for leaf in leaves for part in compressed(leaf.detach(), self.precision)])
 
-    def unpacked(self, rows: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-        """What `fetch` gave, as it goes into the model, on `device`: what is moved there is still compressed."""
+    def unpacked(self, rows: Sequence[Tensor], device: torch.device | None = None) -> list[Tensor]:
+        """What `fetch` gave, as it goes into the model: what is moved there is still compressed."""
         parts = iter(super().unpacked(rows, device))
         return [
             restored([next(parts) for _ in range(count)], dtype)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from threading import get_ident
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from predictor.cache.arguments import CONSTANTS
+from predictor.cache.side_effects import Draws
 from predictor.layers.tensors import tensors_in
 
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
@@ -36,6 +38,8 @@ class Call:
     """How often each of the output's tensors had been written to when the call ended."""
     form: "OutputForm | None" = None
     """How the output depends on the number of samples; None where that is unknown."""
+    drew: bool = False
+    """Whether the pass had drawn random numbers when the call ended."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -50,6 +54,7 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     stack: list[Call] = []
     counts: dict[nn.Module, int] = defaultdict(int)
     clock = 0
+    draws = Draws(model)
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, _: Any) -> None:
@@ -67,6 +72,7 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         clock += 1
         call = stack.pop()
         call.end, call.output, call.versions = clock, output, versions_of(list(tensors_in(output)))
+        call.drew = bool(draws)
 
     handles = [module.register_forward_pre_hook(enter(name)) for name, module in model.named_modules()]
     handles += [module.register_forward_hook(leave) for module in model.modules()]
@@ -238,6 +244,7 @@ class _Answering:
         self._forward = forward
         self._known = known
         self._calls = 0
+        self._thread = get_ident()
 
     @property
     def asked(self) -> bool:
@@ -245,6 +252,9 @@ class _Answering:
         return self._calls > max(self._known)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Another thread makes another pass. Compiled code, which cannot ask for the thread, is not shared.
+        if not torch.compiler.is_compiling() and get_ident() != self._thread:
+            return self._forward(*args, **kwargs)
         nth, self._calls = self._calls, self._calls + 1
         return self._known[nth] if nth in self._known else self._forward(*args, **kwargs)
 

@@ -10,18 +10,22 @@ from torch.utils._pytree import tree_leaves
 
 from predictor.cache.arguments import Arguments, Layout
 from predictor.cache.cut_points import Call, Cut, TensorForm, at_call, form_of, replayed, trace_calls, versions_of
+from predictor.cache.hooks import is_watched, without_own_hooks
+from predictor.cache.side_effects import kept_in, left_by
+from predictor.cache.watch import read
 from predictor.errors import UsageError
 from predictor.layers.isolated_pass import isolated
 from predictor.layers.tensors import tensors_in
 
 _FEW = 8
 """Samples on which cuts are tried, at most. The one that is chosen is tried once more on the whole batch."""
-REPEATED = 1e-5
-"""Two passes on the same batch may differ by this share of the largest number."""
+_REPEATED = 1e-5
+"""Two passes on the same batch may differ by this share of the largest number, and by two steps of short types."""
 _ROUNDED = {"cpu": 1e-3}
 """The same for a sample in batches of different sizes, for which libraries take other kernels."""
 _ROUNDED_ELSEWHERE = 1e-2  # GPUs round the factors of convolutions to 10 bits
 _ROUNDED_HALF = 5e-2
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def look_passes(batch: int) -> float:
@@ -41,6 +45,8 @@ class Search(NamedTuple):
     """Why there is no cut; else empty."""
     samples: int
     """Samples in all passes that it took."""
+    modules: list[nn.Module]
+    """Those that run before the features are there, and all that these are parts of."""
 
 
 def find_cut(model: nn.Module, arguments: Arguments, batch: int, layouts: Sequence[Layout]) -> Search:
@@ -58,7 +64,7 @@ def find_cut(model: nn.Module, arguments: Arguments, batch: int, layouts: Sequen
         scores.append(probe.score)
     best = [layout for layout, score in zip(layouts, scores, strict=True) if score == max(scores)]
     if any(a != b and None not in (a, b) for other in best for a, b in zip(best[0], other, strict=True)):
-        return Search(None, best[0], [], _AMBIGUOUS, samples)
+        return Search(None, best[0], [], _AMBIGUOUS, samples, [])
     with _Probe(model, arguments, best[0], batch) as probe:
         return probe.search(samples)
 
@@ -74,8 +80,13 @@ def find_again(
         return probe.find([(name, nth) for name, nth in given], [(name, nth) for name, nth in skipped])
 
 
-def prefix_outputs(model: nn.Module, cut: Cut, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Any]:
-    """Run the model up to the cut, in evaluation mode, and no further. Returns what the given calls return."""
+def prefix_outputs(
+    model: nn.Module, cut: Cut, inputs: tuple[tuple[Any, ...], dict[str, Any]], modes: bool = False
+) -> list[Any]:
+    """Run the model up to the cut and no further. Returns what the given calls return.
+
+    modes: leave modules in the modes that they are in; by default they are in evaluation mode.
+    """
     outputs: dict[int, Any] = {}
 
     def note(index: int) -> Callable[[Any], None]:
@@ -87,7 +98,10 @@ def prefix_outputs(model: nn.Module, cut: Cut, inputs: tuple[tuple[Any, ...], di
         return act
 
     args, kwargs = inputs
+    training = [module for module in model.modules() if module.training] if modes else []
     with traceless(model), ExitStack() as hooks:
+        for module in training:
+            module.training = True
         for index, call in enumerate(cut.given):
             hooks.callback(call.module.register_forward_hook(at_call(call.nth, note(index))).remove)
         with suppress(_Enough):
@@ -111,7 +125,7 @@ class _Probe:
         self._model, self._arguments, self._layout, self._batch = model, arguments, layout, batch
         # In another order, and less than all: what depends on the batch shows.
         self._few = list(range(min(_FEW, batch - 1)))[::-1]
-        self._hooked = [name for name, module in model.named_modules() if name and _is_watched(module)]
+        self._hooked = [name for name, module in model.named_modules() if name and is_watched(module)]
         self.calls: list[Call] = []
         self.samples = 0
         self._broken = ""
@@ -119,6 +133,7 @@ class _Probe:
         self._few_outputs: dict[Call, Any] = {}
         self._result: Any = None
         self._few_result: Any = None
+        self._few_left: dict[Any, list[Tensor]] = {}
         self._result_fits = False
         self._tried = 0
         self._before_whole, self._before_few = ExitStack(), ExitStack()
@@ -130,7 +145,9 @@ class _Probe:
             self._before_few.enter_context(traceless(self._model, seed=2))
             whole, self._result = self._trace(self._all())
             with traceless(self._model, seed=1):
+                before = kept_in(self._model)
                 again, self._few_result = self._trace(self._some())
+                self._few_left = left_by(self._model, before)
         except Exception as error:
             self._broken = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             return self
@@ -160,7 +177,9 @@ class _Probe:
         hooked = next((name for name in self._hooked for call in whole_calls(self.calls) if _within(name, call)), None)
         if hooked is not None:
             self._before_few.close()
-            return self._found(None, f"module {hooked!r} has a forward hook, which has to see each pass")
+            return self._found(
+                None, f"module {hooked!r} has a forward hook, or a backward one, which has to see each pass"
+            )
         cut = None if self._broken else best_cut(self.calls, self._keepable, self._right_for_few)
         self._before_few.close()
         self.samples += samples
@@ -184,7 +203,13 @@ class _Probe:
 
     def _found(self, cut: Cut | None, reason: str = "") -> Search:
         rows = None if cut is None else cut.rows([call.output for call in cut.given])
-        return Search(cut, self._layout, rows or [], reason, self.samples)
+        return Search(cut, self._layout, rows or [], reason, self.samples, [] if cut is None else self._before(cut))
+
+    def _before(self, cut: Cut) -> list[nn.Module]:
+        end = max(call.end for call in cut.given)
+        called = [call.module for call in self.calls if call.start < end]
+        parts = [part for call in (*cut.given, *cut.skipped) for part in call.module.modules()]
+        return list(dict.fromkeys([self._model, *called, *parts]))
 
     def _compare(self, first: list[Call], whole: list[Call], again: list[Call]) -> None:
         earlier, later = ({call.key: call for call in calls} for calls in (first, again))
@@ -202,7 +227,7 @@ class _Probe:
         self._result_fits = by_sample and self._rows_alike(self._result, self._few_result)
 
     def _fault(self, call: Call, one: Call, other: Call) -> str:
-        if not close(one.output, other.output, REPEATED):
+        if call.drew or not close(one.output, other.output, repeated):
             return _UNSTEADY
         for each in (call, other):
             if versions_of(list(tensors_in(each.output))) != each.versions:
@@ -221,7 +246,7 @@ class _Probe:
                 if kind.batch_dim is None:
                     return False
                 rows = a.index_select(kind.batch_dim, torch.tensor(self._few, device=a.device))
-                if not close(rows, b, rounding(b)):
+                if not close(rows, b, rounding):
                     return False
         return True
 
@@ -231,18 +256,31 @@ class _Probe:
     def _right_for_few(self, cut: Cut) -> bool:
         self._tried += 1
         rows = cut.rows([self._few_outputs[call] for call in cut.given])
-        return self._right(cut, rows, self._some(), len(self._few), self._few_result, seed=1)
+        return self._right(cut, rows, self._some(), len(self._few), self._few_result, self._few_left, seed=1)
 
     def _right_for_all(self, cut: Cut) -> bool:
         rows = cut.rows([call.output for call in cut.given])
-        return self._right(cut, rows, self._all(), self._batch, self._result, seed=2)
+        return self._right(cut, rows, self._all(), self._batch, self._result, {}, seed=2)
 
-    def _right(self, cut: Cut, rows: list[Tensor] | None, inputs: Any, batch: int, result: Any, seed: int) -> bool:
+    def _right(
+        self,
+        cut: Cut,
+        rows: list[Tensor] | None,
+        inputs: Any,
+        batch: int,
+        result: Any,
+        left: dict[Any, list[Tensor]],
+        seed: int,
+    ) -> bool:
+        """Whether a pass from the cut gives this result and leaves these tensors in the modules."""
         self.samples += batch
         args, kwargs = inputs
         try:
             with traceless(self._model, seed), replayed(cut, rows or [], batch):
-                return same(result, self._model(*args, **kwargs))
+                before = kept_in(self._model)
+                fits = same(result, self._model(*args, **kwargs))
+                found = left_by(self._model, before) if fits and left else {}
+                return fits and all(key in found and close(left[key], found[key], repeated) for key in left)
         except Exception:
             return False  # a stand-in was written to, which it does not allow, or the model itself refuses its NaN
 
@@ -264,14 +302,12 @@ class _Probe:
         if self._tried:
             return (
                 f"no place to cut was found: {self._tried} tried, and each changed the model's output, as skip "
-                "connections around the frozen prefix do"
+                "connections around the frozen prefix do, or what its modules keep for others to read"
             )
         faults = {self._faults[call] for call in whole_calls(self.calls)}
         return next((fault for fault in (_UNSTEADY, _MIXED, _NO_ROWS, _WRITTEN) if fault in faults), _NO_CALL)
 
 
-_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "lightning", "pytorch_lightning")
-"""Whose hooks may miss a pass: they move tensors or switch gradients on, and keep nothing that they see."""
 _UNSTEADY = (
     "the frozen prefix gives other features for the same samples from pass to pass: it draws random numbers in "
     "evaluation mode too, or keeps a state between batches"
@@ -341,12 +377,6 @@ def _given_from(among: Sequence[Call], index: int, keepable: Callable[[Call], bo
     return Cut(tuple(filter(keepable, among[index:])), tuple(among[:index]))
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether a module has a forward hook of the user's own."""
-    owners = (getattr(hook, "__module__", "") or "" for hook in module._forward_hooks.values())
-    return any(owner.partition(".")[0] not in _LIBRARIES for owner in owners)
-
-
 def _within(name: str, call: Call) -> bool:
     return name == call.name or name.startswith(f"{call.name}.")
 
@@ -359,37 +389,51 @@ def same(first: Any, second: Any) -> bool:
     """Whether two results hold the same numbers; not, where they hold none that could be compared."""
     pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
     compared = any(isinstance(a, Tensor) and a.is_floating_point() and a.numel() for a, _ in pairs)
-    return compared and close(first, second, REPEATED)
+    return compared and close(first, second, repeated)
 
 
-def close(first: Any, second: Any, tolerance: float) -> bool:
-    """Whether two outputs have the same structure, and numbers that differ by this share of the largest at most."""
+def close(first: Any, second: Any, tolerance: Callable[[Tensor], float]) -> bool:
+    """Whether two outputs have the same structure, and numbers that differ little.
+
+    tolerance: by what share of the largest number, for a tensor of the second one.
+    """
     one, other = tree_leaves(first), tree_leaves(second)
-    return len(one) == len(other) and all(
-        _close(a, b, tolerance) for a, b in zip(one, other, strict=True) if isinstance(a, Tensor)
-    )
-
-
-def _close(a: Tensor, b: Any, tolerance: float) -> bool:
-    if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+    if len(one) != len(other):
         return False
-    if not (a.is_floating_point() or a.is_complex()):
-        return torch.equal(a, b)
-    finite = a[a.isfinite()]
-    largest = float(finite.abs().max()) if finite.numel() else 0.0
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest)
+    found = []
+    for a, b in zip(one, other, strict=True):
+        if isinstance(a, Tensor):
+            if not isinstance(b, Tensor) or (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+                return False
+            found.append(_close(a, b, tolerance(b)))
+    return not found or all(read(found))  # a GPU is waited for once
+
+
+def _close(a: Tensor, b: Tensor, share: float) -> Tensor:
+    if not a.numel() or not (a.is_floating_point() or a.is_complex()):
+        return (a == b).all()
+    wide = a.dtype if a.is_complex() else torch.promote_types(a.dtype, torch.float32)
+    a, b = a.to(wide), b.to(wide)
+    size = torch.where(a.isfinite(), a.abs(), 0.0)
+    near = (a - b).abs() <= share * (size.max() + b.abs())
+    return (near | (a == b) | (a.isnan() & b.isnan())).all()
+
+
+def repeated(tensor: Tensor) -> float:
+    """By how much two passes on the same batch may differ."""
+    return max(_REPEATED, 2 * torch.finfo(tensor.dtype).eps if tensor.dtype in _HALF else _REPEATED)
 
 
 def rounding(tensor: Tensor) -> float:
-    """By how much a sample's numbers may differ between batches of different sizes."""
-    half = tensor.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(tensor.device.type)
+    """By how much a sample's numbers may differ between batches of different sizes, and between compiled and not."""
+    half = tensor.dtype in _HALF or torch.is_autocast_enabled(tensor.device.type)
     return _ROUNDED_HALF if half else _ROUNDED.get(tensor.device.type, _ROUNDED_ELSEWHERE)
 
 
 @contextmanager
 def traceless(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Passes within it are without gradients, in evaluation mode, and leave no trace. seed: of their random numbers."""
-    with isolated(model):
+    with isolated(model), without_own_hooks(model):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds every device
         yield
 

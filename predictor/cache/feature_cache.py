@@ -1,37 +1,55 @@
 """The feature cache: the frozen prefix's outputs are kept by sample, so that its forward pass is skipped too."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from threading import get_ident
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from predictor.cache.arguments import (
+    NOT_WHAT_IT_WAS,
     Arguments,
     Fingerprints,
+    Ids,
     Layout,
-    check_unchanged,
-    check_unique,
+    changed,
     checked_ids,
+    named_twice,
     same_values,
 )
 from predictor.cache.compression import CompressedStore, Compression, precision_for
-from predictor.cache.cut_points import Cut, uncompiled
-from predictor.cache.cut_search import REPEATED, close, find_again, find_cut, gpus_of, prefix_outputs
-from predictor.cache.levels import Level, Levels
-from predictor.cache.prefetch import ReadAhead, with_next
-from predictor.cache.store import FeatureStore, Precision
+from predictor.cache.cut_points import uncompiled
+from predictor.cache.cut_search import Search, close, find_again, find_cut, prefix_outputs, repeated
+from predictor.cache.deferred import Deferred
+from predictor.cache.hooks import all_are_watched
+from predictor.cache.levels import LEFT_OUT, Level, Levels
+from predictor.cache.payoff import Payoff, Timing, clock_for
+from predictor.cache.prefetch import ReadAhead, moved_beside, with_next
+from predictor.cache.store import FeatureStore, Precision, index_of
+from predictor.cache.watch import Watch
 from predictor.controller import FreezeController
 from predictor.errors import UsageError
 from predictor.freezing.event import FreezeEvent
 
 _Batch = TypeVar("_Batch", bound=Sequence[Any])
+_WEIGHTS, _SAMPLES = "weights", "samples"
+"""What may have turned out to be others."""
 _TRIED = 2
-"""Samples on which features are checked, when an argument has changed or after a while."""
+"""Samples on which features are checked where something else than a sample has changed."""
+_JUDGED = 16
+"""Hits after which it is seen whether they pay."""
+_RESTARTS = 3
+"""How often in a row kept features may be forgotten before they were used."""
+_DEVICE_BYTES = int(2e9)
+_DEVICE_SHARE = 0.1
+_DEVICE_BYTES_ELSEWHERE = int(5e8)
+"""What features may take of a GPU's memory by default: of a CUDA device's, this share of what is free."""
 
 
 class FeatureCache:
@@ -48,32 +66,43 @@ class FeatureCache:
     on the others alone.
 
     Nothing is kept before it is proved on a batch: features have one row a sample, the same in another order and in a
-    smaller batch; they are the same after another batch and with other random numbers; and a pass from the cut gives
-    the model's outputs. Of the cuts for which that holds, the one that skips most is used. Where there is none the
-    cache is off, and `reason` says why. At the first hit, the second, the fourth and so on, the prefix is run on two
-    samples to see that their features are still the same. A batch runs as if there was no cache where its arguments
-    have other shapes than the first batch's, where an argument that all samples share has another value and features
-    depend on it, and where gradients of the model's inputs are wanted.
+    smaller batch; they are the same after another batch, no random numbers are drawn for them, and nothing that trains
+    leads to them; and a pass from the cut gives the model's outputs and leaves the same tensors in its modules. Of the
+    cuts for which that holds, the one that skips most is used. Where there is none the cache is off, and `reason` says
+    why. The first batch that would skip the prefix runs it once more, to see that its features are still the same. So
+    do two samples at the second hit, the fourth and so on, in each epoch, and when a mode, a buffer or an attribute of
+    a module in front has changed. A batch runs as if there was no cache where its arguments have other shapes than the
+    first batch's, where an argument that all samples share has another value and features depend on it, under another
+    autocast, and where gradients of the model's inputs are wanted.
 
     A prefix that grows is filled from the features at the old cut, not from the inputs. A prefix that shrinks forgets
     all. To find a cut takes passes forward, so a prefix that grows keeps its cut until another one pays
     (`Levels.worth_a_cut`). When the prefix's weights are written to, as by loading a checkpoint, all is forgotten.
 
-    A sample's inputs must be the same each time it comes. Where they are not, as under random augmentation, UsageError
-    is raised, unless `check_inputs=False` says to use the features of the first time for all. An `AugmentedCache`
-    keeps several.
+    A sample's inputs must be the same each time it comes, bit for bit. Where they are not, as under random
+    augmentation, the cache is off, with a warning, unless `check_inputs=False` says to use the features of the first
+    time for all. An `AugmentedCache` keeps several.
+
+    On a GPU nobody waits for these comparisons: they are read with the next batch, or the one after. So one or two
+    batches are trained on features of before, with a warning, where a sample changes or weights are written to behind
+    PyTorch's back (`weight.data`).
 
     Args:
         controller: freezes the layers.
         model: the part of the controller's model that is called within `batch`; by default the whole.
         memory_gb: the memory for features. Features beyond it go to memory-mapped files.
+        device_gb: memory of the model's GPU for features, before any go to memory. By default a tenth of what is free,
+            and no more than 2 GB. On a processor it means nothing.
         directory: the folder of those files; by default the system's temporary one.
         check_inputs: whether to compare each sample's inputs with those of its first time.
         compression: rounds features to fewer bytes; by default they are kept as they are. A prefix that grows is filled
             from rounded features too, but for its first batch, by which its new cut is proved.
+        adaptive: whether to switch off where hits take longer than the passes they replace: once they have lost a
+            second in all. Until more layers freeze.
 
     Raises:
-        UsageError: `model` is no part of the controller's, the model is sharded (FSDP2), or `memory_gb` is negative.
+        UsageError: `model` is no part of the controller's, the model is sharded (FSDP2), or `memory_gb` or `device_gb`
+            is negative.
     """
 
     _completes = True  # whether the prefix may be run on some samples of a batch alone
@@ -87,9 +116,12 @@ class FeatureCache:
         directory: Path | str | None = None,
         check_inputs: bool = True,
         compression: Compression | None = None,
+        device_gb: float | None = None,
+        adaptive: bool = True,
     ) -> None:
-        if memory_gb < 0:
-            raise UsageError(f"memory_gb={memory_gb}: give the gigabytes of memory to use, from 0")
+        for name, value in (("memory_gb", memory_gb), ("device_gb", device_gb)):
+            if value is not None and not value >= 0:
+                raise UsageError(f"{name}={value}: give the gigabytes of memory to use, from 0")
         self.reason = "nothing is frozen yet"
         """Why nothing is skipped; empty while the cache works."""
         self.hits = 0
@@ -103,7 +135,7 @@ class FeatureCache:
         pass began; by None, where it began from the inputs."""
         self._controller = controller
         self._model = _called_part(controller.model, model)
-        self._memory_bytes = int(memory_gb * 1e9)
+        self._memory_bytes, self._device_gb = int(memory_gb * 1e9), device_gb
         self._directory = directory
         self._check_inputs = check_inputs
         self._compression = compression
@@ -119,6 +151,15 @@ class FeatureCache:
         self._prints = Fingerprints()
         self._ahead = ReadAhead()
         self._following: Tensor | Iterable[int] | None = None
+        self._open: list[tuple[object, int]] = []  # the batches under way, with their threads: the innermost counts
+        self._begun = False
+        self._mode: list[Any] = []  # of autocast, when features were kept
+        self._restarts = self._hits_then = 0
+        self._suspected = False  # that weights have been written to
+        self._questions: list[tuple[str, Tensor]] = []
+        self._deferred = Deferred()
+        self._adaptive = adaptive
+        self._payoff = Payoff(lambda: clock_for(next(self._model.parameters(), torch.empty(0)).device))
         controller.on_change(self._prefix_changed)
         controller.on_moved(self.clear)
 
@@ -154,13 +195,21 @@ class FeatureCache:
         ids: a whole number for each sample of the batch. Raises UsageError for anything else, where the batch has
         another number of samples, and where a sample is not what it was.
         """
-        numbers = checked_ids(ids)
+        known = checked_ids(ids)
+        token = (object(), get_ident())
         with ExitStack() as stack:
 
-            def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if module is not self._model:
+                    self.reason = "the model is copied for each pass, as by DataParallel: use DistributedDataParallel"
+                    return
+                if self._open[-1] is not token or get_ident() != token[1] or _evaluates(module):
+                    return  # a pass of a batch within this one, of another thread, or of a test in between
                 handle.remove()  # one pass a batch, and none of the passes made here to find a cut
-                self.enter(stack, numbers, args, kwargs)
+                self.enter(stack, known, args, kwargs)
 
+            self._open.append(token)
+            stack.callback(self._open.remove, token)
             handle = self._model.register_forward_pre_hook(uncompiled(before), with_kwargs=True)
             stack.callback(handle.remove)
             yield
@@ -168,13 +217,40 @@ class FeatureCache:
         if following is not None:
             self.prefetch(following)
 
-    def enter(self, stack: ExitStack, ids: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, stack: ExitStack, ids: Ids, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Arrange for the model's pass that is about to begin on these arguments; it ends with the stack."""
         self.taken = Counter()
-        level = self._begin(stack, ids, Arguments(args, kwargs))
+        timing = self._payoff.begin() if self._adaptive and self._levels else None
+        arguments = Arguments(args, kwargs)
+        self._first_look(ids, arguments)
+        level = None
+        with ExitStack() as own:
+            try:
+                level = self._begin(own, ids, arguments, timing)
+            except (UsageError, Warning):
+                raise
+            except Exception as error:
+                own.close()
+                self._fail(error)
+            stack.enter_context(own.pop_all())
+        if not self._levels:
+            timing = None
         self.hits += level is not None
         self.misses += level is None
         self.taken[None if level is None else level.frozen] += len(ids) - self.taken.total()
+        if timing is not None:
+            self._time(stack, timing, level is not None, len(ids))
+
+    def _time(self, stack: ExitStack, timing: Timing, hit: bool, samples: int) -> None:
+        """Let the pass that is about to begin end the timing."""
+        if not hit:
+            timing.restart()
+
+        def ended(*_: Any) -> None:
+            timing.end()
+            self._payoff.add(timing, hit, samples)
+
+        stack.callback(self._model.register_forward_hook(uncompiled(ended), prepend=True).remove)
 
     def ahead(self, loader: Iterable[_Batch]) -> Iterator[_Batch]:
         """A loader's batches, of which the first part are the ids: while one is trained on, the next is prefetched."""
@@ -190,16 +266,10 @@ class FeatureCache:
         by the next batch.
         """
         numbers = checked_ids(ids)
+        numbers = numbers.tolist() if isinstance(numbers, Tensor) else numbers
         level = None if self._wants_a_cut(len(numbers)) else self._known(numbers)
-        if level is None:
-            return
-        fetch, pinned = self._fetching(level, numbers), bool(gpus_of(self._model))
-
-        def read() -> list[Tensor]:
-            rows = fetch()
-            return [row.pin_memory() for row in rows] if pinned else rows
-
-        self._ahead.start((level, numbers), read)
+        if level is not None and not level.store.device_bytes:
+            self._ahead.start((level, numbers), self._fetching(level, numbers))
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, and all features that are kept: numbers, strings, tensors, lists and dicts of them."""
@@ -212,6 +282,7 @@ class FeatureCache:
             "kind": self._kind,
             "layout": list(self._layout),
             "shared": self._shared,
+            "prints": "exact",
             "levels": levels,
         }
 
@@ -221,12 +292,16 @@ class FeatureCache:
         self.hits, self.misses = state["hits"], state["misses"]
         self.reason, self._stale, self._kind = state["reason"], state["stale"], state["kind"]
         self._layout, self._shared = tuple(state.get("layout", ())), state.get("shared")
-        self._pending = list(state["levels"])
+        if self._check_inputs and state.get("prints") != "exact":
+            self._stale = True  # of an earlier version, whose fingerprints say too little: its features are kept anew
+        else:
+            self._pending = list(state["levels"])
 
     def clear(self) -> None:
         """Forget all features."""
         self._ahead.drop()
-        self._levels, self._pending = Levels(), []
+        self._deferred.drop()
+        self._levels, self._pending, self._questions = Levels(), [], []
         self._stale = True
 
     def close(self) -> None:
@@ -239,16 +314,43 @@ class FeatureCache:
         if event.unfroze:
             self.clear()
         self._stale = True
+        self._payoff.forget()
 
-    def _begin(self, stack: ExitStack, ids: list[int], arguments: Arguments) -> Level | None:
+    def _first_look(self, ids: Ids, arguments: Arguments) -> None:
+        """Refuse ids that are not those of the samples, with the first batch of a training, whatever is frozen."""
+        if self._begun or not len(ids):
+            return
+        self._begun = True
+        rows, shapes = arguments.rows_of_all(), arguments.shapes
+        # Several tensors may be put together from samples of different lengths, and one from several views of each.
+        if len(shapes) == 1 and rows is not None and rows % len(ids) and not arguments.layouts(len(ids)):
+            raise UsageError(
+                f"the model got no tensor with {len(ids)} rows, one for each id, but shapes {shapes}: call it inside "
+                "`cache.batch(ids)` on the samples that the ids name"
+            )
+        if rows == len(ids) and self._check_inputs:
+            numbers = ids.tolist() if isinstance(ids, Tensor) else ids
+            if len(set(numbers)) < len(numbers) and not arguments.fault():
+                twice = named_twice(numbers, self._prints(arguments, arguments.layouts(len(ids))[0]))
+                if twice:
+                    raise UsageError(twice)
+
+    def _begin(self, stack: ExitStack, ids: Ids, arguments: Arguments, timing: Timing | None) -> Level | None:
         """The level at which the pass begins; None for the inputs."""
         key, rows = self._ahead.take()  # at once: no reading goes on while features are stored
-        if 0 not in self._controller.frozen:
+        if 0 not in self._controller.frozen or not len(ids):
             return None
-        if any(level.outdated() for level in self._levels):
-            self.clear()
         if not (self._levels or self._pending or self._stale):
             return None  # off
+        numbers = self._answered(ids)
+        odd = self._inspect()
+        if self._adaptive and self.hits % _JUDGED == 0 and (lost := self._payoff.lost()):
+            self._give_up(f"it does not pay: {lost}")
+        if not (self._levels or self._pending or self._stale):
+            return None
+        if all_are_watched():
+            self.reason = "there is a forward hook, or a backward one, on all modules, which has to see each pass"
+            return None
         reason = arguments.fault() or self._unfit(len(ids), arguments)
         if reason:
             self.reason = reason
@@ -261,22 +363,119 @@ class FeatureCache:
             return None
         self.reason = ""
         prints = self._prints(arguments, self._layout)
-        if self._check_inputs:
-            check_unique(ids, prints)
-        known = self._known(ids)
-        if known is not None and self._check_inputs and known.due_for_a_check():
-            self._check(known, ids, prints, arguments)
-        if self._levels and known is not self._levels[-1]:
-            known = self._completed(ids, prints, arguments) or known
+        if self._check_inputs and (twice := named_twice(numbers, prints)):
+            self._give_up(twice)
+            return None
+        known = self._known(numbers)
+        if known is None:
+            known = self._completed(numbers, prints, arguments, odd)
+        elif not self._checked(known, numbers, prints, arguments, odd):
+            return None
+        elif known is not self._levels[-1]:
+            known = self._completed(numbers, prints, arguments, odd) or known
         if not self._levels:
             return None
-        if known is not None:
-            self._replay(stack, known, ids, prints, rows if key == (known, ids) else None)
+        if known is not None and not self._replay(
+            stack, known, numbers, prints, rows if key == (known, numbers) else None
+        ):
+            return None
         if known is self._levels[-1]:
             self._levels.use_newest()
         else:
-            stack.enter_context(self._levels[-1].kept(ids, prints))
+            for level in self._levels:
+                level.unsure = level.unsure or odd
+            stack.enter_context(self._levels[-1].kept(self._model, numbers, prints, timing))
+        if known is not None:
+            self._deferred.ask(self._questions)
+        self._questions = []
         return known
+
+    def _answered(self, ids: Ids) -> list[int]:
+        """The ids, read; and what the GPU has answered of the last batch."""
+        for name in self._deferred.read():
+            if name == _WEIGHTS:
+                self._suspected = True
+            elif self._levels:
+                self._switch_off(
+                    f"a sample of the last batches {NOT_WHAT_IT_WAS}. They were trained on features of its first time"
+                )
+        return ids.tolist() if isinstance(ids, Tensor) else ids
+
+    def _inspect(self) -> bool:
+        """Whether something may be other than when features were kept, so that they are to be checked."""
+        suspected, self._suspected, odd = self._suspected, False, False
+        for level in self._levels:
+            watch, differ = level.watch, level.watch.norms_differ()
+            self._questions += [(_WEIGHTS, each) for each in differ if each.device.type != "cpu"]
+            touched = suspected or watch.touched or any(bool(each) for each in differ if each.device.type == "cpu")
+            if watch.trains:
+                self._give_up("a layer in front of the cut is trained again")
+                return False
+            if name := watch.hooked():
+                self._give_up(f"a module in front of the cut, {name}, has got a hook, which has to see each pass")
+                return False
+            if watch.replaced or (touched and watch.moved):
+                self._begin_again(suspected)
+                return False
+            odd = odd or touched or watch.odd
+        return odd
+
+    def _begin_again(self, used: bool) -> None:
+        """Forget all features: the prefix has other weights now. used: whether a batch has been trained on old ones."""
+        if used:
+            warnings.warn(
+                "the frozen prefix's weights have been written to behind PyTorch's back, as by `weight.data`: the last "
+                "batches were trained on features of the old ones, and the feature cache begins anew",
+                stacklevel=2,
+            )
+        self._restarts = self._restarts + 1 if self.hits == self._hits_then else 1
+        self._hits_then = self.hits
+        self.clear()
+        if self._restarts > _RESTARTS:
+            self._give_up("the frozen prefix's weights are written to again and again")
+
+    def _checked(self, level: Level, ids: list[int], prints: Tensor, arguments: Arguments, odd: bool) -> bool:
+        """Whether features that the level holds may be used.
+
+        Now and then, and where something is odd, the prefix is run to see.
+        """
+        if not self._check_inputs:
+            if odd:
+                self._accept()
+            return True
+        absent = set(level.store.absent(ids))
+        held = [index for index in range(len(ids)) if index not in absent]
+        count = max(level.due_for_a_check([ids[index] for index in held]), _TRIED if odd else 0)
+        if not count:
+            return True
+        some = held[:count]
+        if not self._agree(level, [ids[index] for index in some], prints, arguments, some):
+            return False
+        if odd:
+            self._accept()
+        level.unsure = level.unsure and count < len(held)
+        return True
+
+    def _accept(self) -> None:
+        for level in self._levels:
+            level.watch.accept()
+
+    def _agree(self, level: Level, ids: list[int], prints: Tensor, arguments: Arguments, indices: list[int]) -> bool:
+        """Whether the prefix gives what the level holds of these samples; else the cache is off."""
+        outputs = prefix_outputs(self._model, level.cut, arguments.rows(self._layout, indices), modes=True)
+        agrees, fault = level.agrees(ids, outputs, _taken(prints, indices))
+        if fault:
+            self._switch_off(fault)
+        elif not agrees and any(each.watch.moved for each in self._levels):
+            self._begin_again(used=False)
+        elif not agrees:
+            self._give_up(
+                LEFT_OUT
+                if any(output is None for output in outputs)
+                else "the frozen prefix gives other features for a sample than it gave before, though its weights and "
+                "inputs are the same: it depends on a state that changes while the model trains"
+            )
+        return agrees
 
     def _unfit(self, batch: int, arguments: Arguments) -> str:
         """Why what is kept is not for a pass on these arguments; empty where it is, or where nothing is kept."""
@@ -285,15 +484,12 @@ class FeatureCache:
         if not self._levels and not self._pending:
             return ""
         if self._pending and not self._layout:  # a state that does not hold it
-            self._layout = arguments.layouts(batch)[0]
+            self._layout = next(iter(arguments.layouts(batch)), ())
+        if self._levels and self._mode != self._autocast():
+            return "autocast is switched on or off, unlike when features were kept"
         if len(arguments.leaves) != len(self._layout):
             return "the model is called with another number of arguments than when features were kept"
         found = arguments.samples(self._layout)
-        if len(found) == 1 and found != {batch} and -1 not in found:
-            raise UsageError(
-                f"the model got no tensor with {batch} rows, one for each id, but {found.pop()} samples: call it "
-                "inside `cache.batch(ids)` on the samples that the ids name"
-            )
         if found != {batch} or arguments.kind(self._layout) != self._kind:
             return "inputs of another shape than the first batch's, as by padding"
         shared = arguments.shared(self._layout)
@@ -317,18 +513,7 @@ class FeatureCache:
             now, then = (prefix_outputs(self._model, self._levels[-1].cut, each) for each in inputs)
         except Exception:
             return False  # a length, say, that goes with the other
-        return close(now, then, REPEATED)
-
-    def _check(self, level: Level, ids: list[int], prints: Tensor, arguments: Arguments) -> None:
-        """Give up where the prefix no longer gives what the level holds of some of these samples."""
-        check_unchanged(ids, prints, level.store.get(ids, prints.device)[-1])
-        indices = list(range(min(_TRIED, len(ids))))
-        outputs = prefix_outputs(self._model, level.cut, arguments.rows(self._layout, indices))
-        if not level.agrees([ids[index] for index in indices], outputs):
-            self._give_up(
-                "the frozen prefix gives other features for a sample than it gave before, though its weights and "
-                "inputs are the same: it depends on a state that changes while the model trains"
-            )
+        return close(now, then, repeated)
 
     def _wants_a_cut(self, batch: int) -> bool:
         if not self._stale or batch < 2:
@@ -344,17 +529,17 @@ class FeatureCache:
         """Whether a pass may begin from what is kept. A pass from rounded features proves nothing of a new cut."""
         return self._exact or not self._levels or self._levels[-1].proved
 
-    def _completed(self, ids: list[int], prints: Tensor, arguments: Arguments) -> Level | None:
+    def _completed(self, ids: list[int], prints: Tensor, arguments: Arguments, odd: bool) -> Level | None:
         """The furthest level that holds most of these samples, after the prefix has been run on the others."""
         level = self._levels.holding_most(ids) if self._completes and self._usable else None
         indices = [] if level is None else level.store.absent(ids)
-        if level is None or not indices:
+        if level is None or not indices or not self._checked(level, ids, prints, arguments, odd):
             return None
-        some, prints = [ids[index] for index in indices], prints[indices]
+        some, prints = [ids[index] for index in indices], _taken(prints, indices)
         below = self._levels.holding(some, before=level)
         with ExitStack() as stack:
-            if below is not None:
-                self._replay(stack, below, some, prints)
+            if below is not None and not self._replay(stack, below, some, prints):
+                return None
             outputs = prefix_outputs(self._model, level.cut, arguments.rows(self._layout, indices))
             level.keep(some, outputs, prints)
         if level not in self._levels or not level.store.holds(ids):
@@ -364,14 +549,21 @@ class FeatureCache:
 
     def _replay(
         self, stack: ExitStack, level: Level, ids: list[int], prints: Tensor, rows: list[Tensor] | None = None
-    ) -> None:
-        """Arrange for the next pass to begin from the level's features of these samples. rows: read ahead."""
+    ) -> bool:
+        """Arrange for the next pass to begin from the level's features of these samples. rows: read ahead.
+
+        Not, where a sample is not what it was; on a GPU that is seen with the next batch.
+        """
         rows = self._fetching(level, ids)() if rows is None else rows
-        rows = [row.to(prints.device, non_blocking=row.is_pinned()) for row in rows]
-        *rows, prints_then = level.store.unpacked(rows, prints.device)
-        if self._check_inputs:
-            check_unchanged(ids, prints, prints_then)
+        *rows, prints_then = level.store.unpacked(moved_beside(level.store, rows))
+        if self._check_inputs and prints.device.type == "cpu":
+            if fault := changed(ids, prints, prints_then):
+                self._switch_off(fault)
+                return False
+        elif self._check_inputs:
+            self._questions.append((_SAMPLES, (prints != prints_then).any()))
         level.replay(stack, self._model, rows, len(ids))
+        return True
 
     def _fetching(self, level: Level, ids: list[int]) -> Callable[[], list[Tensor]]:
         """What reads these samples' rows, in any thread; all that is to be chosen is chosen here."""
@@ -379,8 +571,26 @@ class FeatureCache:
 
     def _new_store(self, like: list[Tensor], memory_bytes: int, frozen: frozenset[int]) -> FeatureStore:
         if self._compression is None:
-            return FeatureStore(like, memory_bytes, self._directory)
-        return CompressedStore(like, memory_bytes, self._directory, precision=self._precision(frozen))
+            return FeatureStore(like, memory_bytes, self._directory, self._device_bytes(like))
+        there = self._device_bytes(like)
+        return CompressedStore(like, memory_bytes, self._directory, there, precision=self._precision(frozen))
+
+    def _device_bytes(self, like: list[Tensor]) -> int:
+        """What of the tensors' GPU may be taken for features; 0 on a processor."""
+        device = next((leaf.device for leaf in like if leaf.device.type != "cpu"), None)
+        if device is None:
+            return 0
+        if self._device_gb is not None:
+            share = int(self._device_gb * 1e9)
+        elif device.type == "cuda":
+            share = min(_DEVICE_BYTES, int(_DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]))
+        else:
+            share = _DEVICE_BYTES_ELSEWHERE
+        return max(0, share - self._levels.device_bytes)
+
+    def _autocast(self) -> list[Any]:
+        kinds = sorted({"cpu", *(weight.device.type for weight in self._model.parameters())} - {"meta"})
+        return [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds]
 
     def _precision(self, frozen: frozenset[int]) -> Precision:
         return precision_for(frozen, len(self._controller.layers), self._compression)
@@ -390,7 +600,11 @@ class FeatureCache:
         layouts = [self._layout] if self._levels else arguments.layouts(batch)
         self._stale = False
         if not layouts:
-            self._give_up("the model is called without a tensor, and so there are no rows of samples to compare")
+            shapes = arguments.shapes
+            self._give_up(
+                f"the model is called without a tensor of {batch} rows, one for each id, and so there are no rows of "
+                "samples to compare" + (f", but shapes {shapes}" if shapes else "")
+            )
             return
         found = find_cut(self._model, arguments, batch, layouts)
         self.looked += found.samples
@@ -398,37 +612,58 @@ class FeatureCache:
             self._give_up(found.reason)
             return
         if not self._levels:
+            self._mode = self._autocast()
             self._layout, self._kind = found.layout, arguments.kind(found.layout)
             self._shared, self._shared_too, self._shared_not = _own(arguments.shared(found.layout)), [], []
         if not self._levels or self._levels[-1].cut.names != found.cut.names:  # else it grew, but the cut stays
-            self._levels.add(self._level_at(found.cut, found.rows, self._controller.frozen))
+            self._levels.add(self._level_at(found, self._controller.frozen))
             found.cut.forget_values()
 
-    def _level_at(self, cut: Cut, rows: list[Tensor], frozen: frozenset[int]) -> Level:
-        like = [*rows, torch.empty(len(rows[0]), dtype=torch.float32)]
-        store = self._new_store(like, self._memory_bytes - self.bytes, frozen)
-        return Level(cut, store, rows, frozen, self._give_up)
+    def _level_at(self, found: Search, frozen: frozenset[int]) -> Level:
+        assert found.cut is not None
+        rows = found.rows
+        device = next((row.device for row in rows if row.device.type != "cpu"), rows[0].device)
+        like = [*rows, torch.empty(len(rows[0]), dtype=torch.int32, device=device)]
+        store = self._new_store(like, self._memory_bytes - self.bytes + self._levels.device_bytes, frozen)
+        return Level(found.cut, store, rows, frozen, Watch(found.modules), self._give_up)
 
     def _take_up(self, batch: int, arguments: Arguments) -> None:
         """Make the levels of a loaded state, whose cuts are among the calls of a pass.
 
         Raises UsageError where the pass has no such calls, as that of another model.
         """
-        pending, self._pending = self._pending, []
+        pending, self._pending, self._mode = self._pending, [], self._autocast()
         for state in pending:
             found = find_again(self._model, arguments, batch, self._layout, state["given"], state["skipped"])
             if found.cut is None:
                 self._give_up(found.reason)
                 return
-            level = self._level_at(found.cut, found.rows, frozenset(state["frozen"]))
+            level = self._level_at(found, frozenset(state["frozen"]))
             level.load_state_dict(state)
             found.cut.forget_values()
             self._levels.append(level)
+
+    def _switch_off(self, reason: str) -> None:
+        """Give up because of what the training does, which its author should know of."""
+        self._give_up(reason)
+        warnings.warn(f"the feature cache is off: {reason}", stacklevel=2)
+
+    def _fail(self, error: Exception) -> None:
+        """Give up because of a fault in here, or since memory is full. The training goes on."""
+        self._switch_off(f"it failed with {type(error).__name__}: {error}")
 
     def _give_up(self, reason: str) -> None:
         self.clear()
         self._stale = False
         self.reason = reason
+
+
+def _evaluates(model: nn.Module) -> bool:
+    return torch.is_inference_mode_enabled() or not (torch.is_grad_enabled() or model.training)
+
+
+def _taken(prints: Tensor, indices: list[int]) -> Tensor:
+    return prints.index_select(0, index_of(indices, prints.device))
 
 
 def _own(values: list[Any]) -> list[Any]:

@@ -8,6 +8,7 @@ from torch import nn
 from predictor.cache.arguments import checked_ids
 from predictor.cache.cut_points import uncompiled
 from predictor.cache.feature_cache import FeatureCache
+from predictor.cache.hooks import looking
 from predictor.controller import FreezeController
 from predictor.errors import UsageError
 
@@ -79,7 +80,7 @@ class _Before:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         rest = {name: value for name, value in kwargs.items() if name != self._name}
-        if model.training:
+        if model.training and not looking():
             self._begin(kwargs.get(self._name), args, rest)
         return args, rest
 
@@ -94,7 +95,7 @@ class _After:
         self._end = end
 
     def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
-        if model.training:
+        if model.training and not looking():
             self._end()
 
     def __reduce__(self) -> tuple[Any, ...]:

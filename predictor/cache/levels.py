@@ -1,6 +1,7 @@
 """The cuts in use and the features kept there: the newest cut, and the one that it is filled from."""
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import currentframe
@@ -10,16 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-from predictor.cache.cut_points import Call, Cut, at_call, replayed, uncompiled, versions_of
-from predictor.cache.cut_search import REPEATED, close, look_passes, rounding
+from predictor.cache.arguments import changed
+from predictor.cache.cut_points import Call, Cut, at_call, replayed, uncompiled
+from predictor.cache.cut_search import close, look_passes, repeated, rounding
+from predictor.cache.payoff import Timing
+from predictor.cache.side_effects import Draws
 from predictor.cache.store import FeatureStore
+from predictor.cache.watch import Watch
+from predictor.layers.tensors import tensors_in
 from predictor.policies.base import View
 
 _MUCH_LARGER = 1.5
 _COARSE = {"full": 0.0, "half": 2e-3, "int8": 2e-2}
 """By what share of the largest number kept features may be off."""
-_SUMMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_LEFT_OUT = "parts of the frozen prefix are left out of some passes in training, as by LayerDrop"
+_TRIED = 2
+"""Samples on which features are checked after a while."""
+LEFT_OUT = "parts of the frozen prefix are left out of some passes in training, as by LayerDrop"
+_DRAWS = (
+    "the frozen prefix may give other features in training than in evaluation, and in each pass: random numbers are "
+    "drawn for them"
+)
+_TRAINED = "features hang on weights that train, which the model reads without a call of their module"
 
 
 class Level:
@@ -30,6 +42,7 @@ class Level:
         store: for the features, and a fingerprint of each sample.
         expected: the features of the first batch in evaluation mode, to be compared with those in training.
         frozen: the layers that were frozen when the cut was found.
+        watch: on what the features depend on besides their samples.
         give_up: is called with the reason if the features turn out to be unusable.
     """
 
@@ -39,54 +52,60 @@ class Level:
         store: FeatureStore,
         expected: list[Tensor],
         frozen: frozenset[int],
+        watch: Watch,
         give_up: Callable[[str], None],
     ) -> None:
         self.cut = cut
         self.store = store
         self.frozen = frozen
+        self.watch = watch
         self.used = False
         """Whether a pass has begun here."""
         self._uses = 0
         self._expected = expected
         self._give_up = give_up
-        prefix = [parameter for call in (*cut.given, *cut.skipped) for parameter in call.module.parameters()]
-        self._prefix = [parameter for parameter in prefix if parameter.dtype in _SUMMED]
-        self._versions, self._sums = versions_of(self._prefix), _sums(self._prefix)
+        self.unsure = False
+        """Whether samples may have been stored while something was not what it was."""
+        self._seen: set[int] = set()
+        self._shown = False  # whether a pass has shown which weights the features hang on
 
     @property
     def proved(self) -> bool:
         """Whether a pass in training has given the features that one in evaluation mode gave."""
         return not self._expected
 
-    def outdated(self) -> bool:
-        """Whether the prefix's weights are others now, as after loading a checkpoint.
+    def due_for_a_check(self, ids: Sequence[int]) -> int:
+        """Count a pass that is to begin here. On how many samples to check its features.
 
-        They are compared where they have been written to. An average of weights that stands in for them while a model
-        is tested does that, and they come back as they were.
+        On all of the first batch, which are together for the first time. Then on a few: at powers of two, so seldom
+        soon, and where samples begin to come once more, as in a new epoch.
         """
-        versions = versions_of(self._prefix)
-        if versions == self._versions:
-            return False
-        self._versions = versions
-        return _sums(self._prefix) != self._sums
-
-    def due_for_a_check(self) -> bool:
-        """Count a pass that is to begin here. Whether to check its features: at powers of two, so seldom soon."""
         self._uses += 1
-        return self._uses & (self._uses - 1) == 0
+        again = 2 * len(self._seen) >= len(self.store) and not self._seen.isdisjoint(ids)
+        if again:
+            self._seen.clear()
+        self._seen.update(ids)
+        if self._uses == 1 or self.unsure:
+            return len(ids)
+        return min(_TRIED, len(ids)) if again or self._uses & (self._uses - 1) == 0 else 0
 
-    def agrees(self, ids: list[int], outputs: list[Any]) -> bool:
-        """Whether the store holds what the calls at the cut returned for these samples, but for rounding."""
+    def agrees(self, ids: list[int], outputs: list[Any], prints_B: Tensor) -> tuple[bool, str]:
+        """Whether the store holds what the calls at the cut returned for these samples, but for rounding.
+
+        And, where it does not, which sample is not what it was, in words.
+        """
         rows = self.cut.rows(outputs)
-        if not rows:
-            return False
-        *kept, _ = self.store.get(ids, rows[0].device)
+        *kept, then_B = self.store.get(ids)
         coarse = _COARSE[self.store.precision]
-        return all(close(a, b, max(coarse, rounding(b))) for a, b in zip(kept, rows, strict=True))
+        # Together, since each comparison waits for a GPU.
+        if rows and close([*kept, then_B], [*rows, prints_B], lambda row: max(coarse, rounding(row))):
+            return True, ""
+        return False, changed(ids, prints_B, then_B)
 
     @contextmanager
-    def kept(self, ids: list[int], prints_B: Tensor) -> Iterator[None]:
-        """Within it, the next pass's outputs at the cut are stored."""
+    def kept(self, model: nn.Module, ids: list[int], prints_B: Tensor, timing: Timing | None = None) -> Iterator[None]:
+        """Within it, the model's next pass's outputs at the cut are stored."""
+        draws = Draws(model)
         outputs: dict[int, Any] = {}
         end = max(call.end for call in self.cut.given)
         coming = [call for call in self.cut.skipped if call.end < end]
@@ -101,10 +120,14 @@ class Level:
                 return
             outputs[index] = output
             if len(outputs) == len(self.cut.given):
-                if len(came) < len(coming):
-                    self._give_up(_LEFT_OUT)
+                fault = LEFT_OUT if len(came) < len(coming) else _DRAWS if draws else self._trained(model, outputs)
+                if fault:
+                    self._give_up(fault)
                     return
+                since = None if timing is None else timing.mark()
                 self.keep(ids, [outputs[index] for index in range(len(outputs))], prints_B)
+                if timing is not None:
+                    timing.stored(since)
 
         acts: list[tuple[Call, Callable[[Any], None]]] = [(call, came.append) for call in coming]
         acts += [(call, partial(keep, index)) for index, call in enumerate(self.cut.given)]
@@ -119,7 +142,8 @@ class Level:
         rows = self.cut.rows(outputs)
         if rows is None or not self.store.fits([*rows, prints_B]):
             return
-        if self._expected and not close(self._expected, rows, REPEATED):
+        compiled = "torch._dynamo" in sys.modules  # whose kernels round in other places
+        if self._expected and not close(self._expected, rows, rounding if compiled else repeated):
             self._give_up(
                 "the frozen prefix gives other features in training than in evaluation: something in it is still in "
                 "training mode, such as dropout or BatchNorm outside the frozen layers"
@@ -128,8 +152,16 @@ class Level:
         self._expected = []
         try:
             self.store.put(ids, [*rows, prints_B])
-        except OSError as error:
-            self._give_up(f"features could not be kept: {error.strerror}")
+        except (OSError, RuntimeError, MemoryError) as error:  # the disk, the GPU or the memory is full
+            self._give_up(f"features could not be kept: {getattr(error, 'strerror', None) or error}")
+
+    def _trained(self, model: nn.Module, outputs: dict[int, Any]) -> str:
+        """Why features must not be kept: weights that train lead to them. Empty where none do."""
+        if self._shown or not torch.is_grad_enabled():
+            return ""
+        self._shown = True
+        trains = {id(weight) for weight in model.parameters() if weight.requires_grad}
+        return _TRAINED if any(id(leaf) in trains for leaf in leaves_of(tensors_in(outputs))) else ""
 
     def replay(self, stack: ExitStack, model: nn.Module, rows: Sequence[Tensor], batch: int) -> None:
         """Arrange that the model's next pass begins here. Where it does not ask for `rows`, it is made again, whole."""
@@ -139,7 +171,7 @@ class Level:
             if asked():
                 return output
             stack.close()
-            self._give_up(_LEFT_OUT)
+            self._give_up(LEFT_OUT)
             return module.forward(*args, **kwargs)
 
         handle = model.register_forward_hook(uncompiled(check), prepend=True, with_kwargs=True)
@@ -165,6 +197,11 @@ class Levels(list[Level]):
     def bytes(self) -> int:
         """Bytes of features kept, in memory and on the disk."""
         return sum(level.store.bytes for level in self)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes reserved for them on the model's device."""
+        return sum(level.store.device_bytes for level in self)
 
     @property
     def exact_bytes(self) -> int:
@@ -212,13 +249,22 @@ class Levels(list[Level]):
         return next((level for level in few if level.proved), None)
 
 
-@torch.no_grad()
-def _sums(parameters: Sequence[Tensor]) -> list[float]:
-    """The sum and the norm of each: other weights have others."""
-    wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in parameters]
-    sums = [parameter.sum(dtype=dtype) for parameter, dtype in zip(parameters, wide, strict=True)]
-    norms = [torch.linalg.vector_norm(each, dtype=dtype) for each, dtype in zip(parameters, wide, strict=True)]
-    return torch.stack([number.cpu().double() for number in (*sums, *norms)]).tolist() if parameters else []
+def leaves_of(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The tensors with gradients of their own that others were computed from."""
+    nodes = []
+    for tensor in tensors:
+        if tensor.grad_fn is None:
+            yield tensor
+        else:
+            nodes.append(tensor.grad_fn)
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf
+        new = {each for each, _ in node.next_functions if each is not None} - seen
+        seen |= new
+        nodes += new
 
 
 def _checkpointed() -> bool:

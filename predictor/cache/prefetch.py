@@ -2,9 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+
+from predictor.cache.store import FeatureStore
 
 _Item = TypeVar("_Item")
 
@@ -17,6 +21,26 @@ def with_next(items: Iterable[_Item]) -> Iterator[tuple[_Item, _Item | None]]:
         following = next(rest, None)
         yield present, following
         present = following
+
+
+def moved_beside(store: FeatureStore, rows: list[Tensor]) -> list[Tensor]:
+    """Rows as `store.fetch` gave them, on their way to a GPU beside what it computes; elsewhere just moved."""
+    device = next((device for device in store.devices if device.type == "cuda"), None)
+    if device is None or all(row.is_cuda for row in rows):
+        return store.moved(rows)
+    present, stream = torch.cuda.current_stream(device), _side_stream(device)
+    with torch.cuda.stream(stream):
+        moved = store.moved(rows)
+    present.wait_stream(stream)
+    for row in moved:
+        if row.is_cuda:
+            row.record_stream(present)  # else its memory could be given to others of the side stream too early
+    return moved
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class ReadAhead:

@@ -1,4 +1,4 @@
-"""Rows of features by sample id: in memory up to a budget, then in memory-mapped files."""
+"""Rows of features by sample id: on their device up to a budget, then in memory, then in memory-mapped files."""
 
 import os
 import tempfile
@@ -24,6 +24,7 @@ class FeatureStore:
         memory_bytes: what may be held in memory.
         directory: where the files with all further rows lie. They have no name any more and vanish with the process,
             however it ends.
+        device_bytes: what may be held where the tensors lie, such as on a GPU, before anything goes to memory.
 
     Raises:
         OSError: the disk is full; what was stored stays readable.
@@ -37,12 +38,15 @@ class FeatureStore:
         like: Sequence[Tensor],
         memory_bytes: int,
         directory: Path | str | None = None,
+        device_bytes: int = 0,
     ) -> None:
+        self.devices = [leaf.device for leaf in like]
+        """Where each of the tensors was computed, and comes back to."""
         self._kinds = [(leaf.shape[1:], leaf.dtype) for leaf in like]
         self._orders = [_memory_order(leaf) for leaf in like]
         ordered = [leaf.permute(order) for leaf, order in zip(like, self._orders, strict=True)]
         self._shapes, self._dtypes = [leaf.shape[1:] for leaf in ordered], [leaf.dtype for leaf in ordered]
-        self._memory_bytes = memory_bytes
+        self._memory_bytes, self._device_bytes = memory_bytes, device_bytes
         self._directory = directory
         self._row_of: dict[int, int] = {}
         self._blocks: list[list[Tensor]] = []
@@ -50,6 +54,7 @@ class FeatureStore:
             prod(shape) * dtype.itemsize for shape, dtype in zip(self._shapes, self._dtypes, strict=True)
         )
         self._rows = max(1, _BLOCK_BYTES // max(self._row_bytes, 1))
+        self._on_device = 0  # bytes of the blocks that lie where the tensors do
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -58,6 +63,11 @@ class FeatureStore:
     def bytes(self) -> int:
         """Bytes of the rows held."""
         return len(self._row_of) * self._row_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes reserved where the tensors lie, such as on a GPU."""
+        return self._on_device
 
     @property
     def exact_bytes(self) -> int:
@@ -83,30 +93,38 @@ class FeatureStore:
                 if len(self._row_of) == len(self._blocks) * self._rows:
                     self._blocks.append(self._new_block())
                 self._row_of[i] = len(self._row_of)
-        rows_B = torch.tensor([self._row_of[i] for i in ids])
-        leaves = [leaf.detach().permute(order).cpu() for leaf, order in zip(leaves, self._orders, strict=True)]
-        for block, inside_B, at_B in self._spread(rows_B):
-            for kept, leaf in zip(self._blocks[block], leaves, strict=True):
-                kept[at_B] = leaf[inside_B]
+        ordered = [leaf.detach().permute(order) for leaf, order in zip(leaves, self._orders, strict=True)]
+        for block, inside, at in self._spread([self._row_of[i] for i in ids]):
+            for kept, leaf in zip(self._blocks[block], ordered, strict=True):
+                part = leaf if len(inside) == len(ids) else leaf.index_select(0, index_of(inside, leaf.device))
+                if at == list(range(at[0], at[0] + len(at))):  # as always but for samples that are replaced
+                    kept[at[0] : at[0] + len(at)].copy_(part)
+                else:
+                    kept.index_copy_(0, index_of(at, kept.device), part.to(kept.device))
 
-    def get(self, ids: Sequence[int], device: torch.device) -> list[Tensor]:
-        """The rows of these samples, in their order, on `device`."""
+    def get(self, ids: Sequence[int], device: torch.device | None = None) -> list[Tensor]:
+        """The rows of these samples, in their order, where they were computed, or on `device`."""
         return self.unpacked(self.fetch(ids), device)
 
     def fetch(self, ids: Sequence[int]) -> list[Tensor]:
-        """The rows of these samples as they lie here, read and nothing more, for `unpacked`."""
+        """The rows of these samples as they lie here, read and nothing more, for `unpacked`.
+
+        Rows that lie in memory are read into page-locked memory where they go to a GPU.
+        """
         rows = [self._row_of[i] for i in ids]
-        if len(self._blocks) == 1:
-            rows_B = torch.tensor(rows)
-            return [kept.index_select(0, rows_B) for kept in self._blocks[0]]
-        spots = [divmod(row, self._rows) for row in rows]
+        return [self._gathered(leaf, rows) for leaf in range(len(self._shapes))]
+
+    def unpacked(self, rows: Sequence[Tensor], device: torch.device | None = None) -> list[Tensor]:
+        """What `fetch` gave, as it goes into the model: where the tensors were computed, or on `device`."""
+        devices = self.devices if device is None else [device] * len(rows)
         return [
-            torch.stack([self._blocks[block][leaf][at] for block, at in spots]) for leaf in range(len(self._shapes))
+            moved(leaf, to).permute(_inverse(order))
+            for leaf, to, order in zip(rows, devices, self._orders, strict=True)
         ]
 
-    def unpacked(self, rows: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-        """What `fetch` gave, as it goes into the model, on `device`."""
-        return [leaf.to(device).permute(_inverse(order)) for leaf, order in zip(rows, self._orders, strict=True)]
+    def moved(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """What `fetch` gave, where the tensors were computed. Nobody waits for that where they lie on a GPU."""
+        return [moved(leaf, to) for leaf, to in zip(rows, self.devices, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """All rows held, with their ids."""
@@ -119,20 +137,47 @@ class FeatureStore:
         if len(state["ids"]):
             FeatureStore.put(self, state["ids"].tolist(), state["rows"])
 
-    def _spread(self, rows_B: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+    def _gathered(self, leaf: int, rows: Sequence[int]) -> Tensor:
+        device = self.devices[leaf]
+        blocks = [block[leaf] for block in self._blocks]
+        if len(blocks) == 1:
+            return _selected(blocks[0], rows, device)
+        spots = [divmod(row, self._rows) for row in rows]
+        here = [index for index, (block, _) in enumerate(spots) if blocks[block].device == device]
+        views = [blocks[block][at] for block, at in spots]
+        if len(here) == len(rows) or not here:
+            return _stacked(views, device)
+        first = set(here)
+        there = [index for index in range(len(rows)) if index not in first]
+        parts = [_stacked([views[index] for index in each], device) for each in (here, there)]
+        place = {index: at for at, index in enumerate((*here, *there))}
+        whole = torch.cat([moved(part, device) for part in parts])
+        return whole.index_select(0, index_of([place[index] for index in range(len(rows))], device))
+
+    def _spread(self, rows: Sequence[int]) -> list[tuple[int, list[int], list[int]]]:
         """For each block concerned: its number, which of the batch lie in it, and where there."""
-        block_B = rows_B // self._rows
-        numbers = sorted(set(block_B.tolist()))
-        inside = [(block_B == number).nonzero().squeeze(1) for number in numbers]
-        return [(number, at, rows_B[at] % self._rows) for number, at in zip(numbers, inside, strict=True)]
+        spots = [divmod(row, self._rows) for row in rows]
+        return [
+            (
+                number,
+                [index for index, (block, _) in enumerate(spots) if block == number],
+                [at for block, at in spots if block == number],
+            )
+            for number in sorted({block for block, _ in spots})
+        ]
 
     def _new_block(self) -> list[Tensor]:
-        in_memory = (len(self._blocks) + 1) * self._rows * self._row_bytes <= self._memory_bytes
+        size = self._rows * self._row_bytes
+        kinds = list(zip(self._shapes, self._dtypes, self.devices, strict=True))
+        if self._on_device + size <= self._device_bytes:
+            self._on_device += size
+            return [torch.empty((self._rows, *shape), dtype=dtype, device=to) for shape, dtype, to in kinds]
+        in_memory = (len(self._blocks) + 1) * size - self._on_device <= self._memory_bytes
         make = self._in_memory if in_memory else self._in_file
-        return [make((self._rows, *shape), dtype) for shape, dtype in zip(self._shapes, self._dtypes, strict=True)]
+        return [make((self._rows, *shape), dtype) for shape, dtype, _ in kinds]
 
     def _in_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
     def _in_file(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         handle, name = tempfile.mkstemp(prefix="frozen-features-", dir=self._directory)
@@ -143,6 +188,36 @@ class FeatureStore:
         finally:
             os.close(handle)
             os.unlink(name)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. Nobody waits for a GPU: the copy is queued, from page-locked memory."""
+    if tensor.device == device:
+        return tensor
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    # MPS copies from memory that may have been given to others by then.
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu" and device.type != "mps")
+
+
+def index_of(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """These numbers as an index of a tensor on this device."""
+    return moved(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device)
+
+
+def _selected(kept: Tensor, rows: Sequence[int], device: torch.device) -> Tensor:
+    """These rows of a block, in page-locked memory where they go to a GPU."""
+    return torch.index_select(kept, 0, index_of(rows, kept.device), out=_buffer(kept, len(rows), device))
+
+
+def _stacked(views: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.stack(list(views), out=_buffer(views[0][None], len(views), device))
+
+
+def _buffer(kept: Tensor, rows: int, device: torch.device) -> Tensor | None:
+    if device.type != "cuda" or kept.device.type != "cpu":
+        return None
+    return torch.empty((rows, *kept.shape[1:]), dtype=kept.dtype, device="cpu", pin_memory=True)
 
 
 def _reserve(handle: int, size: int) -> None:

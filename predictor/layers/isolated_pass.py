@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from predictor.layers.hook_tables import restored_hooks
+
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
@@ -24,6 +26,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
     """
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"}
     with ExitStack() as stack:
+        stack.enter_context(restored_hooks(model))
         stack.enter_context(_restored_modes(model))
         stack.enter_context(_restored_attributes(model))
         stack.enter_context(_restored_buffers(model))

@@ -35,16 +35,17 @@ def isolated(model: nn.Module, *, as_in_training: bool = False) -> Iterator[None
             pass needs.
     """
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"}
+    contents = _Contents(model)
     with ExitStack() as stack:
         stack.enter_context(_restored_modes(model, evaluation=not as_in_training))
-        stack.enter_context(_restored_attributes(model))
-        stack.enter_context(_restored_code(model))
+        stack.enter_context(_restored_attributes(model, contents))
+        stack.enter_context(_restored_code(model, contents))
         stack.enter_context(_restored_buffers(model))
         stack.enter_context(_restored_random_state(devices))
         stack.enter_context(_eager_part_by_part())
         stack.enter_context(_no_autocast_cache())
         stack.enter_context(_all_requiring_gradients(model) if as_in_training else torch.no_grad())
-        stack.enter_context(_restored_parameters(model))
+        stack.enter_context(_restored_parameters(model, contents.tensors))
         yield
 
 
@@ -77,13 +78,18 @@ def _restored_buffers(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _restored_parameters(model: nn.Module) -> Iterator[None]:
-    """Restore parameters that a pass writes to, as one with a momentum encoder may. Only those are copied."""
+def _restored_parameters(model: nn.Module, others: Iterable[Tensor]) -> Iterator[None]:
+    """Restore parameters and others that a pass writes to, as one with a momentum encoder does. Only those are copied.
+
+    Args:
+        model: the model.
+        others: tensors that are no parameters.
+    """
     tables = [(module._parameters, dict(module._parameters)) for module in model.modules()]
     # FSDP's and meta tensors have no memory here that could be compared.
     plain = [p for p in model.parameters() if type(p.data) is Tensor and _can_be_written(p)]
     data = [(parameter, parameter.data) for parameter in plain]
-    keeper = _WriteKeeper(plain)
+    keeper = _WriteKeeper([*plain, *filter(_can_be_written, others)])
     try:
         with keeper:
             yield
@@ -95,27 +101,27 @@ def _restored_parameters(model: nn.Module) -> Iterator[None]:
         for parameter, held in data:
             if parameter.data_ptr() != held.data_ptr() or parameter.shape != held.shape:
                 parameter.data = held
-        for parameter, content in keeper.contents:
-            _write_back(parameter, content)
+        for tensor, content in keeper.contents:
+            _write_back(tensor, content)
 
 
 class _WriteKeeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps the content of parameters from before the first operator that writes to them."""
+    """Keeps the content of tensors from before the first operator that writes to them."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._whole: dict[int, list[nn.Parameter]] = {}
-        for parameter in parameters:
-            self._whole.setdefault(number_of(parameter), []).append(parameter)
-        self.contents: list[tuple[nn.Parameter, Tensor]] = []
+        self._whole: dict[int, list[Tensor]] = {}
+        for tensor in tensors:
+            self._whole.setdefault(number_of(tensor), []).append(tensor)
+        self.contents: list[tuple[Tensor, Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator."""
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             for tensor in tensors_in((args, kwargs)):
-                for parameter in self._whole.pop(number_of(tensor), ()):
-                    self.contents.append((parameter, parameter.detach().clone()))
+                for whole in self._whole.pop(number_of(tensor), ()):
+                    self.contents.append((whole, whole.detach().clone()))
         return func(*args, **kwargs)
 
 
@@ -189,11 +195,10 @@ _CONTAINERS = (list, deque, set, dict, OrderedDict, defaultdict, Counter)
 
 
 @contextmanager
-def _restored_attributes(model: nn.Module) -> Iterator[None]:
+def _restored_attributes(model: nn.Module, contents: "_Contents") -> Iterator[None]:
     """Restore what modules keep in plain attributes: the objects, and what is in tensors and containers."""
     modules = [(module, dict(module.__dict__)) for module in model.modules()]
     values = (v for _, before in modules for name, v in before.items() if name not in _OF_EVERY_MODULE)
-    contents = _Contents()
     restores = [restore for value in values if (restore := contents.restore_of(value))]
     try:
         yield
@@ -207,9 +212,9 @@ def _restored_attributes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _restored_code(model: nn.Module) -> Iterator[None]:
+def _restored_code(model: nn.Module, contents: "_Contents") -> Iterator[None]:
     """Restore what the model's code keeps outside its modules."""
-    restores = restores_of_code(model, _Contents().restore_of)
+    restores = restores_of_code(model, contents.restore_of)
     try:
         yield
     finally:
@@ -218,9 +223,18 @@ def _restored_code(model: nn.Module) -> Iterator[None]:
 
 
 class _Contents:
-    """Makes what restores the content of values, of each once."""
+    """Makes what restores the content of values, of each once.
 
-    def __init__(self) -> None:
+    Objects are looked into whose classes are of the packages that the model's are of. Others, such as a trainer that a
+    module refers to, are no part of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors: list[Tensor] = []
+        """Those found, which are restored where a pass writes to them."""
+        self._packages = {_package(cls) for module in model.modules() for cls in type(module).__mro__}
+        self._packages -= {"torch", "lightning", "pytorch_lightning", *sys.stdlib_module_names}
+        self._packages |= {"__main__", "transformers"}  # whose caches of keys and values are in other people's modules
         self._seen: dict[int, object] = {}  # held, so that no other value gets the same id
 
     def restore_of(self, value: Any, depth: int = _DEPTH) -> Callable[[], object] | None:
@@ -229,8 +243,8 @@ class _Contents:
             return None
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
-            fit = _can_be_written(value) and not isinstance(value, nn.Parameter)
-            return partial(_write_back, value, value.detach().clone()) if fit else None
+            self.tensors += [] if isinstance(value, nn.Parameter) else [value]
+            return None
         if isinstance(value, torch.Generator):
             return partial(value.set_state, value.get_state())
         if isinstance(value, random.Random):
@@ -238,7 +252,8 @@ class _Contents:
         if hasattr(value, "bit_generator"):  # NumPy's
             return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
         if not isinstance(value, tuple) and type(value) not in _CONTAINERS:
-            value = _attributes_of(value)
+            own = vars(value) if hasattr(value, "__dict__") and not callable(value) else None
+            value = own if isinstance(own, dict) and _package(type(value)) in self._packages else None
         if value is None:
             return None
         items = (value.values() if isinstance(value, dict) else value) if depth and len(value) <= _SEARCHED else ()
@@ -247,11 +262,8 @@ class _Contents:
         return partial(_refill, value, held, inner) if inner or not isinstance(value, tuple) else None
 
 
-def _attributes_of(value: Any) -> dict[str, Any] | None:
-    """The attributes of an object of a library's or the user's, such as a cache of keys and values."""
-    own = vars(value) if hasattr(value, "__dict__") and not callable(value) else None
-    package = type(value).__module__.partition(".")[0]
-    return own if isinstance(own, dict) and package != "torch" and package not in sys.stdlib_module_names else None
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
 
 
 def _can_be_written(tensor: Tensor) -> bool:

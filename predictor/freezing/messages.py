@@ -67,6 +67,11 @@ class FreezeReporter:
         """Whether the next step must be passed to `stepped`."""
         return bool(self._pending) or self._counting is not None or self._data_wait.running
 
+    def use(self, layers: Sequence[Layer]) -> None:
+        """Report on these layers from now on. What has not been reported of others is dropped."""
+        self._layers, self.flops = layers, None
+        self._pending.clear()
+
     def count(self) -> None:
         """Count FLOPs at the next forward pass."""
         if self._uncounted and self._counting is None:

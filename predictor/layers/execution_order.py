@@ -1,7 +1,7 @@
 """When each part of a model is first used: recorded in one forward pass, or taken from the order of definition."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,7 +73,12 @@ def traced_order(model: nn.Module, parts: Iterable[nn.Module], example: object) 
 
 
 def order_of_call(
-    model: nn.Module, parts: Iterable[nn.Module], called: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    parts: Iterable[nn.Module],
+    called: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    ours: Collection[int] = (),
 ) -> ExecutionOrder:
     """The order in which a training's call of a module uses its parts, seen on its first samples.
 
@@ -87,6 +92,7 @@ def order_of_call(
         called: the model, or a module in it that is called on its own.
         args: positional inputs of the call.
         kwargs: named inputs.
+        ours: ids of parameters that the user does not hold still, though they may be frozen now.
 
     Raises:
         Exception: what the model raises, on a few samples and on all.
@@ -103,7 +109,11 @@ def order_of_call(
         flow = _traced(model, inside, called.forward, *few, gradients=True)
     except Exception:
         return order
-    held_still = {part for part in flow.without_gradients if not any(p.requires_grad for p in part.parameters())}
+    held_still = {
+        part
+        for part in flow.without_gradients
+        if holds_weight(part) and not any(p.requires_grad or id(p) in ours for p in part.parameters())
+    }
     first, last = ({p: t for p, t in uses.items() if p not in held_still} for uses in (order.first, order.last))
     return ExecutionOrder(first, last, order.parameters, flow.ends.intersection(first))
 

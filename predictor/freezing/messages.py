@@ -54,6 +54,8 @@ class FreezeReporter:
         """Arguments of the model's calls that its own `forward` never sees."""
         self._model = model
         self._layers = layers
+        # What the user holds still now costs no gradients, whatever is frozen later.
+        self._trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         self._say = say if _is_first() else None
         self._prefix = "dry run, " if dry_run else ""
         self._end = "; only the head still trains" if whole else ""
@@ -127,7 +129,7 @@ class FreezeReporter:
             return  # Lightning redirects one call of the wrapped model, and a pass in here would be that one
         kwargs = {name: value for name, value in kwargs.items() if name not in self.hidden}
         with contextlib.suppress(Exception):  # it is the user's model, and only a figure in a line depends on it
-            self.flops = count_flops(model, self._layers, args, kwargs)
+            self.flops = count_flops(model, self._layers, args, kwargs, self._trained)
 
     def _stop_counting(self) -> None:
         if self._counting is not None:

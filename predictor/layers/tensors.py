@@ -2,7 +2,7 @@
 
 import io
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
@@ -31,22 +31,31 @@ def tensors_anywhere_in(value: object) -> list[Tensor]:
     return [each for each in collector.apart if isinstance(each, Tensor)]
 
 
-def copied(value: Value, requires_grad: bool = False) -> Value:
+def copied(value: Value) -> Value:
     """A deep copy with copies of all tensors: what a pass pops or writes to is not the user's.
 
-    Modules and functions in it are not copied.
+    Modules and functions in it are not copied. The copies of tensors want no gradients.
+
+    Raises:
+        Exception: something in it is neither a tensor nor can be pickled, such as a lock or an open file.
+    """
+    return converted(value, lambda tensor: tensor.detach().clone())
+
+
+def converted(value: Value, convert: Callable[[Tensor], Tensor]) -> Value:
+    """A deep copy with other tensors in it.
 
     Args:
         value: anything, such as a model's inputs.
-        requires_grad: whether the copy of a tensor wants a gradient where the tensor does.
+        convert: makes the other tensor.
 
     Raises:
         Exception: something in it is neither a tensor nor can be pickled, such as a lock or an open file.
     """
     pickler = _Pickler()
     pickler.dump(value)
-    copies = [_copy(each, requires_grad) for each in pickler.apart]
-    made: Value = _Unpickler(io.BytesIO(pickler.buffer.getvalue()), copies).load()
+    others = [convert(each) if isinstance(each, Tensor) else _own(each) for each in pickler.apart]
+    made: Value = _Unpickler(io.BytesIO(pickler.buffer.getvalue()), others).load()
     return made
 
 
@@ -129,9 +138,7 @@ class _Unpickler(pickle.Unpickler):
         return self._apart[number]
 
 
-def _copy(value: Any, requires_grad: bool) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone().requires_grad_(requires_grad and value.requires_grad)
+def _own(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         generator = torch.Generator(value.device)
         generator.set_state(value.get_state())

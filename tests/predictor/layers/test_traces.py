@@ -148,11 +148,8 @@ def test_what_cannot_be_copied_is_refused():
         copied({"x": torch.ones(2), "lock": Lock()})
 
 
-def test_a_copy_wants_gradients_only_where_asked():
-    x = torch.ones(2, requires_grad=True) * 2
-    assert not copied([x])[0].requires_grad
-    assert copied([x], requires_grad=True)[0].is_leaf
-    assert copied([x], requires_grad=True)[0].requires_grad
+def test_a_copy_wants_no_gradients():
+    assert not copied([torch.ones(2, requires_grad=True) * 2])[0].requires_grad
 
 
 def test_a_transformers_batch_is_copied():

@@ -191,10 +191,10 @@ class FreezeController:
             UsageError: the state is of a model with other layers, or of a training of another length.
         """
         names = [layer.name for layer in self.layers]
-        if self._first_pass is not None and state["layers"] != names:
+        if self._first_pass is not None and state["layers"] != names and self._first_pass.may_show(state["layers"]):
             self._waiting_state = state  # of the layers that the first pass will show
             return
-        if self._first_pass is not None and state["step"]:
+        if self._first_pass is not None and state["step"] and state["layers"] == names:
             self._first_pass.close()  # a training goes on with the layers that it has
             self._first_pass = None
         if state["layers"] != names:

@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
+from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from predictor.layers.isolated_pass import isolated
@@ -130,12 +131,19 @@ def _traced(
     recorder = _UseRecorder(model, parts)
     args, kwargs = copied((args, dict(kwargs)))
     with isolated(model, as_in_training=gradients), ExitStack() as hooks:
+        hooks.enter_context(_unseen_by_other_modes())
         # TorchScript modules take no hooks; uses of their weights are recorded all the same.
         for part in (part for part in recorder.parts if not isinstance(part, ScriptModule)):
             hooks.callback(part.register_forward_pre_hook(recorder.called).remove)
         with recorder:
             output = call(*args, **kwargs)
     return recorder.order(output)
+
+
+def _unseen_by_other_modes() -> AbstractContextManager[object]:
+    """Without the user's modes below autograd, such as one that counts FLOPs."""
+    disabled = getattr(_python_dispatch, "_disable_current_modes", nullcontext)
+    return cast(AbstractContextManager[object], disabled())
 
 
 class _UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from predictor.errors import UsageError
 from predictor.layers.execution_order import ExecutionOrder, definition_order, order_of_call
 from predictor.layers.grouping import networks_in
+from predictor.layers.isolated_pass import in_isolated_pass
 from predictor.layers.layer import Layer, layers_in_order, with_networks_ends
 from predictor.layers.parts import holds_weight, parts_of, unwrapped
 from predictor.layers.tensors import tensors_in
@@ -53,6 +54,12 @@ class FirstPass:
         self._compiled: list[tuple[nn.Module, Callable[..., Any] | None]] = []
         self._ours = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
+    def may_show(self, names: Sequence[str]) -> bool:
+        """Whether layers with these names may be what the first pass will show: by their parts."""
+        return {part for name in names for part in name.split("+")} <= {
+            part for name in parts_of(self._model).values() for part in name.split("+")
+        }
+
     def close(self) -> None:
         """Watch no more."""
         for handle in self._handles:
@@ -88,20 +95,21 @@ class FirstPass:
             self._compiled.append((module, module._compiled_call_impl))
             module._compiled_call_impl = partial(self._before_compiled, module, module._compiled_call_impl)
         for module in modules:
-            before, after = _Hook(self._before), _Hook(self._after)
+            before = _Hook(self._before)
             self._handles.append(module.register_forward_pre_hook(before.pre, with_kwargs=True, prepend=True))
-            self._handles.append(module.register_forward_hook(after.post, always_call=True))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._running is not None or not self._handles:
+        if self._running is not None or not self._handles or in_isolated_pass():
             return
         whole = module is self._called_model or module is self._model
-        if whole and module is not self._model and "forward" in vars(self._model):
+        if whole and self._called_model is not self._model and "forward" in vars(self._model):
             return  # Lightning redirects this call into another method, which will call modules
         if self._take() is None:
             self.close()
             return
         self._running = module
+        # Only now: a cache takes forward hooks in what it skips for those of a user who wants to see each pass.
+        self._handles.append(module.register_forward_hook(_Hook(self._after).post, always_call=True))
         if whole:
             self._see_the_whole(args, kwargs)
         else:
@@ -119,6 +127,8 @@ class FirstPass:
             self._hand_over(order)
 
     def _see_a_part(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if any(module in set(called.modules()) for called in self._orders if called is not module):
+            return  # whose order has been seen
         if module not in self._orders:
             parts = [part for part in parts_of(self._model) if part in set(module.modules())]
             order = self._order_of(module, args, kwargs) or definition_order(module, parts)
@@ -129,9 +139,10 @@ class FirstPass:
         self._follow([tensor.grad_fn for tensor in tensors_in((args, kwargs)) if tensor.grad_fn is not None])
 
     def _after(self, module: nn.Module, output: object) -> None:
-        if module is self._running:
+        if module is self._running and not in_isolated_pass():
             self._running = None
             if self._handles:
+                self._handles.pop().remove()
                 self._given += [(module, t.grad_fn) for t in tensors_in(output) if t.grad_fn is not None]
 
     def _follow(self, nodes: list[Any]) -> None:
@@ -158,7 +169,7 @@ class FirstPass:
     def _unseen(self, called: nn.Module) -> ExecutionOrder:
         """The order of definition of all that is not inside a module, with an end for each network of it."""
         inside = set(called.modules())
-        parts = [part for part in parts_of(self._model) if part not in inside]
+        parts = [p for p in parts_of(self._model) if p not in inside and any(True for _ in p.parameters())]
         order = definition_order(self._model, parts)
         weights = filter(None, ([p for p in parts if p in own and holds_weight(p)] for own in self._beside(called)))
         return ExecutionOrder(order.first, order.last, order.parameters, frozenset(own[-1] for own in weights))
@@ -216,9 +227,9 @@ class _Hook:
     def __init__(self, callback: Callable[..., None] | None = None) -> None:
         self._callback = callback
 
-    def pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a call."""
-        if self._callback is not None and not torch.compiler.is_compiling():
+    def pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """Before a call. kwargs: None where another hook has removed this one during the same call."""
+        if self._callback is not None and kwargs is not None and not torch.compiler.is_compiling():
             self._callback(module, args, kwargs)
 
     def post(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:

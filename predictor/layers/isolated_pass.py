@@ -5,6 +5,7 @@ import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from predictor.layers.code_state import restores_of_code
 from predictor.layers.tensors import number_of, tensors_in
+
+_isolated = ContextVar("isolated", default=False)
 
 
 @contextmanager
@@ -37,6 +40,7 @@ def isolated(model: nn.Module, *, as_in_training: bool = False) -> Iterator[None
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"}
     contents = _Contents(model)
     with ExitStack() as stack:
+        stack.callback(_isolated.reset, _isolated.set(True))
         stack.enter_context(_restored_modes(model, evaluation=not as_in_training))
         stack.enter_context(_restored_attributes(model, contents))
         stack.enter_context(_restored_code(model, contents))
@@ -47,6 +51,11 @@ def isolated(model: nn.Module, *, as_in_training: bool = False) -> Iterator[None
         stack.enter_context(_all_requiring_gradients(model) if as_in_training else torch.no_grad())
         stack.enter_context(_restored_parameters(model, contents.tensors))
         yield
+
+
+def in_isolated_pass() -> bool:
+    """Whether a pass of ours is under way, for hooks that are to see the training's alone."""
+    return _isolated.get()
 
 
 @contextmanager

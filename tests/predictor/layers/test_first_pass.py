@@ -404,7 +404,9 @@ def test_a_state_waits_for_the_layers_that_it_names():
 def test_a_state_of_other_layers_is_refused():
     model = HeadFirst()
     controller = FreezeController(model, sgd(model), make_policy("none"), total_steps=6, say=None)
-    controller.load_state_dict(controller.state_dict() | {"layers": ["stem"], "step": 2})
+    with pytest.raises(UsageError, match="'stem' there"):
+        controller.load_state_dict(controller.state_dict() | {"layers": ["stem"], "step": 2})
+    controller.load_state_dict(controller.state_dict() | {"layers": ["body.2"], "step": 2})
     model(X)
     with pytest.raises(UsageError, match="1 layers, here are 2"):
         controller.step()

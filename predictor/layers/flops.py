@@ -210,6 +210,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and count it."""
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # asks a tensor without memory for its device
+            return func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
         if count is None:
             with self:  # a composite operator is counted by its parts

@@ -27,7 +27,8 @@ from predictor.freezing.messages import FreezeReporter
 from predictor.freezing.optimizer_state import begin_again
 from predictor.freezing.timeline import Timeline
 from predictor.freezing.wrappers import GradientWatch, follow, refuse_capture, refuse_unfit
-from predictor.layers.layer import Layer, layers_of
+from predictor.layers.first_pass import FirstPass
+from predictor.layers.layer import Layer, first_layers
 from predictor.layers.parts import unwrapped
 from predictor.policies.base import FreezePolicy, View
 
@@ -74,7 +75,8 @@ class FreezeController:
         optimizer: one or several, over all parameters.
         policy: what decides, from `make_policy` or a subclass of `FreezePolicy`.
         total_steps: optimizer steps of the whole training.
-        layers: those that may freeze, front to back. By default `layers_of(model)`.
+        layers: those that may freeze, front to back. By default `layers_of(model)`; where that does not run the model,
+            its first pass shows them, and until then they are in the order of definition.
         agree: makes one process's answer that of all, given the answer and the number of layers. By default the first
             process decides where `model` is DDP or sharded.
         say: takes one line at each freeze, with what froze and what a step costs before and after, and one line where
@@ -108,7 +110,7 @@ class FreezeController:
         self.model = unwrapped(model)
         """The model itself, without what is wrapped around it."""
         self.policy = policy
-        self.layers = tuple(layers_of(model) if layers is None else layers)
+        self.layers, seen = first_layers(model, self._optimizers) if layers is None else (tuple(layers), True)
         self.total_steps = total_steps
         self.dry_run = dry_run
         self.history: list[FreezeEvent] = []
@@ -133,17 +135,21 @@ class FreezeController:
         self._watch = GradientWatch(self.layers, self._optimizers)
         self._reporter = FreezeReporter(model, self.layers, say, whole=layers is None, dry_run=dry_run)
         self._warned_of_reset = self._warned_of_overrun = self._summarized = False
+        self._waiting_state: dict[str, Any] | None = None  # one that was loaded before the layers were known
+        self._first_pass: FirstPass | None = None
+        if not seen:
+            self._first_pass = FirstPass(model, self._optimizers, self._settle_layers, self._reporter.hidden)
         self._observing = type(policy).observe is not FreezePolicy.observe
         self._check_optimizers()
         follow(self, model)
         self.agree = agree or self.agree
         if policy.wants_flops or dry_run:
             self._reporter.count()
-        policy.bind(self.model, self._optimizers[0], self.layers)
         self._rates: LayerRates | None = None
-        if type(policy).rates is not FreezePolicy.rates and not dry_run:  # otherwise not even a hook
-            self._rates = LayerRates(self.layers, self._optimizers, lambda: policy.rates(self.view), self._timed)
+        self._bind()
         self._timed(self._decide)
+        if self._first_pass is not None:
+            self._first_pass.watch()
 
     @property
     def frozen(self) -> frozenset[int]:
@@ -206,6 +212,8 @@ class FreezeController:
 
     def state_dict(self) -> dict[str, Any]:
         """Step, frozen layers, history and the policy's state: numbers, strings, tensors, lists and dicts of them."""
+        if self._waiting_state is not None:
+            return self._waiting_state
         return {
             "step": self._step,
             "total_steps": self.total_steps,
@@ -223,6 +231,12 @@ class FreezeController:
             UsageError: the state is of a model with other layers, or of a training of another length.
         """
         names = [layer.name for layer in self.layers]
+        if self._first_pass is not None and state["layers"] != names and self._first_pass.may_show(state["layers"]):
+            self._waiting_state = state  # of the layers that the first pass will show
+            return
+        if self._first_pass is not None and state["step"] and state["layers"] == names:
+            self._first_pass.close()  # a training goes on with the layers that it has
+            self._first_pass = None
         if state["layers"] != names:
             odd = next((pair for pair in zip(state["layers"], names, strict=False) if pair[0] != pair[1]), None)
             raise UsageError(
@@ -245,6 +259,8 @@ class FreezeController:
     def close(self) -> None:
         """Remove all hooks and drop what the policy holds. Layers stay as they are."""
         self._summarize()
+        if self._first_pass is not None:
+            self._first_pass.close()
         self._reporter.close()
         self._guard.close()
         if self._rates is not None:
@@ -259,7 +275,48 @@ class FreezeController:
         if self._planned:
             self._change(frozenset())
 
+    def _bind(self) -> None:
+        policy = self.policy
+        policy.bind(self.model, self._optimizers[0], self.layers)
+        if type(policy).rates is not FreezePolicy.rates and not self.dry_run:  # otherwise not even a hook
+            self._rates = LayerRates(self.layers, self._optimizers, lambda: policy.rates(self.view), self._timed)
+
+    def _settle_layers(self, layers: tuple[Layer, ...]) -> None:
+        """Take the layers that the first pass has shown, where they are others, and begin anew with them."""
+        if _described(layers) != _described(self.layers):
+            if self._planned:
+                self._change(frozenset())
+            self.history.clear()
+            self.policy.close()
+            if self._rates is not None:
+                self._rates.close()
+            self.layers = layers
+            self._watch = GradientWatch(layers, self._optimizers)
+            self._reporter.use(layers)
+            self._bind()
+            step, self._step = self._step, 0
+            self._timed(self._decide)
+            self._step, self._next_wake = step, 0
+        state = self._waiting_state
+        if state is not None and state["layers"] == [layer.name for layer in layers]:
+            self._waiting_state = None
+            self.load_state_dict(state)
+
+    def _end_first_pass(self) -> None:
+        """Take what the first step has shown of the layers. Raises UsageError for a state that is of other layers."""
+        assert self._first_pass is not None, "it has just been looked for"
+        waiting, first_pass = self._waiting_state, self._first_pass
+        first_pass.finish()
+        self._first_pass = None
+        if self._waiting_state is not None:
+            self._waiting_state = None
+            self.load_state_dict(waiting or {})
+        if waiting is not None:
+            self._step = waiting["step"] + 1
+
     def _advance(self) -> FreezeEvent | None:
+        if self._first_pass is not None:
+            self._end_first_pass()
         self._reporter.stepped()
         if self._step > self.total_steps and not self._warned_of_overrun:
             self._warned_of_overrun = True
@@ -445,6 +502,10 @@ def _may_move(layer: Layer) -> bool:
 def _training(view: View) -> tuple[int, ...]:
     """The active layers but those that the user holds still."""
     return tuple(index for index in view.active if index not in view.resting)
+
+
+def _described(layers: Sequence[Layer]) -> list[tuple[str, list[int], set[int]]]:
+    return [(layer.name, [id(p) for p in layer.own], {id(module) for module in layer.modules}) for layer in layers]
 
 
 def _own_answer(wanted: frozenset[int], layers: int) -> frozenset[int]:

@@ -56,6 +56,8 @@ class FreezeReporter:
         """Arguments of the model's calls that its own `forward` never sees."""
         self._model = model
         self._layers = layers
+        # What the user holds still now costs no gradients, whatever is frozen later.
+        self._trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         self._say = say if _is_first() else None
         self._prefix = "dry run, " if dry_run else ""
         self._end = "; only the head still trains" if whole else ""
@@ -70,6 +72,11 @@ class FreezeReporter:
     def busy(self) -> bool:
         """Whether the next step must be passed to `stepped`."""
         return bool(self._pending) or self._counting is not None or self._data_wait.running
+
+    def use(self, layers: Sequence[Layer]) -> None:
+        """Report on these layers from now on. What has not been reported of others is dropped."""
+        self._layers, self.flops = layers, None
+        self._pending.clear()
 
     def count(self) -> None:
         """Count FLOPs at the next forward pass."""
@@ -134,7 +141,7 @@ class FreezeReporter:
             return
         kwargs = {name: value for name, value in kwargs.items() if name not in self.hidden}
         try:
-            self.flops = count_flops(model, self._layers, args, kwargs)
+            self.flops = count_flops(model, self._layers, args, kwargs, self._trained)
         except Exception as error:  # it is the user's model, and only a figure in a line depends on it
             self._why_not = _reason(error)
 

@@ -1,19 +1,22 @@
 """When each part of a model is first used: recorded in one forward pass, or taken from the order of definition."""
 
 import itertools
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from predictor.layers.isolated_pass import isolated
 from predictor.layers.parts import holds_weight
-from predictor.layers.tensors import copied, tensors_in
+from predictor.layers.tensors import Storages, copied, few_samples, number_of, tensors_anywhere_in, tensors_in
+
+_NONE: frozenset[nn.Module] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,17 @@ class ExecutionOrder:
     """First use of a parameter, by its id."""
     ends: frozenset[nn.Module] = field(default=frozenset())
     """Parts with weights whose outputs are the model's and feed no other part with weights."""
+    without_gradients: frozenset[nn.Module] = field(default=frozenset())
+    """Parts that compute only where no gradients are recorded."""
+
+    def then(self, other: "ExecutionOrder") -> "ExecutionOrder":
+        """Put another order behind this one. What both use is first used in this one."""
+        after = 1 + max((*self.first.values(), *self.last.values(), *self.parameters.values()), default=0)
+        first, last = ({part: after + moment for part, moment in uses.items()} for uses in (other.first, other.last))
+        parameters = {number: after + moment for number, moment in other.parameters.items()}
+        return ExecutionOrder(
+            first | self.first, self.last | last, parameters | self.parameters, self.ends | other.ends
+        )
 
 
 def definition_order(model: nn.Module, parts: Iterable[nn.Module]) -> ExecutionOrder:
@@ -55,19 +69,81 @@ def traced_order(model: nn.Module, parts: Iterable[nn.Module], example: object) 
     Raises:
         Exception: what the model raises.
     """
-    recorder, example = _UseRecorder(model, tuple(parts)), copied(example)
-    with isolated(model), ExitStack() as hooks:
+    args = example if isinstance(example, tuple) else () if isinstance(example, Mapping) else (example,)
+    return _traced(model, tuple(parts), model, args, dict(example) if isinstance(example, Mapping) else {})
+
+
+def order_of_call(
+    model: nn.Module,
+    parts: Iterable[nn.Module],
+    called: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    ours: Collection[int] = (),
+) -> ExecutionOrder:
+    """The order in which a training's call of a module uses its parts, seen on its first samples.
+
+    In evaluation mode all layers compute, also those that a training leaves out at random. What gradients flow through
+    is seen in a second pass, in the modes that the modules are in: a detector computes its losses in training alone, a
+    teacher takes part without gradients. Hooks on `called` itself do not run, which are the training's.
+
+    Args:
+        model: the model.
+        parts: its parts, from `parts_of`.
+        called: the model, or a module in it that is called on its own.
+        args: positional inputs of the call.
+        kwargs: named inputs.
+        ours: ids of parameters that the user does not hold still, though they may be frozen now.
+
+    Raises:
+        Exception: what the model raises, on a few samples and on all.
+    """
+    own = set(called.modules())
+    inside = tuple(part for part in parts if part in own)
+    try:
+        few = few_samples((args, dict(kwargs)))
+        order = _traced(model, inside, called.forward, *few)
+    except Exception:
+        few = args, dict(kwargs)
+        order = _traced(model, inside, called.forward, *few)
+    try:
+        flow = _traced(model, inside, called.forward, *few, gradients=True)
+    except Exception:
+        return order
+    held_still = {
+        part
+        for part in flow.without_gradients
+        if holds_weight(part) and not any(p.requires_grad or id(p) in ours for p in part.parameters())
+    }
+    first, last = ({p: t for p, t in uses.items() if p not in held_still} for uses in (order.first, order.last))
+    return ExecutionOrder(first, last, order.parameters, flow.ends.intersection(first))
+
+
+def _traced(
+    model: nn.Module,
+    parts: tuple[nn.Module, ...],
+    call: Callable[..., object],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    gradients: bool = False,
+) -> ExecutionOrder:
+    """What a call uses. gradients: in the modules' own modes, and with gradients, as in a training step."""
+    recorder = _UseRecorder(model, parts)
+    args, kwargs = copied((args, dict(kwargs)))
+    with isolated(model, as_in_training=gradients), ExitStack() as hooks:
+        hooks.enter_context(_unseen_by_other_modes())
         # TorchScript modules take no hooks; uses of their weights are recorded all the same.
         for part in (part for part in recorder.parts if not isinstance(part, ScriptModule)):
             hooks.callback(part.register_forward_pre_hook(recorder.called).remove)
         with recorder:
-            if isinstance(example, tuple):
-                output = model(*example)
-            elif isinstance(example, Mapping):
-                output = model(**example)
-            else:
-                output = model(example)
+            output = call(*args, **kwargs)
     return recorder.order(output)
+
+
+def _unseen_by_other_modes() -> AbstractContextManager[object]:
+    """Without the user's modes below autograd, such as one that counts FLOPs."""
+    disabled = getattr(_python_dispatch, "_disable_current_modes", nullcontext)
+    return cast(AbstractContextManager[object], disabled())
 
 
 class _UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -78,7 +154,8 @@ class _UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     For each storage it knows the parts with weights whose outputs are in it. A part is removed there once its output
     has fed another. What is left for the model's outputs at the end are its heads. It follows storages rather than
-    tensors, since views and slices write into one another.
+    tensors, since views and slices write into one another. What is detached feeds nothing: the loss does not flow back
+    through it. A part whose output is detached and else feeds nothing is a head too, such as a detector's proposals.
     """
 
     def __init__(self, model: nn.Module, parts: tuple[nn.Module, ...]) -> None:
@@ -90,22 +167,23 @@ class _UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._parameters: dict[int, int] = {}
         self._known = {id(parameter) for parameter in model.parameters()}
         self._fed: set[nn.Module] = set()
-        self._outputs_in: dict[int, frozenset[nn.Module]] = {}
+        self._detached_parts: set[nn.Module] = set()
+        self._with_gradients: set[nn.Module] = set()
+        self._detached: dict[int, Tensor] = {}  # held, so that no other tensor gets the same id
+        self._outputs_in = Storages()
         # Storages that hold nothing of the example: weights of parts, and what is computed from them and buffers alone.
-        self._weights_in: dict[int, frozenset[nn.Module]] = {}
-        # Weak references, so that no other storage gets the number of a freed one; the memory itself is freed.
-        self._pins: list[StorageWeakRef] = []
+        self._weights_in = Storages()
         for tensor in model.buffers():
-            self._mark(self._weights_in, tensor, frozenset())
+            self._weights_in.set(tensor, _NONE)
         self._holders = _holders(parts)
         holders_in: dict[int, set[frozenset[nn.Module]]] = {}
         for parameter in model.parameters():
-            holders = self._holders.get(id(parameter), frozenset())
-            holders_in.setdefault(_number(parameter), set()).add(frozenset(filter(holds_weight, holders)))
+            holders = self._holders.get(id(parameter), _NONE)
+            holders_in.setdefault(number_of(parameter), set()).add(frozenset(filter(holds_weight, holders)))
         for parameter in model.parameters():
             # Weights of several parts that are flattened into one storage cannot be distinguished.
-            found = holders_in[_number(parameter)]
-            self._mark(self._weights_in, parameter, next(iter(found)) if len(found) == 1 else frozenset())
+            found = holders_in[number_of(parameter)]
+            self._weights_in.set(parameter, next(iter(found)) if len(found) == 1 else _NONE)
 
     def called(self, part: nn.Module, inputs: object) -> None:
         """Record that a part is called now."""
@@ -121,7 +199,11 @@ class _UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in inputs:
             if id(tensor) in self._known:
                 self._parameters.setdefault(id(tensor), now)
-        self._follow({_number(tensor) for tensor in inputs}, list(tensors_in(result)))
+        results = list(tensors_in(result))
+        self._follow(inputs, results)
+        if func is torch.ops.aten.detach.default:
+            self._detached_parts |= self._sources(inputs)
+            self._detached.update({id(tensor): tensor for tensor in results})
         return result
 
     def order(self, output: object) -> ExecutionOrder:
@@ -133,31 +215,35 @@ class _UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if used is not None:
                 self._first[part] = min(self._first.get(part, used), used)
                 self._last.setdefault(part, used)
-        numbers = (_number(tensor) for tensor in tensors_in(dict(output) if isinstance(output, Mapping) else output))
-        ends = frozenset[nn.Module]().union(*(self._outputs_in.get(number, ()) for number in numbers))
-        return ExecutionOrder(self._first, self._last, self._parameters, ends.intersection(self._first) - self._fed)
+        outputs = tensors_anywhere_in(dict(output) if isinstance(output, Mapping) else output)
+        ends = self._sources(outputs) | self._detached_parts
+        without = frozenset(self._first) - self._with_gradients
+        ends = ends.intersection(self._first) - self._fed
+        return ExecutionOrder(self._first, self._last, self._parameters, ends, without)
 
-    def _follow(self, inputs: set[int], results: list[Tensor]) -> None:
-        weights = frozenset[nn.Module]().union(*(self._weights_in.get(number, ()) for number in inputs))
-        if inputs <= self._weights_in.keys():
+    def _sources(self, tensors: Iterable[Tensor]) -> frozenset[nn.Module]:
+        """The parts whose outputs these hold."""
+        return _NONE.union(*(self._outputs_in.get(tensor, _NONE) for tensor in tensors))
+
+    def _follow(self, inputs: list[Tensor], results: list[Tensor]) -> None:
+        weights = _NONE.union(*(self._weights_in.get(tensor, _NONE) for tensor in inputs))
+        if all(tensor in self._weights_in for tensor in inputs):
             for result in results:
-                if _number(result) not in self._outputs_in:
-                    self._mark(self._weights_in, result, weights)
+                if result not in self._outputs_in:
+                    self._weights_in.set(result, weights)
             return
-        sources = frozenset[nn.Module]().union(*(self._outputs_in.get(number, ()) for number in inputs))
+        if torch.is_grad_enabled():
+            self._with_gradients |= weights
+        sources = self._sources(tensor for tensor in inputs if self._feeds(tensor))
         if weights:
             self._fed = (self._fed | sources) - weights
         for result in results:
-            self._weights_in.pop(_number(result), None)
-            self._mark(self._outputs_in, result, weights or sources - self._fed)
+            self._weights_in.drop(result)
+            self._outputs_in.set(result, weights or sources - self._fed)
 
-    def _mark(self, table: dict[int, frozenset[nn.Module]], tensor: Tensor, parts: frozenset[nn.Module]) -> None:
-        number = _number(tensor)
-        if number < 0:
-            return
-        if number not in self._weights_in and number not in self._outputs_in:
-            self._pins.append(StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
-        table[number] = parts
+    def _feeds(self, tensor: Tensor) -> bool:
+        """Whether a loss would flow back through this input. Without gradients, whatever is not detached."""
+        return tensor.requires_grad if torch.is_grad_enabled() else id(tensor) not in self._detached
 
 
 def _holders(parts: Iterable[nn.Module]) -> dict[int, frozenset[nn.Module]]:
@@ -167,11 +253,3 @@ def _holders(parts: Iterable[nn.Module]) -> dict[int, frozenset[nn.Module]]:
         for parameter in part.parameters():
             holders[id(parameter)] = holders.get(id(parameter), frozenset()) | {part}
     return holders
-
-
-def _number(tensor: Tensor) -> int:
-    """A number that two tensors have in common if and only if they share memory; -1 for tensors without memory."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return -1

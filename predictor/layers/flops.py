@@ -1,17 +1,23 @@
 """What a model's layers cost: FLOPs of one forward pass, and of a step with any layers frozen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from predictor.layers.isolated_pass import isolated
 from predictor.layers.layer import Layer
-from predictor.layers.tensors import copied, tensors_in
+from predictor.layers.tensors import Storages, converted, few_samples, tensors_in
+
+_LARGEST = 2**28
+"""Elements of a result from which nothing is computed: 1 GB in float32, which attention without fusion exceeds."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,8 @@ class LayerFlops:
 
     Matrix products, convolutions and attention, as PyTorch's FlopCounterMode counts them; not normalization,
     elementwise operations and the optimizer's work. What happens between two layers, such as the product of attention
-    scores and values, counts for the one before.
+    scores and values, counts for the one before. Activation checkpointing, which computes the forward pass once more
+    from where the backward pass ends, is not counted.
     """
 
     forward_L: tuple[int, ...]
@@ -28,9 +35,23 @@ class LayerFlops:
     weightless_L: tuple[int, ...]
     """The share of these in products of two activations, without any weight."""
     entry_L: tuple[int, ...]
-    """FLOPs of each layer's first product, whose input is the output of the layer before."""
+    """FLOPs of each layer's first product, whose input is the output of the layer before. Of a layer with adapters,
+    those of all its products in front of the first weight that trains."""
     head: int
     """FLOPs of all that follows the last layer."""
+    untrained_L: tuple[int, ...] = ()
+    """FLOPs of each layer's products with weights that never train, such as those under adapters. Empty for none."""
+    untrained_head: int = 0
+    """The same of the head."""
+    constant_head: int = 0
+    """FLOPs of the head's products that depend on nothing that trains, such as a teacher's."""
+    inner_head: int = 0
+    """FLOPs of the head's products behind one of its own weights that trains."""
+    resting: frozenset[int] = frozenset()
+    """Indices of layers in which nothing trains."""
+    reaches: int | None = None
+    """The first layer whose input has a gradient whatever is frozen: one that the user asked for, or one for a part of
+    the head in front of it, such as a tied embedding. None where there is no such layer."""
 
     def step(self, frozen: frozenset[int], cached: bool = False) -> int:
         """FLOPs of a forward and backward pass with some layers frozen.
@@ -43,11 +64,16 @@ class LayerFlops:
             cached: leave out the forward pass of the frozen prefix.
         """
         layers = range(len(self.forward_L))
-        first = next((index for index in layers if index not in frozen), len(layers))
-        forward = self.head + sum(self.forward_L[first if cached else 0 :])
-        weights = self.head + sum(self._weighted(index) for index in layers if index not in frozen)
-        inputs = sum(self._weighted(index) + 2 * self.weightless_L[index] for index in layers[first:])
-        inputs += self.head - self.entry_L[first] if first < len(layers) else 0
+        behind = next((index for index in layers if index not in frozen), len(layers))
+        first = next((index for index in layers if index not in frozen | self.resting), len(layers))
+        forward = self.head + sum(self.forward_L[behind if cached else 0 :])
+        weights = self.head - self.untrained_head
+        weights += sum(self._weighted(index) - self._untrained(index) for index in layers if index not in frozen)
+        reached = self.reaches is not None and self.reaches <= first
+        begin = self.reaches if reached and self.reaches is not None else first
+        inputs = sum(self._weighted(index) + 2 * self.weightless_L[index] for index in layers[begin:])
+        inputs += self.head - self.constant_head if begin < len(layers) or reached else self.inner_head
+        inputs -= self.entry_L[first] if first < len(layers) and not reached else 0
         return forward + weights + inputs
 
     def share(self, frozen: frozenset[int]) -> float:
@@ -57,65 +83,219 @@ class LayerFlops:
     def _weighted(self, index: int) -> int:
         return self.forward_L[index] - self.weightless_L[index]
 
+    def _untrained(self, index: int) -> int:
+        return self.untrained_L[index] if self.untrained_L else 0
+
 
 def count_flops(
-    model: nn.Module, layers: Sequence[Layer], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    layers: Sequence[Layer],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    trained: Collection[int] | None = None,
 ) -> LayerFlops:
     """Run `model` once on these inputs, and count its FLOPs.
 
     The model is left as it was (see `isolated`). Where a frozen prefix ends inside a block, a side branch that starts
     there is counted as if it needed its input's gradient, which it does not: under one percent in a ResNet.
 
+    Where a result would be large, as that of attention without fusion over a long text, nothing is computed: tensors
+    without memory have the same shapes. A model that cannot run on these is run on two samples.
+
     Args:
         model: the model itself, without wrappers.
         layers: its layers, front to back.
         args: positional inputs.
         kwargs: named inputs.
+        trained: ids of the parameters that train unless they are frozen. By default all.
 
     Raises:
-        Exception: what the model raises.
+        Exception: what the model raises; its message says why FLOPs cannot be counted.
     """
-    counter = _Counter(layers, model)
+    trained = {id(parameter) for parameter in model.parameters()} if trained is None else trained
+    inputs = args, dict(kwargs)
+    count = partial(_counted, model, layers, trained)
+    try:
+        return count(inputs)
+    except _TooLarge:
+        pass
+    try:
+        return count(inputs, without_memory=True)
+    except Exception:  # what a model reads from its tensors, those without memory do not have
+        return count(few_samples(inputs))
+
+
+def _counted(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    trained: Collection[int],
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    without_memory: bool = False,
+) -> LayerFlops:
+    counter = _Counter(layers, model, trained, none_is_too_large=without_memory)
     # The table of known operators lacks the CPU's fused attention; its plain form has the same products.
-    args, kwargs = copied((args, dict(kwargs)))
-    with isolated(model), sdpa_kernel(SDPBackend.MATH), counter:
-        model.forward(*args, **kwargs)  # not the hooks on the model itself, which are the training's
-    *forward_L, head = counter.forward
-    return LayerFlops(tuple(forward_L), tuple(counter.weightless[:-1]), tuple(counter.entry[:-1]), head)
+    with isolated(model), sdpa_kernel(SDPBackend.MATH):
+        if without_memory:
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            args, kwargs = converted(inputs, partial(_without_memory, mode))
+            with mode, counter:
+                model.forward(*args, **kwargs)
+        else:
+            args, kwargs = converted(inputs, _alike)
+            with counter:
+                model.forward(*args, **kwargs)  # not the hooks on the model itself, which are the training's
+    return counter.flops(layers)
+
+
+def _alike(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _without_memory(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    return mode.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
+
+
+class _TooLarge(Exception):
+    """Ends a pass before a result that takes much memory."""
+
+
+class _Behind(NamedTuple):
+    """What a tensor depends on."""
+
+    layer: int = -1
+    """The last layer of those whose training weights it depends on."""
+    reached: bool = False
+    """Whether a gradient goes through it whatever is frozen."""
+    constant: bool = True
+    """Whether it depends on nothing that trains."""
+
+    def with_(self, other: "_Behind") -> "_Behind":
+        """What depends on both depends on."""
+        return _Behind(max(self.layer, other.layer), self.reached or other.reached, self.constant and other.constant)
+
+
+_NOTHING = _Behind()
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts every operator for the layer whose parameter was used last. The last index is the head's."""
+    """Counts every operator for the layer whose parameter was used last. The last index is the head's.
 
-    def __init__(self, layers: Sequence[Layer], model: nn.Module) -> None:
+    Args:
+        layers: the layers.
+        model: the model.
+        trained: ids of the parameters that train.
+        none_is_too_large: whether results take no memory.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], model: nn.Module, trained: Collection[int], none_is_too_large: bool
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._owner = {id(parameter): len(layers) for parameter in model.parameters()}
+        self._head = len(layers)
+        self._owner = {id(parameter): self._head for parameter in model.parameters()}
         self._owner.update({id(p): index for index, layer in enumerate(layers) for p in layer.parameters()})
+        self._trained = trained
+        self._none_is_too_large = none_is_too_large
         self._made_of_weights: dict[int, Tensor] = {}  # held, so that no other tensor gets the same id
+        self._behind = Storages()
         self._now = 0
         self.forward = [0] * (len(layers) + 1)
         self.weightless = [0] * (len(layers) + 1)
         self.entry = [0] * (len(layers) + 1)
+        self._untrained = [0] * (len(layers) + 1)
+        self._in_front = [0] * (len(layers) + 1)  # of the first weight in this layer that trains
+        self._constant = self._inner = 0
+        self._reaches: int | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and count it."""
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # asks a tensor without memory for its device
+            return func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
         if count is None:
             with self:  # a composite operator is counted by its parts
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        self._refuse_large(func, args)
         result = func(*args, **kwargs)
+        results = list(tensors_in(result))
+        if not self._none_is_too_large and any(tensor.numel() > _LARGEST for tensor in results):
+            raise _TooLarge
         tensors = [*tensors_in(args), *tensors_in(kwargs)]
         weights = [tensor for tensor in tensors if id(tensor) in self._owner or id(tensor) in self._made_of_weights]
         for tensor in weights:
             self._now = self._owner.get(id(tensor), self._now)
+        inputs, own = _NOTHING, _NOTHING
+        for tensor in tensors:
+            if id(tensor) in self._owner or id(tensor) in self._made_of_weights:
+                own = own.with_(self._behind_weight(tensor))
+            else:
+                inputs = inputs.with_(self._behind.get(tensor, _NOTHING))
+                inputs = inputs.with_(_Behind(reached=True, constant=False)) if tensor.requires_grad else inputs
         if count is not None:
             flops = int(count(*args, **kwargs, out_val=result))
-            self.forward[self._now] += flops
-            self.weightless[self._now] += 0 if weights else flops
-            self.entry[self._now] = self.entry[self._now] or flops * bool(weights)
-        elif tensors and len(weights) == len(tensors):  # a transposed or cast weight is still a weight
-            self._made_of_weights.update({id(tensor): tensor for tensor in tensors_in(result)})
+            self._add(flops, bool(weights), inputs, own)
+        if tensors and len(weights) == len(tensors):  # a transposed or cast weight is still a weight
+            self._made_of_weights.update({id(tensor): tensor for tensor in results})
+        behind = inputs.with_(own)
+        for tensor in results:
+            if behind != _NOTHING and id(tensor) not in self._owner:
+                self._behind.set(tensor, behind)
         return result
+
+    def flops(self, layers: Sequence[Layer]) -> LayerFlops:
+        """What was counted."""
+        *forward_L, head = self.forward
+        *untrained_L, untrained_head = self._untrained
+        resting = (
+            index for index, layer in enumerate(layers) if not any(id(p) in self._trained for p in layer.parameters())
+        )
+        pairs = zip(untrained_L, self._in_front, self.entry, strict=False)
+        return LayerFlops(
+            tuple(forward_L),
+            tuple(self.weightless[:-1]),
+            tuple(in_front if untrained else entry for untrained, in_front, entry in pairs),
+            head,
+            tuple(untrained_L) if any(untrained_L) else (),
+            untrained_head,
+            self._constant,
+            self._inner,
+            frozenset(resting),
+            self._reaches,
+        )
+
+    def _add(self, flops: int, has_weight: bool, inputs: _Behind, own: _Behind) -> None:
+        """Count a product."""
+        now = self._now
+        self.forward[now] += flops
+        if not has_weight:
+            self.weightless[now] += flops
+        else:
+            self.entry[now] = self.entry[now] or flops
+            self._untrained[now] += flops if own.constant else 0
+            self._in_front[now] += flops if inputs.layer < now else 0
+        if now == self._head and inputs.constant:
+            self._constant += flops
+        if now == self._head and inputs.reached:
+            self._inner += flops
+        if now < self._head and inputs.reached:
+            self._reaches = now if self._reaches is None else min(self._reaches, now)
+
+    def _behind_weight(self, tensor: Tensor) -> _Behind:
+        if id(tensor) in self._made_of_weights:
+            found: _Behind = self._behind.get(tensor, _NOTHING)
+            return found
+        if id(tensor) not in self._trained:
+            return _NOTHING
+        layer = self._owner[id(tensor)]
+        return _Behind(layer if layer < self._head else -1, reached=layer == self._head, constant=False)
+
+    def _refuse_large(self, func: Any, args: Any) -> None:
+        """Stop before the product of two batches of matrices, such as attention's scores, that takes much memory."""
+        if self._none_is_too_large or func._overloadpacket not in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+            return
+        left, right = args[-2:]
+        if left.shape[0] * left.shape[1] * right.shape[2] > _LARGEST:
+            raise _TooLarge

@@ -1,7 +1,7 @@
 """The rule that puts every part and parameter of a model into a layer, or into none."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -24,7 +24,12 @@ class Group:
 
 
 def group_into_layers(
-    model: nn.Module, parts: dict[nn.Module, str], order: ExecutionOrder, blocks: bool
+    model: nn.Module,
+    parts: dict[nn.Module, str],
+    order: ExecutionOrder,
+    blocks: bool,
+    named: Collection[nn.Module] = (),
+    ours: Collection[int] = (),
 ) -> list[Group]:
     """The layers of `model`, front to back, by the rule that `layers_of` states. Empty where there is none.
 
@@ -33,10 +38,17 @@ def group_into_layers(
         parts: the names of its parts, in the order of definition.
         order: when the parts are used.
         blocks: whether all layers of one block form one layer.
+        named: the heads. By default what is seen to be one, or declared by the model.
+        ours: ids of parameters that the user does not hold still, though they may be frozen now.
     """
     starts = sorted(filter(holds_weight, order.first), key=order.first.__getitem__)
-    declared = {part for head in declared_heads(model) for part in head.modules() if part in order.first}
-    heads = {*sorted(starts, key=order.last.__getitem__)[-1:], *order.ends, *declared.intersection(starts)}
+    declared = {p for head in named or declared_heads(model) for p in head.modules() if p in order.first}
+    heads = declared.intersection(starts)
+    if not named:
+        heads |= {*sorted(starts, key=order.last.__getitem__)[-1:], *order.ends}
+    training = [part for part in starts if any(p.requires_grad or id(p) in ours for p in part.parameters())]
+    if heads.isdisjoint(training):
+        heads |= {*sorted(training, key=order.last.__getitem__)[-1:]}
     tied = _tied(starts)
     groups = [group for group in tied if heads.isdisjoint(group)]
     if not groups:
@@ -59,6 +71,41 @@ def group_into_layers(
         Group(name, tuple(modules[index]), tuple(p for p in model.parameters() if index_of_parameter[id(p)] == index))
         for index, name in enumerate(layers)
     ]
+
+
+def ends_of_networks(
+    model: nn.Module, order: ExecutionOrder, held: Sequence[Collection[nn.Parameter]]
+) -> frozenset[nn.Module]:
+    """The last part of each network that has an optimizer of its own, such as a generator and its discriminator.
+
+    Two optimizers that share the work within a network, as one for matrices and one for the rest, have none.
+
+    Args:
+        model: the model.
+        order: when its parts are used.
+        held: the parameters of each optimizer.
+    """
+    if len(held) < 2:
+        return frozenset()
+    ids = [{id(parameter) for parameter in each} for each in held]
+    networks = networks_in(model)
+    owned = [{net for net in networks if any(id(p) in own for p in net.parameters())} for own in ids]
+    ends = set()
+    for index, own in enumerate(ids):
+        others = set[nn.Module]().union(*(nets for number, nets in enumerate(owned) if number != index))
+        last = [part for part in order.last if holds_weight(part) and any(id(p) in own for p in part.parameters())]
+        if last and owned[index].isdisjoint(others):
+            ends.add(max(last, key=order.last.__getitem__))
+    return frozenset(ends)
+
+
+def networks_in(model: nn.Module) -> list[nn.Module]:
+    """The modules with parameters that a model is made of, at the topmost level at which there are several."""
+    while True:
+        children = [child for child in model.children() if any(True for _ in child.parameters())]
+        if len(children) != 1 or any(True for _ in model.parameters(recurse=False)):
+            return children
+        (model,) = children
 
 
 def _tied(starts: Sequence[nn.Module]) -> list[list[nn.Module]]:

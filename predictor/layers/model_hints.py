@@ -1,4 +1,4 @@
-"""What models of timm and Transformers declare about themselves: example inputs, and their head."""
+"""What models of timm and Transformers, with adapters or without, declare about themselves: inputs, and their head."""
 
 import inspect
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ def example_inputs(model: nn.Module) -> Iterator[object]:
     first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
     if first is None or type(first.data) is not Tensor:
         return
+    model = without_adapters(model)
     if _comes_from(model, "timm"):
         for shape in _image_shapes(model):
             yield torch.zeros(1, *shape, dtype=first.dtype, device=first.device)
@@ -29,6 +30,7 @@ def example_inputs(model: nn.Module) -> Iterator[object]:
 
 def declared_heads(model: Any) -> list[nn.Module]:
     """Modules that the model itself declares as its head. Empty where it declares none."""
+    model = without_adapters(model)
     if _comes_from(model, "timm") and hasattr(model, "get_classifier"):
         return list(_modules_in(model.get_classifier()))
     if not _comes_from(model, "transformers"):
@@ -38,6 +40,11 @@ def declared_heads(model: Any) -> list[nn.Module]:
     if isinstance(base, nn.Module):
         heads += [child for child in model.children() if child is not base]
     return heads
+
+
+def without_adapters(model: Any) -> Any:
+    """The model inside peft's, whose layers are those with adapters; any other model itself."""
+    return model.get_base_model() if _comes_from(model, "peft") and hasattr(model, "get_base_model") else model
 
 
 def _comes_from(model: nn.Module, package: str) -> bool:

@@ -31,9 +31,22 @@ def parts_of(model: nn.Module) -> dict[nn.Module, str]:
     """The parts, each once, with their names, in the order of definition.
 
     A part is a module without children, or one that uses its children's parameters itself: attention of torch.nn, a
-    recurrent layer, a norm, a module with parametrized weights.
+    recurrent layer, a norm, a module with parametrized weights, a layer with adapters (LoRA and the like).
     """
     return {module: name for name, module in _leaves(model)}
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Whether a module wraps a layer and adds adapters to it, as peft's do: it is one part, with the wrapped layer."""
+    return isinstance(module._modules.get("base_layer"), nn.Module) and len(module._modules) > 1
+
+
+def _adapters_of(module: nn.Module) -> list[str]:
+    """The names of what holds a part's adapters, such as lora_A and lora_B. They are named with the part."""
+    if not has_adapters(module):
+        return []
+    children = (child for child in module.named_children() if child[0] != "base_layer")
+    return [name for name, child in children if any(True for _ in child.parameters())]
 
 
 def holds_weight(part: nn.Module) -> bool:
@@ -72,10 +85,10 @@ def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if module in seen:
             continue
         seen.add(module)
-        whole = isinstance(module, _WHOLE) or is_parametrized(module)
+        whole = isinstance(module, _WHOLE) or is_parametrized(module) or has_adapters(module)
         children = [] if whole else list(module.named_children())
         if not children and not isinstance(module, _HOLDERS):
-            yield name, module
+            yield "+".join([name, *_adapters_of(module)]), module
         stack += [(f"{name}.{child}" if name else child, part) for child, part in reversed(children)]
 
 

@@ -108,7 +108,9 @@ class BatchTaker:
             self._handle.remove()
             self._handle = None
 
-    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None:  # PyTorch calls a hook so that another has removed during the same call
+            return
         # Neither a validation pass, nor a copy of the model that DataParallel made on another device.
         if not torch.is_grad_enabled() or module is not self._model:
             return

@@ -95,3 +95,68 @@ def test_counting_leaves_the_model_as_it_was():
     assert torch.equal(torch.rand(1), expected)
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Tied(nn.Module):
+    """The embedding is the head as well, so that a backward pass never ends early."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 8)
+        self.body = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+
+    def forward(self, tokens):
+        return F.linear(self.body(self.embed(tokens)), self.embed.weight)
+
+
+class Taught(nn.Module):
+    """A network beside a teacher, which costs a forward pass alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.teacher = (nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))) for _ in range(2))
+        self.teacher.requires_grad_(False)
+
+    def forward(self, x):
+        return self.net(x) - self.teacher(x)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("case", ["tied", "taught", "input"])
+def test_a_step_costs_what_its_gradients_flow_through(case, count):
+    model = {"tied": Tied, "taught": Taught, "input": chain}[case]()
+    x = {"tied": torch.arange(5), "taught": torch.ones(2, 8), "input": X.clone().requires_grad_()}[case]
+    layers, trained = layers_of(model, x), {id(p) for p in model.parameters() if p.requires_grad}
+    layers = tuple(layer for layer in layers if not layer.name.startswith("teacher"))
+    flops = count_flops(model, layers, (x,), {}, trained)
+    for layer in layers[:count]:
+        freeze(layer)
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    assert flops.step(frozenset(range(min(count, len(layers))))) == counter.get_total_flops()
+
+
+class Attention(nn.Module):
+    """Attention without fusion, whose scores take 16 GB for the inputs below. It keeps what it saw last."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.query, self.head, self.reads, self.kept = nn.Linear(4, 4), nn.Linear(4, 2), reads, None
+
+    def forward(self, x):
+        if self.reads and x.sum() > 1e9:
+            raise RuntimeError("too large")
+        self.kept = query = self.query(x)
+        return self.head((query @ query.transpose(1, 2)).softmax(-1) @ x)
+
+
+@pytest.mark.parametrize(("reads", "samples"), [(False, 64), (True, 2)])
+def test_large_results_are_not_computed(reads, samples):
+    model, x = Attention(reads), torch.zeros(2048, 512, 4) if reads else torch.zeros(64, 8192, 4)
+    layers = layers_of(model, x[:1, :4])
+    flops = count_flops(model, layers, (x,), {})
+    length = x.shape[1]
+    assert flops.weightless_L == (2 * 2 * samples * length * length * 4,)
+    assert model.kept is None

@@ -1,0 +1,134 @@
+"""What a model's code keeps outside its modules: in global variables, classes, closures and caches."""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from types import CellType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+_CLEAN = sys.stdlib_module_names | {
+    "accelerate",
+    "lightning",
+    "numpy",
+    "peft",
+    "pytorch_lightning",
+    "timm",
+    "torch",
+    "torchvision",
+    "transformers",
+}
+"""Packages whose modules keep nothing there that a forward pass changes, or only what is their own affair."""
+_MOST = 1000
+"""Functions that are followed."""
+_CACHE = type(functools.lru_cache(len))
+
+Keep = Callable[[Any], Callable[[], object] | None]
+"""Returns what restores the content of a value; None for what cannot change."""
+
+
+def restores_of_code(model: nn.Module, keep: Keep) -> list[Callable[[], object]]:
+    """What restores the variables that the code of a model's own classes names, as they are now.
+
+    Followed are the methods of its modules' classes, and the functions, classes and objects that they name. Not
+    followed is what has no Python code.
+
+    Args:
+        model: the model.
+        keep: makes what restores the content of one value.
+    """
+    restores: list[Callable[[], object]] = []
+    variables: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+    for holder, name, value in _variables_of(model):
+        variables.setdefault((id(holder), name), (holder, name, value))
+    for holder, name, value in variables.values():
+        if isinstance(value, _CACHE):
+            restores.append(functools.partial(_clear_if_grown, value, value.cache_info().currsize))
+        elif not callable(value) and not isinstance(value, ModuleType):
+            restores.append(functools.partial(_bind_again, holder, name, value))
+            if restore := keep(value):
+                restores.append(restore)
+    return restores
+
+
+def _variables_of(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
+    """(holder, name, value) of each variable that the code names."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__ if not _is_clean(cls)}
+    stack: list[Any] = [code for cls in classes for code in _code_in(cls)]
+    stack += [own for module in model.modules() for own in vars(module).values() if isinstance(own, FunctionType)]
+    seen = set[int]()
+    while stack and len(seen) < _MOST:
+        function = stack.pop()
+        if id(function) in seen or _is_clean(function):
+            continue
+        seen.add(id(function))
+        names = _names_in(function.__code__)
+        holders: list[Any] = [function.__globals__, *classes]
+        for index in range(2):  # what a global object holds is one step further
+            found = [(holder, *pair) for holder in holders for pair in _named(holder, names)]
+            yield from found
+            stack += [code for *_, value in found for code in _code_in(value)]
+            holders = [] if index else [value for *_, value in found if _holds_variables(value)]
+        for cell in function.__closure__ or ():
+            try:
+                yield cell, "cell_contents", cell.cell_contents
+                stack += _code_in(cell.cell_contents)
+            except ValueError:  # it is empty
+                continue
+        for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            yield [default], "", default
+
+
+def _code_in(value: Any) -> Iterator[FunctionType]:
+    """The functions behind a value."""
+    if isinstance(value, (staticmethod, classmethod, _CACHE)):
+        value = value.__wrapped__
+    if isinstance(value, property):
+        value = value.fget
+    if isinstance(value, FunctionType):
+        yield value
+    elif isinstance(value, type) and not _is_clean(value):
+        yield from (code for own in vars(value).values() if not isinstance(own, type) for code in _code_in(own))
+
+
+def _is_clean(value: Any) -> bool:
+    return (getattr(value, "__module__", None) or "").partition(".")[0] in _CLEAN
+
+
+def _holds_variables(value: Any) -> bool:
+    """Whether a global value is an object, a class or a module of the user's own with variables in it."""
+    if isinstance(value, ModuleType):
+        return value.__name__.partition(".")[0] not in _CLEAN
+    own = value if isinstance(value, type) else type(value)
+    return hasattr(value, "__dict__") and not isinstance(value, FunctionType) and not _is_clean(own)
+
+
+def _names_in(code: CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names_in(constant)
+    return names
+
+
+def _named(holder: Any, names: set[str]) -> Iterator[tuple[str, Any]]:
+    space = holder if isinstance(holder, dict) else vars(holder)
+    return ((name, space[name]) for name in names if name in space and not isinstance(space[name], property))
+
+
+def _bind_again(holder: Any, name: str, value: Any) -> None:
+    if isinstance(holder, list):  # a default value: its content alone can change
+        return
+    if isinstance(holder, dict):
+        holder.update({} if holder.get(name) is value else {name: value})
+    elif isinstance(holder, CellType):
+        holder.cell_contents = value
+    elif vars(holder).get(name) is not value:
+        setattr(holder, name, value)
+
+
+def _clear_if_grown(cache: Any, size: int) -> None:
+    """What a pass of ours left in a cache may lack gradients, or be of our inputs."""
+    if cache.cache_info().currsize > size:
+        cache.cache_clear()

@@ -1,0 +1,168 @@
+"""A pass of ours leaves nothing behind: in parameters, objects, globals, caches, generators and inputs."""
+
+import functools
+import random
+from collections import deque
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from predictor.layers.isolated_pass import isolated
+from predictor.layers.tensors import copied, few_samples, tensors_anywhere_in
+
+CALLS = 0
+MEMO = {}
+
+
+class Statistics:
+    """A global object of the user's."""
+
+    def __init__(self):
+        self.passes = 0
+
+
+STATISTICS = Statistics()
+
+
+@functools.lru_cache
+def mask(size):
+    return torch.ones(size)
+
+
+def memoized(function):
+    kept, calls = {}, 0
+
+    @functools.wraps(function)
+    def inner(size):
+        nonlocal calls
+        calls += 1
+        if size not in kept:
+            kept[size] = function(size)
+        return kept[size]
+
+    inner.state = lambda: (len(kept), calls)
+    return inner
+
+
+@memoized
+def positions(size):
+    return torch.arange(size)
+
+
+def counted(x):
+    global CALLS
+    CALLS += 1
+    if "first" not in MEMO:
+        MEMO["first"] = x
+    return x
+
+
+@dataclass
+class Memory:
+    """What a recurrent network may keep."""
+
+    states: list
+
+
+class Restless(nn.Module):
+    """Keeps something in every way that Python has."""
+
+    total = 0
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.key.requires_grad_(False)
+        self.memory, self.queue = Memory([torch.zeros(2)]), deque(maxlen=3)
+        self.drawn = torch.Generator(), np.random.default_rng(0), random.Random(1)
+        self.register_buffer("keys", torch.zeros(4))
+        self.register_buffer("broad", torch.zeros(3, 1).expand(3, 2))
+
+    def forward(self, x, seen=[]):  # noqa: B006
+        seen.append(1)
+        Restless.total += 1
+        STATISTICS.passes += 1
+        counted(x), mask(len(x)), positions(len(x))
+        self.queue.append(x)
+        self.memory.states[0].add_(1)
+        self.memory.states.append(x)
+        torch.rand(1, generator=self.drawn[0]), self.drawn[1].random(), self.drawn[2].random()
+        with torch.no_grad():
+            self.key.weight.mul_(0.9).add_(self.query.weight, alpha=0.1)
+            self.key.bias.data = self.key.bias.data * 0.5
+            self.keys.data.add_(1)
+        return self.head(self.query(x) + self.key(x))
+
+    def state(self):
+        generators = self.drawn[0].get_state().tolist(), self.drawn[1].bit_generator.state, self.drawn[2].getstate()
+        tensors = [p.tolist() for p in (*self.parameters(), *self.buffers(), *self.memory.states)]
+        kept = CALLS, list(MEMO), STATISTICS.passes, self.total, mask.cache_info().currsize, positions.state()
+        flags = [(p.requires_grad, p.data_ptr(), p.grad is None) for p in self.parameters()]
+        return generators, tensors, kept, flags, len(self.queue), len(Restless.forward.__defaults__[0])
+
+
+@pytest.mark.parametrize("as_in_training", [False, True])
+def test_nothing_is_left_of_a_pass(as_in_training):
+    model, x = Restless(), torch.ones(2, 4)
+    before = model.state()
+    with isolated(model, as_in_training=as_in_training):
+        model(x)
+        assert model.state() != before
+    assert model.state() == before
+
+
+def test_a_backward_pass_that_is_still_to_come_finds_its_tensors_unchanged():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    loss = model(torch.ones(2, 4)).sum()
+    with isolated(model, as_in_training=True):
+        model(torch.ones(2, 4))
+    loss.backward()
+    assert model[0].weight.grad is not None
+
+
+@dataclass
+class Graph:
+    """Inputs as a library for graphs has them."""
+
+    nodes: torch.Tensor
+    extra: dict
+
+
+def test_a_copy_has_nothing_in_common_with_objects_of_any_class():
+    graph = Graph(torch.ones(2), {"edges": [torch.zeros(3)], "name": lambda: 1})
+    graph.extra["itself"] = graph
+    copy, same = copied((graph, graph.nodes))
+    assert copy.nodes is same
+    assert copy.nodes is not graph.nodes
+    assert copy.extra["itself"] is copy
+    copy.extra.pop("edges")[0].add_(1)
+    assert [tensor.tolist() for tensor in tensors_anywhere_in(graph)] == [[1.0, 1.0], [0.0, 0.0, 0.0]]
+
+
+def test_what_cannot_be_copied_is_refused():
+    with pytest.raises(TypeError):
+        copied({"x": torch.ones(2), "lock": Lock()})
+
+
+def test_a_copy_wants_no_gradients():
+    assert not copied([torch.ones(2, requires_grad=True) * 2])[0].requires_grad
+
+
+def test_a_transformers_batch_is_copied():
+    batch = pytest.importorskip("transformers").BatchEncoding({"input_ids": torch.ones(2)})
+    copied((batch,))[0].pop("input_ids")
+    assert "input_ids" in batch
+
+
+def test_few_samples_are_rows_or_items_of_lists():
+    rows, other = few_samples((torch.ones(5, 3), {"y": torch.ones(5), "scale": torch.ones(3)}))
+    assert rows.shape == (2, 3)
+    assert [tensor.shape[0] for tensor in other.values()] == [2, 3]
+    images, targets = few_samples(([torch.ones(3, 5)] * 4, [{"boxes": torch.ones(4, 4)}] * 4))
+    assert len(images) == len(targets) == 2
+    assert targets[0]["boxes"].shape == (4, 4)
+    assert few_samples((torch.ones(1, 3), 2.0))[0].shape == (1, 3)

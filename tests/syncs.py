@@ -44,7 +44,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Settings under which each policy freezes something in a short training (those that freeze at all)."""
 _OURS = ("predictor/", "collect/", "data/")  # not the training loops of the tests
-_LEFT_OUT = ("predictor/layers/isolated_pass.py",)  # compares each buffer with its copy
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ class _Worst:
 
     def see(self, kind: str, syncs: Syncs) -> None:
         """Note what was counted in a step."""
-        found = {key: count for key, count in syncs.of(*_OURS).items() if not key[0].startswith(_LEFT_OUT)}
+        found = syncs.of(*_OURS)
         if sum(found.values()) >= self._waits.get(kind, 0):
             self._waits[kind] = sum(found.values())
             self._places[kind] = tuple(f"{count} x {place} {why}" for (place, why), count in found.items())

@@ -196,9 +196,10 @@ class _Hook:
     def __init__(self, callback: Callable[[tuple[Any, ...], Mapping[str, Any]], None]) -> None:
         self._callback = callback
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        # A hook that is removed during the call that it belongs to gets no named inputs.
         if not torch.compiler.is_compiling():
-            self._callback(args, kwargs)
+            self._callback(args, kwargs or {})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, (_ignore,)

@@ -71,8 +71,7 @@ def test_every_policy_freezes_as_on_the_cpu_also_when_the_model_is_moved_later(o
     expected = on_second_device(frozen_by_step, name)
     assert any(expected) == (name not in ("none", "shorter", "stopped", "pipetransformer"))
     assert on_second_device(frozen_by_step, name, "gpu") == expected
-    if name != "smartfrz":  # its sampled positions stay behind
-        assert on_second_device(frozen_by_step, name, "gpu", True) == expected
+    assert on_second_device(frozen_by_step, name, "gpu", True) == expected
 
 
 @pytest.mark.parametrize("name", MEASURING)
@@ -92,6 +91,12 @@ def test_the_cache_gives_the_losses_of_the_cpu(on_second_device):
     losses, hits = on_second_device(losses_with_cache, "gpu")
     assert (losses, hits) == on_second_device(losses_with_cache, "cpu")
     assert hits >= 6
+
+
+def test_the_host_waits_at_most_once_at_a_hit_of_the_cache(on_second_device):
+    rows = on_second_device(syncs.of_cache)
+    assert "cache: a hit" in {row.what for row in rows}
+    assert [str(row) for row in rows if row.waits > row.allowed] == []
 
 
 def waits_while_a_change_is_reported():

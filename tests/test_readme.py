@@ -57,6 +57,17 @@ def test_the_complete_loop_freezes(tmp_path):
     assert "layers frozen)" in run(block('digits = load_source("digits")'), tmp_path)
 
 
+def test_a_layer_freezes_with_its_adapters(tmp_path):
+    model = (
+        "from transformers import BertConfig, BertForSequenceClassification\n"
+        "from predictor import FreezeController, make_policy\n"
+        "size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=9)\n"
+        "model = BertForSequenceClassification(BertConfig(**size))\n"
+    )
+    layers = "assert any('lora_A' in layer.name for layer in controller.layers)\n"
+    run(f"{SHORT}{model}{block('get_peft_model(model')}{layers}", tmp_path)
+
+
 def test_the_trainer_of_hugging_face(tmp_path):
     pytest.importorskip("transformers")
     check = "\nassert trainer.callback_handler.callbacks, trainer\nprint('steps', trainer.state.global_step)"

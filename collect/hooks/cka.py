@@ -95,6 +95,7 @@ class CKARecorder(Hook):
                 raise UsageError(
                     f"{training.source.name} has {len(self._inputs)} test samples: unbiased CKA needs at least 4"
                 )
+            self._device = training.device
             self._positions: dict[int, Tensor] = {}
             self._triangles = [self._probe(training)]
 
@@ -119,12 +120,12 @@ class CKARecorder(Hook):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a state of the same training."""
-        self._triangles = [triangle_LP.to(self._inputs.device) for triangle_LP in state["triangles"]]
+        self._triangles = [triangle_LP.to(self._device) for triangle_LP in state["triangles"]]
 
     def _probe(self, training: Probed) -> Tensor:
         """triangle_LP of the current network."""
         layers, samples = training.layers, len(self._inputs)
-        triangle_LP = torch.zeros(len(layers), samples * (samples - 1) // 2, device=self._inputs.device)
+        triangle_LP = torch.zeros(len(layers), samples * (samples - 1) // 2, device=self._device)
         seen: set[int] = set()
 
         def take(layer: int, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -143,7 +144,7 @@ class CKARecorder(Hook):
         samples = len(self._inputs)
         features_BF = by_sample(output, samples)
         if features_BF is None:
-            return torch.zeros(samples * (samples - 1) // 2, device=self._inputs.device)
+            return torch.zeros(samples * (samples - 1) // 2, device=self._device)
         with torch.autocast(features_BF.device.type, enabled=False):  # products in full precision
             return upper_triangle(gram(self._chosen(layer, features_BF)))
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from predictor.cache.arguments import CONSTANTS
 from predictor.cache.side_effects import Draws
+from predictor.layers.isolated_pass import in_isolated_pass
 from predictor.layers.tensors import tensors_in
 
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
@@ -260,11 +261,14 @@ class _Answering:
 
 
 def at_call(nth: int, act: Callable[[Any], None]) -> Callable[[nn.Module, Any, Any], None]:
-    """A forward hook that passes on the output of the module's call number `nth`."""
-    calls = itertools.count()
+    """A forward hook that passes on the output of the module's call number `nth`.
+
+    One for the training's pass leaves out the library's own within it, as for counting FLOPs.
+    """
+    calls, isolated = itertools.count(), in_isolated_pass()
 
     def hook(_: nn.Module, __: Any, output: Any) -> None:
-        if next(calls) == nth:
+        if in_isolated_pass() == isolated and next(calls) == nth:
             act(output)
 
     return hook

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from predictor.freezing.data_wait import DataWait, Wait
 from predictor.freezing.event import FreezeEvent
 from predictor.layers.flops import LayerFlops, count_flops
+from predictor.layers.isolated_pass import in_isolated_pass
 from predictor.layers.layer import Layer
 from predictor.layers.parts import unwrapped
 
@@ -198,7 +199,7 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         # A hook that is removed during the call that it belongs to gets no named inputs.
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not in_isolated_pass():
             self._callback(args, kwargs or {})
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -208,7 +209,7 @@ class _Hook:
 def on_forward(model: nn.Module, callback: Callable[[tuple[Any, ...], Mapping[str, Any]], None]) -> RemovableHandle:
     """Call `callback` with the inputs of each forward pass, until the handle is removed.
 
-    Before all other hooks: those of a feature cache make passes of their own, which are not the training's.
+    Before all other hooks, and not in the library's own passes.
     """
     return model.register_forward_pre_hook(_Hook(callback), with_kwargs=True, prepend=True)
 

@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from types import CellType, CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,8 @@ _CLEAN = sys.stdlib_module_names | {
     "transformers",
 }
 """Packages whose modules keep nothing there that a forward pass changes, or only what is their own affair."""
+_OURS = {"predictor", "collect", "evaluate"}
+"""Packages whose hooks record what a pass beside the training computes."""
 _MOST = 1000
 """Functions that are followed."""
 _CACHE = type(functools.lru_cache(len))
@@ -31,8 +33,8 @@ Keep = Callable[[Any], Callable[[], object] | None]
 def restores_of_code(model: nn.Module, keep: Keep) -> list[Callable[[], object]]:
     """What restores the variables that the code of a model's own classes names, as they are now.
 
-    Followed are the methods of its modules' classes, and the functions, classes and objects that they name. Not
-    followed is what has no Python code.
+    Followed are the methods of its modules' classes and the user's forward hooks, and the functions, classes and
+    objects that they name. Not followed is what has no Python code.
 
     Args:
         model: the model.
@@ -57,6 +59,11 @@ def _variables_of(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     classes = {cls for module in model.modules() for cls in type(module).__mro__ if not _is_clean(cls)}
     stack: list[Any] = [code for cls in classes for code in _code_in(cls)]
     stack += [own for module in model.modules() for own in vars(module).values() if isinstance(own, FunctionType)]
+    owners: dict[int, list[Any]] = {}  # of a hook that is a method, its object, by the id of its function
+    for hook in _hooks_of(model):
+        for function, owner in _calls_of(hook):
+            stack.append(function)
+            owners.setdefault(id(function), []).extend(owner)
     seen = set[int]()
     while stack and len(seen) < _MOST:
         function = stack.pop()
@@ -64,7 +71,7 @@ def _variables_of(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
             continue
         seen.add(id(function))
         names = _names_in(function.__code__)
-        holders: list[Any] = [function.__globals__, *classes]
+        holders: list[Any] = [function.__globals__, *classes, *owners.get(id(function), ())]
         for index in range(2):  # what a global object holds is one step further
             found = [(holder, *pair) for holder in holders for pair in _named(holder, names)]
             yield from found
@@ -78,6 +85,34 @@ def _variables_of(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
                 continue
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             yield [default], "", default
+
+
+def _hooks_of(model: nn.Module) -> Iterator[Any]:
+    """The user's hooks on the forward passes of a model's modules, and of all modules."""
+    tables = [table for m in model.modules() for table in (m._forward_pre_hooks, m._forward_hooks)]
+    tables += [getattr(nn.modules.module, name, {}) for name in ("_global_forward_pre_hooks", "_global_forward_hooks")]
+    for hooks in tables:
+        yield from (hook for hook in hooks.values() if not _is_ours(hook))
+
+
+def _calls_of(hook: Any) -> Iterator[tuple[FunctionType, list[Any]]]:
+    """The functions that a hook runs, each with the object that it is a method of."""
+    if isinstance(hook, functools.partial):
+        for part in (hook.func, *hook.args, *hook.keywords.values()):
+            yield from _calls_of(part)
+    elif isinstance(hook, FunctionType):
+        yield hook, []
+    elif isinstance(hook, MethodType) and isinstance(hook.__func__, FunctionType):
+        yield hook.__func__, [hook.__self__]
+    elif isinstance(call := vars(type(hook)).get("__call__"), FunctionType):
+        yield call, [hook]
+
+
+def _is_ours(hook: Any) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    names = {getattr(each, "__module__", None) or "" for each in (hook, type(getattr(hook, "__self__", hook)))}
+    return any(name.partition(".")[0] in _OURS for name in names)
 
 
 def _code_in(value: Any) -> Iterator[FunctionType]:

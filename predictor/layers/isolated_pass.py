@@ -31,7 +31,8 @@ def isolated(model: nn.Module, *, as_in_training: bool = False) -> Iterator[None
     tensors, lists, dicts and `functools.lru_cache`. Nothing waits for a GPU.
 
     The caller gives the pass copies of the inputs (`predictor.layers.tensors.copied`). Forward hooks run, since many
-    are part of a model (weight norm, pruning, adapters): a hook that counts calls or keeps outputs sees this one too.
+    are part of a model (weight norm, pruning, adapters). What they keep is brought back like what the model's code
+    keeps, so that a list of outputs holds those of the training alone.
 
     Args:
         model: the model.

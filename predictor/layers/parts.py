@@ -38,7 +38,7 @@ def parts_of(model: nn.Module) -> dict[nn.Module, str]:
 
 def has_adapters(module: nn.Module) -> bool:
     """Whether a module wraps a layer and adds adapters to it, as peft's do: it is one part, with the wrapped layer."""
-    return isinstance(module._modules.get("base_layer"), nn.Module) and len(module._modules) > 1
+    return any(kind.__name__ == "BaseTunerLayer" for kind in type(module).__mro__)
 
 
 def _adapters_of(module: nn.Module) -> list[str]:

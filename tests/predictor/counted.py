@@ -9,8 +9,12 @@ X = torch.linspace(-1, 1, 12 * 64).reshape(12, 1, 8, 8).sin()
 Y = torch.arange(12) % 3
 
 
-COMPUTED = []
-"""Each layer that has computed something, and on how many samples. Unlike `calls`, a cache does not restore it."""
+class _Seen(list):
+    """A list that a pass beside the training does not bring back: only plain lists are."""
+
+
+COMPUTED = _Seen()
+"""Each layer that has computed something, and on how many samples, in every pass."""
 
 
 class _Counts:

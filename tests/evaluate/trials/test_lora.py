@@ -1,7 +1,5 @@
 """Adapters on a ResNet, EfficientNet-Lite and BERT: what trains, what stands still, and that the answer is the same."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -86,7 +84,6 @@ def test_adapters_and_head_train_and_nothing_else(pair):
 
 def test_a_step_moves_no_weight_and_no_statistic_of_the_model(pair):
     _, adapted, head, inputs = pair
-    adapted = copy.deepcopy(adapted)
     before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
     optimizer = torch.optim.AdamW(adapted.parameters(), lr=0.1, weight_decay=0.1)
     for _ in range(2):
@@ -96,6 +93,7 @@ def test_a_step_moves_no_weight_and_no_statistic_of_the_model(pair):
     moved = {name for name, tensor in adapted.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved
     assert all("lora_" in name or f"{head}.modules_to_save" in name for name in moved)
+    adapted.load_state_dict(before)
 
 
 def test_the_adapters_scale_is_two(pair):

@@ -301,6 +301,7 @@ class Energy(nn.Module):
         return energy + force.sum(1, keepdim=True)
 
 
+@pytest.mark.filterwarnings("ignore:Energy could not be run to see")
 def test_a_model_that_differentiates_in_its_forward_pass_runs_whole():
     cache = check(Energy, lambda epoch: [(ids, ROWS[ids].clone()) for ids in orders(epoch)])
     assert "does not run without gradients" in cache.reason

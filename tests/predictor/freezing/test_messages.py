@@ -237,6 +237,7 @@ class Uncountable(torch.nn.Module):
         return self.net(x)
 
 
+@pytest.mark.filterwarnings("ignore:Uncountable could not be run to see")
 def test_why_there_are_no_costs_is_said_once(make_toy):
     lines, _ = train(Uncountable(make_toy()), Script({1: {0}, 3: {0, 1}}), steps=6)
     assert [line for line in lines if not line.startswith("step ")] == [

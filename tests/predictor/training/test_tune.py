@@ -81,7 +81,7 @@ def test_train_has_the_split_and_the_epochs_of_the_study_unless_a_flag_says_othe
 
 
 def test_every_setting_of_a_training_can_be_handed_on_in_a_file(tmp_path):
-    settings = FitConfig(3, 2, 99, 16, 0.5, 0.0, 0.1, True, "robust", 0.1, 0.3, 0.25, 4, 5, "cpu")
+    settings = FitConfig(3, 2, 99, 16, 0.5, 0.0, 0.1, True, "robust", 0.1, 0.3, 0.25, 4, 5, "cpu", "shipped")
     assert not any(value == getattr(FitConfig(), name) for name, value in asdict(settings).items())
     write_json(tmp_path / "best.json", {"settings": asdict(settings)})
     assert given(*settings_flags(tmp_path / "best.json")) == settings

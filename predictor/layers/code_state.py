@@ -61,6 +61,8 @@ def _variables_of(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     stack += [own for module in model.modules() for own in vars(module).values() if isinstance(own, FunctionType)]
     owners: dict[int, list[Any]] = {}  # of a hook that is a method, its object, by the id of its function
     for hook in _hooks_of(model):
+        if isinstance(hook, functools.partial):
+            yield from (([value], "", value) for value in (*hook.args, *hook.keywords.values()))
         for function, owner in _calls_of(hook):
             stack.append(function)
             owners.setdefault(id(function), []).extend(owner)

@@ -214,8 +214,8 @@ class FirstPass:
         if len(networks) > 1:
             last = [name for part, name in parts_of(self._model).items() if holds_weight(part)][-1]
             warnings.warn(
-                f"{type(self._model).__name__} was not seen to run before the first step, so {last!r}, which is defined "
-                "last, is taken for its head: pass layers=layers_of(model, example), or name the head with "
+                f"{type(self._model).__name__} was not seen to run before the first step, so {last!r}, which is "
+                "defined last, is taken for its head: pass layers=layers_of(model, example), or name the head with "
                 "layers_of(model, head=...)",
                 stacklevel=5,
             )

@@ -1,7 +1,6 @@
 """What is said at a freeze: names, costs, and data loading where it has become the bottleneck."""
 
 import copy
-import gc
 import itertools
 import pickle
 import time
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, dataloader
 
 from predictor import FeatureCache, FreezeController, FreezePolicy, make_policy
+from predictor.freezing import data_wait
 from tests.predictor.scripted import Script
 
 X = torch.linspace(-1, 1, 6 * 64).reshape(6, 1, 8, 8)
@@ -211,7 +211,8 @@ def test_a_long_gap_now_and_then_is_no_bottleneck(make_toy):
 
 
 def test_data_loaders_are_timed_while_steps_are_measured_and_not_afterwards(make_toy):
-    gc.collect()  # trainings of other tests that ended while they were measured
+    data_wait._listening.clear()  # trainings of other tests that ended while they were measured
+    data_wait._listen()
     list(DataLoader([0]))
     before = dataloader._BaseDataLoaderIter.__next__
     during = []

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from predictor import FreezeController, make_policy
 from predictor.layers.isolated_pass import isolated
 from predictor.layers.tensors import copied, few_samples, tensors_anywhere_in
 
@@ -166,3 +167,63 @@ def test_few_samples_are_rows_or_items_of_lists():
     assert len(images) == len(targets) == 2
     assert targets[0]["boxes"].shape == (4, 4)
     assert few_samples((torch.ones(1, 3), 2.0))[0].shape == (1, 3)
+
+
+class Extractor:
+    """Keeps a layer's outputs, as for distillation."""
+
+    def __init__(self):
+        self.outputs, self.last, self.calls = [], None, 0
+
+    def keep(self, module, args, output):
+        self.outputs.append(output)
+        self.last = output
+        self.calls += 1
+
+
+def kept_in_a_closure(layer):
+    outputs = []
+    return outputs, layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+
+
+def kept_in_an_object(layer):
+    extractor = Extractor()
+    return extractor.outputs, layer.register_forward_hook(extractor.keep)
+
+
+def kept_by_a_partial(layer):
+    outputs = []
+    return outputs, layer.register_forward_hook(functools.partial(lambda to, *given: to.append(given[-1]), outputs))
+
+
+def kept_of_all_modules(layer):
+    outputs = []
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: outputs.append(output) if module is layer else None
+    )
+    return outputs, hook
+
+
+@pytest.mark.parametrize("keep", [kept_in_a_closure, kept_in_an_object, kept_by_a_partial, kept_of_all_modules])
+def test_what_a_users_hook_keeps_is_of_the_trainings_passes(keep):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = FreezeController(
+        model, optimizer, make_policy("static", layers=1), total_steps=9, layers=None, say=lambda line: None
+    )
+    outputs, handle = keep(model[2])
+    with handle:
+        for step in range(3):
+            model(torch.randn(6, 4)).sum().backward()
+            optimizer.step()
+            controller.step()
+            assert len(outputs) == step + 1
+            assert outputs[-1].requires_grad
+
+
+def test_a_count_in_an_object_of_a_hook_stays():
+    extractor, model = Extractor(), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    model[0].register_forward_hook(extractor.keep)
+    with isolated(model):
+        model(torch.randn(6, 4))
+    assert (extractor.calls, extractor.last, extractor.outputs) == (0, None, [])

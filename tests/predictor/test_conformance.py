@@ -1,9 +1,11 @@
 """What holds for every policy, whatever it does."""
 
 import copy
+import warnings
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from predictor import FreezeController, FreezePolicy, make_policy
@@ -106,6 +108,28 @@ def test_frozen_layers_stand_still_with_their_statistics_and_the_head_trains(nam
     training.run(STEPS, watch)
     assert bool(training.controller.history) == (name in FREEZING)
     assert not torch.equal(head, training.model.head.weight)
+    assert training.model.head.weight.requires_grad
+
+
+class Unusual(nn.Module):
+    """Complex weights, weights without numbers, and a head that is defined first."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.inner = nn.Linear(8, 3), nn.Linear(8, 8, dtype=torch.complex64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there is nothing to initialize
+            self.empty = nn.Linear(0, 8)
+        self.outer = nn.Linear(64, 8, dtype=torch.complex64)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.head(self.inner(self.outer(x.to(torch.complex64)) + self.empty(x[:, :0])).abs())
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_weights_of_every_kind_train_without_an_error_or_a_warning(name, policy_of):
+    training = Training(Unusual(), policy_of(name), "adamw").run(STEPS)
     assert training.model.head.weight.requires_grad
 
 

@@ -122,7 +122,7 @@ class AutoFreezePolicy(FreezePolicy):
         return dict(zip(indices, norms, strict=True))
 
     def _settled(self, active: tuple[int, ...], change: list[float]) -> frozenset[int]:
-        change_A = torch.tensor(change, dtype=torch.float64)
+        change_A = torch.tensor(change, dtype=torch.float64, device="cpu")
         limit = torch.quantile(change_A, self.percentile / 100).item()
         first = next(number for number, value in enumerate(change) if value >= limit)
         return frozenset(active[:first])

@@ -190,3 +190,20 @@ def test_save_load_go_on_equals_the_unbroken_run(name, stop, optimizer, policy_o
     assert equal(unbroken.weights(), resumed.weights())
     assert resumed.controller.history == unbroken.controller.history
     assert resumed.controller.frozen == unbroken.controller.frozen
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_users_default_device_changes_no_decision(name, policy_of, make_toy):
+    seen = []
+    for device in ("cpu", "meta"):  # a stand-in for "cuda", with which nothing on the CPU mixes
+        torch.manual_seed(0)
+        training = Training(make_toy(), policy_of(name))
+        x, y = torch.randn(8, 1, 8, 8), torch.randint(3, (8,))
+        with torch.device(device):
+            for _ in range(STEPS):
+                F.cross_entropy(training.model(x), y).backward()
+                training.optimizer.step()
+                training.controller.step()
+                training.optimizer.zero_grad()
+        seen.append([event.as_dict() for event in training.controller.history])
+    assert seen[0] == seen[1]

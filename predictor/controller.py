@@ -279,7 +279,12 @@ class FreezeController:
         policy = self.policy
         policy.bind(self.model, self._optimizers[0], self.layers)
         if type(policy).rates is not FreezePolicy.rates and not self.dry_run:  # otherwise not even a hook
-            self._rates = LayerRates(self.layers, self._optimizers, lambda: policy.rates(self.view), self._timed)
+            self._rates = LayerRates(self.layers, self._optimizers, self._rate_factors, self._timed)
+
+    def _rate_factors(self) -> dict[int, float]:
+        # The policy's own time of a layer that the user has opened is over: its rate there would be zero.
+        rates = self.policy.rates(self.view)
+        return {index: factor for index, factor in rates.items() if index not in self._given_back}
 
     def _settle_layers(self, layers: tuple[Layer, ...]) -> None:
         """Take the layers that the first pass has shown, where they are others, and begin anew with them."""
@@ -330,6 +335,7 @@ class FreezeController:
             self._next_check = self._step + self._check_every
             self._freeze_again()
             self._check_frozen_weights()
+        self._reporter.notice_opened()
         view = self.view
         if self._watch.watching:
             self._watch.check(_training(view))

@@ -47,8 +47,8 @@ class SampleQueue:
         self.exchanges = 0
         """How often samples were exchanged."""
         size = len(among) + len(queue)
-        self._right_N = torch.zeros(size, dtype=torch.bool)  # when seen last
-        self._forgotten_N = torch.zeros(size, dtype=torch.int32)  # in this interval
+        self._right_N = torch.zeros(size, dtype=torch.bool, device="cpu")  # when seen last
+        self._forgotten_N = torch.zeros(size, dtype=torch.int32, device="cpu")  # in this interval
 
     @torch.no_grad()
     def note(self, ids_B: Tensor, right_B: Tensor) -> None:
@@ -122,7 +122,7 @@ class SieveSampler(Sampler[int]):
             )
         if every < 1:
             raise UsageError(f"every={every}: give the epochs between exchanges, from 1")
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
         self._every = every
         self._epochs = 0
         order_N = self._order(size)
@@ -161,4 +161,4 @@ class SieveSampler(Sampler[int]):
         self._samples.load_state_dict(state["samples"])
 
     def _order(self, size: int) -> Tensor:
-        return torch.randperm(size, generator=self._generator)
+        return torch.randperm(size, generator=self._generator, device="cpu")

@@ -191,7 +191,7 @@ class ViewStore(CompressedStore):
             "first": super().state_dict(),
             "later": None if self._later is None else self._later.state_dict(),
             "sensitive": self._sensitive,
-            "seen": torch.tensor(list(self._seen.items()), dtype=torch.int64).view(-1, 2),
+            "seen": torch.tensor(list(self._seen.items()), dtype=torch.int64, device="cpu").view(-1, 2),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -130,7 +130,7 @@ class FeatureStore:
         """All rows held, with their ids."""
         ids = list(self._row_of)
         rows = FeatureStore.unpacked(self, FeatureStore.fetch(self, ids), torch.device("cpu")) if ids else []
-        return {"ids": torch.tensor(ids, dtype=torch.int64), "rows": rows}
+        return {"ids": torch.tensor(ids, dtype=torch.int64, device="cpu"), "rows": rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the rows of a store of the same kind. Raises OSError when the disk is full."""

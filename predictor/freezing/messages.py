@@ -57,8 +57,8 @@ class FreezeReporter:
         """Arguments of the model's calls that its own `forward` never sees."""
         self._model = model
         self._layers = layers
-        # What the user holds still now costs no gradients, whatever is frozen later.
-        self._trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        # What the user holds still costs no gradients until it is opened, whatever is frozen later.
+        self._trained = _training_now(model)
         self._say = say if _is_first() else None
         self._prefix = "dry run, " if dry_run else ""
         self._end = "; only the head still trains" if whole else ""
@@ -83,6 +83,12 @@ class FreezeReporter:
         """Count FLOPs at the next forward pass."""
         if self._uncounted and self._counting is None:
             self._counting = on_forward(_network_in(self._model), self._count)
+
+    def notice_opened(self) -> None:
+        """Count anew where the user has opened what was held still when FLOPs were counted."""
+        if self.flops is not None and not _training_now(self._model) <= self._trained:
+            self.flops, self._uncounted = None, True
+            self.count()
 
     def changed(self, event: FreezeEvent, before: frozenset[int], finished: bool = False) -> None:
         """Report a change of the frozen set.
@@ -141,6 +147,7 @@ class FreezeReporter:
             self._why_not = "the trainer redirects the call of the wrapped model"
             return
         kwargs = {name: value for name, value in kwargs.items() if name not in self.hidden}
+        self._trained |= _training_now(self._model)
         try:
             self.flops = count_flops(model, self._layers, args, kwargs, self._trained)
         except Exception as error:  # it is the user's model, and only a figure in a line depends on it
@@ -222,6 +229,10 @@ def _network_in(model: nn.Module) -> nn.Module:
     holding = [child for child in network.children() if any(True for _ in child.parameters())]
     only = len(holding) == 1 and not any(True for _ in network.parameters(recurse=False))
     return unwrapped(holding[0]) if only else model
+
+
+def _training_now(model: nn.Module) -> set[int]:
+    return {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
 
 def _ignore(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@
 | all else of torch.nn, which does the same in both modes | keeps its mode, and so do hooks on it that look at it, such as NEFTune's |
 | modules that return something else in training, such as losses (the parts of torchvision's detectors) | keep their mode |
 | blocks whose activations are checkpointed, in training only | keep their mode, if nothing else in them depends on it |
-| fake quantization (quantization-aware training) | observers are off |
+| fake quantization (quantization-aware training) | observers that have seen data are off |
 
 A held module stays so through `model.train()`. `model.eval()` does what it always does. Copies and pickles of a model
 are not held: their own `train` works. `release` gives back the rest.
@@ -19,7 +19,7 @@ import inspect
 import operator
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 _RECORD = "_before_freezing"
 """The attribute in which a module keeps what it was before, as plain data: copies and pickles take it along."""
-_CHANCE = re.compile(r"(?i)drop|rand|noise|jitter|prob|bernoulli|dirichlet|gauss|normal_|augment|aug_|requires_grad")
+_CHANCE = re.compile(
+    r"(?i)drop|rand|noise|jitter|prob|bernoulli|dirichlet|gauss|normal_|augment|aug_|_aug|requires_grad"
+)
 _STATISTICS = re.compile(r"running|momentum|decay|codebook|\bema|_ema|self(\.\w+)+_\(")
 
 
@@ -50,7 +52,7 @@ def hold(module: nn.Module, model: nn.Module | None = None) -> None:
             module.__dict__["reset_running_stats"] = _Ignored(module, "reset_running_stats")
     if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout:
         module.dropout = _Off(module.dropout)
-    if _is_fake_quantize(module):
+    if _is_fake_quantize(module) and _has_observed(module):
         observed: Any = module.observer_enabled
         record["observes"] = int(observed[0])
         module.disable_observer()  # type: ignore[operator]
@@ -213,6 +215,12 @@ def _is_fake_quantize(module: nn.Module) -> bool:
     return all(isinstance(getattr(module, name, None), Tensor) for name in names) and hasattr(module, "enable_observer")
 
 
+def _has_observed(module: Any) -> bool:
+    """Whether an observer has seen data. Without any it has no range to quantize by."""
+    least = getattr(getattr(module, "activation_post_process", None), "min_val", None)
+    return not isinstance(least, Tensor) or bool(least.numel() and least.isfinite().all())
+
+
 def _stands_still_in_evaluation(module: nn.Module) -> bool:
     """Whether a module has to be in evaluation mode to stand still, and may be."""
     if isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU)):
@@ -253,24 +261,35 @@ def _uses_of_mode(kind: type) -> frozenset[str]:
 
 def _uses_in(method: ast.AST) -> set[str]:
     uses, seen = set(), set[ast.AST]()
+    names: dict[str, str] = {}  # variables that hold the mode, and what they were set to
     for node in ast.walk(method):
-        if isinstance(node, (ast.If, ast.IfExp, ast.Assert)) and (reads := list(_reads(node.test))):
+        if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Attribute, ast.BoolOp, ast.UnaryOp)):
+            reads = list(_reads(node.value, names))
+            own = {target.id: ast.unparse(node.value) for target in node.targets if isinstance(target, ast.Name)}
+            seen.update(reads if own else ())
+            names.update(own if reads else {})
+    for node in ast.walk(method):
+        if isinstance(node, (ast.If, ast.IfExp, ast.Assert)) and (reads := list(_reads(node.test, names))):
             seen.update(reads)
-            uses.add(_use_of(node))
-        elif node not in seen and next(_reads(node, nested=False), None):
+            said = " ".join(names[read.id] for read in reads if isinstance(read, ast.Name))
+            uses.add(_use_of(node, said))
+        elif node not in seen and next(_reads(node, names, nested=False), None):
             uses.add("chance")  # given to a function, as to dropout
     return uses - {"checkpoint"}
 
 
-def _reads(node: ast.AST, nested: bool = True) -> Iterator[ast.AST]:
+def _reads(node: ast.AST, names: Collection[str], nested: bool = True) -> Iterator[ast.AST]:
     for part in ast.walk(node) if nested else (node,):
         if isinstance(part, ast.Attribute) and part.attr == "training" and ast.unparse(part.value) == "self":
             yield part
+        if isinstance(part, ast.Name) and part.id in names and isinstance(part.ctx, ast.Load):
+            yield part
 
 
-def _use_of(node: ast.If | ast.IfExp | ast.Assert) -> str:
-    text = ast.unparse(node)
-    if "checkpoint" in ast.unparse(node.test):
+def _use_of(node: ast.If | ast.IfExp | ast.Assert, said: str) -> str:
+    """What is done by the mode here. said: what the variables in the condition were set to."""
+    text = f"{ast.unparse(node)} {said}"
+    if "checkpoint" in f"{ast.unparse(node.test)} {said}":
         return "checkpoint"
     if "gumbel_softmax" in text:
         return "other"  # a sample that lets gradients pass, and in evaluation mode a choice that lets none

@@ -150,7 +150,7 @@ class Agreement:
         ranks = self._ranks or tuple(dist.get_process_group_ranks(self._group or dist.group.WORLD))
         if len(ranks) == 1:
             return wanted
-        chosen_L = torch.zeros(layers, dtype=torch.uint8)
+        chosen_L = torch.zeros(layers, dtype=torch.uint8, device="cpu")
         chosen_L[sorted(wanted)] = 1
         dist.broadcast(chosen_L, group=self._over_the_cpu(ranks), group_src=0)
         return frozenset(chosen_L.nonzero().flatten().tolist())

@@ -18,6 +18,8 @@ _DROP = 1 / 3
 """A learning rate that stood still has dropped when it falls below this share of itself."""
 _FALL = 1 / 4
 """A learning rate falls steeply if, going on like that, it would reach zero within this share of the time left."""
+_FAR_BELOW = 1 / 100
+"""A first rise has hardly begun at a learning rate below this share of the one that it leads to."""
 _PROGRESS, _LOG_LR = FEATURES.index("progress"), FEATURES.index("log_lr")
 
 
@@ -113,6 +115,12 @@ class LayerHistory:
     def at_rest(self, layers: Sequence[int]) -> set[int]:
         """Those of the layers that nothing has trained for as long as a window takes."""
         return {index for index in layers if self.still_L[index] >= self.window - 1}
+
+    def wait_for_rise(self, named_L: Sequence[float]) -> None:
+        """Begin windows anew where a rate has not fallen so far, and is far below the one that is named for it."""
+        for index, (rate, named) in enumerate(zip(self._rates, named_L, strict=True)):
+            if rate.now == rate.lowest == rate.peak < _FAR_BELOW * named:
+                self.length_L[index] = min(self.length_L[index], 1)
 
     def windows(self, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """weights_BWK and features_BWF of these layers, oldest snapshot first."""

@@ -63,7 +63,7 @@ class AutoFreezePolicy(FreezePolicy):
         for index in view.active:
             own = list(view.layers[index].parameters())
             if index not in self._sums:
-                self._sums[index] = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in own]
+                self._sums[index] = [_zeros_like(parameter) for parameter in own]
             for total, parameter in zip(self._sums[index], own, strict=True):
                 if parameter.grad is not None:
                     sums.append(total)
@@ -122,7 +122,11 @@ class AutoFreezePolicy(FreezePolicy):
         return dict(zip(indices, norms, strict=True))
 
     def _settled(self, active: tuple[int, ...], change: list[float]) -> frozenset[int]:
-        change_A = torch.tensor(change, dtype=torch.float64)
+        change_A = torch.tensor(change, dtype=torch.float64, device="cpu")
         limit = torch.quantile(change_A, self.percentile / 100).item()
         first = next(number for number, value in enumerate(change) if value >= limit)
         return frozenset(active[:first])
+
+
+def _zeros_like(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(parameter, dtype=torch.complex64 if parameter.is_complex() else torch.float32)

@@ -13,7 +13,7 @@ from predictor.errors import UsageError
 from predictor.layers.flops import LayerFlops
 from predictor.layers.layer import Layer
 from predictor.policies.base import FreezePolicy, View
-from predictor.policies.measuring.gradients import LastStep, read, steps_into_interval
+from predictor.policies.measuring.gradients import LastStep, read, real_of, steps_into_interval
 
 _UNITS = 10_000
 """The units that the budget is cut into for the search."""
@@ -115,7 +115,7 @@ class GreenTrainerPolicy(FreezePolicy):
 
     def _loss_decrease(self, index: int, layer: Layer) -> torch.Tensor:
         pairs = zip(layer.parameters(), self._last_step.moved(index), strict=True)
-        products = [-(p.grad.float() * moved.float()).sum() for p, moved in pairs if p.grad is not None]
+        products = [-(real_of(p.grad) * real_of(moved)).sum() for p, moved in pairs if p.grad is not None]
         return torch.stack(products).sum() if products else torch.zeros((), device=next(layer.parameters()).device)
 
 

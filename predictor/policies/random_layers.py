@@ -35,6 +35,6 @@ class RandomPolicy(FreezePolicy):
         """As many layers as moments have passed."""
         # Drawn at each call by a generator of its own: there is nothing to save, and the training's random numbers do
         # not change.
-        generator = torch.Generator().manual_seed(self.seed)
-        moments = torch.rand(round(self.share * len(view.layers)), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        moments = torch.rand(round(self.share * len(view.layers)), generator=generator, device="cpu")
         return frozenset(range(int((moments <= view.progress).sum())))

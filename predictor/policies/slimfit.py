@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from predictor.errors import UsageError
 from predictor.layers.layer import Layer
 from predictor.policies.base import FreezePolicy, View
-from predictor.policies.measuring.gradients import LastStep, read
+from predictor.policies.measuring.gradients import LastStep, read, real_of
 
 _LEAST = 1e-8
 """Replaces a weight of zero in a divisor."""
@@ -101,5 +101,5 @@ class SlimFitPolicy(FreezePolicy):
         """Mean |dw / w| over a layer's weights."""
         pairs = list(zip(self._last_step.moved(index), self._last_step.before(index), strict=True))
         pairs = [pair for pair in pairs if pair[0].dim() >= 2] or pairs
-        ratios = [(moved.float() / before.float().abs().clamp_min(_LEAST)).abs().sum() for moved, before in pairs]
+        ratios = [(real_of(moved) / real_of(before).abs().clamp_min(_LEAST)).abs().sum() for moved, before in pairs]
         return torch.stack(ratios).sum() / sum(moved.numel() for moved, _ in pairs)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from predictor.errors import UsageError
 from predictor.freezing.learning_rates import innermost
+from predictor.layers.flops import LayerFlops
 from predictor.layers.layer import Layer
 from predictor.model.config import CLOCK
 from predictor.model.decision import Floats, largest_prefix, saved_by
@@ -46,8 +48,9 @@ class SmartFRZPolicy(FreezePolicy):
         architecture. Ours has learned what freezing a prefix did to the loss, the paper's how alike activations are.
         The paper weighs no FLOPs. `prefix` keeps the frozen set a prefix, where freezing saves most; that is an option
         of third parties. A layer is not judged while its learning rate has dropped, falls far too early or has risen
-        again within the window, and only by steps in which it moved and had a gradient (`LayerHistory`). Layers that
-        the user holds still are not judged. A prefix passes over them, and they join it until they are opened.
+        again within the window, nor before a first rise that its schedule names, and only by steps in which it moved
+        and had a gradient (`LayerHistory`). Layers that the user holds still are not judged. A prefix passes over them,
+        and they join it until they are opened.
     Cost: one gather and one gradient norm a layer, two transfers from a GPU and one small batch through the predictor
         at each of about 60 snapshots a run. With `prefix` and a predictor that knows what freezing costs also one
         forward pass, in which FLOPs are counted.
@@ -108,6 +111,7 @@ class SmartFRZPolicy(FreezePolicy):
         self._optimizer = optimizer
         self._layers = layers
         self._steps, self._decided, self._rates = 0, 0, []
+        self._started_G = [_known(group.get("lr")) for group in optimizer.param_groups]
         self._lr_hook = innermost(optimizer).register_step_post_hook(self._note_rates)
         self._sampler = LayerSampler(layers, self._spec)
         self._history = None
@@ -115,6 +119,7 @@ class SmartFRZPolicy(FreezePolicy):
         self._votes = {}
         self._missed = 0  # consecutive snapshots without any gradient
         self._saved_L: Floats | None = None
+        self._weighed: LayerFlops | None = None  # what that was computed of
 
     def due(self, step: int, total_steps: int) -> bool:
         """At every snapshot."""
@@ -172,6 +177,7 @@ class SmartFRZPolicy(FreezePolicy):
         self._steps, self._decided = 0, view.step
         norm_L, lr_L = self._read_norms_and_rates(view)
         evidence = history.update(view.step, lr_L, weights_LK, norm_L, view.frozen, view.resting)
+        history.wait_for_rise(self._named_rates())
         if evidence and view.step > 0:
             self._check_gradients(view, skipped)
         return evidence and view.step > 0
@@ -207,6 +213,13 @@ class SmartFRZPolicy(FreezePolicy):
             return norm_L, lr_G[:1] * len(view.layers)
         group_L = group_of_layers(self._layers, groups[: len(lr_G)])
         return norm_L, [max(lr_G) if group is None else lr_G[group] for group in group_L]
+
+    def _named_rates(self) -> list[float]:
+        """lr_L: the highest rate that the optimizer was made with or its schedule names, as far as it is known."""
+        groups = self._optimizer.param_groups
+        named_G = [max(_known(group.get("initial_lr")), _known(group.get("max_lr"))) for group in groups]
+        named_G = [max(pair) for pair in zip_longest(named_G, self._started_G, fillvalue=0.0)]
+        return [0.0 if group is None else named_G[group] for group in group_of_layers(self._layers, groups)]
 
     @property
     def _uses_gradients(self) -> bool:
@@ -254,8 +267,9 @@ class SmartFRZPolicy(FreezePolicy):
         """Which of the layers that have a window are ready."""
         if not self.wants_flops:
             return [index for index, p in probability.items() if p >= self.threshold]
-        if self._saved_L is None:
-            self._saved_L = _saved_by_prefixes(view)
+        # FLOPs are counted anew where the user opens what was held still.
+        if self._saved_L is None or view.flops not in (None, self._weighed):
+            self._saved_L, self._weighed = _saved_by_prefixes(view), view.flops
         certain = view.frozen | passed
         probability_L = [probability.get(index, float(index in certain)) for index in range(len(view.layers))]
         size = largest_prefix(probability_L, self._saved_L, self.threshold)
@@ -265,6 +279,13 @@ class SmartFRZPolicy(FreezePolicy):
 def _rate(lr: Any) -> float:
     """A learning rate. An optimizer that finds its own, as Adafactor, may have None: then it is taken for constant."""
     return float(lr) if isinstance(lr, int | float) and math.isfinite(lr) else 1.0
+
+
+def _known(lr: Any) -> float:
+    """A rate that is read without waiting for a device; 0 where there is none."""
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        lr = float(lr)
+    return float(lr) if isinstance(lr, int | float) and math.isfinite(lr) else 0.0
 
 
 def _threshold(file: PredictorFile, threshold: float | None, risk: float | None) -> float:

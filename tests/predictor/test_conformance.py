@@ -1,9 +1,11 @@
 """What holds for every policy, whatever it does."""
 
 import copy
+import warnings
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from predictor import FreezeController, FreezePolicy, make_policy
@@ -109,6 +111,28 @@ def test_frozen_layers_stand_still_with_their_statistics_and_the_head_trains(nam
     assert training.model.head.weight.requires_grad
 
 
+class Unusual(nn.Module):
+    """Complex weights, weights without numbers, and a head that is defined first."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.inner = nn.Linear(8, 3), nn.Linear(8, 8, dtype=torch.complex64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there is nothing to initialize
+            self.empty = nn.Linear(0, 8)
+        self.outer = nn.Linear(64, 8, dtype=torch.complex64)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.head(self.inner(self.outer(x.to(torch.complex64)) + self.empty(x[:, :0])).abs())
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_weights_of_every_kind_train_without_an_error_or_a_warning(name, policy_of):
+    training = Training(Unusual(), policy_of(name), "adamw").run(STEPS)
+    assert training.model.head.weight.requires_grad
+
+
 def gradients_of(training):
     return {name: None if p.grad is None else p.grad.clone() for name, p in training.model.named_parameters()}
 
@@ -166,3 +190,20 @@ def test_save_load_go_on_equals_the_unbroken_run(name, stop, optimizer, policy_o
     assert equal(unbroken.weights(), resumed.weights())
     assert resumed.controller.history == unbroken.controller.history
     assert resumed.controller.frozen == unbroken.controller.frozen
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_users_default_device_changes_no_decision(name, policy_of, make_toy):
+    seen = []
+    for device in ("cpu", "meta"):  # a stand-in for "cuda", with which nothing on the CPU mixes
+        torch.manual_seed(0)
+        training = Training(make_toy(), policy_of(name))
+        x, y = torch.randn(8, 1, 8, 8), torch.randint(3, (8,))
+        with torch.device(device):
+            for _ in range(STEPS):
+                F.cross_entropy(training.model(x), y).backward()
+                training.optimizer.step()
+                training.controller.step()
+                training.optimizer.zero_grad()
+        seen.append([event.as_dict() for event in training.controller.history])
+    assert seen[0] == seen[1]

@@ -18,6 +18,7 @@ from predictor.errors import UsageError
 from predictor.layers.isolated_pass import isolated
 from predictor.layers.layer import Layer
 from predictor.layers.tensors import copied, tensors_in
+from predictor.policies.measuring.gradients import real_of
 from predictor.policies.measuring.similarity import by_sample
 
 
@@ -75,6 +76,7 @@ class BatchTaker:
         self._model = model
         self._handle: RemovableHandle | None = None
         self._batch: Batch | None = None
+        self._missed = 0  # steps in a row in which the model was not called
 
     @property
     def waiting(self) -> bool:
@@ -87,10 +89,12 @@ class BatchTaker:
             self._handle = self._model.register_forward_pre_hook(self._take, with_kwargs=True)
 
     def taken(self) -> Batch | None:
-        """The batch, which is dropped here; None, with a warning, if the model was not called."""
+        """The batch, which is dropped here; None if the model was not called, with a warning the second time."""
         batch = self._batch
         self.close()
-        if batch is None:
+        # A call in which the layers were shown had begun before it could be waited for.
+        self._missed = 0 if batch is not None else self._missed + 1
+        if self._missed > 1:
             warnings.warn(
                 f"no call of {type(self._model).__name__} was seen in a training step, so its layers were not "
                 "measured: call the model that the controller was given, and compile no nn.Sequential as a whole",
@@ -151,7 +155,7 @@ def outputs_of(
         if index not in found:
             features_BF = by_sample(output, batch.samples)
             with torch.autocast(kind, enabled=False):
-                found[index] = None if features_BF is None else digest(features_BF.float())
+                found[index] = None if features_BF is None else digest(real_of(features_BF).flatten(1))
             if len(found) == len(seen):
                 raise _AllSeen
 

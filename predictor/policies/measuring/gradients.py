@@ -36,6 +36,11 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
+def real_of(values: Tensor) -> Tensor:
+    """The numbers in float32, of complex ones both parts."""
+    return (torch.view_as_real(values) if values.is_complex() else values).float()
+
+
 def read(values: Sequence[Tensor]) -> list[float]:
     """Read numbers that may be on several devices, with one synchronization."""
     first, *_ = values = [whole(value) for value in values]

@@ -23,7 +23,7 @@ class QuantizedReference:
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
                 if not tensor.is_floating_point():
                     continue
-                if isinstance(tensor, nn.Parameter) and tensor.dim() >= 2:
+                if isinstance(tensor, nn.Parameter) and tensor.dim() >= 2 and tensor.numel():
                     self._rounded[name], self._scales[name] = rounded(tensor)
                 else:
                     self._rest[name] = tensor.detach().clone()

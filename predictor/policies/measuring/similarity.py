@@ -42,8 +42,8 @@ def upper_triangle(gram_BB: Tensor) -> Tensor:
 
 def cka_to_last(triangles_TP: Tensor, samples: int) -> Tensor:
     """cka_T in float64: unbiased CKA of each Gram matrix to the last one; NaN where one of the two is constant."""
-    rows, columns = torch.triu_indices(samples, samples, offset=1)
-    grams_TBB = torch.zeros(len(triangles_TP), samples, samples, dtype=torch.float64)
+    rows, columns = torch.triu_indices(samples, samples, offset=1, device=triangles_TP.device)
+    grams_TBB = torch.zeros(len(triangles_TP), samples, samples, dtype=torch.float64, device=triangles_TP.device)
     grams_TBB[:, rows, columns] = triangles_TP.double()
     grams_TBB += grams_TBB.mT.clone()
     last_BB = grams_TBB[-1]

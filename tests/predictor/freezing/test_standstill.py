@@ -163,6 +163,7 @@ def test_what_known_classes_do_by_their_mode():
             detection.roi_heads.RoIHeads: "other",
             detection.transform.GeneralizedRCNNTransform: "other",
             torchvision.models.Inception3: "other",
+            torchvision.models.quantization.QuantizableInception3: "other",  # keeps the mode in a variable
             torchvision.ops.StochasticDepth: "chance",
         }
     if timm := pytest.importorskip("timm"):
@@ -196,6 +197,19 @@ def test_checkpointed_blocks_stay_checkpointed_and_a_gumbel_quantizer_lets_gradi
     assert not block.self_attn.training
     quantizer = transformers.models.wav2vec2.modeling_wav2vec2.Wav2Vec2GumbelVectorQuantizer
     assert "other" in _uses_of_mode(quantizer)
+
+
+def test_an_observer_that_has_seen_nothing_goes_on_so_that_its_layer_is_quantized_by_its_data():
+    quantization = pytest.importorskip("torch.ao.quantization")
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # it is deprecated in favour of torchao
+        model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+        quantization.prepare_qat(model, inplace=True)
+    freeze_all(model, layers_of(model))
+    model(torch.rand(4, 1, 8, 8))
+    assert model[0].weight_fake_quant.activation_post_process.min_val.isfinite().all()
+    assert model[0].activation_post_process.activation_post_process.min_val.isfinite().all()
 
 
 def test_observers_of_quantization_stand_still_until_the_release_and_as_the_user_last_said():

@@ -395,3 +395,32 @@ def test_a_layer_gets_its_own_rate_from_the_group_that_is_added_for_it():
     factor = policy.rates(controller.view)[0]
     optimizer.step()
     assert torch.allclose(model[0][0].weight, before - factor * 0.01 * gradient, atol=1e-7)
+
+
+def test_a_layer_that_is_opened_after_its_time_trains_at_the_rate_of_the_training():
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer, controller = start(model, make_policy("freezeout"), total_steps=20)
+    for _ in range(15):
+        step(model, optimizer, controller)
+    assert 0 in controller.frozen
+    model[0].requires_grad_(True)
+    step(model, optimizer, controller)  # gives it back
+    before = model[0][0].weight.detach().clone()
+    step(model, optimizer, controller)
+    assert not torch.equal(before, model[0][0].weight)
+
+
+def test_what_a_layer_costs_is_counted_anew_when_it_is_opened():
+    model = network()
+    model[:3].requires_grad_(False)
+    optimizer, controller = start(model, make_policy("greentrainer", rounds=2), total_steps=20)
+    for _ in range(10):
+        step(model, optimizer, controller)
+    flops = controller.view.flops
+    assert flops.share(frozenset({0, 1, 2})) == 1
+    model.requires_grad_(True)
+    for _ in range(3):
+        step(model, optimizer, controller)
+    assert controller.view.flops.share(frozenset({0, 1, 2})) < 0.5
+    assert controller.frozen < {0, 1, 2}

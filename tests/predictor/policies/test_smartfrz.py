@@ -189,6 +189,13 @@ def test_after_a_drop_of_the_rate_it_waits_for_a_whole_window(make_predictor_fil
     assert (frozen.index(True) + 1 if True in frozen else None) == frozen_at
 
 
+def test_a_rate_far_below_the_one_that_is_named_will_rise_and_shows_nothing_till_then(make_predictor_file):
+    policy = make_policy("smartfrz", predictor=make_predictor_file(probability=0.9, window=6))
+    training = Training(policy, rate=lambda step: 0.001 if step < 6 else 1.0)
+    frozen = [bool(training.controller.frozen) for _ in range(STEPS) if training.step() is None]
+    assert frozen.index(True) + 1 == 11  # the newest snapshot at the low rate is the first of a window
+
+
 def test_a_layer_that_was_frozen_before_it_ever_trained_has_nothing_to_gain(make_predictor_file):
     policy = make_policy("smartfrz", predictor=make_predictor_file(probability=0.1, window=STEPS), front=0.3)
     training = Training(policy)

@@ -350,10 +350,15 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _checkpointed_part() -> FrameType | None:
-    """The innermost call of `torch.utils.checkpoint` that is under way, for which torch has no public function."""
+    """The innermost call under way whose activations are checkpointed. There is no public function for it."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_code.co_filename == checkpoint.__file__ and frame.f_code.co_name == "checkpoint":
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if file == checkpoint.__file__ and name == "checkpoint":
             return frame
+        if file.endswith("modeling_layers.py"):  # Transformers' layers, which do not checkpoint without gradients
+            layer = frame.f_locals.get("self")
+            if getattr(layer, "gradient_checkpointing", False) is True and getattr(layer, "training", False):
+                return frame
     return None

@@ -65,6 +65,7 @@ class FreezeReporter:
         self._counting: RemovableHandle | None = None
         sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
         self._uncounted = not sharded
+        self._counts_anew = False  # the pass of the step that ends was counted for other layers
         self._why_not = "the model is sharded" if sharded else ""  # counted; empty once it was said
         self._data_wait = DataWait(partial(on_forward, model), model, _TIMED_STEPS)
 
@@ -75,8 +76,12 @@ class FreezeReporter:
 
     def use(self, layers: Sequence[Layer]) -> None:
         """Report on these layers from now on. What has not been reported of others is dropped."""
-        self._layers, self.flops = layers, None
+        counted, self.flops = self.flops is not None, None
+        self._layers = layers
         self._pending.clear()
+        if counted:
+            self._uncounted = self._counts_anew = True
+            self.count()
 
     def count(self) -> None:
         """Count FLOPs at the next forward pass."""
@@ -104,6 +109,9 @@ class FreezeReporter:
 
     def stepped(self) -> None:
         """Call after an optimizer step, whose forward pass has shown what layers cost where that can be seen."""
+        if self._counts_anew:
+            self._counts_anew = False
+            return
         self._stop_counting()
         if self._say is None:
             return
@@ -122,6 +130,7 @@ class FreezeReporter:
 
     def say(self, lines: Iterable[str]) -> None:
         """Report what is still pending, and then these lines."""
+        self._counts_anew = False
         self.stepped()
         if self._say is not None:
             for line in lines:
@@ -129,6 +138,7 @@ class FreezeReporter:
 
     def close(self) -> None:
         """Report what is still pending, and stop measuring."""
+        self._counts_anew = False
         self.stepped()
         self._data_wait.stop()
 

@@ -404,3 +404,11 @@ def test_a_second_fit_of_the_same_trainer_goes_on_or_says_what_it_needs(tmp_path
     trainer.fit_loop.max_epochs = 4
     with pytest.raises(UsageError, match="training of 18 steps, and total_steps=24"):
         trainer.fit(trainer.lightning_module, loader, loader)
+
+
+def test_what_froze_before_the_first_step_is_reported_with_its_cost(tmp_path, make_toy, capsys):
+    for dry_run in (False, True):
+        callback = FreezeCallback(make_policy("static", layers=1), dry_run=dry_run)
+        fit_with(tmp_path / str(dry_run), [callback], make_toy(), module=Plain)
+        assert callback.controller.timeline.flops is not None
+        assert "of a full one's FLOPs" in capsys.readouterr().out

@@ -112,6 +112,8 @@ class FreezeReporter:
         if self._counts_anew:
             self._counts_anew = False
             return
+        if self._counting is not None and not self._why_not:
+            self._why_not = "the model itself is not called, only modules in it"
         self._stop_counting()
         if self._say is None:
             return
@@ -131,6 +133,7 @@ class FreezeReporter:
     def say(self, lines: Iterable[str]) -> None:
         """Report what is still pending, and then these lines."""
         self._counts_anew = False
+        self._stop_counting()
         self.stepped()
         if self._say is not None:
             for line in lines:
@@ -139,6 +142,7 @@ class FreezeReporter:
     def close(self) -> None:
         """Report what is still pending, and stop measuring."""
         self._counts_anew = False
+        self._stop_counting()
         self.stepped()
         self._data_wait.stop()
 

@@ -66,6 +66,7 @@ class FreezeReporter:
         self._counting: RemovableHandle | None = None
         sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
         self._uncounted = not sharded
+        self._counts_anew = False  # the pass of the step that ends was counted for other layers
         self._why_not = "the model is sharded" if sharded else ""  # counted; empty once it was said
         self._data_wait = DataWait(partial(on_forward, model), model, _TIMED_STEPS)
 
@@ -76,8 +77,12 @@ class FreezeReporter:
 
     def use(self, layers: Sequence[Layer]) -> None:
         """Report on these layers from now on. What has not been reported of others is dropped."""
-        self._layers, self.flops = layers, None
+        counted, self.flops = self.flops is not None, None
+        self._layers = layers
         self._pending.clear()
+        if counted:
+            self._uncounted = self._counts_anew = True
+            self.count()
 
     def count(self) -> None:
         """Count FLOPs at the next forward pass."""
@@ -111,6 +116,11 @@ class FreezeReporter:
 
     def stepped(self) -> None:
         """Call after an optimizer step, whose forward pass has shown what layers cost where that can be seen."""
+        if self._counts_anew:
+            self._counts_anew = False
+            return
+        if self._counting is not None and not self._why_not:
+            self._why_not = "the model itself is not called, only modules in it"
         self._stop_counting()
         if self._say is None:
             return
@@ -129,6 +139,8 @@ class FreezeReporter:
 
     def say(self, lines: Iterable[str]) -> None:
         """Report what is still pending, and then these lines."""
+        self._counts_anew = False
+        self._stop_counting()
         self.stepped()
         if self._say is not None:
             for line in lines:
@@ -136,6 +148,8 @@ class FreezeReporter:
 
     def close(self) -> None:
         """Report what is still pending, and stop measuring."""
+        self._counts_anew = False
+        self._stop_counting()
         self.stepped()
         self._data_wait.stop()
 

@@ -1,8 +1,10 @@
 """Which layer froze when, what a step cost then, and what that saved: as figures, as a text and as a picture."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from predictor.errors import UsageError
 from predictor.freezing.event import FreezeEvent
@@ -149,12 +151,14 @@ class Timeline:
 
     def _draw_shares(self, axes: Any) -> None:
         phases = self.phases
-        edges = [0, *(end for _, end, _ in phases)]
-        axes.stairs([self._share(frozen) or 0.0 for _, _, frozen in phases], edges, color=_FROZEN, label="of a step")
-        axes.plot(edges, [self._at(step).saved_share for step in edges], color=_LINE, label="saved so far")
+        edges, shares = [0, *(end for _, end, _ in phases)], [self._share(frozen) or 0.0 for _, _, frozen in phases]
+        spent = np.cumsum(
+            [0.0, *(share * (end - start) for (start, end, _), share in zip(phases, shares, strict=True))]
+        )
+        # Between two changes what was saved so far is a curve.
+        steps = np.union1d(edges, np.linspace(0, edges[-1], 200))
+        steps = steps[steps >= 1]
+        axes.stairs(shares, edges, color=_FROZEN, label="of a step")
+        axes.plot(steps, 1 - np.interp(steps, edges, spent) / steps, color=_LINE, label="saved so far")
         axes.set(ylim=(0, 1.05), xlabel="step", ylabel="share of FLOPs")
         axes.legend(frameon=False, fontsize=8)
-
-    def _at(self, step: int) -> "Timeline":
-        events = tuple(event for event in self.events if event.step < step)
-        return replace(self, events=events, step=step)

@@ -1,14 +1,18 @@
 """What a model's layers cost: FLOPs of one forward pass, and of a step with any layers frozen."""
 
-from collections.abc import Collection, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -26,8 +30,7 @@ class LayerFlops:
 
     Matrix products, convolutions and attention, as PyTorch's FlopCounterMode counts them; not normalization,
     elementwise operations and the optimizer's work. What happens between two layers, such as the product of attention
-    scores and values, counts for the one before. Activation checkpointing, which computes the forward pass once more
-    from where the backward pass ends, is not counted.
+    scores and values, counts for the one before.
     """
 
     forward_L: tuple[int, ...]
@@ -43,8 +46,11 @@ class LayerFlops:
     """FLOPs of each layer's products with weights that never train, such as those under adapters. Empty for none."""
     untrained_head: int = 0
     """The same of the head."""
+    constant_L: tuple[int, ...] = ()
+    """FLOPs that gradients with respect to inputs would cost in layers that depend on nothing that trains, such as a
+    teacher's. Empty for none."""
     constant_head: int = 0
-    """FLOPs of the head's products that depend on nothing that trains, such as a teacher's."""
+    """FLOPs of the head's products that depend on nothing that trains."""
     inner_head: int = 0
     """FLOPs of the head's products behind one of its own weights that trains."""
     resting: frozenset[int] = frozenset()
@@ -52,6 +58,9 @@ class LayerFlops:
     reaches: int | None = None
     """The first layer whose input has a gradient whatever is frozen: one that the user asked for, or one for a part of
     the head in front of it, such as a tied embedding. None where there is no such layer."""
+    recomputed: tuple[tuple[int, int], ...] = ()
+    """The parts whose activations are checkpointed: the last layer in each, and the FLOPs that the backward pass
+    computes once more where it reaches that layer. All but the last product: nothing needs its result."""
 
     def step(self, frozen: frozenset[int], cached: bool = False) -> int:
         """FLOPs of a forward and backward pass with some layers frozen.
@@ -74,6 +83,8 @@ class LayerFlops:
         inputs = sum(self._weighted(index) + 2 * self.weightless_L[index] for index in layers[begin:])
         inputs += self.head - self.constant_head if begin < len(layers) or reached else self.inner_head
         inputs -= self.entry_L[first] if first < len(layers) and not reached else 0
+        inputs -= sum(self.constant_L[begin:])
+        forward += sum(flops for last, flops in self.recomputed if last >= begin)
         return forward + weights + inputs
 
     def share(self, frozen: frozenset[int]) -> float:
@@ -110,7 +121,7 @@ def count_flops(
         trained: ids of the parameters that train unless they are frozen. By default all.
 
     Raises:
-        Exception: what the model raises; its message says why FLOPs cannot be counted.
+        Exception: what the model raises, or MemoryError; its message says why FLOPs cannot be counted.
     """
     trained = {id(parameter) for parameter in model.parameters()} if trained is None else trained
     inputs = args, dict(kwargs)
@@ -122,7 +133,11 @@ def count_flops(
     try:
         return count(inputs, without_memory=True)
     except Exception:  # what a model reads from its tensors, those without memory do not have
+        pass
+    try:
         return count(few_samples(inputs))
+    except _TooLarge:
+        raise MemoryError("a pass over two samples, without fused attention, would take too much memory") from None
 
 
 def _counted(
@@ -133,8 +148,12 @@ def _counted(
     without_memory: bool = False,
 ) -> LayerFlops:
     counter = _Counter(layers, model, trained, none_is_too_large=without_memory)
+    # Transformers' layers checkpoint in training mode only.
+    checkpointing = [m for m in model.modules() if m.training and getattr(m, "gradient_checkpointing", False) is True]
     # The table of known operators lacks the CPU's fused attention; its plain form has the same products.
-    with isolated(model), sdpa_kernel(SDPBackend.MATH):
+    with isolated(model), counter.finally_forgetting(), sdpa_kernel(SDPBackend.MATH):
+        for module in checkpointing:
+            module.training = True
         if without_memory:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             args, kwargs = converted(inputs, partial(_without_memory, mode))
@@ -204,7 +223,11 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.entry = [0] * (len(layers) + 1)
         self._untrained = [0] * (len(layers) + 1)
         self._in_front = [0] * (len(layers) + 1)  # of the first weight in this layer that trains
-        self._constant = self._inner = 0
+        self._constant = [0] * (len(layers) + 1)
+        self._inner = 0
+        self._part: FrameType | None = None
+        self._recomputed: list[list[int]] = []
+        self._last = 0
         self._reaches: int | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -227,16 +250,18 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weights = [tensor for tensor in tensors if id(tensor) in self._owner or id(tensor) in self._made_of_weights]
         for tensor in weights:
             self._now = self._owner.get(id(tensor), self._now)
-        inputs, own = _NOTHING, _NOTHING
+        inputs, own, factors = _NOTHING, _NOTHING, _NOTHING
         for tensor in tensors:
             if id(tensor) in self._owner or id(tensor) in self._made_of_weights:
-                own = own.with_(self._behind_weight(tensor))
+                behind = self._behind_weight(tensor)
+                own = own.with_(behind)
+                factors = factors.with_(behind) if tensor.dim() > 1 else factors  # a bias may train alone
             else:
                 inputs = inputs.with_(self._behind.get(tensor, _NOTHING))
                 inputs = inputs.with_(_Behind(reached=True, constant=False)) if tensor.requires_grad else inputs
         if count is not None:
             flops = int(count(*args, **kwargs, out_val=result))
-            self._add(flops, bool(weights), inputs, own)
+            self._add(flops, bool(weights), inputs, factors)
         if tensors and len(weights) == len(tensors):  # a transposed or cast weight is still a weight
             self._made_of_weights.update({id(tensor): tensor for tensor in results})
         behind = inputs.with_(own)
@@ -245,13 +270,23 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._behind.set(tensor, behind)
         return result
 
+    @contextmanager
+    def finally_forgetting(self) -> Iterator[None]:
+        """A context after which the pass's frames, and what they hold, are free."""
+        try:
+            yield
+        finally:
+            self._part = None
+
     def flops(self, layers: Sequence[Layer]) -> LayerFlops:
         """What was counted."""
         *forward_L, head = self.forward
         *untrained_L, untrained_head = self._untrained
-        resting = (
+        resting = frozenset(
             index for index, layer in enumerate(layers) if not any(id(p) in self._trained for p in layer.parameters())
         )
+        *constant, constant_head = self._constant
+        constant_L = tuple(flops if index in resting else 0 for index, flops in enumerate(constant))
         pairs = zip(untrained_L, self._in_front, self.entry, strict=False)
         return LayerFlops(
             tuple(forward_L),
@@ -260,10 +295,12 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             head,
             tuple(untrained_L) if any(untrained_L) else (),
             untrained_head,
-            self._constant,
+            constant_L if any(constant_L) else (),
+            constant_head,
             self._inner,
-            frozenset(resting),
+            resting,
             self._reaches,
+            tuple((last, flops) for last, flops in self._recomputed if flops),
         )
 
     def _add(self, flops: int, has_weight: bool, inputs: _Behind, own: _Behind) -> None:
@@ -276,12 +313,21 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.entry[now] = self.entry[now] or flops
             self._untrained[now] += flops if own.constant else 0
             self._in_front[now] += flops if inputs.layer < now else 0
-        if now == self._head and inputs.constant:
-            self._constant += flops
+        if inputs.constant:
+            self._constant[now] += flops if has_weight or now == self._head else 2 * flops
         if now == self._head and inputs.reached:
             self._inner += flops
         if now < self._head and inputs.reached:
             self._reaches = now if self._reaches is None else min(self._reaches, now)
+        self._add_recomputed(flops)
+
+    def _add_recomputed(self, flops: int) -> None:
+        part = _checkpointed_part()
+        if part is not None and part is self._part:
+            self._recomputed[-1] = [self._now, self._recomputed[-1][1] + self._last]
+        elif part is not None:
+            self._recomputed.append([self._now, 0])
+        self._part, self._last = part, flops
 
     def _behind_weight(self, tensor: Tensor) -> _Behind:
         if id(tensor) in self._made_of_weights:
@@ -293,9 +339,26 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return _Behind(layer if layer < self._head else -1, reached=layer == self._head, constant=False)
 
     def _refuse_large(self, func: Any, args: Any) -> None:
-        """Stop before the product of two batches of matrices, such as attention's scores, that takes much memory."""
-        if self._none_is_too_large or func._overloadpacket not in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+        """Stop before a result that takes much memory, such as attention's scores or their biases by position."""
+        aten = torch.ops.aten
+        if self._none_is_too_large or func._overloadpacket not in (aten.bmm, aten.baddbmm, aten.embedding):
             return
-        left, right = args[-2:]
-        if left.shape[0] * left.shape[1] * right.shape[2] > _LARGEST:
+        left, right = (args[1], args[0]) if func._overloadpacket is aten.embedding else args[-2:]
+        rows = left.shape if func._overloadpacket is aten.embedding else left.shape[:-1]
+        if rows.numel() * right.shape[-1] > _LARGEST:
             raise _TooLarge
+
+
+def _checkpointed_part() -> FrameType | None:
+    """The innermost call under way whose activations are checkpointed. There is no public function for it."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if file == checkpoint.__file__ and name == "checkpoint":
+            return frame
+        if file.endswith("modeling_layers.py"):  # Transformers' layers, which do not checkpoint without gradients
+            layer = frame.f_locals.get("self")
+            if getattr(layer, "gradient_checkpointing", False) is True and getattr(layer, "training", False):
+                return frame
+    return None

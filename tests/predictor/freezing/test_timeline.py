@@ -67,6 +67,15 @@ def test_it_is_drawn(tmp_path, events, flops):
     assert len(frozen) == (3 if events else 0)
 
 
+def test_what_was_saved_so_far_is_drawn_as_it_is_between_two_changes():
+    _, axes = Timeline(NAMES, EVENTS, 40, 50, FLOPS).plot().axes
+    steps, saved = axes.lines[0].get_data()
+    drawn = dict(zip(steps, saved, strict=True))
+    step = min(drawn, key=lambda step: abs(step - 15))
+    spared = (step - 10) * (1 - FLOPS.share(frozenset({0})))
+    assert drawn[step] == pytest.approx(spared / step)
+
+
 def test_without_matplotlib_the_cure_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match="pip install matplotlib"):

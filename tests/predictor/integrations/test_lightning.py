@@ -404,3 +404,23 @@ def test_a_second_fit_of_the_same_trainer_goes_on_or_says_what_it_needs(tmp_path
     trainer.fit_loop.max_epochs = 4
     with pytest.raises(UsageError, match="training of 18 steps, and total_steps=24"):
         trainer.fit(trainer.lightning_module, loader, loader)
+
+
+class CallsItsParts(Plain):
+    """Its training step calls two modules in it, and never the module itself."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.first = torch.nn.Linear(8, 3)
+        self.net = torch.nn.Sequential(torch.nn.Flatten(), *(torch.nn.Linear(64, n) for n in (64, 64, 8)))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.first(self.net(x)), y)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_where_no_pass_could_be_counted_the_reason_is_said(dry_run, tmp_path, make_toy, capsys):
+    callback = FreezeCallback(make_policy("static", layers=1), dry_run=dry_run)
+    fit_with(tmp_path, [callback], make_toy(), module=CallsItsParts)
+    assert "FLOPs are not reported" in capsys.readouterr().out

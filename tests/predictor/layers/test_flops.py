@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from predictor.freezing.freeze import freeze
@@ -123,13 +124,73 @@ class Taught(nn.Module):
         return self.net(x) - self.teacher(x)
 
 
+class TaughtLast(Taught):
+    """Its teacher runs behind the network, so that its layers are behind those that train."""
+
+    def forward(self, x):
+        ours = self.net(x)
+        return ours - self.teacher(x)
+
+
+class Checkpointed(nn.Module):
+    """Blocks that the backward pass computes once more, but for the last product in each."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(3))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return self.head(x)
+
+
+class CheckpointedInTraining(Checkpointed):
+    """As Transformers has it: a flag, which counts in training mode alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.gradient_checkpointing = True
+
+    def forward(self, x):
+        on = self.gradient_checkpointing and self.training
+        return super().forward(x) if on else self.head(nn.Sequential(*self.blocks)(x))
+
+
+class OnlyBiases(nn.Module):
+    """Biases alone train, as in BitFit."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), nn.Linear(8, 2)
+        for layer in self.body:
+            layer.weight.requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+FLOWS = {
+    "tied": (Tied, torch.arange(5)),
+    "taught": (Taught, torch.ones(2, 8)),
+    "taught last": (TaughtLast, torch.ones(2, 8)),
+    "input": (chain, X),
+    "checkpointed": (Checkpointed, torch.ones(2, 8)),
+    "checkpointed in training": (CheckpointedInTraining, torch.ones(2, 8)),
+    "biases": (OnlyBiases, torch.ones(2, 8)),
+}
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
-@pytest.mark.parametrize("case", ["tied", "taught", "input"])
+@pytest.mark.parametrize("case", FLOWS)
 def test_a_step_costs_what_its_gradients_flow_through(case, count):
-    model = {"tied": Tied, "taught": Taught, "input": chain}[case]()
-    x = {"tied": torch.arange(5), "taught": torch.ones(2, 8), "input": X.clone().requires_grad_()}[case]
+    make, x = FLOWS[case]
+    model, x = make(), x.clone().requires_grad_() if case == "input" else x
     layers, trained = layers_of(model, x), {id(p) for p in model.parameters() if p.requires_grad}
-    layers = tuple(layer for layer in layers if not layer.name.startswith("teacher"))
+    layers = tuple(layer for layer in layers if case != "taught" or not layer.name.startswith("teacher"))
     flops = count_flops(model, layers, (x,), {}, trained)
     for layer in layers[:count]:
         freeze(layer)
@@ -160,3 +221,10 @@ def test_large_results_are_not_computed(reads, samples):
     length = x.shape[1]
     assert flops.weightless_L == (2 * 2 * samples * length * length * 4,)
     assert model.kept is None
+
+
+def test_what_is_too_large_for_two_samples_is_not_counted():
+    model, x = Attention(reads=True), torch.zeros(2, 16384, 4)
+    layers = layers_of(model, x[:1, :4])
+    with pytest.raises(MemoryError):
+        count_flops(model, layers, (x,), {})

@@ -1,8 +1,13 @@
 """Layers of Transformers' models, made from small configurations: tied embeddings, heads, poolers, shared layers."""
 
+import warnings
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from predictor.layers.flops import count_flops
 from predictor.layers.layer import layers_of
 from tests.predictor.frozen_prefixes import check_ends, check_order, flops, freeze_all, inside, left_out
 
@@ -128,3 +133,16 @@ def test_a_step_costs_the_forward_pass_and_the_backward_of_what_is_behind_the_pr
 def test_a_model_runs_on_an_example_of_its_own(name):
     model, example, _ = made(HEADED, name)
     assert [layer.name for layer in layers_of(model)] == [layer.name for layer in layers_of(model, example)]
+
+
+def test_what_transformers_computes_once_more_is_counted():
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **size, num_key_value_heads=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the call has another name in newer versions
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    tokens = torch.arange(12).reshape(2, 6)
+    counted = count_flops(model.train(), layers_of(model), (tokens,), {"use_cache": False}).step(frozenset())
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens, use_cache=False).logits.sum().backward()
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)

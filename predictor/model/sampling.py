@@ -140,10 +140,16 @@ class _Drawn:
             if indices[0].device != parameter.device:  # the model has moved
                 indices = self._indices[number] = tuple(part.to(parameter.device) for part in indices)
             # Every backend has this kernel, and it copies nothing, whatever the memory format. `take` is not on MPS.
-            parts.append(_numbers_of(parameter)[indices].float())
+            parts.append(_read(_numbers_of(parameter), indices))
         if not parts:
             return torch.zeros(self._weights, dtype=torch.float32, device=self._device)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _read(numbers: Tensor, indices: tuple[Tensor, ...]) -> Tensor:
+    if numbers.is_floating_point() and numbers.element_size() == 1:  # older PyTorch cannot index float8
+        return numbers.view(torch.uint8)[indices].view(numbers.dtype).float()
+    return numbers[indices].float()
 
 
 def _numbers_of(parameter: nn.Parameter) -> Tensor:

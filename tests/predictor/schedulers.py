@@ -10,6 +10,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -47,8 +48,12 @@ def transformers(name: str, warm: bool = True, total: bool = True, **options: An
 
         given = {key: value(steps) if callable(value) else value for key, value in options.items()}
         given |= {"num_warmup_steps": steps // 10} if warm else {}
-        given |= {"num_training_steps": steps} if total else {}
-        return getattr(optimization, f"get_{name}")(optimizer, **given)
+        get = getattr(optimization, f"get_{name}")
+        if total and "num_training_steps" in signature(get).parameters:
+            given |= {"num_training_steps": steps}
+        elif total:  # older versions count the steps in between
+            given |= {"num_stable_steps": steps - given["num_warmup_steps"] - given["num_decay_steps"]}
+        return get(optimizer, **given)
 
     return make
 

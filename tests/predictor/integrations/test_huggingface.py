@@ -315,7 +315,7 @@ def test_the_freezing_is_logged_where_the_trainer_logs(dry_run, group, tmp_path,
     callback = FreezeCallback(WatchingScript({0: {0}, 2: FRONT, 5: ALL}), dry_run=dry_run)
     often = {"report_to": ["tensorboard"], "logging_strategy": "steps", "logging_steps": 4}
     trained(make_trainer(tmp_path, callback, **often))
-    figures = logged(tmp_path / "logs")
+    figures = logged(tmp_path)  # older Transformers have a folder of their own for it
     layers = dict(figures[f"train/{group}/frozen_layers"])
     assert layers == {1: 1, 2: len(FRONT), 4: len(FRONT), 5: len(ALL), 8: len(ALL)}
     assert dict(figures[f"train/{group}/saved_share"])[8] == pytest.approx(callback.controller.timeline.saved_share)

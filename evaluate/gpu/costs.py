@@ -111,7 +111,7 @@ def _hit_and_miss(size: _Size, device: torch.device) -> str:
         raise CheckFailed(f"{size.name}: with kept features a loss differs by {difference:.2g}")
     off = f", off: {kept.reason}" if kept is not None and kept.reason else ""
     megabytes = 0.0 if kept is None else kept.bytes / 1e6
-    return f"{size.name} {miss * 1e3:.3g} -> {hit * 1e3:.3g} ms ({megabytes:.3g} MB kept{off})"
+    return f"{size.name} {miss * 1e3:.3g} ms computed, {hit * 1e3:.3g} ms cached ({megabytes:.3g} MB kept{off})"
 
 
 def _batches_with_ids(size: _Size, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -88,7 +88,7 @@ class Timeline:
         saved = self.saved_share
         share = "not known, they could not be counted" if saved is None else f"{saved:.1%}"
         return [
-            f"dry run of {self.step} steps: nothing was frozen. It would have been so:",
+            f"dry run of {self.step} steps: nothing was frozen. This would have happened:",
             *(f"dry run:   {change}" for change in changes),
             f"dry run: FLOPs of these steps that it would have saved: {share}",
             "dry run: what it would have cost in accuracy is not known: all layers trained. A training that freezes "

@@ -17,6 +17,7 @@ from predictor.freezing.freeze import (
     freeze,
     is_at_rest,
     settle_containers,
+    settle_observers,
     trains,
     unfreeze,
     warn_of_leftover_freezing,
@@ -447,6 +448,8 @@ class FreezeController:
 
     def _freeze_again(self) -> None:
         """Freeze again what the user's code has switched back on, and inform what keeps its outputs."""
+        if self.frozen:
+            settle_observers(self.model)
         reset = [index for index in sorted(self.frozen) if _may_move(self.layers[index])]
         for index in reset:
             freeze(self.layers[index], self._optimizers, self.model)

@@ -104,6 +104,13 @@ def settle_containers(model: nn.Module, layers: Sequence[Layer], frozen: Iterabl
             _let_go_of([module], model)
 
 
+def settle_observers(model: nn.Module) -> None:
+    """Have the observers of frozen modules stand still that had seen no data when their layers froze."""
+    for module in model.modules():
+        if is_held(module):
+            hold(module)
+
+
 def warn_of_leftover_freezing(layers: Sequence[Layer]) -> None:
     """Warn of layers that an earlier controller froze and never released: they look as if the user had frozen them."""
     left = [layer.name for layer in layers if all(map(is_held, _modules_in(layer))) and layer.modules]

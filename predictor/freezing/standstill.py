@@ -8,7 +8,7 @@
 | all else of torch.nn, which does the same in both modes | keeps its mode, and so do hooks on it that look at it, such as NEFTune's |
 | modules that return something else in training, such as losses (the parts of torchvision's detectors) | keep their mode |
 | blocks whose activations are checkpointed, in training only | keep their mode, if nothing else in them depends on it |
-| fake quantization (quantization-aware training) | observers that have seen data are off |
+| fake quantization (quantization-aware training) | observers are off, once they have seen data |
 
 A held module stays so through `model.train()`. `model.eval()` does what it always does. Copies and pickles of a model
 are not held: their own `train` works. `release` gives back the rest.
@@ -34,13 +34,18 @@ _STATISTICS = re.compile(r"running|momentum|decay|codebook|\bema|_ema|self(\.\w+
 
 
 def hold(module: nn.Module, model: nn.Module | None = None) -> None:
-    """Have a module stand still, in its own way. A second call changes nothing.
+    """Have a module stand still, in its own way. A second call looks at an observer that had seen nothing by then.
 
     Args:
         module: the module alone, without those inside it.
         model: the model whose mode it follows, if it does.
     """
     record = module.__dict__.setdefault(_RECORD, {})
+    if _is_fake_quantize(module) and "observes" not in record and _has_observed(module):
+        observed: Any = module.observer_enabled
+        record["observes"] = int(observed[0])
+        module.disable_observer()  # type: ignore[operator]
+        module.__dict__["enable_observer"] = _ObserverSwitch(module, record)
     if "mode" in record:
         return
     record["mode"] = module.training
@@ -52,11 +57,6 @@ def hold(module: nn.Module, model: nn.Module | None = None) -> None:
             module.__dict__["reset_running_stats"] = _Ignored(module, "reset_running_stats")
     if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout:
         module.dropout = _Off(module.dropout)
-    if _is_fake_quantize(module) and _has_observed(module):
-        observed: Any = module.observer_enabled
-        record["observes"] = int(observed[0])
-        module.disable_observer()  # type: ignore[operator]
-        module.__dict__["enable_observer"] = _ObserverSwitch(module, record)
 
 
 def let_go(module: nn.Module, model: nn.Module | None = None) -> bool:

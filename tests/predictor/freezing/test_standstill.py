@@ -209,10 +209,25 @@ def test_an_observer_that_has_seen_nothing_goes_on_so_that_its_layer_is_quantize
         patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # it is deprecated in favour of torchao
         model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
         quantization.prepare_qat(model, inplace=True)
-    freeze_all(model, layers_of(model))
-    model(torch.rand(4, 1, 8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    policy = make_policy("static", layers=1)
+    controller = FreezeController(model, optimizer, policy, total_steps=20, layers=layers_of(model))
+
+    def step(x):
+        model(x).sum().backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+
+    step(torch.rand(4, 1, 8, 8))
+    seen = model[0].activation_post_process.activation_post_process.max_val.clone()
     assert model[0].weight_fake_quant.activation_post_process.min_val.isfinite().all()
-    assert model[0].activation_post_process.activation_post_process.min_val.isfinite().all()
+    assert seen.isfinite().all()
+    step(100 * torch.rand(4, 1, 8, 8))
+    assert torch.equal(model[0].activation_post_process.activation_post_process.max_val, seen)
+    controller.release()
+    step(100 * torch.rand(4, 1, 8, 8))
+    assert not torch.equal(model[0].activation_post_process.activation_post_process.max_val, seen)
 
 
 def test_observers_of_quantization_stand_still_until_the_release_and_as_the_user_last_said():

@@ -264,7 +264,7 @@ class _Module(backend_registration._DummyBackendModule if AVAILABLE else object)
 _current = Stream()
 _listening: list[Syncs] = []
 _pinned: "set[int]" = set()
-_library: list[Any] = []
+_kernels: list[Any] = []
 _tensor = torch.tensor
 _as_tensor = torch.as_tensor
 
@@ -276,8 +276,8 @@ def _register() -> None:
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     # What makes tensors where no mode is active.
     for name, make in (("empty.memory_format", _empty), ("empty_strided", _empty_strided)):
-        _library.append(torch.library.Library("aten", "IMPL"))
-        _library[-1].impl(name, make, "PrivateUse1")
+        _kernels.append(torch.library.Library("aten", "IMPL"))
+        _kernels[-1].impl(name, make, "PrivateUse1")
     # Parameters stay the same objects when a model is moved, as they do for other devices.
     torch.__future__.set_swap_module_params_on_conversion(True)
     # Both make their tensors in C++ without asking a mode. Signatures of torch.tensor and torch.as_tensor.

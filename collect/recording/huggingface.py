@@ -1,7 +1,5 @@
 """Recording in Transformers' Trainer."""
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from transformers.training_args import TrainingArguments
 
 from collect.recording.callback import Layers, RecordingCallbackBase
 from predictor.errors import UsageError
+from predictor.integrations.huggingface import as_text, state_in_checkpoint
 
 
 class RecordingCallback(RecordingCallbackBase, TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -56,22 +55,19 @@ class RecordingCallback(RecordingCallbackBase, TrainerCallback, ExportableState)
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into its checkpoints, as JSON."""
-        buffer = io.BytesIO()
-        torch.save(self.recording.state_dict() if self.recording else {}, buffer)
-        return {"args": {"out": str(self._out)}, "attributes": {"_saved": base64.b64encode(buffer.getvalue()).decode()}}
+        saved = as_text(self.recording.state_dict() if self.recording else {})
+        return {"args": {"out": str(self._out)}, "attributes": {"_saved": saved}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin to record: model and optimizer are those that train, their states loaded."""
-        stored: Any = state.stateful_callbacks or {}
-        text = stored.get(type(self).__name__, {}).get("attributes", {}).get("_saved", "")
         self._start(
             kwargs["model"],
             [kwargs["optimizer"]],
             state.max_steps,
             done=state.global_step,
-            state=torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True) if text else None,
+            state=state_in_checkpoint(self, state),
         )
         self._metrics = {}
         self._hook = kwargs["model"].register_forward_hook(self._note_loss)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from predictor.freezing.messages import on_forward
-from predictor.freezing.standstill import forget_trained, hold, is_held, let_go, note_trained, users_train
+from predictor.freezing.standstill import forget_trained, hold, is_held, note_trained, unhold, users_train
 from predictor.layers.layer import Layer
 
 
@@ -57,7 +57,7 @@ def unfreeze(layers: Iterable[Layer], model: nn.Module) -> None:
     own = {id(parameter) for layer in layers for parameter in layer.parameters()}
     for parameter in forget_trained(dict.fromkeys([*inside, *model.modules()]), own):
         parameter.requires_grad_(True)
-    _let_go_of(inside, model)
+    _unhold_all(inside, model)
 
 
 def release(model: nn.Module) -> None:
@@ -74,11 +74,11 @@ def release(model: nn.Module) -> None:
     """
     for parameter in forget_trained(model.modules()):
         parameter.requires_grad_(True)
-    _let_go_of(model.modules(), model)
+    _unhold_all(model.modules(), model)
 
 
 def settle_containers(model: nn.Module, layers: Sequence[Layer], frozen: Iterable[int]) -> None:
-    """Have modules that hold only frozen layers stand still, and let others go.
+    """Have modules that hold only frozen layers stand still, and others follow their model again.
 
     A container may have dropout of its own. In BERT's attention the projections are layers, and the dropout between
     them belongs to their container. One without parameters, as fake quantization is, counts by the modules inside it.
@@ -101,7 +101,7 @@ def settle_containers(model: nn.Module, layers: Sequence[Layer], frozen: Iterabl
             if module not in users:
                 hold(module, model)
         elif is_held(module):
-            _let_go_of([module], model)
+            _unhold_all([module], model)
 
 
 def settle_observers(model: nn.Module) -> None:
@@ -252,9 +252,9 @@ def _modules_in(layer: Layer) -> list[nn.Module]:
     return [inner for module in layer.modules for inner in module.modules()]
 
 
-def _let_go_of(modules: Iterable[nn.Module], model: nn.Module) -> None:
+def _unhold_all(modules: Iterable[nn.Module], model: nn.Module) -> None:
     users = _held_by_user(model)
-    free = [module for module in list(modules) if let_go(module, None if module in users else model)]
+    free = [module for module in list(modules) if unhold(module, None if module in users else model)]
     # A class with a `train` of its own may keep something that is not right in the other mode (DoRA keeps norms).
     special = [module for module in free if type(module).train is not nn.Module.train and module not in users]
     modes = [(module, module.training) for module in model.modules()] if special else []

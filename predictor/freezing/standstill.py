@@ -59,7 +59,7 @@ def hold(module: nn.Module, model: nn.Module | None = None) -> None:
         module.dropout = _Off(module.dropout)
 
 
-def let_go(module: nn.Module, model: nn.Module | None = None) -> bool:
+def unhold(module: nn.Module, model: nn.Module | None = None) -> bool:
     """Undo `hold`, in a copy too, and say whether there was something to undo.
 
     Args:

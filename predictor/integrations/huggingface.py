@@ -99,9 +99,7 @@ class FreezeCallback(TrainerCallbackBase, TrainerCallback, ExportableState):  # 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into its checkpoints, as JSON."""
         if self.controller is not None:
-            buffer = io.BytesIO()
-            torch.save(self.controller.state_dict(), buffer)
-            self._saved = base64.b64encode(buffer.getvalue()).decode()
+            self._saved = as_text(self.controller.state_dict())
         return {"args": self._made_of, "attributes": {"_saved": self._saved}}
 
     def on_train_begin(
@@ -120,15 +118,12 @@ class FreezeCallback(TrainerCallbackBase, TrainerCallback, ExportableState):  # 
                 f"ids={self._ids!r}: the Trainer removes columns that the model has no argument for: give "
                 "TrainingArguments(remove_unused_columns=False)"
             )
-        # The checkpoint's content is here, whether or not the Trainer restores callbacks.
-        stored: Any = state.stateful_callbacks or {}
-        text = stored.get(type(self).__name__, {}).get("attributes", {}).get("_saved", "")
         self._start(
             kwargs["model"],
             [kwargs["optimizer"]],
             state.max_steps,
             done=state.global_step,
-            state=torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True) if text else None,
+            state=state_in_checkpoint(self, state),
             agree=Agreement() if many else None,
         )
         assert self.controller is not None, "it has just been made"
@@ -199,6 +194,23 @@ def _is_reporter(callback: TrainerCallback) -> bool:
     if any(kind.__name__ == "DVCLiveCallback" for kind in kinds):
         return False  # it takes each call for a step of its own
     return any(kind.__module__.startswith("transformers.integrations") for kind in kinds)
+
+
+def as_text(state: dict[str, Any]) -> str:
+    """A state as a text, which the Trainer can write as JSON."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def state_in_checkpoint(callback: object, state: TrainerState) -> dict[str, Any] | None:
+    """The state that a callback keeps as its attribute `_saved`; None where there is none.
+
+    It is in the checkpoint whether or not the Trainer restores callbacks.
+    """
+    stored: Any = state.stateful_callbacks or {}
+    text = stored.get(type(callback).__name__, {}).get("attributes", {}).get("_saved", "")
+    return torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True) if text else None
 
 
 def _refuse_unfit(args: TrainingArguments) -> None:

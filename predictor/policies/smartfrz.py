@@ -47,10 +47,10 @@ class SmartFRZPolicy(FreezePolicy):
     Differs: the paper's predictor sees raw weights alone, which in our measurements does not carry over to another
         architecture. Ours has learned what freezing a prefix did to the loss, the paper's how alike activations are.
         The paper weighs no FLOPs. `prefix` keeps the frozen set a prefix, where freezing saves most; that is an option
-        of third parties. A layer is not judged while its learning rate has dropped, falls far too early or has risen
-        again within the window, nor before a first rise that its schedule names, and only by steps in which it moved
-        and had a gradient (`LayerHistory`). Layers that the user holds still are not judged. A prefix passes over them,
-        and they join it until they are opened.
+        of third parties. Ours predicts for a layer only from a window of steps in which it moved and had a gradient,
+        and in which its learning rate has neither dropped, nor fallen far too early, nor risen again (`LayerHistory`).
+        It waits for a first rise that the schedule names. A prefix passes over layers that the user holds still, and
+        they join it until they are opened.
     Cost: one gather and one gradient norm a layer, two transfers from a GPU and one small batch through the predictor
         at each of about 60 snapshots a run. With `prefix` and a predictor that knows what freezing costs also one
         forward pass, in which FLOPs are counted.

@@ -74,7 +74,7 @@ def made_up_trial(workload: str, policy: str, seed: int, **changes: Any) -> dict
         "planned_steps": STEPS,
         "parameters": 78_042,
         "curve": _curve(accuracy, steps, seconds, chance),
-        "layers": [f"stages.{place}.convolution" for place in range(layer_count)],
+        "layers": [f"stages.{index}.convolution" for index in range(layer_count)],
         "freezes": freezes,
         "patterns": [],
         "step_cost": step_cost,
@@ -94,7 +94,7 @@ def made_up_trial(workload: str, policy: str, seed: int, **changes: Any) -> dict
 
 
 def entry(label: str, **changes: Any) -> dict[str, Any]:
-    """What a trial's configuration says of its policy, as far as the label tells it."""
+    """What a trial's configuration says of its policy, as far as the label says it."""
     name, _, cached = label.partition(", ")
     return {"name": name.split(" ")[0], "label": label, "options": {}, **({"cache": True} if cached else {}), **changes}
 
@@ -114,10 +114,10 @@ def _freezes(policy: str, layers: int, begins: float, chance: random.Random) -> 
         return [_freeze(0, set(), set(range(layers // 2)))]
     frozen: set[int] = set()
     events = []
-    for place in range(layers - 1) if begins else ():
-        step = round(STEPS * (begins + (1 - begins) * (place + chance.random()) / layers))
-        events.append(_freeze(step, frozen, frozen | {place}))
-        frozen = frozen | {place}
+    for index in range(layers - 1) if begins else ():
+        step = round(STEPS * (begins + (1 - begins) * (index + chance.random()) / layers))
+        events.append(_freeze(step, frozen, frozen | {index}))
+        frozen = frozen | {index}
     if policy == "smartfrz" and len(events) > 3:  # one layer unfreezes again, and one freezes out of order
         events[2:2] = [
             _freeze(events[1]["step"] + 9, {0, 1}, {0}),
@@ -229,9 +229,9 @@ MANY_FAMILIES = (
 def many_rows() -> list[dict[str, Any]]:
     """A workload and two seeds under 45 policies."""
     labels = ["none"]
-    for place, family in enumerate(MANY_FAMILIES):
+    for index, family in enumerate(MANY_FAMILIES):
         name, comma, cached = family.partition(", ")
-        labels += [f"{name} {setting}{comma}{cached}" for setting in (0.3, 0.5, 0.7)[: 3 if place < 4 else 2]]
+        labels += [f"{name} {setting}{comma}{cached}" for setting in (0.3, 0.5, 0.7)[: 3 if index < 4 else 2]]
     return [made_up_trial("digits-mlp", label, seed) for seed in range(2) for label in labels]
 
 

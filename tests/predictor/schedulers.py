@@ -174,17 +174,17 @@ def advance(scheduler: Any, step: int, steps: int, loss: float) -> None:
         scheduler.step(loss)
 
 
-def judged_under(rates: list[float]) -> list[int]:
+def predicted_under(rates: list[float]) -> list[int]:
     """The steps at which SmartFRZ would have a whole window, in a training in which all layers move."""
     spec, history, steps = SampleSpec(snapshots=SNAPSHOTS), LayerHistory([10], len(rates), WINDOW), len(rates)
-    draw, weights, judged = torch.Generator().manual_seed(0), torch.zeros(1, 8), []
+    draw, weights, predicted = torch.Generator().manual_seed(0), torch.zeros(1, 8), []
     for step in range(steps + 1):
         rate = rates[max(step - 1, 0)]
         weights = weights + rate * torch.randn(1, 8, generator=draw)
         if spec.due(step, steps):
             history.update(step, rate, weights, torch.ones(1))
-            judged += [step] if history.with_window([0]) else []
-    return judged
+            predicted += [step] if history.with_window([0]) else []
+    return predicted
 
 
 @functools.cache
@@ -223,10 +223,10 @@ def train(policy: str, seed: int, name: str, epochs: int = EPOCHS) -> tuple[floa
     return accuracy, controller.history[-1].step / steps if controller.finished else None
 
 
-def spans(judged: list[int], steps: int) -> str:
+def spans(predicted: list[int], steps: int) -> str:
     """When windows are whole, in percent of the training."""
     gap, found = steps / SNAPSHOTS * 1.5, list[list[int]]()
-    for step in judged:
+    for step in predicted:
         if found and step - found[-1][1] <= gap:
             found[-1][1] = step
         else:
@@ -236,7 +236,7 @@ def spans(judged: list[int], steps: int) -> str:
 
 def table(seeds: int = 3) -> str:
     """The table, in Markdown."""
-    lines = ["| scheduler | judges at, % | all frozen at, % | pp lost |", "|---|---|---|---|"]
+    lines = ["| scheduler | predicts at, % | all frozen at, % | pp lost |", "|---|---|---|---|"]
     for name in SCHEDULERS:
         full = [train("none", seed, name)[0] for seed in range(seeds)]
         found = [train("smartfrz", seed, name) for seed in range(seeds)]
@@ -244,7 +244,7 @@ def table(seeds: int = 3) -> str:
         frozen = f"{statistics.median(ends):.0f}" if len(ends) * 2 > seeds else "never"
         lost = statistics.mean(full) - statistics.mean(accuracy for accuracy, _ in found)
         rates = rates_under(name)
-        lines.append(f"| {name} | {spans(judged_under(rates), len(rates))} | {frozen} | {lost:.1f} |")
+        lines.append(f"| {name} | {spans(predicted_under(rates), len(rates))} | {frozen} | {lost:.1f} |")
     return "\n".join(lines)
 
 

@@ -56,12 +56,12 @@ def test_the_policy_is_measured_while_it_judges(small, monkeypatch):
     batches = overhead._endless(training)
     (freezing,) = overhead._start_hooks(training, SampleSpec(), batches)["smartfrz"]
     training.take_step(batches)
-    judged = []
+    predicted = []
     policy = freezing.controller.policy
-    monkeypatch.setattr(policy, "_predict", lambda active: judged.append(active) or torch.zeros(len(active)))
+    monkeypatch.setattr(policy, "_predict", lambda active: predicted.append(active) or torch.zeros(len(active)))
     for _ in range(-(-training.total_steps // 60)):
         freezing.on_step(training)
-    assert len(judged) == 1
+    assert len(predicted) == 1
     assert freezing.controller.history == []
 
 

@@ -45,7 +45,7 @@ def text(page):
 
 
 def luminance(colour):
-    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    parts = [int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -152,7 +152,7 @@ def test_a_busy_policy_does_not_fill_the_page(write, trial):
         {"step": step, "froze": [], "thawed": [], "frozen": [index for index in range(48) if (step + index) % 3]}
         for step in range(0, 1200, 2)
     ]
-    layers = [f"layer {place}" for place in range(48)]
+    layers = [f"layer {index}" for index in range(48)]
     rows = [trial("digits-mlp", policy, seed) for policy in ("none", "busy") for seed in range(5)]
     rows = [row if row["policy"] == "none" else row | {"freezes": freezes, "layers": layers} for row in rows]
     assert make_report(write(rows)).stat().st_size < 3e6 / 10

@@ -1,4 +1,4 @@
-"""What changes while features are kept is noticed before it does harm: the losses are those without a cache."""
+"""What changes while features are kept is noticed in time: the losses are those without a cache."""
 
 import copy
 import random

@@ -40,18 +40,18 @@ class Encoder(nn.Module):
 TOKENS = torch.tensor([[1, 2, 3, 0], [4, 5, 0, 0]])
 
 
-@pytest.mark.parametrize("front", range(8))
-def test_a_frozen_front_of_torchs_encoder_computes_what_one_frozen_by_hand_does(front):
+@pytest.mark.parametrize("prefix", range(8))
+def test_a_frozen_prefix_of_torchs_encoder_computes_what_one_frozen_by_hand_does(prefix):
     outputs = []
     for by_hand in (True, False):
         model = Encoder().train()
         layers = layers_of(model)
         if by_hand:
-            for layer in layers[:front]:
+            for layer in layers[:prefix]:
                 for parameter in layer.parameters():
                     parameter.requires_grad_(False)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        policy = make_policy("static", layers=0 if by_hand else front)
+        policy = make_policy("static", layers=0 if by_hand else prefix)
         FreezeController(model, optimizer, policy, total_steps=4, layers=layers, say=None)
         outputs.append(model(TOKENS))
     assert torch.allclose(*outputs, atol=1e-6)

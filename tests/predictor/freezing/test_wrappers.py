@@ -122,7 +122,7 @@ def test_a_layer_that_the_user_froze_is_not_taken_to_be_lost():
     train(model, {2: {0}})
 
 
-def test_what_the_user_froze_stays_so_when_its_layer_unfreezes_or_is_let_go():
+def test_what_the_user_froze_stays_so_when_its_layer_unfreezes_or_is_released():
     model = Blocks()
     model.blocks[0].requires_grad_(False)
     kept = model.blocks[1][0].bias.requires_grad_(False)

@@ -114,9 +114,9 @@ def test_no_window_ends_at_the_bottom_of_a_cycle_but_in_the_last(cycles, lowest)
     each = 60 // cycles
     rates = [lowest + (1 - lowest) * cosine(step % each / each) for step in range(60)]
     lengths = lengths_under(rates, total=60, window=10)
-    judged = [step for step in range(60) if lengths[step] >= 10 and rates[step] < 0.15]
-    assert all(step >= 60 - each for step in judged)
-    assert judged
+    predicted = [step for step in range(60) if lengths[step] >= 10 and rates[step] < 0.15]
+    assert all(step >= 60 - each for step in predicted)
+    assert predicted
 
 
 @pytest.mark.parametrize("up", [2, 5, 10])

@@ -1,8 +1,8 @@
-"""SmartFRZ under every scheduler: judged wherever the rate falls to the end, and never at the bottom of a cycle."""
+"""SmartFRZ under every scheduler: it predicts where the rate falls to the end, never at the bottom of a cycle."""
 
 import pytest
 
-from tests.predictor.schedulers import SCHEDULERS, judged_under, rates_under, rises, train
+from tests.predictor.schedulers import SCHEDULERS, predicted_under, rates_under, rises, train
 
 STEPS = 600
 TO_THE_END = [name for name in SCHEDULERS if not rises(name)]
@@ -22,20 +22,20 @@ def _without_transformers_nothing_of_it(request):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of SequentialLR itself
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_no_layer_is_judged_at_a_rate_far_below_one_that_follows(name):
+def test_nothing_is_predicted_at_a_rate_far_below_one_that_follows(name):
     rates = rates_under(name, STEPS)
-    judged = [step for step in judged_under(rates) if step < STEPS]
-    again = max((max(rates[step:]) / rates[step - 1] for step in judged), default=0)
+    predicted = [step for step in predicted_under(rates) if step < STEPS]
+    again = max((max(rates[step:]) / rates[step - 1] for step in predicted), default=0)
     assert again < (5 if name == UNFORESEEN else 3)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", TO_THE_END)
-def test_layers_are_judged_where_the_rate_falls_to_the_end(name):
-    judged = judged_under(rates_under(name, STEPS))
-    assert judged[-1] >= STEPS * 0.9
+def test_it_predicts_where_the_rate_falls_to_the_end(name):
+    predicted = predicted_under(rates_under(name, STEPS))
+    assert predicted[-1] >= STEPS * 0.9
     if not any(part in name for part in LATE):
-        assert judged == list(range(9 * STEPS // 60, STEPS + 1, STEPS // 60))
+        assert predicted == list(range(9 * STEPS // 60, STEPS + 1, STEPS // 60))
 
 
 def test_a_training_under_restarts_freezes_nothing_before_its_last_cycle():

@@ -96,6 +96,7 @@ def _exactly(stream: IO[bytes], size: int) -> bytes:
 
 
 def _start() -> None:
+    _stop()  # one that has died by itself still holds its pipes
     _running.clear()
     command = [sys.executable, "-m", __name__]
     child = subprocess.Popen(

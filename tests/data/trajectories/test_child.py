@@ -35,13 +35,18 @@ def test_a_file_that_hdf5_crashes_on_is_refused_and_the_next_one_is_read(tmp_pat
     assert_readable(path)
 
 
-def test_a_child_that_is_killed_is_replaced(path):
+@pytest.mark.parametrize("seen", [False, True], ids=["found at the next request", "already known to have ended"])
+def test_a_child_that_is_killed_is_replaced(path, seen):
     assert_readable(path)
     ((_, process),) = child._running
     os.kill(process.pid, signal.SIGKILL)
+    if seen:
+        process.wait()
     assert_readable(path)
     ((_, other),) = child._running
     assert other.pid != process.pid
+    assert process.stdin.closed
+    assert process.stdout.closed
 
 
 def test_faults_come_with_their_kind_and_the_path_as_given(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from data.sources import load_source
 from predictor.controller import FreezeController
 from predictor.layers.flops import count_flops
 from predictor.policies.base import FreezePolicy, View
+from predictor.policies.measuring.first_look import FirstLook, look_at
 from predictor.shared.files import append_json_line, read_json_lines, written_whole
 
 
@@ -135,6 +136,12 @@ class Branch(Hook):
             seed_everything(self._order_seed)
 
 
+def _first_look(training: Training) -> FirstLook | None:
+    """What the first batches of a training say of its layers before a step is taken."""
+    losses = (training.loss_of(inputs, labels_B) for _, inputs, labels_B in training.batches())
+    return look_at(training.model, training.layers, losses)
+
+
 class _FrozenFrom(FreezePolicy):
     """Freezes the same layers from one step on."""
 
@@ -158,6 +165,7 @@ class _Run:
         first = Training(self._run.workload, self._source, seed=self._run.seed, device=pick_device(self._device))
         self._total = first.total_steps
         self._names = [layer.name for layer in first.layers]
+        self._look = _first_look(first)
         self._flops = count_flops(first.model, first.layers, (self._source.probe(2, first.device),), {})
         self._whole, *self._branches = planned(self._choices, self._total, len(self._names), self._run.seed)
         self._known = {(outcome.step, outcome.kind, outcome.layers): outcome for outcome in self._recorded()}
@@ -175,6 +183,7 @@ class _Run:
         run_itself = self._known.pop(self._whole.key)
         facts = {"config": self._config, "choices": self._choices.as_dict()}
         facts |= {"versions": versions(), "hardware": hardware()}
+        facts |= {} if self._look is None else {"look": self._look.as_dict()}
         return [replace(run_itself, facts=facts), *(outcome for _, outcome in sorted(self._known.items()))]
 
     def _recorded(self) -> list[Outcome]:

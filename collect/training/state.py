@@ -193,6 +193,11 @@ class Training:
         self.step += 1
         return True
 
+    def loss_of(self, inputs: Tensor, labels_B: Tensor) -> Tensor:
+        """The loss that is minimised, of one batch, with its graph. Takes no step."""
+        with self.precision.forward():
+            return F.cross_entropy(self._logits(inputs), labels_B, label_smoothing=self.recipe.label_smoothing)
+
     def score(self) -> None:
         """Test the model and add a row to `curve`, or find that the training has diverged."""
         test_loss, test_accuracy = self.test()

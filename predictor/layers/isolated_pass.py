@@ -21,10 +21,10 @@ _isolated = ContextVar("isolated", default=False)
 
 
 @contextmanager
-def isolated(model: nn.Module, *, as_in_training: bool = False) -> Iterator[None]:
+def isolated(model: nn.Module, *, as_in_training: bool = False, gradients: bool = False) -> Iterator[None]:
     """A context in which a pass of the model leaves no trace.
 
-    Inside, the model is in evaluation mode, records no gradients and runs eagerly, part by part. Afterwards these are
+    Inside, the model is in evaluation mode, records no gradients by default and runs eagerly, part by part. Afterwards these are
     what they were: every module's mode, every buffer and parameter (the object and its content), what modules keep in
     plain attributes, and the state of the random generators (Python's, NumPy's, torch's on the CPU and on the model's
     devices). The same holds for what the model's code keeps in its classes, in global variables and in caches: numbers,
@@ -38,6 +38,7 @@ def isolated(model: nn.Module, *, as_in_training: bool = False) -> Iterator[None
         model: the model.
         as_in_training: keep the modules' modes, and record gradients for all parameters, but nothing that a backward
             pass needs.
+        gradients: record gradients in evaluation mode, for `torch.autograd.grad`, which leaves `.grad` alone.
     """
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"}
     contents = _Contents(model)
@@ -51,7 +52,8 @@ def isolated(model: nn.Module, *, as_in_training: bool = False) -> Iterator[None
         stack.enter_context(_restored_random_state(devices))
         stack.enter_context(_eager_part_by_part())
         stack.enter_context(_no_autocast_cache())
-        stack.enter_context(_all_requiring_gradients(model) if as_in_training else torch.no_grad())
+        recording = torch.enable_grad() if gradients else torch.no_grad()
+        stack.enter_context(_all_requiring_gradients(model) if as_in_training else recording)
         stack.enter_context(_restored_parameters(model, contents.tensors))
         yield
 

@@ -65,12 +65,12 @@ def _one(name: str, source: Source, path: Path, device: str, budget: float) -> T
     training = train(first(name), seed=_SEED, hooks=[_Log()], device=device, budget=budget, source=source)
     if training.status != "finished":
         raise UsageError(f"{name}: the training {training.status}, and nothing is written: train on another device")
-    _save(path, training)
+    _save(path, training, half=TRANSFERS[name].half)
     print(f"{path}: {training.curve[-1]['test_accuracy']:.1%} of the test samples of its own classes are right")
     return training
 
 
-def _save(path: Path, training: Training) -> None:
+def _save(path: Path, training: Training, half: bool) -> None:
     from safetensors.torch import save
 
     made = {
@@ -81,6 +81,7 @@ def _save(path: Path, training: Training) -> None:
         "recipe": asdict(training.recipe),
         "test_accuracy": training.curve[-1]["test_accuracy"],
     }
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in training.model.state_dict().items()}
+    kept = {name: tensor.half() if half else tensor for name, tensor in training.model.state_dict().items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in kept.items()}
     with written_whole(path) as part:
         part.write_bytes(save(tensors, {_CARD: json.dumps(made, sort_keys=True)}))

@@ -11,9 +11,11 @@ from collect.workloads.convnext import ConvNext
 from collect.workloads.densenet import DenseNet
 from collect.workloads.mixer import Mixer
 from collect.workloads.mlp import Mlp
+from collect.workloads.mobilenet import MobileNet
 from collect.workloads.recipe import Recipe, Workload
 from collect.workloads.resnet import ResNet
 from collect.workloads.textcnn import TextCnn
+from collect.workloads.texttransformer import TextTransformer
 from collect.workloads.vgg import Vgg
 from collect.workloads.vit import Vit
 from data.sources.base import Source
@@ -41,6 +43,8 @@ class Transfer:
     """The recipe for the last half."""
     times: tuple[str, str]
     """The time that each of the two takes."""
+    half: bool = False
+    """Whether the file holds the weights in half precision: the embedding of 5,371 words makes it twice as large."""
 
 
 TRANSFERS: dict[str, Transfer] = {
@@ -115,6 +119,25 @@ TRANSFERS: dict[str, Transfer] = {
         Recipe(epochs=20, batch_size=32, optimizer="adamw", lr=3e-3, weight_decay=0.05),
         Recipe(epochs=8, optimizer="adamw", lr=1e-3, weight_decay=0.05),
         ("20 seconds", "5 seconds"),
+    ),
+    "mobilenet": Transfer(
+        "mobilenet",
+        "Six inverted residuals of 16 to 64 channels",
+        partial(MobileNet, widths=(16, 32, 64), stem_stride=2),
+        "fashion",
+        Recipe(epochs=15, lr=0.1, augment=True),
+        Recipe(epochs=8, lr=0.02, train_samples=2000),
+        ("3 minutes", "40 seconds"),
+    ),
+    "texttransformer": Transfer(
+        "texttransformer",
+        "Four encoder blocks of 40 channels and 4 heads",
+        partial(TextTransformer, width=40, depth=4, heads=4, dropout=0.3),
+        "glosses",
+        Recipe(epochs=15, batch_size=32, optimizer="adamw", lr=2e-3, weight_decay=0.05, clip_norm=1.0),
+        Recipe(epochs=8, batch_size=32, optimizer="adamw", lr=5e-4, weight_decay=0.05, clip_norm=1.0),
+        ("2 minutes", "1 minute"),
+        half=True,
     ),
 }
 """The networks that this project pretrains, by the beginning of the names of their two workloads."""

@@ -50,6 +50,16 @@ def test_what_is_written_is_what_was_trained_and_the_other_workload_can_start_fr
     assert torch.equal(model[-1].weight, head)
 
 
+def test_weights_in_half_precision_are_those_that_were_trained_but_for_their_rounding(tmp_path: Path) -> None:
+    training = pretrain(tmp_path, ["texttransformer"], device="cpu", budget=0.001)["texttransformer"]
+    found, own = load_file(weights_of("texttransformer", tmp_path)), training.model.state_dict()
+    assert all(tensor.dtype == torch.half for tensor in found.values())
+    assert all(torch.equal(found[name], own[name].half()) for name in own)
+    model = load_workload("texttransformer-transfer").model(training.source)
+    load_body(model, weights_of("texttransformer", tmp_path))
+    assert torch.equal(model.embedding.weight, found["embedding.weight"].float())
+
+
 def test_the_same_call_makes_the_same_weights_bit_for_bit_as_good_as_those_that_ship(tmp_path: Path) -> None:
     once, again = tmp_path / "once", tmp_path / "again"
     for folder in (once, again):
@@ -77,7 +87,7 @@ def test_the_shipped_weights_are_as_good_as_their_card_says(name: str) -> None:
     assert accuracy == pytest.approx(
         card["test_accuracy"], abs=max(0.002, 1.5 / len(labels_B))
     )  # others round otherwise
-    assert accuracy > (0.6 if name == "textcnn" else 0.9)
+    assert accuracy > (0.6 if name.startswith("text") else 0.9)
     assert (card["workload"], card["source"], card["seed"]) == (f"{name}-first", workload.source, 0)
     assert path.stat().st_size < (1.2e6 if name == "resnet20" else 1e6)
     line = next(line for line in (WEIGHTS / "README.md").read_text().splitlines() if f"`{name}`" in line)
@@ -88,7 +98,7 @@ def test_the_shipped_weights_are_as_good_as_their_card_says(name: str) -> None:
 def test_no_other_files_ship_and_all_of_them_are_small() -> None:
     paths = {path for path in WEIGHTS.iterdir() if path.name != "README.md"}
     assert paths == {weights_of(name) for name in TRANSFERS}
-    assert sum(path.stat().st_size for path in paths) < 4e6
+    assert sum(path.stat().st_size for path in paths) < 5e6
 
 
 def test_a_name_that_does_not_exist_and_data_that_is_missing_are_told_of_before_anything_is_trained(

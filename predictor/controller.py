@@ -3,10 +3,11 @@
 import operator
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from predictor.errors import UsageError
@@ -27,11 +28,13 @@ from predictor.freezing.learning_rates import LayerRates
 from predictor.freezing.messages import FreezeReporter
 from predictor.freezing.optimizer_state import begin_again
 from predictor.freezing.timeline import Timeline
-from predictor.freezing.wrappers import GradientWatch, follow, refuse_capture, refuse_unfit
+from predictor.freezing.wrappers import GradientWatch, follow, refuse_capture, refuse_unfit, without_sync
 from predictor.layers.first_pass import FirstPass
+from predictor.layers.isolated_pass import shown
 from predictor.layers.layer import Layer, first_layers
 from predictor.layers.parts import unwrapped
 from predictor.policies.base import FreezePolicy, View
+from predictor.policies.measuring.first_look import FirstLook, look_at
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +45,10 @@ _MOST_STEPS_UNCHECKED = 100
 """Steps after which the controller looks at the frozen layers at the latest."""
 _CHECKS = 20
 """How often it does so in a training that is too short for that."""
+_END = object()
+
+Losses = Iterable[Tensor] | Callable[[], Iterable[Tensor]]
+"""The loss of one batch after the other, or what begins to compute them."""
 
 
 class FreezeController:
@@ -110,6 +117,8 @@ class FreezeController:
         refuse_unfit(model, self._optimizers)
         self.model = unwrapped(model)
         """The model itself, without what is wrapped around it."""
+        self.called_model = model
+        """The model as the loop calls it."""
         self.policy = policy
         self.layers, seen = first_layers(model, self._optimizers) if layers is None else (tuple(layers), True)
         self.total_steps = total_steps
@@ -118,6 +127,10 @@ class FreezeController:
         self.seconds = 0.0
         """Wall-clock seconds spent in here so far, decisions included. On a GPU a decision waits for the steps that are
         queued; that wait counts too, though those steps had to be computed anyway."""
+        self.looked = 0
+        """Batches that `look` has taken, of which each costs a forward and a backward pass."""
+        self._look: FirstLook | None = None
+        self._looking = False
         self.agree: Callable[[frozenset[int], int], frozenset[int]] = _own_answer
         self._planned: frozenset[int] = frozenset()  # what the policy wants frozen; frozen unless in a dry run
         warn_of_leftover_freezing(self.layers)
@@ -173,7 +186,8 @@ class FreezeController:
         """What the policy may look at now."""
         resting = (index for index, layer in enumerate(self.layers) if index not in self._planned and is_at_rest(layer))
         flops = self._reporter.flops
-        return View(self.layers, self._planned, self._step, self.total_steps, flops, resting=frozenset(resting))
+        look = self._look if self._step == 0 else None
+        return View(self.layers, self._planned, self._step, self.total_steps, flops, frozenset(resting), look)
 
     @property
     def timeline(self) -> Timeline:
@@ -187,6 +201,45 @@ class FreezeController:
         FLOPs are in it where they were counted: see `say`.
         """
         return self.timeline.plot(path)
+
+    def look(self, losses: Losses, *, loader: object = None) -> FreezeEvent | None:
+        """Have the policy decide before the first step by the gradients of the first batches, if it `wants_look`.
+
+            controller.look(loss_fn(model(x), y) for x, y in loader)
+
+        Call it before the loop, after states were loaded. It takes 8 batches forward and backward, in evaluation mode.
+        Afterwards model, `.grad`, statistics, modes and the random generators of Python, NumPy and torch are what they
+        were. For that time it keeps two more copies of all weights that train.
+
+        Python opens `loader` before this is called, which draws a number from torch's generator. Where the training is
+        to draw the same numbers as without a look, give a function, and the loader if it has a generator of its own:
+
+            controller.look(lambda: (loss_fn(model(x), y) for x, y in loader), loader=loader)
+
+        Under several processes each looks at its own batches, and the first decides.
+
+        Args:
+            losses: the loss of one batch after the other, each computed when it is asked for, and not scaled. A
+                generator, which is closed, or a function that returns one.
+            loader: the DataLoader behind them: its samplers and its data set are left as they were too.
+
+        Returns:
+            What froze. None where nothing did: also, with one line, where there is no look, since there are fewer than
+            two batches, gradients are not finite or weights are sharded. The batches are not asked for where the policy
+            wants no look, and in a training that has begun or is continued.
+
+        Raises:
+            UsageError: `losses` are computed already, or one is not a single number with a graph.
+        """
+        resumed = self._waiting_state is not None and self._waiting_state["step"]
+        if not self.policy.wants_look or self._step or resumed:
+            return None
+        if isinstance(losses, Tensor | Sequence):
+            raise UsageError(
+                f"look() was given a {type(losses).__name__} of losses: give a generator, (loss_fn(model(x), y) for x, "
+                "y in loader), so that each is computed when it is asked for"
+            )
+        return self._timed(lambda: self._start_with_look(losses, loader))
 
     def step(self) -> FreezeEvent | None:
         """Call after `optimizer.step()` and before `zero_grad()`. Returns what changed, if anything did."""
@@ -206,6 +259,10 @@ class FreezeController:
     def on_moved(self, callback: Callable[[], None]) -> None:
         """Call `callback` where the user's code had switched frozen layers back on, so that they may have moved."""
         self._moved.append(callback)
+
+    def report(self, line: str) -> None:
+        """Say a line as this controller says its own: in one process, and not under `say=None`."""
+        self._reporter.say_at_once(line)
 
     def hide_argument(self, name: str) -> None:
         """Declare a keyword argument of the model's calls that a hook removes before the model's own `forward`."""
@@ -287,22 +344,79 @@ class FreezeController:
         rates = self.policy.rates(self.view)
         return {index: factor for index, factor in rates.items() if index not in self._given_back}
 
+    def _start_with_look(self, losses: Losses, loader: object) -> FreezeEvent | None:
+        """Begin the training anew, with a look at its first batches."""
+        self._undo_start()
+        self._looking = True
+        try:
+            with without_sync(self.called_model):
+                given = self._taken(losses)
+                self._look = look_at(
+                    self.called_model, lambda: self.layers, given, loader=loader, why_not=self._report_no_look
+                )
+        finally:
+            self._looking = False
+            state = self._waiting_state
+            if state is not None and state["layers"] == [layer.name for layer in self.layers]:
+                self._waiting_state = None  # it has no more to say than that its training had not begun
+            event = self._start()
+        return event
+
+    def _taken(self, losses: Losses) -> Iterator[Tensor]:
+        """The losses. The first passes show the layers and what they cost, as the training's own would."""
+        left = iter(losses() if callable(losses) else losses)
+        try:
+            while True:
+                # The second, since FLOPs are counted anew where the first has shown other layers.
+                with shown() if self.looked < 2 else nullcontext():
+                    loss: Any = next(left, _END)
+                if loss is _END:
+                    return
+                if self.looked == 0 and self._first_pass is not None:
+                    self._first_pass.settle()
+                self.looked += 1
+                yield loss
+                del loss
+        finally:
+            if hasattr(left, "close"):
+                left.close()
+
+    def _report_no_look(self, reason: str) -> None:
+        self.report(f"no look at the first batches: {reason}")
+
+    def _undo_start(self) -> None:
+        """Undo what was decided before the first step."""
+        if self._planned:
+            self._change(frozenset())
+        self.history.clear()
+        self._reporter.withdraw()
+        self._compiled.begin_anew()
+        self._look = None
+        self.policy.close()
+        if self._rates is not None:
+            self._rates.close()
+            self._rates = None
+
+    def _start(self) -> FreezeEvent | None:
+        """Have the policy begin with the layers that there are, and decide as before the first step."""
+        self._bind()
+        step, self._step = self._step, 0
+        event = self._decide()
+        self._step, self._next_wake = step, 0
+        return event
+
     def _settle_layers(self, layers: tuple[Layer, ...]) -> None:
         """Take the layers that the first pass has shown, where they are others, and begin anew with them."""
         if _described(layers) != _described(self.layers):
-            if self._planned:
-                self._change(frozenset())
-            self.history.clear()
-            self.policy.close()
-            if self._rates is not None:
-                self._rates.close()
+            if not self._looking:
+                self._undo_start()
             self.layers = layers
             self._watch = GradientWatch(layers, self._optimizers)
             self._reporter.use(layers)
-            self._bind()
-            step, self._step = self._step, 0
-            self._timed(self._decide)
-            self._step, self._next_wake = step, 0
+            if not self._looking:
+                self._timed(self._start)
+        if self._looking:
+            return  # what is frozen now would not outlast the pass that looks
         state = self._waiting_state
         if state is not None and state["layers"] == [layer.name for layer in layers]:
             self._waiting_state = None

@@ -57,6 +57,10 @@ class CompiledCode:
         for code in codes:
             remove_from_cache(code)
 
+    def begin_anew(self) -> None:
+        """Count changes from the start: those so far are undone."""
+        self._changed_at, self._kept_back = None, frozenset()
+
     def hold_back(self, wanted: frozenset[int], frozen: frozenset[int], step: int) -> frozenset[int]:
         """What may be frozen now of what a policy wants, which never unfreezes: nothing more soon after a change.
 

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from predictor.freezing.data_wait import DataWait, Wait
 from predictor.freezing.event import FreezeEvent
 from predictor.layers.flops import LayerFlops, count_flops
-from predictor.layers.isolated_pass import in_isolated_pass
+from predictor.layers.isolated_pass import hidden
 from predictor.layers.layer import Layer
 from predictor.layers.parts import unwrapped
 
@@ -84,6 +84,10 @@ class FreezeReporter:
             self._uncounted = self._counts_anew = True
             self.count()
 
+    def withdraw(self) -> None:
+        """Report none of the changes so far that are not reported yet."""
+        self._pending.clear()
+
     def count(self) -> None:
         """Count FLOPs at the next forward pass."""
         if self._uncounted and self._counting is None:
@@ -136,6 +140,11 @@ class FreezeReporter:
         if wait is not None and wait.share > _TOO_LONG:
             self._say(_bottleneck(wait))
             self._data_wait.done = True
+
+    def say_at_once(self, line: str) -> None:
+        """Report a line of another kind."""
+        if self._say is not None:
+            self._say(f"{self._prefix}{line}")
 
     def say(self, lines: Iterable[str]) -> None:
         """Report what is still pending, and then these lines."""
@@ -220,7 +229,7 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         # A hook that is removed during the call that it belongs to gets no named inputs.
-        if not torch.compiler.is_compiling() and not in_isolated_pass():
+        if not torch.compiler.is_compiling() and not hidden():
             self._callback(args, kwargs or {})
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -230,7 +239,7 @@ class _Hook:
 def on_forward(model: nn.Module, callback: Callable[[tuple[Any, ...], Mapping[str, Any]], None]) -> RemovableHandle:
     """Call `callback` with the inputs of each forward pass, until the handle is removed.
 
-    Before all other hooks, and not in the library's own passes.
+    Before all other hooks, and not in the library's own passes but those that show what the training's are like.
     """
     return model.register_forward_pre_hook(_Hook(callback), with_kwargs=True, prepend=True)
 

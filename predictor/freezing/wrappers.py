@@ -14,6 +14,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 from weakref import WeakKeyDictionary
@@ -50,6 +51,8 @@ class Followed(Protocol):
     """What `follow` needs of a FreezeController."""
 
     agree: Callable[[frozenset[int], int], frozenset[int]]
+    called_model: nn.Module
+    """The model as the loop calls it."""
 
     @property
     def frozen(self) -> frozenset[int]:
@@ -73,6 +76,7 @@ def follow(controller: Followed, model: nn.Module) -> None:
         UsageError: something around the model cannot keep up; the message names the cure.
     """
     refuse_unfit(model)
+    controller.called_model = model
     for wrapper in _wrappers(model):
         if isinstance(wrapper, DistributedDataParallel):
             controller.agree = Agreement(wrapper.process_group)
@@ -110,6 +114,16 @@ def refuse_capture() -> None:
             "controller.step() was called while a CUDA graph is captured: call it after each replay, outside the "
             "graph, and capture again in controller.on_change(callback)"
         )
+
+
+@contextmanager
+def without_sync(model: nn.Module) -> Iterator[None]:
+    """A context in which DDP around a model does not get ready to exchange gradients."""
+    with ExitStack() as stack:
+        for wrapper in _wrappers(model):
+            if isinstance(wrapper, DistributedDataParallel):
+                stack.enter_context(wrapper.no_sync())
+        yield
 
 
 def has_gradients(optimizer: Optimizer) -> bool:

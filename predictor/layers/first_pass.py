@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from predictor.errors import UsageError
 from predictor.layers.execution_order import ExecutionOrder, definition_order, order_of_call
 from predictor.layers.grouping import networks_in
-from predictor.layers.isolated_pass import in_isolated_pass
+from predictor.layers.isolated_pass import hidden
 from predictor.layers.layer import Layer, layers_in_order, with_networks_ends
 from predictor.layers.parts import holds_weight, parts_of, unwrapped
 from predictor.layers.tensors import tensors_in
@@ -68,6 +68,11 @@ class FirstPass:
             module._compiled_call_impl = compiled
         self._handles, self._compiled, self._given, self._used = [], [], [], {}
 
+    def settle(self) -> None:
+        """Hand over the layers as far as calls of modules have shown them, and watch on."""
+        if self._handles and self._orders:
+            self._hand_over(self._together())
+
     def finish(self) -> None:
         """Call at the first step. Hands over the layers where modules were called on their own; warns where none was.
 
@@ -99,7 +104,7 @@ class FirstPass:
             self._handles.append(module.register_forward_pre_hook(before.pre, with_kwargs=True, prepend=True))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._running is not None or not self._handles or in_isolated_pass():
+        if self._running is not None or not self._handles or hidden():
             return
         whole = module is self._called_model or module is self._model
         if whole and self._called_model is not self._model and "forward" in vars(self._model):
@@ -117,6 +122,8 @@ class FirstPass:
 
     def _before_compiled(self, module: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
         """Stands in for what `module.compile()` made, for one call."""
+        if not self._handles:  # closed within an isolated pass, which has put this one back
+            module._compiled_call_impl = call
         self._before(module, args, kwargs)
         return call(*args, **kwargs)
 
@@ -139,7 +146,7 @@ class FirstPass:
         self._follow([tensor.grad_fn for tensor in tensors_in((args, kwargs)) if tensor.grad_fn is not None])
 
     def _after(self, module: nn.Module, output: object) -> None:
-        if module is self._running and not in_isolated_pass():
+        if module is self._running and not hidden():
             self._running = None
             if self._handles:
                 self._handles.pop().remove()

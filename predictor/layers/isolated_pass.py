@@ -3,7 +3,7 @@
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -18,17 +18,21 @@ from predictor.layers.hook_tables import restored_hooks
 from predictor.layers.tensors import number_of, tensors_in
 
 _isolated = ContextVar("isolated", default=False)
+_shown = ContextVar("shown", default=False)
+_modes: ContextVar[dict[nn.Module, bool] | None] = ContextVar("modes", default=None)
 
 
 @contextmanager
-def isolated(model: nn.Module, *, as_in_training: bool = False, gradients: bool = False) -> Iterator[None]:
+def isolated(
+    model: nn.Module, *, as_in_training: bool = False, gradients: bool = False, others: Iterable[object] = ()
+) -> Iterator[None]:
     """A context in which a pass of the model leaves no trace.
 
-    Inside, the model is in evaluation mode, records no gradients by default and runs eagerly, part by part. Afterwards these are
-    what they were: every module's mode, every buffer and parameter (the object and its content), what modules keep in
-    plain attributes, and the state of the random generators (Python's, NumPy's, torch's on the CPU and on the model's
-    devices). The same holds for what the model's code keeps in its classes, in global variables and in caches: numbers,
-    tensors, lists, dicts and `functools.lru_cache`. Nothing waits for a GPU.
+    Inside, the model is in evaluation mode, records no gradients by default and runs eagerly, part by part. Afterwards
+    these are what they were: every module's mode, every buffer and parameter (the object and its content), what modules
+    keep in plain attributes, and the state of the random generators (Python's, NumPy's, torch's on the CPU and on the
+    model's devices). The same holds for what the model's code keeps in its classes, in global variables and in caches:
+    numbers, tensors, lists, dicts and `functools.lru_cache`. Nothing waits for a GPU.
 
     The caller gives the pass copies of the inputs (`predictor.layers.tensors.copied`). Forward hooks run, since many
     are part of a model (weight norm, pruning, adapters). What they keep is brought back like what the model's code
@@ -36,20 +40,24 @@ def isolated(model: nn.Module, *, as_in_training: bool = False, gradients: bool 
 
     Args:
         model: the model.
-        as_in_training: keep the modules' modes, and record gradients for all parameters, but nothing that a backward
-            pass needs.
-        gradients: record gradients in evaluation mode, for `torch.autograd.grad`, which leaves `.grad` alone.
+        as_in_training: have the modules in the modes that the training has them in, and record gradients for all
+            parameters, but nothing that a backward pass needs.
+        gradients: record gradients in evaluation mode, for `torch.autograd.grad`, which leaves `.grad` alone. Random
+            generators go on from where they are.
+        others: further objects, such as a data loader's sampler, whose attributes are restored like those of modules.
     """
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"}
-    contents = _Contents(model)
+    others = [each for each in others if hasattr(each, "__dict__")]
+    contents = _Contents(model, others)
     with ExitStack() as stack:
         stack.enter_context(restored_hooks(model))
         stack.callback(_isolated.reset, _isolated.set(True))
+        stack.callback(_shown.reset, _shown.set(False))
         stack.enter_context(_restored_modes(model, evaluation=not as_in_training))
-        stack.enter_context(_restored_attributes(model, contents))
+        stack.enter_context(_restored_attributes([*model.modules(), *others], contents))
         stack.enter_context(_restored_code(model, contents))
         stack.enter_context(_restored_buffers(model))
-        stack.enter_context(_restored_random_state(devices))
+        stack.enter_context(_restored_random_state(devices, seeded=not gradients))
         stack.enter_context(_eager_part_by_part())
         stack.enter_context(_no_autocast_cache())
         recording = torch.enable_grad() if gradients else torch.no_grad()
@@ -64,14 +72,35 @@ def in_isolated_pass() -> bool:
 
 
 @contextmanager
+def shown() -> Iterator[None]:
+    """A context inside an isolated one in which the model is called as the training's next step will call it.
+
+    What waits for that call to see the layers and their cost may take this one for it: see `hidden`.
+    """
+    token = _shown.set(True)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
+
+def hidden() -> bool:
+    """Whether a pass of ours is under way that says nothing of how the training calls the model."""
+    return _isolated.get() and not _shown.get()
+
+
+@contextmanager
 def _restored_modes(model: nn.Module, evaluation: bool) -> Iterator[None]:
     # Not by eval() and train(): they may be overridden and do more than set a flag (adapters merge their weights).
     modes = [(module, module.training) for module in model.modules()]
+    in_training = _modes.get() or dict(modes)  # of an isolated pass within another, those outside of both
+    token = _modes.set(in_training)
     try:
         for module, mode in modes:
-            module.training = mode and not evaluation
+            module.training = in_training.get(module, mode) and not evaluation
         yield
     finally:
+        _modes.reset(token)
         for module, mode in modes:
             module.training = mode
 
@@ -158,7 +187,7 @@ def _nothing(value: object) -> Any:
 
 
 @contextmanager
-def _restored_random_state(devices: set[torch.device]) -> Iterator[None]:
+def _restored_random_state(devices: set[torch.device], seeded: bool) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     with ExitStack() as stack:
@@ -167,7 +196,8 @@ def _restored_random_state(devices: set[torch.device]) -> Iterator[None]:
             indices = [device.index or 0 for device in devices if device.type == kind]
             stack.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
         try:
-            torch.default_generator.manual_seed(0)  # not torch.manual_seed: it seeds every device
+            if seeded:
+                torch.default_generator.manual_seed(0)  # not torch.manual_seed: it seeds every device
             yield
         finally:
             random.setstate(python_state)
@@ -209,18 +239,18 @@ _CONTAINERS = (list, deque, set, dict, OrderedDict, defaultdict, Counter)
 
 
 @contextmanager
-def _restored_attributes(model: nn.Module, contents: "_Contents") -> Iterator[None]:
-    """Restore what modules keep in plain attributes: the objects, and what is in tensors and containers."""
-    modules = [(module, dict(module.__dict__)) for module in model.modules()]
-    values = (v for _, before in modules for name, v in before.items() if name not in _OF_EVERY_MODULE)
+def _restored_attributes(owners: Sequence[object], contents: "_Contents") -> Iterator[None]:
+    """Restore what modules and others keep in plain attributes: the objects, and what is in tensors and containers."""
+    tables = [(owner.__dict__, dict(owner.__dict__)) for owner in owners]
+    values = (v for _, before in tables for name, v in before.items() if name not in _OF_EVERY_MODULE)
     restores = [restore for value in values if (restore := contents.restore_of(value))]
     try:
         yield
     finally:
-        for module, before in modules:
-            for name in module.__dict__.keys() - before.keys():
-                del module.__dict__[name]
-            module.__dict__.update(before)
+        for table, before in tables:
+            for name in table.keys() - before.keys():
+                del table[name]
+            table.update(before)
         for restore in restores:
             restore()
 
@@ -243,10 +273,10 @@ class _Contents:
     module refers to, are no part of it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, others: Iterable[object]) -> None:
         self.tensors: list[Tensor] = []
         """Those found, which are restored where a pass writes to them."""
-        self._packages = {_package(cls) for module in model.modules() for cls in type(module).__mro__}
+        self._packages = {_package(cls) for owner in (*model.modules(), *others) for cls in type(owner).__mro__}
         self._packages -= {"torch", "lightning", "pytorch_lightning", *sys.stdlib_module_names}
         self._packages |= {"__main__", "transformers"}  # whose caches of keys and values are in other people's modules
         self._seen: dict[int, object] = {}  # held, so that no other value gets the same id

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from predictor.layers.flops import LayerFlops
 from predictor.layers.layer import Layer
+from predictor.policies.measuring.first_look import FirstLook
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class View:
     resting: frozenset[int] = frozenset()
     """Indices of the layers that the user holds still now: no parameter of theirs requires a gradient, and the
     controller did not freeze them."""
+    look: FirstLook | None = None
+    """What the gradients of the first batches say of each layer, at step 0, for a policy that `wants_look`. None where
+    the training did not call `FreezeController.look`, or where that could not tell."""
 
     @property
     def progress(self) -> float:
@@ -47,7 +51,8 @@ class View:
 class FreezePolicy(ABC):
     """Decides which layers should be frozen. It changes nothing itself; a `FreezeController` carries its answer out.
 
-    Order of calls: `bind`, then `decide` at step 0. In every optimizer step: `rates` before it, `observe` after it, and
+    Order of calls: `bind`, then `decide` at step 0; both again where the training's first pass shows other layers, or
+    where a policy that `wants_look` gets one. In every optimizer step: `rates` before it, `observe` after it, and
     `decide` where `due` says so.
     """
 
@@ -62,6 +67,9 @@ class FreezePolicy(ABC):
     the time alone."""
     wants_flops: bool = False
     """Whether its views should have FLOPs, which cost a forward pass to count."""
+    wants_look: bool = False
+    """Whether it decides at step 0 by the gradients of the first batches, for which the training calls
+    `FreezeController.look`. Then it is bound again, and its view at step 0 has `look`."""
     budget: float = 1.0
     """The share of the planned optimizer steps that the training should take."""
     rescaled: bool = True

@@ -1,6 +1,7 @@
 """What the gradients of a few batches say of each layer before the first step."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -15,6 +16,9 @@ from predictor.policies.measuring.gradients import real_of, to_host
 
 BATCHES = 8
 """Batches that are looked at. Half of them are the other half's noise."""
+_SCALE = 1024.0
+"""So much larger are gradients in the backward pass, where small ones would vanish under autocast in float16. A power
+of two, which changes nothing in float32."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class FirstLook:
     @classmethod
     def from_dict(cls, figures: dict[str, Any]) -> "FirstLook":
         """The figures that `as_dict` returned."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in figures.items()})
+        read: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in figures.items()}
+        return cls(**read)
 
     @property
     def signal_L(self) -> tuple[float, ...]:
@@ -57,70 +62,165 @@ class FirstLook:
         return tuple(max(0.0, mean - noise) for mean, noise in zip(self.mean_l1_L, self.noise_l1_L, strict=True))
 
 
+class _NoLook(Exception):
+    """There is no look, for the reason that the message gives."""
+
+
 def look_at(
-    model: nn.Module, layers: Sequence[Layer], losses: Iterable[Tensor], batches: int = BATCHES
+    model: nn.Module,
+    layers: Sequence[Layer] | Callable[[], Sequence[Layer]],
+    losses: Iterable[Tensor],
+    batches: int = BATCHES,
+    *,
+    loader: object = None,
+    why_not: Callable[[str], None] | None = None,
 ) -> FirstLook | None:
     """Look at the gradients of a model's first batches. The model, its gradients and the random state stay as they are.
 
+    Two copies of all weights that train are kept for that time.
+
     Args:
-        model: the model, without what is wrapped around it.
-        layers: those that are looked at.
-        losses: the loss of one batch after the other, each computed when it is asked for.
+        model: the model, as it is called.
+        layers: those that are looked at, or what returns them once the first loss is there.
+        losses: the loss of one batch after the other, each computed when it is asked for. A generator is closed.
         batches: how many are taken.
+        loader: the DataLoader behind the losses. Its samplers and its data set are left as they were, too.
+        why_not: takes the reason where there is no look.
 
     Returns:
-        None where there are fewer than two losses, or where a gradient is not a finite number.
+        None where there are fewer than two losses, where a gradient is missing or not a finite number, and where the
+        weights are sharded or have no memory.
 
     Raises:
-        UsageError: a loss that hangs on no weight.
+        UsageError: a loss is not one number with a graph.
     """
-    own = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
-    sums = [[torch.zeros_like(p) for p in each] for each in own]
-    turned = [[torch.zeros_like(p) for p in each] for each in own]
-    flat = [p for each in own for p in each]
-    count = 0
-    with isolated(model, gradients=True), torch.backends.cudnn.flags(enabled=False):  # its RNNs refuse evaluation mode
-        for loss in islice(losses, batches - batches % 2):
-            if not loss.requires_grad:
-                raise UsageError("the loss hangs on no weight: give look() losses with their graph, not .item() numbers")
-            found = torch.autograd.grad(loss, flat, allow_unused=True)
-            _add(sums, found, 1)
-            _add(turned, found, 1 if count % 2 == 0 else -1)
-            count += 1
-            del loss, found
-    return _look(layers, sums, turned, count) if count > 1 else None
-
-
-@torch.no_grad()
-def _add(sums: list[list[Tensor]], found: Sequence[Tensor | None], sign: int) -> None:
-    gradients: Iterator[Tensor | None] = iter(found)
-    for each in sums:
-        for total in each:
-            gradient = next(gradients)
-            if gradient is not None:
-                total.add_(gradient.to_dense() if gradient.is_sparse else gradient, alpha=sign)
-
-
-@torch.no_grad()
-def _look(
-    layers: Sequence[Layer], sums: list[list[Tensor]], turned: list[list[Tensor]], count: int
-) -> FirstLook | None:
-    weights = [list(layer.parameters()) for layer in layers]
-    kinds = [(each, scale) for each, scale in ((sums, 1 / count), (turned, 1 / count), (weights, 1.0))]
-    devices = [layer.own[0].device for layer in layers]
-    rows = [
-        torch.stack([_l1(values, device) * scale, _l2(values, device) * scale])
-        for each, scale in kinds
-        for values, device in zip(each, devices, strict=True)
-    ]
-    table = to_host(rows).double()
-    if not bool(table.isfinite().all()):
+    try:
+        _refuse_unfit(model)
+        with (
+            isolated(model, gradients=True, others=_parts_of(loader)),
+            _without_cudnn_for_rnns(model),
+            _closing(losses),
+        ):
+            return _sums_of(layers, islice(losses, batches)).look()
+    except (_NoLook, torch.OutOfMemoryError) as error:
+        if why_not is not None:
+            why_not(str(error) if isinstance(error, _NoLook) else "there is not enough memory on the device")
         return None
-    (mean, noise, weight) = (part.T.tolist() for part in table.split(len(layers)))
-    sizes = tuple(layer.size for layer in layers)
-    return FirstLook(
-        count, *map(tuple, (mean[0], noise[0], mean[1], noise[1], weight[0], weight[1])), sizes
-    )
+
+
+def _sums_of(layers: Sequence[Layer] | Callable[[], Sequence[Layer]], losses: Iterator[Tensor]) -> "_Sums":
+    sums: _Sums | None = None
+    for loss in losses:
+        _check(loss)
+        sums = sums or _Sums(layers() if callable(layers) else layers)
+        sums.add(loss)
+        del loss  # and its graph, before the next one is made
+    if sums is None or sums.count < 2:
+        raise _NoLook("there are fewer than two batches")
+    return sums
+
+
+class _Sums:
+    """Sums of the gradients of several batches, as they are and with every other one's sign turned."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.count = 0
+        self._layers = layers
+        self._trained = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
+        if not any(self._trained):
+            raise _NoLook("no layer trains")
+        self._sums, self._turned = ([[_zeros(p) for p in own] for own in self._trained] for _ in range(2))
+
+    def add(self, loss: Tensor) -> None:
+        """Add the gradients of a loss."""
+        flat = [p for own in self._trained for p in own]
+        try:
+            found = torch.autograd.grad(loss, flat, torch.full_like(loss, _SCALE), allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # as under reentrant checkpointing
+            raise _NoLook(f"the backward pass fails ({type(error).__name__}: {error})".splitlines()[0]) from error
+        if all(gradient is None for gradient in found):
+            raise _NoLook("the loss depends on no layer that trains")
+        for sums, sign in ((self._sums, 1), (self._turned, -1 if self.count % 2 else 1)):
+            for total, gradient in zip((each for own in sums for each in own), found, strict=True):
+                if gradient is not None:
+                    total.add_(gradient.to_dense() if gradient.is_sparse else gradient, alpha=sign / _SCALE)
+        self.count += 1
+
+    @torch.no_grad()
+    def look(self) -> FirstLook:
+        """The norms, read with one synchronization for each device."""
+        weights = [list(layer.parameters()) for layer in self._layers]
+        devices = [layer.own[0].device for layer in self._layers]
+        kinds: tuple[Sequence[Sequence[Tensor]], ...] = (self._sums, self._turned, weights)
+        rows = [
+            torch.stack([_l1(values, device), _l2(values, device)]) * scale
+            for kind, scale in zip(kinds, (1 / self.count, 1 / self.count, 1.0), strict=True)
+            for values, device in zip(kind, devices, strict=True)
+        ]
+        table = to_host(rows).double()
+        if not bool(table.isfinite().all()):
+            raise _NoLook("a gradient or a weight is not a finite number; give look() losses that are not scaled")
+        by_norm: Any = table.view(len(kinds), len(devices), 2).transpose(1, 2).tolist()
+        (mean_l1, mean_l2), (noise_l1, noise_l2), (weight_l1, weight_l2) = (map(tuple, kind) for kind in by_norm)
+        return FirstLook(
+            self.count, mean_l1, noise_l1, mean_l2, noise_l2, weight_l1, weight_l2, tuple(x.size for x in self._layers)
+        )
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    narrow = parameter.dtype in (torch.float16, torch.bfloat16)
+    return torch.zeros_like(parameter, dtype=torch.float32 if narrow else None, requires_grad=False)
+
+
+def _refuse_unfit(model: nn.Module) -> None:
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise _NoLook("the model is sharded")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise _NoLook("the weights are on the meta device")
+
+
+def _check(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
+        raise UsageError(f"look() was given {given} for a batch: give its loss, a tensor with one number")
+    if not loss.requires_grad:
+        raise UsageError("a loss given to look() has no graph: compute it with gradients, without .detach() or no_grad")
+
+
+@contextmanager
+def _closing(losses: object) -> Iterator[None]:
+    """Close a generator, so that the workers of a loader behind it end."""
+    try:
+        yield
+    finally:
+        if hasattr(losses, "close"):
+            losses.close()
+
+
+@contextmanager
+def _without_cudnn_for_rnns(model: nn.Module) -> Iterator[None]:
+    """Without cuDNN, where a model has recurrent layers: they refuse a backward pass in evaluation mode."""
+    enabled = torch.backends.cudnn.enabled
+    try:
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            torch.backends.cudnn.enabled = False
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
+
+
+def _parts_of(loader: object) -> list[object]:
+    """A loader and what it loads with, each of which may have a random generator or another state of its own."""
+    found: list[object] = []
+    stack = [loader]
+    while stack:
+        part = stack.pop()
+        if part is not None and not any(part is each for each in found):
+            found.append(part)
+            stack += [getattr(part, name, None) for name in ("dataset", "batch_sampler", "sampler", "collate_fn")]
+    return found
 
 
 def _l1(values: Sequence[Tensor], device: torch.device) -> Tensor:

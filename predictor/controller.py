@@ -33,8 +33,9 @@ from predictor.layers.first_pass import FirstPass
 from predictor.layers.isolated_pass import shown
 from predictor.layers.layer import Layer, first_layers
 from predictor.layers.parts import unwrapped
+from predictor.model.first_look import FirstLook
 from predictor.policies.base import FreezePolicy, View
-from predictor.policies.measuring.first_look import FirstLook, look_at
+from predictor.policies.measuring.first_look import look_at
 
 if TYPE_CHECKING:
     from pathlib import Path

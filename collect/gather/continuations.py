@@ -22,8 +22,9 @@ from data.outcomes.records import Outcome, OutcomeFolder, Result, outcome_of, re
 from data.sources import load_source
 from predictor.controller import FreezeController
 from predictor.layers.flops import count_flops
+from predictor.model.first_look import FirstLook
 from predictor.policies.base import FreezePolicy, View
-from predictor.policies.measuring.first_look import FirstLook, look_at
+from predictor.policies.measuring.first_look import look_at
 from predictor.shared.files import append_json_line, read_json_lines, written_whole
 
 

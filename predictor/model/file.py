@@ -12,6 +12,7 @@ from torch import Tensor
 
 from predictor.errors import FileFault, UsageError
 from predictor.model.config import PredictorConfig
+from predictor.model.first_prefix import PrefixModel
 from predictor.model.network import FreezePredictor
 from predictor.model.sampling import SampleSpec
 from predictor.shared.files import written_whole
@@ -37,6 +38,8 @@ class PredictorFile:
     risks: tuple[tuple[float, float], ...] = ()
     """Rising pairs: percentage points of accuracy that may be lost, and the threshold for that. Empty if the predictor
     has not learned what freezing costs."""
+    prefix: PrefixModel | None = None
+    """What prefixes cost that freeze before the first step. None if it has not learned that."""
 
     @property
     def weighs(self) -> bool:
@@ -74,6 +77,7 @@ def save_predictor(path: Path, file: PredictorFile) -> None:
         "threshold": file.threshold,
         "risks": file.risks,
         "card": file.card,
+        **({} if file.prefix is None else {"prefix": file.prefix.as_dict()}),
     }
     tensors = {
         name.removeprefix(_SCALING): tensor.detach().cpu().contiguous()
@@ -95,6 +99,7 @@ def load_predictor(path: Path | str) -> PredictorFile:
         spec = _build(SampleSpec, meta["spec"])
         threshold = float(meta["threshold"])
         risks = tuple((float(risk), float(cut)) for risk, cut in meta.get("risks", ()))
+        prefix = PrefixModel.from_dict(meta["prefix"]) if "prefix" in meta else None
         names = {name.removeprefix(_SCALING): name for name in model.state_dict()}
         model.load_state_dict({names[name]: tensor for name, tensor in tensors.items()}, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -108,7 +113,7 @@ def load_predictor(path: Path | str) -> PredictorFile:
         raise _fault(path, f"it needs {model.config.weights} weights a layer and its sampling gives {spec.weights}")
     if not all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise _fault(path, "some of its weights are not finite numbers of 32 bits")
-    return PredictorFile(model.eval(), spec, threshold, meta.get("card", {}), risks)
+    return PredictorFile(model.eval(), spec, threshold, meta.get("card", {}), risks, prefix)
 
 
 def fingerprint(path: Path | str) -> str:

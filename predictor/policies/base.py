@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from predictor.layers.flops import LayerFlops
 from predictor.layers.layer import Layer
-from predictor.policies.measuring.first_look import FirstLook
+from predictor.model.first_look import FirstLook
 
 
 @dataclass(frozen=True)

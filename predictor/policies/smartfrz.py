@@ -20,6 +20,7 @@ from predictor.model.config import CLOCK
 from predictor.model.decision import Floats, largest_prefix, saved_by
 from predictor.model.features import tokens
 from predictor.model.file import PredictorFile, load_predictor
+from predictor.model.first_prefix import Planned
 from predictor.model.history import LayerHistory
 from predictor.model.sampling import LayerSampler
 from predictor.policies.base import FreezePolicy, View
@@ -27,6 +28,7 @@ from predictor.policies.measuring.gradients import gradient_norms_of, gradients,
 from predictor.policies.measuring.layer_rates import group_of_layers
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "smartfrz.safetensors"
+_DEFAULT_RISK = 0.5
 _PATIENCE = 2
 """Snapshots without gradients after which they are taken to be cleared too early."""
 
@@ -42,6 +44,9 @@ class SmartFRZPolicy(FreezePolicy):
         The layer freezes when its probability reaches the threshold, and stays frozen. If the predictor has learned
         what freezing costs, as the shipped one has, a prefix needs a higher probability the less it saves
         (`predictor.model.decision`). The threshold is then that of a prefix that saves a whole step.
+        Before the first step, where the training shows its first batches (`FreezeController.look`), a second model
+        predicts from their gradients what each prefix would cost if it froze at once (`predictor.model.first_prefix`).
+        The largest freezes whose cost is small beside what it saves; none may.
     Signal: the motion of the weights, their distance from the start, gradient times motion, learning rate, progress and
         depth (`predictor.model.history`).
     Differs: the paper's predictor sees raw weights alone, which in our measurements does not carry over to another
@@ -52,7 +57,7 @@ class SmartFRZPolicy(FreezePolicy):
         It waits for a first rise that the schedule names. A prefix passes over layers that the user holds still, and
         they join it until they are opened.
     Cost: one gather and one gradient norm a layer, two transfers from a GPU and one small batch through the predictor
-        at each of about 60 snapshots a run. With `prefix` and a predictor that knows what freezing costs also one
+        at each of about 60 snapshots a run. A look at the first batches takes 8 of them forward and backward. With `prefix` and a predictor that knows what freezing costs also one
         forward pass, in which FLOPs are counted.
 
     Args:
@@ -62,7 +67,8 @@ class SmartFRZPolicy(FreezePolicy):
         votes: consecutive snapshots at which a layer must be found ready before it freezes.
         risk: the percentage points of accuracy that may be lost, in place of a threshold.
         front: the share of the layers, counted from the input, that freezes before the first step without a
-            prediction. For pretrained networks, whose first layers are best frozen before training disturbs them.
+            prediction. By default the predictor chooses, where the training shows it its first batches
+            (`FreezeController.look`).
 
     Raises:
         UsageError: for a value out of range, for a threshold together with a risk, and for a risk with a predictor that
@@ -79,20 +85,23 @@ class SmartFRZPolicy(FreezePolicy):
         prefix: bool = True,
         votes: int = 1,
         risk: float | None = None,
-        front: float = 0.0,
+        front: float | None = None,
     ) -> None:
         if predictor is None and not SHIPPED.exists():
             raise UsageError("smartfrz needs a predictor: give predictor=PATH, from `python -m predictor train`")
         file = load_predictor(SHIPPED if predictor is None else predictor)
         if votes < 1:
             raise UsageError(f"votes={votes}: give a number of decisions, from 1")
-        if not 0 <= front <= 1:
+        if front is not None and not 0 <= front <= 1:
             raise UsageError(f"front={front}: give a share of the layers, from 0 to 1")
         self.threshold = _threshold(file, threshold, risk)
         self.prefix = prefix
         self.wants_flops = prefix and file.weighs  # to weigh them against doubt
         self.votes = votes
         self.front = front
+        self._risk = _DEFAULT_RISK if risk is None else risk
+        self._first_prefix = file.prefix if prefix and front is None and threshold is None else None
+        self.wants_look = self._first_prefix is not None
         self._model = file.model
         self._spec = file.spec
         self._knows_costs = file.weighs
@@ -128,7 +137,7 @@ class SmartFRZPolicy(FreezePolicy):
     def decide(self, view: View) -> frozenset[int]:
         """The layers frozen so far, and those that the predictor finds ready."""
         if not self._take_snapshot(view):
-            return view.frozen | (frozenset(range(round(self.front * len(view.layers)))) if view.step == 0 else set())
+            return view.frozen | frozenset(range(self._size_before_first_step(view) if view.step == 0 else 0))
         assert self._history is not None
         indices = self._history.with_window(view.active)
         if not indices:
@@ -162,6 +171,16 @@ class SmartFRZPolicy(FreezePolicy):
     def __getstate__(self) -> dict[str, Any]:
         # A hook's handle refers to all hooks of the optimizer, and some of those cannot be copied.
         return {**self.__dict__, "_lr_hook": None}
+
+    def _size_before_first_step(self, view: View) -> int:
+        """How many layers freeze before the first step."""
+        if self.front is not None:
+            return round(self.front * len(view.layers))
+        rates = self._named_rates()
+        if self._first_prefix is None or view.look is None or min(rates) <= 0 or not any(view.look.signal_L):
+            return 0
+        planned = Planned(view.total_steps, tuple(rates), _is_adaptive(self._optimizer))
+        return self._first_prefix.choose(view.look, planned, _saved_by_prefixes(view), self._risk)
 
     def _take_snapshot(self, view: View) -> bool:
         """Add a snapshot to the history, and say whether it is evidence."""
@@ -279,6 +298,11 @@ class SmartFRZPolicy(FreezePolicy):
 def _rate(lr: Any) -> float:
     """A learning rate. An optimizer that finds its own, as Adafactor, may have None: then it is taken for constant."""
     return float(lr) if isinstance(lr, int | float) and math.isfinite(lr) else 1.0
+
+
+def _is_adaptive(optimizer: Optimizer) -> bool:
+    """Whether an optimizer scales each weight's step by its own gradients: those have a term `eps`, or betas."""
+    return any(name in optimizer.param_groups[0] for name in ("eps", "betas"))
 
 
 def _known(lr: Any) -> float:

@@ -1,0 +1,41 @@
+"""What prefixes cost that froze before the first step, beside what the first batches' gradients said: runs to fit on."""
+
+from collections.abc import Iterable, Sequence
+
+from data.outcomes.accuracy_cost import accuracy_costs
+from data.outcomes.records import Outcome
+from predictor.errors import UsageError
+from predictor.model.first_look import FirstLook
+from predictor.model.first_prefix import Planned
+from predictor.training.first_prefix import FirstPrefixes
+
+_COMMAND = "`python -m collect gather outcomes --points 0`"
+
+
+def first_prefixes(outcomes: Iterable[Outcome]) -> list[FirstPrefixes]:
+    """The runs that have prefixes frozen from step 0 and a look at their first batches, in the order of the outcomes.
+
+    Raises UsageError where there is none.
+    """
+    outcomes = tuple(outcomes)
+    from_start = [each for each in outcomes if each.kind == "unfrozen" or (each.kind == "front" and each.step == 0)]
+    costs = accuracy_costs(from_start)
+    looked = {each.run_id: each for each in from_start if each.kind == "unfrozen" and "look" in each.facts}
+    runs = []
+    for run_id, cost in costs.items():
+        run = looked.get(run_id)
+        if run is not None and cost.step_P[0] == 0:
+            look = FirstLook.from_dict(run.facts["look"])
+            size_F = cost.prefix_F[1:]
+            paid_F = cost.cost([0])[0][size_F - 1]
+            planned = _planned(run, len(look.size_L))
+            runs.append(FirstPrefixes(run.workload, run.family, look, planned, size_F, paid_F, cost.flops()))
+    if not runs:
+        raise UsageError(f"no run has prefixes frozen from step 0 and a look at its first batches: see {_COMMAND}")
+    return runs
+
+
+def _planned(run: Outcome, layers: int) -> Planned:
+    recipe = run.facts["config"]["recipe"]
+    rates: Sequence[float] = (recipe["lr"],) * layers
+    return Planned(run.total_steps, tuple(rates), recipe["optimizer"] != "sgd")

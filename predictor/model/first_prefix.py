@@ -1,0 +1,125 @@
+"""Which prefix may freeze before the first step: what each will cost, predicted from the first batches' gradients."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from predictor.errors import UsageError
+from predictor.model.first_look import FirstLook
+
+Floats = npt.NDArray[np.float64]
+COST_FLOOR = 0.1
+"""Percentage points that are added to a cost before its logarithm is taken: costs below are chance."""
+_TINY = 1e-6
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known of a training before its first step."""
+
+    steps: int
+    """Optimizer steps of the whole training."""
+    lr_L: tuple[float, ...]
+    """The highest learning rate of each layer."""
+    adaptive: bool
+    """Whether the optimizer scales each weight's step by its own gradients, as Adam does."""
+
+
+def features(look: FirstLook, planned: Planned) -> dict[str, Floats]:
+    """What the prefix model sees, by name: of each prefix of 1 to L layers.
+
+    - `share`: the logarithm of the prefix's share of all layers' signal (`FirstLook.signal_L`).
+    - `motion`: the logarithm of how far the optimizer would move its weights if all steps went the same way, over their
+      size. Under an adaptive optimizer each weight moves by the learning rate in a step.
+    - `agreement`: the logarithm of its signal over its noise: how far batches agree.
+    - `depth`: its share of the layers.
+    - `adaptive`: whether the optimizer is.
+    """
+    signal_L, noise_L = np.asarray(look.signal_L), np.asarray(look.noise_l1_L)
+    lr_L, size_L, weight_L = np.asarray(planned.lr_L), np.asarray(look.size_L), np.asarray(look.weight_l1_L)
+    moved_L = lr_L * (size_L if planned.adaptive else signal_L) * planned.steps
+    signal_F, count = signal_L.cumsum(), len(signal_L)
+    return {
+        "share": np.log(np.maximum(signal_F / max(signal_F[-1], _TINY), _TINY)),
+        "motion": np.log(moved_L.cumsum() / np.maximum(weight_L.cumsum(), _TINY) + _TINY),
+        "agreement": np.log(signal_F / np.maximum(noise_L.cumsum(), _TINY) + 0.02),
+        "depth": np.arange(1, count + 1) / count,
+        "adaptive": np.full(count, float(planned.adaptive)),
+    }
+
+
+@dataclass(frozen=True)
+class PrefixModel:
+    """A line through the logarithm of the accuracy cost of freezing a prefix before the first step.
+
+    log(cost + COST_FLOOR) = intercept + sum of weights times `features`, with a normal error. Ridge regression makes it
+    (`predictor.training.first_prefix`).
+    """
+
+    intercept: float
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """By feature; one that is not named has none."""
+    deviation: float = 0.0
+    """Of the error, on families of networks that it was not fitted to."""
+    allowances: tuple[tuple[float, float], ...] = ()
+    """Rising pairs: a risk in percentage points of accuracy, and the cost that a prefix may have for that in the mean,
+    if it saves a whole step; one that saves less may cost so much less."""
+
+    def costs(self, look: FirstLook, planned: Planned) -> Floats:
+        """cost_F: percentage points of accuracy that each prefix of 1 to L layers costs in the mean."""
+        known = features(look, planned)
+        line = self.intercept + sum((weight * known[name] for name, weight in self.weights.items()), start=0.0)
+        mean: Floats = np.exp(line + self.deviation**2 / 2) - COST_FLOOR
+        return np.maximum.accumulate(np.maximum(mean, 0.0))
+
+    def allowance(self, risk: float) -> float:
+        """The mean cost that a prefix may have for a risk, if it saves a whole step: linear between the known ones."""
+        if not self.allowances:
+            return 0.0
+        risks, costs = zip(*self.allowances, strict=True)
+        return float(np.interp(risk, risks, costs))
+
+    def choose(self, look: FirstLook, planned: Planned, saved_L: npt.ArrayLike, risk: float) -> int:
+        """How many layers freeze before the first step; 0 for none.
+
+        Args:
+            look: what the first batches' gradients say.
+            planned: what is known of the training.
+            saved_L: the share of a step that each prefix saves.
+            risk: percentage points of accuracy that may be lost.
+        """
+        fits_L = self.costs(look, planned) <= self.allowance(risk) * np.asarray(saved_L)
+        return int(np.where(fits_L, np.arange(1, len(fits_L) + 1), 0).max(initial=0))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The model as JSON."""
+        return {
+            "intercept": self.intercept,
+            "weights": dict(self.weights),
+            "deviation": self.deviation,
+            "allowances": [list(pair) for pair in self.allowances],
+        }
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "PrefixModel":
+        """The model that `as_dict` returned. Raises UsageError for content that is none."""
+        try:
+            weights = {str(name): float(weight) for name, weight in content["weights"].items()}
+            allowances = tuple((float(risk), float(cost)) for risk, cost in content["allowances"])
+            model = cls(float(content["intercept"]), weights, float(content["deviation"]), allowances)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"no prefix model ({error})") from error
+        numbers: Sequence[float] = [model.intercept, model.deviation, *weights.values(), *sum(allowances, ())]
+        rising = all(one < other for (one, _), (other, _) in pairwise(allowances))
+        if not all(map(math.isfinite, numbers)) or not rising or not weights.keys() <= set(FEATURES):
+            raise UsageError(f"no prefix model ({content!r:.80})")
+        return model
+
+
+FEATURES = ("share", "motion", "agreement", "depth", "adaptive")
+"""The names that `features` returns."""

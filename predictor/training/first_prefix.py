@@ -1,0 +1,138 @@
+"""Fits the model of what a prefix costs that freezes before the first step, and what may be risked with it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from predictor.errors import UsageError
+from predictor.model.decision import saved_by
+from predictor.model.first_look import FirstLook
+from predictor.model.first_prefix import COST_FLOOR, Planned, PrefixModel, features
+from predictor.training.thresholds import RISKS
+
+Floats = npt.NDArray[np.float64]
+USED = ("share", "motion", "adaptive")
+"""The features that it is fitted to. The others of `predictor.model.first_prefix.features` were no help."""
+_RIDGE = 3.0
+_SPENT = 0.5
+"""The share of a risk that may be spent before the first step. The rest is for what freezes later."""
+_ALLOWANCES = np.geomspace(0.01, 100, 400)
+
+
+@dataclass(frozen=True, eq=False)
+class FirstPrefixes:
+    """The prefixes of one run: what each cost when it froze before the first step."""
+
+    workload: str
+    family: str
+    look: FirstLook
+    planned: Planned
+    size_F: npt.NDArray[np.int64]
+    """Layers in each prefix that was tried, rising."""
+    cost_F: Floats
+    """Percentage points of accuracy that each of them cost."""
+    step_F: Floats
+    """FLOPs of a step with a frozen prefix of 0, 1, ... L layers, as shares of a full step's."""
+
+
+def fit_first_prefix(runs: Sequence[FirstPrefixes]) -> tuple[PrefixModel, dict[str, Any]]:
+    """Fit the model to runs. Returns it and what a card says about it.
+
+    Its error and what may be risked come from families that it was not fitted to, each left out in turn.
+
+    Raises:
+        UsageError: the runs are of fewer than two families.
+    """
+    families = sorted({run.family for run in runs})
+    if len(families) < 2:
+        raise UsageError(f"{len(runs)} runs of {len(families)} families: a family is left out in turn, so give two")
+    without = {family: _line([run for run in runs if run.family != family]) for family in families}
+    errors = np.concatenate([_targets([run]) - _predicted(without[run.family], [run]) for run in runs])
+    deviation = float(np.sqrt(_by_family(np.square(errors), runs)))
+    unseen = {family: PrefixModel(*line, deviation) for family, line in without.items()}
+    allowances = tuple((risk, _allowance(risk, runs, unseen)) for risk in RISKS)
+    model = PrefixModel(*_line(runs), deviation, allowances)
+    return model, _card(runs, unseen, model)
+
+
+def _line(runs: Sequence[FirstPrefixes]) -> tuple[float, dict[str, float]]:
+    """Intercept and weights by ridge regression. Every family weighs the same."""
+    x_NC, y_N = _inputs(runs), _targets(runs)
+    weight_N = _weights(runs)
+    mean_C = np.average(x_NC, axis=0, weights=weight_N)
+    scale_C = np.sqrt(np.average(np.square(x_NC - mean_C), axis=0, weights=weight_N)) + 1e-9
+    z_NC = (x_NC - mean_C) / scale_C
+    middle = float(np.average(y_N, weights=weight_N))
+    ridge = _RIDGE / len(y_N) * np.eye(len(USED))
+    slope_C = np.linalg.solve(
+        (z_NC * weight_N[:, None]).T @ z_NC + ridge, (z_NC * weight_N[:, None]).T @ (y_N - middle)
+    )
+    slope_C /= scale_C
+    return middle - float(slope_C @ mean_C), dict(zip(USED, slope_C.tolist(), strict=True))
+
+
+def _inputs(runs: Iterable[FirstPrefixes]) -> Floats:
+    known = [(run, features(run.look, run.planned)) for run in runs]
+    return np.concatenate([np.stack([each[name][run.size_F - 1] for name in USED], axis=1) for run, each in known])
+
+
+def _targets(runs: Iterable[FirstPrefixes]) -> Floats:
+    return np.concatenate([np.log(run.cost_F.clip(min=0) + COST_FLOOR) for run in runs])
+
+
+def _predicted(line: tuple[float, dict[str, float]], runs: Sequence[FirstPrefixes]) -> Floats:
+    intercept, weights = line
+    predicted: Floats = intercept + _inputs(runs) @ np.array([weights[name] for name in USED])
+    return predicted
+
+
+def _weights(runs: Sequence[FirstPrefixes]) -> Floats:
+    """weight_N, of each prefix, with sum 1: families alike, and within one its runs alike."""
+    count = {family: sum(run.family == family for run in runs) for family in {run.family for run in runs}}
+    parts = [np.full(len(run.size_F), 1 / (len(count) * count[run.family] * len(run.size_F))) for run in runs]
+    return np.concatenate(parts)
+
+
+def _by_family(value_N: Floats, runs: Sequence[FirstPrefixes]) -> float:
+    return float(value_N @ _weights(runs))
+
+
+def _allowance(risk: float, runs: Sequence[FirstPrefixes], unseen: dict[str, PrefixModel]) -> float:
+    """The largest mean cost of a whole step's saving with which runs of unseen families keep to a part of the risk."""
+    fitting = [value for value in _ALLOWANCES if replay(runs, unseen, float(value))[0] <= _SPENT * risk]
+    return float(max(fitting, default=0.0))
+
+
+def replay(runs: Sequence[FirstPrefixes], unseen: dict[str, PrefixModel], allowed: float) -> tuple[float, float]:
+    """Percentage points lost and the FLOPs of a step if every run freezes what the model without its family chooses.
+
+    Means over families.
+    """
+    lost: dict[str, list[float]] = {}
+    left: dict[str, list[float]] = {}
+    for run in runs:
+        size = chosen(run, unseen[run.family], allowed)
+        sizes, costs = np.append(0, run.size_F), np.append(0.0, run.cost_F)
+        lost.setdefault(run.family, []).append(float(np.interp(size, sizes, costs)))
+        left.setdefault(run.family, []).append(float(run.step_F[size]))
+    return tuple(float(np.mean([np.mean(each) for each in kind.values()])) for kind in (lost, left))  # type: ignore[return-value]
+
+
+def chosen(run: FirstPrefixes, model: PrefixModel, allowed: float) -> int:
+    """How many layers of a run the model freezes, if a whole step's saving may cost so much."""
+    costs = model.costs(run.look, run.planned)
+    fits_L = costs <= allowed * saved_by(run.step_F)
+    return int(np.where(fits_L, np.arange(1, len(fits_L) + 1), 0).max(initial=0))
+
+
+def _card(runs: Sequence[FirstPrefixes], unseen: dict[str, PrefixModel], model: PrefixModel) -> dict[str, Any]:
+    replays = [(risk, *replay(runs, unseen, allowed)) for risk, allowed in model.allowances]
+    return {
+        "runs": len(runs),
+        "families": {family: sum(run.family == family for run in runs) for family in sorted(unseen)},
+        "deviation": model.deviation,
+        "replays": [dict(zip(("risk", "points", "flops"), each, strict=True)) for each in replays],
+    }

@@ -60,6 +60,8 @@ def write_bert(root: Path) -> dict[str, Any]:
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=128,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     (folder / "config.json").write_text(json.dumps(config.to_dict() | {"model_type": "bert"}, default=str))
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")

@@ -5,10 +5,14 @@ from typing import Any
 
 import pytest
 
+from collect.training.loop import train
+from collect.workloads import load_workload
 from data.locations import LOCATIONS
 from evaluate.__main__ import main
+from evaluate.trials.freezing import CacheHook, FreezeHook
 from evaluate.trials.suite import read_suite
 from predictor.errors import FileFault
+from predictor.policies import make_policy
 from tests.collect.users_disk import write_bert, write_cifar, write_glue
 
 SUITES = ("paper-resnet56", "paper-bert", "paper-deit")
@@ -64,3 +68,19 @@ def test_all_that_a_reviewer_asks_for_is_in_it(name: str) -> None:
     assert lengths == [0.85, 0.7, 0.5, 0.35]
     assert all(not entry.options for entry in suite.policies if entry.name == "smartfrz"), "a setting by hand"
     assert len(suite.seeds) == 5
+
+
+def test_the_features_of_pairs_of_texts_are_kept_as_they_were(disk: Path) -> None:
+    pytest.importorskip("transformers", reason="an optional extra")
+    write_bert(disk)
+    write_glue(disk)
+    workload = load_workload("bert-base-mrpc").with_recipe(batch_size=4, epochs=4, lr=1e-3)
+    losses = []
+    for cached in (False, True):
+        freezing = FreezeHook(make_policy("static", share=0.6))
+        hooks = [freezing, CacheHook(freezing)] if cached else [freezing]
+        training = train(workload, seed=0, hooks=hooks, device="cpu")
+        losses.append([row["test_loss"] for row in training.curve])
+    assert sum(hooks[1].hits.values()) == 24  # all but the first pass over eight pairs
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(set(losses[0])) == 4

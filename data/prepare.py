@@ -14,7 +14,7 @@ _EMBEDDED = {
     "fashion-last": "the other half, to fine-tune on: classes 5 to 9",
     "glosses": "WordNet glosses, a slice of 6,000 + 2,000, 10 classes (WordNet), embedded",
 }
-_WEIGHTS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "minilm")
+_WEIGHTS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "minilm", "bert-base", "deit-small")
 
 
 def prepare(root: Path | None = None, *, install: bool = False) -> int:

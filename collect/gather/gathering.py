@@ -102,6 +102,8 @@ def gather(suite: Suite, kind: Kind, settings: Settings, tracker: Tracker) -> Ga
         FileFault: A folder or file that cannot be used. A finished run that cannot be read is never removed.
     """
     runs = suite.shard(*settings.shard)
+    for run in runs:
+        run.workload.check_files()
     for name, samples in {(run.workload.source, run.workload.recipe.train_samples) for run in runs}:
         load_source(name, train_samples=samples)
     waiting = [run for run in runs if not _is_finished(kind, run)]

@@ -22,6 +22,7 @@ from collect.workloads import (
     vit,
 )
 from collect.workloads.recipe import Recipe, Workload
+from data.sources.text import GLUE
 from predictor.errors import UsageError
 from predictor.shared.user_code import code_of, named
 
@@ -57,6 +58,11 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "lite1-mnist": partial(finetune_images.lite, 1, "mnist"),
     "lite2-mnist": partial(finetune_images.lite, 2, "mnist"),
     "minilm-glosses": finetune_text.minilm_glosses,
+    **{f"bert-base-{task}": partial(finetune_text.bert_base, task) for task in GLUE},
+    "deit-small-cifar10": partial(finetune_images.deit_small, "cifar10"),
+    "deit-small-cifar100": partial(finetune_images.deit_small, "cifar100"),
+    "resnet56-cifar10": partial(paper.on_cifar, "resnet56", "cifar10"),
+    "resnet56-cifar100": partial(paper.on_cifar, "resnet56", "cifar100"),
     "resnet50-cifar10": partial(paper.on_cifar, "resnet50", "cifar10"),
     "resnet50-cifar100": partial(paper.on_cifar, "resnet50", "cifar100"),
     "resnet50-imagefolder": partial(paper.on_folder, "resnet50"),

@@ -1,14 +1,17 @@
-"""The image networks of the SmartFRZ paper, from torchvision and timm. They need a GPU.
+"""The image networks that papers about freezing train from scratch: SmartFRZ's, and Egeria's ResNet-56. For GPUs.
 
-The paper's hyperparameters are unknown to us: these are the usual recipes of each network.
+The SmartFRZ paper's hyperparameters are unknown to us: these are the usual recipes of each network.
 """
 
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 from torch import nn
 
 from collect.workloads.recipe import Recipe, Workload, image_shape
+from collect.workloads.resnet import ResNet
 from data.sources.base import Source
 from predictor.errors import UsageError
 
@@ -56,13 +59,15 @@ def deit_tiny(source: Source) -> nn.Module:
     return model
 
 
-_MODELS = {
+_MODELS: dict[str, tuple[str, Callable[[Source], nn.Module]]] = {
+    "resnet56": ("resnet", partial(ResNet, blocks=9, width=16)),
     "resnet50": ("resnet", resnet50),
     "vgg11": ("vgg", vgg11),
     "mobilenetv2": ("mobilenet", mobilenetv2),
     "deit-tiny": ("vit", deit_tiny),
 }
 _CIFAR = {
+    "resnet56": Recipe(epochs=200, batch_size=128, lr=0.1, warmup=0.025, augment=True),
     "resnet50": Recipe(epochs=200, batch_size=128, lr=0.1, warmup=0.025, augment=True),
     "vgg11": Recipe(epochs=200, batch_size=128, lr=0.05, warmup=0.025, augment=True),
     "mobilenetv2": Recipe(epochs=200, batch_size=128, lr=0.1, warmup=0.025, augment=True),
@@ -100,13 +105,13 @@ _FOLDER = {
 
 
 def on_cifar(model: str, source: str) -> Workload:
-    """Return one of the four networks on "cifar10" or "cifar100"."""
+    """Return one of the networks on "cifar10" or "cifar100"."""
     family, build = _MODELS[model]
     return Workload(f"{model}-{source}", family, build, source, _CIFAR[model], f"{model} on {source}; needs a GPU")
 
 
 def on_folder(model: str) -> Workload:
-    """Return one of the four networks on a folder of images: `load_workload("resnet50-imagefolder:/data/imagenet")`."""
+    """Return a network on a folder of larger images: `load_workload("resnet50-imagefolder:/data/imagenet")`."""
     family, build = _MODELS[model]
     doc = f"{model} on a folder of images, named after a colon; needs a GPU"
     return Workload(f"{model}-imagefolder", family, build, "imagefolder", _FOLDER[model], doc)

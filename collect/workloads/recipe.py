@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import ConfigDict, Field, create_model
 from torch import nn
 
+from data.locations import folder_of
 from data.sources.base import Source
 from data.validation import validated
 from predictor.errors import UsageError, unknown
@@ -86,6 +87,13 @@ class Workload:
     """How it is trained."""
     doc: str = ""
     """A line for lists of workloads; by default the first line of the function's docstring."""
+    needs: str = ""
+    """The name in `data.locations.LOCATIONS` of the files that the model is built from; empty where there are none."""
+
+    def check_files(self) -> None:
+        """Raise FileFault, with the cure, where the files that the model is built from are missing."""
+        if self.needs:
+            folder_of(self.needs)
 
     def with_recipe(self, **changes: Any) -> "Workload":
         """Return the workload with changed fields of its recipe. Raises UsageError for an unknown field."""

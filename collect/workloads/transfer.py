@@ -135,7 +135,7 @@ TRANSFERS: dict[str, Transfer] = {
         partial(TextTransformer, width=40, depth=4, heads=4, dropout=0.3),
         "glosses",
         Recipe(epochs=15, batch_size=32, optimizer="adamw", lr=2e-3, weight_decay=0.05, clip_norm=1.0),
-        Recipe(epochs=8, batch_size=32, optimizer="adamw", lr=5e-4, weight_decay=0.05, clip_norm=1.0),
+        Recipe(epochs=8, batch_size=32, optimizer="adamw", lr=1e-3, weight_decay=0.05, clip_norm=1.0),
         ("2 minutes", "1 minute"),
         half=True,
     ),

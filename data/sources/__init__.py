@@ -1,6 +1,7 @@
 """What networks train on: `load_source(name)` returns any data set, embedded or on the user's disk."""
 
 from collections.abc import Callable
+from functools import partial
 
 from data.sources import images, text
 from data.sources.base import Batch, Source, Split
@@ -17,6 +18,7 @@ SOURCES: dict[str, Callable[[], MemorySource]] = {
     "mnist-5k": images.mnist_5k,
     "glosses-full": text.glosses_full,
     "glosses@minilm": text.glosses_minilm,
+    **{f"{task}@bert-base": partial(text.glue, task) for task in text.GLUE},
     "cifar10": images.cifar10,
     "cifar100": images.cifar100,
 }

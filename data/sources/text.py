@@ -1,9 +1,10 @@
-"""WordNet glosses as token sequences of one length: words, or word pieces of MiniLM."""
+"""WordNet glosses and tasks of GLUE as token sequences of one length: words, or word pieces of a BERT."""
 
 import gzip
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -21,6 +22,8 @@ Texts: TypeAlias = list[tuple[str, str]]
 GLOSS_SLICE = "glosses-slice.tsv.gz"
 PADDING, UNKNOWN = 0, 1
 GLOSS_LENGTH = 32
+SEPARATOR = "[SEP]"
+"""The word piece behind each text of a sample."""
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 
 
@@ -39,8 +42,60 @@ def glosses_full() -> TokenSource:
 def glosses_minilm() -> TokenSource:
     """The embedded slice of WordNet in MiniLM's word pieces: 6,000 + 2,000 glosses, 10 classes."""
     train, test = gloss_slice()
-    tokens_NT, pieces = _word_pieces([text for _, text in train + test], GLOSS_LENGTH)
+    tokens_NT, pieces = _word_pieces("minilm", [[text for _, text in train + test]], GLOSS_LENGTH)
     return _source("glosses@minilm", tokens_NT, labels_of(train + test), len(train), pieces)
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """How GLUE's train.tsv and dev.tsv of a task are read. The labels of its test.tsv are not published."""
+
+    label: int
+    """The column of the class."""
+    texts: tuple[int, ...]
+    """The columns of the texts: one, or the two of a pair."""
+    heading: bool
+    """Whether the first line names the columns."""
+    length: int
+    """Word pieces of a sample. Longer ones are cut."""
+
+
+GLUE = {
+    "mrpc": GlueTask(label=0, texts=(3, 4), heading=True, length=128),
+    "cola": GlueTask(label=1, texts=(3,), heading=False, length=64),
+    "sst2": GlueTask(label=1, texts=(0,), heading=True, length=64),
+}
+"""Tasks of GLUE (Wang et al., 2019) with two classes."""
+
+
+def glue(name: str) -> TokenSource:
+    """A task of GLUE from the user's disk in the word pieces of BERT-base; the test split is GLUE's dev.tsv."""
+    task, folder = GLUE[name], folder_of(f"glue-{name}")
+    train, test = (read_glue(folder / f"{part}.tsv", task) for part in ("train", "dev"))
+    rows = train + test
+    columns = [[row[index] for row in rows] for index in range(1, len(rows[0]))]
+    tokens_NT, pieces = _word_pieces("bert-base", columns, task.length)
+    return _source(f"{name}@bert-base", tokens_NT, torch.tensor([int(row[0]) for row in rows]), len(train), pieces)
+
+
+def read_glue(path: Path, task: GlueTask) -> list[list[str]]:
+    """The class, "0" or "1", and the texts of each line. Quotation marks in it are part of the text."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFault(f"{path}: cannot be read ({error}); get it again") from error
+    rows = []
+    for number, line in enumerate(lines[task.heading :], 1 + task.heading):
+        fields = line.split("\t")
+        if len(fields) <= max(task.label, *task.texts) or fields[task.label] not in ("0", "1"):
+            raise FileFault(
+                f"{path}: line {number} has no class 0 or 1 in column {task.label + 1} and text in column "
+                f"{' and '.join(str(column + 1) for column in task.texts)}: get GLUE's file, tab-separated"
+            )
+        rows.append([fields[column] for column in (task.label, *task.texts)])
+    if not rows:
+        raise FileFault(f"{path}: empty; get it again")
+    return rows
 
 
 def gloss_slice() -> tuple[Texts, Texts]:
@@ -117,9 +172,15 @@ def _tokens(texts: list[list[str]], words: Sequence[str], length: int) -> Tensor
     return tokens_NT
 
 
-def _word_pieces(texts: list[str], length: int) -> tuple[Tensor, tuple[str, ...]]:
-    """tokens_NT, each text between [CLS] and [SEP], cut or padded with 0; and the vocabulary in the order of tokens."""
-    path = folder_of("minilm") / "vocab.txt"
+def _word_pieces(location: str, texts: Sequence[list[str]], length: int) -> tuple[Tensor, tuple[str, ...]]:
+    """tokens_NT and the vocabulary in the order of tokens. [CLS] is first, and [SEP] behind each text of a sample.
+
+    Args:
+        location: The name in LOCATIONS of the network whose vocabulary it is.
+        texts: The texts of all samples; for pairs a second list with the other texts.
+        length: Word pieces of a sample, cut or padded with 0.
+    """
+    path = folder_of(location) / "vocab.txt"
     try:
         from transformers import BertTokenizerFast
     except ModuleNotFoundError as error:
@@ -128,6 +189,6 @@ def _word_pieces(texts: list[str], length: int) -> tuple[Tensor, tuple[str, ...]
     tokenizer = BertTokenizerFast(str(path))
     numbers: dict[str, int] = tokenizer.get_vocab()
     if tokenizer.pad_token_id != 0 or sorted(numbers.values()) != list(range(len(numbers))):
-        raise FileFault(f"{path}: no vocabulary that begins with [PAD]; install the package again")
-    rows = tokenizer(texts, truncation=True, max_length=length, padding="max_length")["input_ids"]
+        raise FileFault(f"{path}: no vocabulary that begins with [PAD]; get the file again")
+    rows = tokenizer(*texts, truncation=True, max_length=length, padding="max_length")["input_ids"]
     return torch.tensor(rows), tuple(sorted(numbers, key=numbers.__getitem__))

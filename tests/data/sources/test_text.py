@@ -156,7 +156,5 @@ def test_without_transformers_the_cure_is_named(tmp_path: Path, monkeypatch: pyt
 @needs_minilm
 def test_another_file_is_no_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_minilm(tmp_path, monkeypatch, "the\nof\n[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\n")
-    with pytest.raises(
-        FileFault, match=r"vocab.txt: no vocabulary that begins with \[PAD\]; install the package again"
-    ):
+    with pytest.raises(FileFault, match=r"vocab.txt: no vocabulary that begins with \[PAD\]; get the file again"):
         load_source("glosses@minilm")

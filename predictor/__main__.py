@@ -1,4 +1,4 @@
-"""`python -m predictor train | tune | show`: train a freeze predictor on trajectories, search settings, read a file."""
+"""`python -m predictor train | prefix | tune | show`: make a freeze predictor, search settings, read a file."""
 
 import argparse
 import sys
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         flags = _parser().parse_args(arguments)
     if flags.command == "train":
         flags.given = {argument.partition("=")[0] for argument in arguments}
-    commands = {"train": _train, "tune": _tune, "show": _show}
+    commands = {"train": _train, "prefix": _prefix, "tune": _tune, "show": _show}
     try:
         return commands[flags.command](flags)
     except DivergedError as error:
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     from predictor.training.config import FitConfig, TuneConfig
 
     parser = argparse.ArgumentParser(prog="python -m predictor", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | tune | show")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | prefix | tune | show")
     train = commands.add_parser("train", help="from trajectories to a predictor file, with held-out figures")
     _add_data_flags(train)
     train.add_argument("--out", type=Path, default=_OUT, help="the file to write (default: %(default)s)")
@@ -65,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--learn-threshold", type=float, help=text)
     cli.add_fields(train, PredictorConfig)
     cli.add_fields(train, FitConfig)
+    text = "add to a predictor what prefixes cost that freeze before the first step"
+    prefix = commands.add_parser("prefix", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    text = "files of `python -m collect gather outcomes` that begin at --points 0"
+    prefix.add_argument("--outcomes", nargs="+", type=Path, required=True, metavar="PATH", help=text)
+    text = "the predictor to add it to: a file, or `shipped` (default: %(default)s)"
+    prefix.add_argument("--predictor", default="shipped", metavar="PATH", help=text)
+    prefix.add_argument("--out", type=Path, default=_OUT, help="the file to write (default: %(default)s)")
     tune = commands.add_parser("tune", help="search for better settings with Optuna; continues an interrupted study")
     _add_data_flags(tune)
     tune.add_argument("--out", type=Path, default=_STUDY, help="folder of the study (default: %(default)s)")
@@ -127,6 +134,25 @@ def _train(flags: argparse.Namespace) -> None:
     )
     with start_tracker("train", flags.wandb, flags.out.with_suffix(""), _as_json(flags)) as tracker:
         train(data, config, settings, flags.out, with_transfer=flags.transfer, tracker=tracker)
+
+
+def _prefix(flags: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from data.outcomes.first_prefixes import first_prefixes
+    from data.outcomes.records import read_outcomes
+    from predictor.model.file import load_predictor, save_predictor
+    from predictor.policies.smartfrz import SHIPPED
+    from predictor.training.card import first_prefix_text
+    from predictor.training.first_prefix import fit_first_prefix
+
+    file = load_predictor(SHIPPED if flags.predictor == "shipped" else flags.predictor)
+    runs = first_prefixes(outcome for path in flags.outcomes for outcome in read_outcomes(path))
+    model, figures = fit_first_prefix(runs)
+    card = {**file.card, "first_prefix": {**figures, "files": [path.name for path in flags.outcomes]}}
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    save_predictor(flags.out, replace(file, prefix=model, card=card))
+    print(f"{first_prefix_text(card)}\n{flags.out}")
 
 
 def _tune(flags: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What prefixes cost that froze before the first step, beside what the first batches' gradients said: runs to fit on."""
+"""What prefixes cost that froze before the first step, and what the first batches' gradients said: runs to fit on."""
 
 from collections.abc import Iterable, Sequence
 

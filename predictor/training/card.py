@@ -101,7 +101,26 @@ def show(file: PredictorFile) -> str:
 def figures_text(card: Any) -> str:
     """The tables of a card: test figures by classifier, by family, without each family, and on what was held out."""
     parts = [_overall(card), _by_family(card), _transfer(card), _unseen(card), _LEGEND, _risks(card)]
+    parts.append(first_prefix_text(card))
     return "\n\n".join(part for part in parts if part)
+
+
+def first_prefix_text(card: Any) -> str:
+    """The table of a card about prefixes that freeze before the first step; empty where it has none."""
+    figures = at(card, "first_prefix")
+    if not isinstance(figures, dict):
+        return ""
+    families = ", ".join(f"{text(name)} {text(count)}" for name, count in _rows(at(figures, "families")))
+    replays = at(figures, "replays")
+    rows = [
+        (text(at(row, "risk")), figure(at(row, "points")), percent(at(row, "flops")))
+        for row in (replays[:_MOST_ROWS] if isinstance(replays, list) else ())
+    ]
+    return (
+        f"Frozen before the first step: what {text(at(figures, 'runs'))} runs ({families}) would have lost,\nand what "
+        "a step would have cost without a cache. Each family by a model that was fitted to the others.\n"
+        f"{table(('risk (pp)', 'pp lost', 'FLOPs'), rows)}"
+    )
 
 
 def held_out_text(held_out: Any) -> str:

@@ -73,7 +73,9 @@ class PrefixModel:
     def costs(self, look: FirstLook, planned: Planned) -> Floats:
         """cost_F: percentage points of accuracy that each prefix of 1 to L layers costs in the mean."""
         known = features(look, planned)
-        line = self.intercept + sum((weight * known[name] for name, weight in self.weights.items()), start=0.0)
+        line = self.intercept + sum(
+            (weight * known[name] for name, weight in self.weights.items()), np.zeros(len(look.size_L))
+        )
         mean: Floats = np.exp(line + self.deviation**2 / 2) - COST_FLOOR
         return np.maximum.accumulate(np.maximum(mean, 0.0))
 

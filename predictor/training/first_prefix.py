@@ -53,9 +53,10 @@ def fit_first_prefix(runs: Sequence[FirstPrefixes]) -> tuple[PrefixModel, dict[s
     errors = np.concatenate([_targets([run]) - _predicted(without[run.family], [run]) for run in runs])
     deviation = float(np.sqrt(_by_family(np.square(errors), runs)))
     unseen = {family: PrefixModel(*line, deviation) for family, line in without.items()}
-    allowances = tuple((risk, _allowance(risk, runs, unseen)) for risk in RISKS)
+    predicted = predict_unseen(runs, unseen)
+    allowances = tuple((risk, _allowance(risk, predicted)) for risk in RISKS)
     model = PrefixModel(*_line(runs), deviation, allowances)
-    return model, _card(runs, unseen, model)
+    return model, _card(predicted, model)
 
 
 def _line(runs: Sequence[FirstPrefixes]) -> tuple[float, dict[str, float]]:
@@ -100,39 +101,59 @@ def _by_family(value_N: Floats, runs: Sequence[FirstPrefixes]) -> float:
     return float(value_N @ _weights(runs))
 
 
-def _allowance(risk: float, runs: Sequence[FirstPrefixes], unseen: dict[str, PrefixModel]) -> float:
+@dataclass(frozen=True, eq=False)
+class _Predicted:
+    """A run, and what a model without its family predicts of it."""
+
+    run: FirstPrefixes
+    price_L: Floats
+    """The predicted cost of the prefix up to each layer, over the share of a step that it saves."""
+
+    def freezes(self, allowed: float) -> int:
+        """How many layers freeze, if a whole step's saving may cost so much."""
+        fits_L = self.price_L <= allowed
+        return int(np.where(fits_L, np.arange(1, len(fits_L) + 1), 0).max(initial=0))
+
+
+def _allowance(risk: float, predicted: Sequence[_Predicted]) -> float:
     """The largest mean cost of a whole step's saving with which runs of unseen families keep to a part of the risk."""
-    fitting = [value for value in _ALLOWANCES if replay(runs, unseen, float(value))[0] <= _SPENT * risk]
+    fitting = [value for value in _ALLOWANCES.tolist() if replay(predicted, value)[0] <= _SPENT * risk]
     return float(max(fitting, default=0.0))
 
 
-def replay(runs: Sequence[FirstPrefixes], unseen: dict[str, PrefixModel], allowed: float) -> tuple[float, float]:
-    """Percentage points lost and the FLOPs of a step if every run freezes what the model without its family chooses.
+def predict_unseen(runs: Sequence[FirstPrefixes], unseen: dict[str, PrefixModel]) -> list[_Predicted]:
+    """Each run as the model without its family sees it."""
+    return [
+        _Predicted(run, unseen[run.family].costs(run.look, run.planned) / np.maximum(saved_by(run.step_F), 1e-9))
+        for run in runs
+    ]
 
-    Means over families.
+
+def replay(predicted: Sequence[_Predicted], allowed: float) -> tuple[float, float]:
+    """Percentage points lost and the FLOPs of a step, if each run freezes what may cost so much a whole step saved.
+
+    Means over families of their runs' means.
     """
     lost: dict[str, list[float]] = {}
     left: dict[str, list[float]] = {}
-    for run in runs:
-        size = chosen(run, unseen[run.family], allowed)
+    for each in predicted:
+        run, size = each.run, each.freezes(allowed)
         sizes, costs = np.append(0, run.size_F), np.append(0.0, run.cost_F)
         lost.setdefault(run.family, []).append(float(np.interp(size, sizes, costs)))
         left.setdefault(run.family, []).append(float(run.step_F[size]))
-    return tuple(float(np.mean([np.mean(each) for each in kind.values()])) for kind in (lost, left))  # type: ignore[return-value]
+    return _mean_of_means(lost), _mean_of_means(left)
 
 
-def chosen(run: FirstPrefixes, model: PrefixModel, allowed: float) -> int:
-    """How many layers of a run the model freezes, if a whole step's saving may cost so much."""
-    costs = model.costs(run.look, run.planned)
-    fits_L = costs <= allowed * saved_by(run.step_F)
-    return int(np.where(fits_L, np.arange(1, len(fits_L) + 1), 0).max(initial=0))
+def _mean_of_means(by_family: dict[str, list[float]]) -> float:
+    return float(np.mean([np.mean(values) for values in by_family.values()]))
 
 
-def _card(runs: Sequence[FirstPrefixes], unseen: dict[str, PrefixModel], model: PrefixModel) -> dict[str, Any]:
-    replays = [(risk, *replay(runs, unseen, allowed)) for risk, allowed in model.allowances]
+def _card(predicted: Sequence[_Predicted], model: PrefixModel) -> dict[str, Any]:
+    replays = [(risk, *replay(predicted, allowed)) for risk, allowed in model.allowances]
+    families = [each.run.family for each in predicted]
     return {
-        "runs": len(runs),
-        "families": {family: sum(run.family == family for run in runs) for family in sorted(unseen)},
+        "runs": len(predicted),
+        "families": {family: families.count(family) for family in sorted(set(families))},
         "deviation": model.deviation,
         "replays": [dict(zip(("risk", "points", "flops"), each, strict=True)) for each in replays],
     }

@@ -1,0 +1,68 @@
+"""Fitting what a prefix costs that freezes before the first step, on runs whose cost is known."""
+
+import numpy as np
+import pytest
+
+from predictor.errors import UsageError
+from predictor.model.decision import saved_by
+from predictor.model.first_look import FirstLook
+from predictor.model.first_prefix import COST_FLOOR, Planned, PrefixModel
+from predictor.training.first_prefix import FirstPrefixes, fit_first_prefix, predict_unseen, replay
+from predictor.training.thresholds import RISKS
+
+
+def run(family, number, scale=8.0):
+    """A run of ten layers that costs `scale` percentage points times the prefix's share of the signal."""
+    draw = np.random.default_rng([ord(family), number])
+    signal = draw.exponential(size=10)
+    noise = draw.uniform(1, 2, size=10)
+    flat = (1.0,) * 10
+    look = FirstLook(8, tuple(signal + noise), tuple(noise), flat, flat, flat, flat, (100,) * 10)
+    share = signal.cumsum() / signal.sum()
+    planned = Planned(100, (0.1,) * 10, adaptive=family in "ab")
+    step_F = np.linspace(1, 0.3, 11)
+    return FirstPrefixes(family, family, look, planned, np.arange(1, 11), scale * share, step_F)
+
+
+RUNS = [run(family, number) for family in "abcd" for number in range(6)]
+
+
+def test_it_finds_the_rule_that_made_the_costs():
+    model, card = fit_first_prefix(RUNS)
+    predicted = np.concatenate([model.costs(each.look, each.planned) for each in RUNS])
+    true = np.concatenate([each.cost_F for each in RUNS])
+    clear = true > 10 * COST_FLOOR
+    assert predicted[clear] == pytest.approx(true[clear], rel=0.25)
+    assert model.weights["share"] == pytest.approx(1, abs=0.15)
+    assert card["runs"] == 24
+    assert card["families"] == dict.fromkeys("abcd", 6)
+
+
+def test_families_left_out_keep_to_their_part_of_the_risk():
+    model, card = fit_first_prefix(RUNS)
+    assert [risk for risk, _ in model.allowances] == list(RISKS)
+    allowed = [cost for _, cost in model.allowances]
+    assert allowed == sorted(allowed)
+    for row in card["replays"]:
+        assert row["points"] <= row["risk"] / 2
+    assert card["replays"][-1]["flops"] < card["replays"][0]["flops"] < 1
+
+
+def test_the_replay_by_hand():
+    """Of two families one freezes what its model allows, and pays what that cost; the other may freeze nothing."""
+    one, other = run("a", 0), run("c", 0)
+    model, _ = fit_first_prefix(RUNS)
+    first, second = predict_unseen([one, other], {"a": model, "c": PrefixModel(100.0)})
+    assert (first.price_L * saved_by(one.step_F)) == pytest.approx(model.costs(one.look, one.planned))
+    allowed = float(first.price_L[4])
+    size = first.freezes(allowed)
+    assert 5 <= size <= 10
+    lost, left = replay([first, second], allowed)
+    assert lost == pytest.approx(one.cost_F[size - 1] / 2)
+    assert left == pytest.approx((one.step_F[size] + 1) / 2)
+    assert replay([first, second], 0.0) == (0.0, 1.0)
+
+
+def test_one_family_is_too_few():
+    with pytest.raises(UsageError, match="6 runs of 1 families"):
+        fit_first_prefix(RUNS[:6])

@@ -109,6 +109,7 @@ def _identity(training: Training, hooks: Sequence[Stateful]) -> str:
         "hooks": [type(hook).__name__ for hook in hooks],
         "parameters": parameter_shapes(training.model),
         **({} if training.among is None else {"samples_an_epoch": len(training.among)}),
+        **({"cooldown": training.cooldown} if training.cooldown else {}),
     }
     return json.dumps(facts)
 

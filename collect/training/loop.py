@@ -74,6 +74,7 @@ def train(
     source: Source | None = None,
     scores: Scores = "epoch",
     left_out: float = 0.0,
+    cooldown: float = 0.0,
 ) -> Training:
     """Train a workload to its end.
 
@@ -98,6 +99,8 @@ def train(
         scores: Test after each "epoch", or at the "end" alone.
         left_out: The share of the training samples that an epoch leaves out; the training has fewer steps. The seed
             draws them once, unless a hook such as `collect.hooks.sieve.Sieve` chooses others.
+        cooldown: The last share of the steps over which the learning rate falls on a straight line to zero, from where
+            the schedule has it when that begins.
 
     Returns:
         The training, with its model, curve and status.
@@ -120,6 +123,7 @@ def train(
         rescaled=rescaled,
         scores=scores,
         left_out=left_out,
+        cooldown=cooldown,
     )
     saver = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_seconds)
     _start(training, hooks, saver)

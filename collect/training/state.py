@@ -40,6 +40,7 @@ class Training:
         rescaled: Whether the schedule is rescaled to these steps; otherwise it is cut off after them.
         scores: Test after each "epoch", or at the "end" alone, for workloads whose test takes as long as the training.
         left_out: The share of the training samples that an epoch leaves out, from 0 to below 1.
+        cooldown: The last share of the steps over which the learning rate falls on a straight line to zero.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Training:
         rescaled: bool = True,
         scores: Scores = "epoch",
         left_out: float = 0.0,
+        cooldown: float = 0.0,
     ) -> None:
         recipe = workload.recipe
         self._scores = scores
@@ -60,6 +62,7 @@ class Training:
         self.source = source
         self.seed = seed
         self.device = device
+        self.cooldown = cooldown
         self.steps_per_epoch = steps_per_epoch(source, recipe, left_out)
         self.total_steps = _total_steps(recipe, self.steps_per_epoch, budget)
         self.among = _some_of(source, left_out, seed)
@@ -70,7 +73,7 @@ class Training:
         self.model = workload.model(source).to(device).to(memory_format=self._memory_format(source.shape))
         self.optimizer = make_optimizer(self.model, recipe)
         scheduled = self.total_steps if rescaled else _total_steps(recipe, self.steps_per_epoch, 1.0)
-        self.scheduler = make_scheduler(self.optimizer, recipe, scheduled)
+        self.scheduler = make_scheduler(self.optimizer, recipe, scheduled, self.total_steps, cooldown)
         self.precision = Precision(device, recipe.amp)
         self.clock = Clock(device)
         self.step = 0

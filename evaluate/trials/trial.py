@@ -52,6 +52,8 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
         workload = with_lora(workload, entry.lora)
     source = load_source(workload.source, train_samples=workload.recipe.train_samples)
     policy = make_policy(entry.name, **_options(entry, SuiteFolder(folder)))
+    if policy.lr_schedule is not None:
+        workload = workload.with_recipe(schedule=policy.lr_schedule)
     device = pick_device(config.device)
     warm_up(workload, source, device)
     freezing = FreezeHook(policy, layers=None if entry.lora is None else (), stop=entry.stop)
@@ -70,6 +72,7 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
         source=source,
         scores=config.scores,
         left_out=entry.sieve,
+        cooldown=policy.lr_cooldown,
     )
     measured = {
         "peak_memory_bytes": memory.bytes,

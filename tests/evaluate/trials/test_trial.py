@@ -108,6 +108,22 @@ def test_a_training_that_is_broken_off_is_the_full_one_up_to_there(tmp_path):
     assert scores(stopped["curve"])[-1] != scores(trial(tmp_path, "shorter", budget=0.75)["curve"])[-1]
 
 
+def test_a_shorter_training_on_a_straight_line_is_that_of_such_a_recipe(tmp_path):
+    line = trial(tmp_path, "shorter", budget=0.75, schedule="linear")
+    assert scores(line["curve"]) == scores(
+        trial(tmp_path, "shorter", recipe={"schedule": "linear"}, budget=0.75)["curve"]
+    )
+    assert scores(line["curve"]) != scores(trial(tmp_path, "shorter", budget=0.75)["curve"])
+
+
+def test_a_cool_down_changes_the_last_steps_alone(tmp_path):
+    recipe = {"epochs": 4}
+    plain, cooled = (trial(tmp_path, "stopped", recipe=recipe, budget=0.75, **more) for more in ({}, {"cooldown": 0.3}))
+    assert (plain["steps"], cooled["steps"]) == (30, 30)
+    assert scores(cooled["curve"])[:2] == scores(plain["curve"])[:2]  # it begins after step 21
+    assert scores(cooled["curve"])[2] != scores(plain["curve"])[2]
+
+
 def test_a_training_may_end_once_all_layers_are_frozen(tmp_path):
     fronts = {"fronts": [[0.25, 0.4], [0.7, 1.0]]}
     full, ended = trial(tmp_path, "schedule", **fronts), trial(tmp_path, "schedule", stop=True, **fronts)

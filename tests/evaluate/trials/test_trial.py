@@ -20,7 +20,7 @@ from tests.evaluate import toys
 SIX = "tests.evaluate.toys:six_linear"
 
 
-CHANGES = ("cache", "stop", "lora", "sieve", "sparse")
+CHANGES = ("cache", "stop", "lora", "sieve", "sparse", "infobatch")
 """What an entry may say besides its policy."""
 
 
@@ -200,6 +200,19 @@ def test_a_sieved_trial_takes_fewer_steps(tmp_path):
     assert sieved["sieve"] == {"left_out": 20, "exchanges": 1}
     assert (sieved["steps"], sieved["planned_steps"], sieved["status"]) == (16, 16, "finished")
     assert sieved["flops"] == 0.8 * plain["flops"]
+
+
+def test_a_trial_with_infobatch_costs_the_steps_that_were_expected_of_it(tmp_path):
+    recipe = {"epochs": 4}
+    plain, pruned = (trial(tmp_path, "static", recipe=recipe, layers=2, infobatch=share) for share in (0.0, 0.5))
+    # One epoch of four at the start and half of one at the end are whole; the rest is expected to be .65 of one.
+    assert plain["infobatch"] is None
+    assert (plain["steps"], pruned["steps"], pruned["planned_steps"]) == (40, 31, 31)
+    assert pruned["flops"] == plain["flops"] * 31 // 40
+    assert pruned["infobatch"]["share"] == 0.5
+    assert 0 < pruned["infobatch"]["left_out"] < pruned["infobatch"]["below_mean"] < 1
+    stopped = trial(tmp_path, "stopped", recipe=recipe, budget=0.5, infobatch=0.5)
+    assert (stopped["steps"], stopped["planned_steps"]) == (16, 31)
 
 
 # Of 17 products in a full step of six layers, the last of which is dense, at a density of 1/4: forward 5 * 1/4 + 1,

@@ -29,12 +29,11 @@ class GradESPolicy(FreezePolicy):
 
     Differs: the paper freezes each attention and feed-forward matrix by itself. A layer freezes here once all its
     matrices are done; those are its parameters of two or more dimensions, or all of a layer that has none. The paper
-    sets tau by hand for each network, from 1e-10 to 0.025 in the authors' own examples, so no number serves
-    several: by default it is a share of the mean G that the matrix had in the grace period. `tau` gives the paper's
-    rule. The first version of the paper has ||g_t||_1 in place of the change. The code that was
-    published measures how far the weights moved. Its defaults are tau = 1e-4 and a grace period of 0.3; its own example
-    has 0.55. Whether the paper clips gradients before G is measured is [unknown]; here G is that of the optimizer's
-    gradients.
+    sets tau by hand for each network, from 1e-10 to 0.025 in the authors' own examples, so no number serves several: by
+    default it is a share of the mean G that the matrix had in the grace period. `tau` gives the paper's rule. The first
+    version of the paper has ||g_t||_1 in place of the change. The code that was published measures how far the weights
+    moved. Its defaults are tau = 1e-4 and a grace period of 0.3; its own example has 0.55. Whether gradients are
+    clipped in the paper before G is measured is [unknown]; here G is that of the optimizer's gradients.
 
     Cost: a copy of the active layers' gradients and a norm of each matrix, in each step, and on a GPU a wait for these
     numbers. With `every` above 1, once in so many steps.
@@ -46,7 +45,7 @@ class GradESPolicy(FreezePolicy):
         every: optimizer steps between two looks.
     """
 
-    def __init__(self, share: float = 0.5, tau: float | None = None, grace: float = 0.3, every: int = 1) -> None:
+    def __init__(self, share: float = 0.1, tau: float | None = None, grace: float = 0.3, every: int = 1) -> None:
         if not share > 0:
             raise UsageError(f"share={share}: give a share of the change in the grace period, above 0")
         if tau is not None and not tau > 0:

@@ -322,6 +322,23 @@ def test_auto_rgn_scales_rates_by_gradient_over_weight():
     assert run.policy.rates(run.view) == pytest.approx({0: 0.25, 1: 1.0, 2: 0.5})
 
 
+@pytest.mark.parametrize("stop", [1, 5, 11])
+def test_auto_rgn_resumes_within_a_measurement_and_between_two(stop):
+    draw = torch.Generator().manual_seed(0)
+    gradients = torch.rand(16, 3, generator=draw).tolist()
+    run, twin = (Run("autorgn", 3, 20, rounds=2, batches=2) for _ in range(2))
+    for each in gradients[:stop]:
+        run.step(each)
+    twin.policy.load_state_dict(run.policy.state_dict())
+    twin.number = run.number
+    assert twin.policy.rates(twin.view) == run.policy.rates(run.view)
+    for each in gradients[stop:]:
+        run.step(each)
+        twin.step(each)
+        assert twin.policy.rates(twin.view) == run.policy.rates(run.view)
+    assert twin.policy.rates(twin.view)
+
+
 def test_auto_rgn_learns_nothing_from_steps_that_overflowed():
     run = Run("autorgn", 2, 20, rounds=2, batches=2)
     run.step([float("inf"), 1])

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from collect.hooks.cka import CKARecorder, ProbeSpec
+from collect.hooks.infobatch import InfoBatch
 from collect.hooks.recorder import Recorder
 from collect.hooks.sieve import Sieve
 from collect.training.loop import Hook, Training, train
@@ -39,6 +40,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "greentrainer": {"rounds": 6},
     "slimfit": {"every": 4},
     "lisa": {"layers": 1, "every": 5},
+    "grades": {"share": 2.0, "grace": 0.2, "every": 3},
+    "autorgn": {"criterion": "snr", "threshold": 2.0, "rounds": 4, "batches": 2},
     "egeria": {"window": 2, "patience": 1, "tolerance": 0.5, "refresh": 3, "checks": 30},
     "simfreeze": {"tolerance": 0.3, "patience": 2},
 }
@@ -140,13 +143,14 @@ def of_collecting() -> list[Row]:
         "recorder: ": (Recorder(spec), spec),
         "CKA: ": (CKARecorder(spec, ProbeSpec(samples=8, features=32)), spec),
         "sieve: ": (Sieve(), quiet),
+        "InfoBatch: ": (InfoBatch(), quiet),
     }
     rows = []
     for name, (hook, due) in hooks.items():
         watched = _Watched(hook, due)
         with second_device() as syncs:
             watched.syncs = syncs
-            trained([watched], left_out=0.25)
+            trained([watched], left_out=0.25 if isinstance(hook, Sieve) else 0.0)
         rows += watched.worst.rows(name, {"ordinary": 0, "a snapshot": 2, "an exchange": 2})
     return rows
 
@@ -217,13 +221,13 @@ class _Watched(Hook):
         self._hook.on_start(training)
 
     def on_step(self, training: Training) -> None:
-        exchanges = self._hook.samples.exchanges if isinstance(self._hook, Sieve) else 0
+        among = training.among
         before = Counter(self.syncs)
         self._hook.on_step(training)
         during = Syncs()
         during.update(Counter(self.syncs) - before)
-        if isinstance(self._hook, Sieve):
-            kind = "an exchange" if self._hook.samples.exchanges > exchanges else "ordinary"
+        if isinstance(self._hook, Sieve | InfoBatch):
+            kind = "ordinary" if training.among is among else "an exchange"
         else:
             kind = "a snapshot" if self._spec.due(training.step, training.total_steps) else "ordinary"
         self.worst.see(kind, during)

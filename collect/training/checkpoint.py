@@ -108,7 +108,8 @@ def _identity(training: Training, hooks: Sequence[Stateful]) -> str:
         "total_steps": training.total_steps,
         "hooks": [type(hook).__name__ for hook in hooks],
         "parameters": parameter_shapes(training.model),
-        **({} if training.among is None else {"samples_an_epoch": len(training.among)}),
+        **({} if training.samples_an_epoch is None else {"samples_an_epoch": training.samples_an_epoch}),
+        **({"cooldown": training.cooldown} if training.cooldown else {}),
     }
     return json.dumps(facts)
 

@@ -31,9 +31,9 @@ class Hook:
         on_end
 
     A hook may read everything. It may freeze parameters (`requires_grad_(False)` and `grad = None`) and hold weights at
-    zero, at the start or at any step, and choose the samples of the next epoch (`training.among`). Its time in on_start
-    and on_step counts as training time, except inside `training.untimed()`; on_epoch and on_end are not timed. It must
-    leave the global random generators alone.
+    zero, at the start or at any step, and choose the samples of the next epoch (`training.among`, `begin_epoch`) and
+    how much each counts (`weigh`). Its time in on_start and on_step counts as training time, except inside
+    `training.untimed()`; on_epoch and on_end are not timed. It must leave the global random generators alone.
     """
 
     def on_start(self, training: Training) -> None:
@@ -74,6 +74,8 @@ def train(
     source: Source | None = None,
     scores: Scores = "epoch",
     left_out: float = 0.0,
+    cooldown: float = 0.0,
+    expected: float = 1.0,
 ) -> Training:
     """Train a workload to its end.
 
@@ -98,6 +100,10 @@ def train(
         scores: Test after each "epoch", or at the "end" alone.
         left_out: The share of the training samples that an epoch leaves out; the training has fewer steps. The seed
             draws them once, unless a hook such as `collect.hooks.sieve.Sieve` chooses others.
+        cooldown: The last share of the steps over which the learning rate falls on a straight line to zero, from where
+            the schedule has it when that begins.
+        expected: The share of the recipe's steps that make a whole training, where a hook such as
+            `collect.hooks.infobatch.InfoBatch` leaves out a number of samples that is not known before.
 
     Returns:
         The training, with its model, curve and status.
@@ -120,6 +126,8 @@ def train(
         rescaled=rescaled,
         scores=scores,
         left_out=left_out,
+        cooldown=cooldown,
+        expected=expected,
     )
     saver = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_seconds)
     _start(training, hooks, saver)

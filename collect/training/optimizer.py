@@ -25,9 +25,28 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     return torch.optim.AdamW(parameters, recipe.lr, betas, weight_decay=recipe.weight_decay)
 
 
-def make_scheduler(optimizer: Optimizer, recipe: Recipe, total_steps: int) -> LambdaLR:
-    """Make the recipe's schedule over `total_steps` optimizer steps."""
-    return LambdaLR(optimizer, lambda step: lr_share(step, total_steps, recipe))
+def make_scheduler(
+    optimizer: Optimizer, recipe: Recipe, total_steps: int, end: int | None = None, cooldown: float = 0.0
+) -> LambdaLR:
+    """Make the recipe's schedule over `total_steps` optimizer steps.
+
+    Args:
+        optimizer: The optimizer whose rate is scheduled.
+        recipe: The recipe.
+        total_steps: Steps of the schedule.
+        end: Steps that are taken, where they are fewer.
+        cooldown: The last share of these over which the rate falls on a straight line to zero.
+    """
+    last = total_steps if end is None else end
+    begin = last - round(cooldown * last)
+
+    def share(step: int) -> float:
+        if begin == last or step <= begin:
+            return lr_share(step, total_steps, recipe)
+        # As elsewhere, the step after the last one would have a rate of zero.
+        return lr_share(begin, total_steps, recipe) * (last - step) / (last - begin)
+
+    return LambdaLR(optimizer, share)
 
 
 def lr_share(step: int, total_steps: int, recipe: Recipe) -> float:

@@ -27,9 +27,9 @@ _TEST_BATCH = 256
 class Training:
     """A training under way.
 
-    Hooks may read all of it, freeze parameters, hold weights at zero, set `around_forward`, `on_answers` and `among`,
-    and call `finish`, `stop` and `untimed`. Building it seeds all global random generators and makes the model; no step
-    is taken yet.
+    Hooks may read all of it, freeze parameters, hold weights at zero, set `around_forward`, `on_answers`, `weigh` and
+    `among`, and call `begin_epoch`, `finish`, `stop` and `untimed`. Building it seeds all global random generators and
+    makes the model; no step is taken yet.
 
     Args:
         workload: The model, its source and its recipe.
@@ -40,6 +40,9 @@ class Training:
         rescaled: Whether the schedule is rescaled to these steps; otherwise it is cut off after them.
         scores: Test after each "epoch", or at the "end" alone, for workloads whose test takes as long as the training.
         left_out: The share of the training samples that an epoch leaves out, from 0 to below 1.
+        cooldown: The last share of the steps over which the learning rate falls on a straight line to zero.
+        expected: The share of the recipe's steps that make a whole training, where a hook leaves out a number of
+            samples that is not known before.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Training:
         rescaled: bool = True,
         scores: Scores = "epoch",
         left_out: float = 0.0,
+        cooldown: float = 0.0,
+        expected: float = 1.0,
     ) -> None:
         recipe = workload.recipe
         self._scores = scores
@@ -60,17 +65,26 @@ class Training:
         self.source = source
         self.seed = seed
         self.device = device
+        self.cooldown = cooldown
         self.steps_per_epoch = steps_per_epoch(source, recipe, left_out)
-        self.total_steps = _total_steps(recipe, self.steps_per_epoch, budget)
+        """Of an epoch as it is planned; that of the epoch under way is `epoch_steps`."""
+        self.planned_steps = _total_steps(recipe, self.steps_per_epoch, 1.0, expected)
+        """Optimizer steps of the whole training at a budget of 1."""
+        self.total_steps = _total_steps(recipe, self.steps_per_epoch, budget, expected)
         self.among = _some_of(source, left_out, seed)
         """Ids of the samples of an epoch, ascending; None for all. In the last step of an epoch a hook may replace them
-        by as many others."""
+        by as many others, or call `begin_epoch`."""
+        self.samples_an_epoch = None if self.among is None else len(self.among)
+        """The number of samples that an epoch is planned with, where some are left out; None for all."""
+        self.epoch_steps = self.steps_per_epoch
+        """Optimizer steps of the epoch under way."""
+        self._epochs_before, self._began = 0, 0  # whole epochs, and steps, before the epochs of `epoch_steps` steps
         seed_everything(seed)
         # Built on the CPU, so that every device starts from the same weights.
         self.model = workload.model(source).to(device).to(memory_format=self._memory_format(source.shape))
         self.optimizer = make_optimizer(self.model, recipe)
-        scheduled = self.total_steps if rescaled else _total_steps(recipe, self.steps_per_epoch, 1.0)
-        self.scheduler = make_scheduler(self.optimizer, recipe, scheduled)
+        scheduled = self.total_steps if rescaled else self.planned_steps
+        self.scheduler = make_scheduler(self.optimizer, recipe, scheduled, self.total_steps, cooldown)
         self.precision = Precision(device, recipe.amp)
         self.clock = Clock(device)
         self.step = 0
@@ -86,6 +100,10 @@ class Training:
         self.on_answers: Callable[[Tensor, Tensor], None] | None = None
         """Called after the forward pass of each training batch with ids_B, on the CPU, and right_B, bool, on the
         device: which samples were classified correctly. A hook may set it at the start."""
+        self.weigh: Callable[[Tensor, Tensor], Tensor] | None = None
+        """Called with each training batch's ids_B, on the CPU, and loss_B, on the device and without a graph. Returns
+        the weights_B with which the losses are multiplied before their mean is minimised. A hook may set it at the
+        start; without it every sample has a weight of 1."""
         self.status: Literal["running", "finished", "diverged", "stopped"] = "running"
         """diverged: the loss is not finite. stopped: a hook called `stop`."""
         self.stop_reason = ""
@@ -111,7 +129,12 @@ class Training:
     @property
     def epoch(self) -> int:
         """Whole epochs done."""
-        return self.step // self.steps_per_epoch
+        return self._epochs_before + (self.step - self._began) // self.epoch_steps
+
+    @property
+    def epochs(self) -> float:
+        """Epochs done, as a fraction."""
+        return self._epochs_before + (self.step - self._began) / self.epoch_steps
 
     @property
     def scores_due(self) -> bool:
@@ -121,7 +144,7 @@ class Training:
     @property
     def epoch_ended(self) -> bool:
         """Whether an epoch or the training has just ended."""
-        return self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
+        return (self.step - self._began) % self.epoch_steps == 0 or self.step == self.total_steps
 
     @property
     def lr(self) -> float:
@@ -146,13 +169,25 @@ class Training:
         """In a hook's `on_step`: make this step the last, as if the training had been planned so long."""
         self.total_steps = self.step
 
+    def begin_epoch(self, among: Tensor | None, steps: int) -> None:
+        """In a hook, in the last step of an epoch: give the next ones other samples, and perhaps more or fewer of them.
+
+        Args:
+            among: Ascending ids of the samples; None for all.
+            steps: The most optimizer steps of such an epoch. It has fewer where the samples make no more.
+        """
+        self._epochs_before, self._began = self.epoch, self.step
+        size = self.source.size("train") if among is None else len(among)
+        self.among = among
+        self.epoch_steps = max(1, min(steps, size // (self.recipe.batch_size * self.recipe.accumulate)))
+
     def stop(self, reason: str) -> None:
         """In a hook: end the training after this step, with the scores so far and the status "stopped"."""
         self.status, self.stop_reason = "stopped", reason
 
     def batches(self) -> Iterator[Batch]:
         """The remaining batches of the current epoch."""
-        start = self.step % self.steps_per_epoch * self.recipe.accumulate
+        start = (self.step - self._began) % self.epoch_steps * self.recipe.accumulate
         return self.source.batches(
             "train",
             self.recipe.batch_size,
@@ -180,7 +215,7 @@ class Training:
                     logits_BC = self._logits(inputs)
                 if self.on_answers is not None:
                     self.on_answers(ids_B, logits_BC.detach().argmax(dim=1) == labels_B)
-                part = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.recipe.label_smoothing)
+                part = self._loss(ids_B, logits_BC, labels_B)
             self.precision.backward(part / self.recipe.accumulate)
             loss += part.detach() / self.recipe.accumulate
         self.loss = loss
@@ -208,7 +243,7 @@ class Training:
         self.curve.append(
             {
                 "step": self.step,
-                "epoch": self.step / self.steps_per_epoch,
+                "epoch": self.epochs,
                 "train_loss": train_loss,
                 "test_loss": test_loss,
                 "test_accuracy": test_accuracy,
@@ -243,6 +278,7 @@ class Training:
             "step": self.step,
             "curve": self.curve,
             "loss": [self.loss, self._loss_sum, self._losses],
+            "epoch": [self._epochs_before, self._began, self.epoch_steps],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -254,7 +290,16 @@ class Training:
         loss, loss_sum, self._losses = state["loss"]
         self.loss, self._loss_sum = loss.to(self.device), loss_sum.to(self.device)
         self.step, self.curve = state["step"], list(state["curve"])
+        # Checkpoints of earlier versions are of trainings whose epochs are all alike.
+        self._epochs_before, self._began, self.epoch_steps = state.get("epoch", (0, 0, self.steps_per_epoch))
         set_random_state(state["random"])
+
+    def _loss(self, ids_B: Tensor, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        smoothing = self.recipe.label_smoothing
+        if self.weigh is None:
+            return F.cross_entropy(logits_BC, labels_B, label_smoothing=smoothing)
+        loss_B = F.cross_entropy(logits_BC, labels_B, label_smoothing=smoothing, reduction="none")
+        return (self.weigh(ids_B, loss_B.detach()) * loss_B).mean()
 
     def _logits(self, inputs: Tensor) -> Tensor:
         logits_BC: Tensor = self.model(self._formatted(inputs))
@@ -307,10 +352,10 @@ def _some_of(source: Source, left_out: float, seed: int) -> Tensor | None:
     return order_N[:kept].sort().values
 
 
-def _total_steps(recipe: Recipe, steps_per_epoch: int, budget: float) -> int:
+def _total_steps(recipe: Recipe, steps_per_epoch: int, budget: float, expected: float) -> int:
     if not 0 < budget <= 1:
         raise UsageError(f"budget={budget}: give a share of the recipe's steps, above 0 and at most 1")
-    return max(1, round(budget * recipe.epochs * steps_per_epoch))
+    return max(1, round(budget * expected * recipe.epochs * steps_per_epoch))
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, list[int]]:

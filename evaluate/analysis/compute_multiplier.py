@@ -166,5 +166,5 @@ def _is_full_training(results: Results, label: str) -> bool:
         isinstance(entry, Mapping)
         and entry.get("name") in _FULL_TRAINING
         and set(entry) <= {"name", "label", "options"}
-        and set(entry.get("options") or {}) <= {"budget"}
+        and set(entry.get("options") or {}) <= {"budget", "schedule", "cooldown"}
     )

@@ -177,7 +177,13 @@ def _refuse_unfit(work: _Work, entry: PolicyEntry, policy: FreezePolicy) -> None
             f"augments its samples, so that they are never the same: take one of {', '.join(UNDER_AUGMENTATION)}, "
             "leave the cache out, or set augment = false in the recipe"
         )
-    _refuse_sieve(work, entry)
+    if entry.sieve and entry.infobatch:
+        raise UsageError(
+            f"policy {entry.label!r} lets two methods choose the samples of an epoch (sieve = {entry.sieve}, "
+            f"infobatch = {entry.infobatch}): take one of them"
+        )
+    _refuse_left_out(work, entry, "sieve", entry.sieve)
+    _refuse_left_out(work, entry, "infobatch", entry.infobatch)
     if entry.stop and (policy.unfreezes or not policy.freezes):
         raise UsageError(
             f"policy {entry.label!r} stops once all layers are frozen for good (stop = true), and with {entry.name} "
@@ -198,21 +204,22 @@ def _refuse_unfit(work: _Work, entry: PolicyEntry, policy: FreezePolicy) -> None
     with_lora(work.workload, entry.lora)
 
 
-def _refuse_sieve(work: _Work, entry: PolicyEntry) -> None:
-    if not entry.sieve:
+def _refuse_left_out(work: _Work, entry: PolicyEntry, name: str, share: float) -> None:
+    """Raise UsageError where epochs cannot leave out a share of the samples."""
+    if not share:
         return
     recipe = work.workload.recipe
     source = load_source(work.workload.source, train_samples=recipe.train_samples)
     samples = source.size("train")
-    if round(entry.sieve * samples) == 0:
+    if round(share * samples) == 0:
         raise UsageError(
-            f"policy {entry.label!r} leaves out no sample of {work.entry.label} (sieve = {entry.sieve}), which has "
+            f"policy {entry.label!r} leaves out no sample of {work.entry.label} ({name} = {share}), which has "
             f"{samples}: give a greater share, or leave it out"
         )
     try:
-        steps_per_epoch(source, recipe, entry.sieve)
+        steps_per_epoch(source, recipe, share)
     except UsageError as error:
-        raise UsageError(f"policy {entry.label!r} (sieve = {entry.sieve}) on {work.entry.label}: {error}") from error
+        raise UsageError(f"policy {entry.label!r} ({name} = {share}) on {work.entry.label}: {error}") from error
 
 
 def _predictor_of(entry: PolicyEntry, given: Path | None) -> Path | None:

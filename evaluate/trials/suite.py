@@ -66,6 +66,9 @@ class PolicyEntry:
     sieve: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     """The share of the training samples that each epoch leaves out, while the easiest and those left out change places
     (`collect.hooks.sieve.Sieve`): epochs are that much shorter, and there are as many."""
+    infobatch: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = field(default=0.0, kw_only=True)
+    """The share of the samples with a loss below the mean that each epoch leaves out at random, while the others of
+    these count more (`collect.hooks.infobatch.InfoBatch`). The training has as many fewer steps as is expected."""
     sparse: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     """The share of each layer's weights that masks hold at zero, while they are pruned and grown
     (`collect.hooks.sparse_masks.SparseMasks`)."""
@@ -73,7 +76,7 @@ class PolicyEntry:
     @property
     def changes(self) -> dict[str, Any]:
         """What the entry changes of a training besides freezing. Only what is set, so that ids of other trials stay."""
-        names = ("cache", "stop", "lora", "lr_factor", "sieve", "sparse")
+        names = ("cache", "stop", "lora", "lr_factor", "sieve", "sparse", "infobatch")
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(type(self), name)}
 
     @property

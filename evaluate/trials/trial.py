@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from collect.hooks.infobatch import InfoBatch, expected_share
 from collect.hooks.sieve import Sieve
 from collect.hooks.sparse_masks import SparseMasks
 from collect.training.device import pick_device
@@ -52,17 +53,20 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
         workload = with_lora(workload, entry.lora)
     source = load_source(workload.source, train_samples=workload.recipe.train_samples)
     policy = make_policy(entry.name, **_options(entry, SuiteFolder(folder)))
+    if policy.lr_schedule is not None:
+        workload = workload.with_recipe(schedule=policy.lr_schedule)
     device = pick_device(config.device)
     warm_up(workload, source, device)
     freezing = FreezeHook(policy, layers=None if entry.lora is None else (), stop=entry.stop)
     caching = CacheHook(freezing, entry.cache_form) if entry.cache_form else None
     sieve = Sieve() if entry.sieve else None
+    infobatch = InfoBatch(entry.infobatch) if entry.infobatch else None
     masks = SparseMasks(entry.sparse) if entry.sparse else None
     stopwatch, memory = Stopwatch(), PeakMemory(device)
     training = train(
         workload,
         seed=config.seed,
-        hooks=[hook for hook in (masks, freezing, caching, sieve, stopwatch) if hook is not None],
+        hooks=[hook for hook in (masks, freezing, caching, sieve, infobatch, stopwatch) if hook is not None],
         device=config.device,
         budget=policy.budget,
         rescaled=policy.rescaled,
@@ -70,6 +74,8 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
         source=source,
         scores=config.scores,
         left_out=entry.sieve,
+        cooldown=policy.lr_cooldown,
+        expected=expected_share(entry.infobatch, workload.recipe.epochs) if entry.infobatch else 1.0,
     )
     measured = {
         "peak_memory_bytes": memory.bytes,
@@ -79,6 +85,7 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
         **_freezing(freezing.controller, caching, training),
         "accounting": ACCOUNTING,
         "sieve": None if sieve is None else sieve.figures,
+        "infobatch": None if infobatch is None else infobatch.figures,
         "sparse": None if masks is None else _sparse(masks, freezing.controller, training),
     }
     facts = {"versions": versions(), "hardware": hardware(), "started": started}
@@ -115,7 +122,7 @@ def _outcome(training: Training) -> dict[str, Any]:
         "train_seconds": training.train_seconds,
         "cpu_seconds": training.cpu_seconds,
         "steps": training.step,
-        "planned_steps": max(1, round(training.recipe.epochs * training.steps_per_epoch)),
+        "planned_steps": training.planned_steps,
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         "curve": training.curve,
     }

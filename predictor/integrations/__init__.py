@@ -35,6 +35,11 @@ class TrainerCallbackBase:
                 f"{type(policy).__name__} takes a share of {policy.budget} of the steps, and a callback cannot shorten "
                 "a training: give the trainer that many steps instead"
             )
+        if policy.lr_schedule is not None or policy.lr_cooldown:
+            raise UsageError(
+                f"{type(policy).__name__} changes the learning rate's schedule, and a callback cannot: give the "
+                "trainer that schedule instead"
+            )
         self._policy = policy
         self._layers = layers
         self._dry_run = dry_run

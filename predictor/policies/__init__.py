@@ -5,9 +5,11 @@ from typing import Any
 
 from predictor.errors import UsageError
 from predictor.policies.autofreeze import AutoFreezePolicy
+from predictor.policies.autorgn import AutoRGNPolicy
 from predictor.policies.base import FreezePolicy
 from predictor.policies.egeria import EgeriaPolicy
 from predictor.policies.freezeout import FreezeOutPolicy
+from predictor.policies.grades import GradESPolicy
 from predictor.policies.gradual import GradualPolicy
 from predictor.policies.greentrainer import GreenTrainerPolicy
 from predictor.policies.linear import LinearPolicy
@@ -20,6 +22,7 @@ from predictor.policies.shorter import ShorterPolicy
 from predictor.policies.simfreeze import SimFreezePolicy
 from predictor.policies.slimfit import SlimFitPolicy
 from predictor.policies.smartfrz import SmartFRZPolicy
+from predictor.policies.spectrum import SpectrumPolicy
 from predictor.policies.spfde import SpFDEPolicy
 from predictor.policies.static import StaticPolicy
 from predictor.policies.stopped import StoppedPolicy
@@ -41,6 +44,9 @@ POLICIES: dict[str, Callable[..., FreezePolicy]] = {
     "greentrainer": GreenTrainerPolicy,
     "slimfit": SlimFitPolicy,
     "lisa": LisaPolicy,
+    "grades": GradESPolicy,
+    "spectrum": SpectrumPolicy,
+    "autorgn": AutoRGNPolicy,
     "egeria": EgeriaPolicy,
     "simfreeze": SimFreezePolicy,
     "smartfrz": SmartFRZPolicy,

@@ -74,6 +74,11 @@ class FreezePolicy(ABC):
     """The share of the planned optimizer steps that the training should take."""
     rescaled: bool = True
     """Whether the training's schedule is rescaled to these steps. Otherwise the training is stopped after them."""
+    lr_schedule: str | None = None
+    """"linear": after the warm-up the learning rate should fall on a straight line to zero, whatever the training's own
+    schedule is. None for that one."""
+    lr_cooldown: float = 0.0
+    """The last share of the steps taken over which the learning rate should fall on a straight line to zero."""
     passes: Mapping[int, int] = MappingProxyType({})
     """Samples that the policy sent forward through the model in passes of its own, by the index of the layer up to
     which each pass went. A comparison has to count this work."""

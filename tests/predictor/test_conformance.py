@@ -24,6 +24,8 @@ OPTIONS = {
     "greentrainer": {"rounds": 6},
     "slimfit": {"every": 4},
     "lisa": {"layers": 1, "every": 5},
+    "grades": {"share": 2.0, "grace": 0.2, "every": 3},
+    "autorgn": {"criterion": "snr", "threshold": 2.0, "rounds": 4, "batches": 2},
     "egeria": {"window": 2, "patience": 1, "tolerance": 0.5, "refresh": 3},
     "simfreeze": {"tolerance": 0.3, "patience": 2},
 }

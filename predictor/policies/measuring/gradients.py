@@ -15,6 +15,12 @@ def gradients(layer: Layer) -> list[Tensor]:
     return [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
 
 
+def matrices(layer: Layer) -> list[Tensor]:
+    """A layer's parameters of two or more dimensions, such as weights without biases and norms; all if it has none."""
+    own: list[Tensor] = list(layer.parameters())
+    return [parameter for parameter in own if parameter.dim() >= 2] or own
+
+
 @torch.no_grad()
 def gradient_norms(layers: Sequence[Layer]) -> Tensor:
     """norm_L: the Euclidean norm of each layer's gradient, over all its parameters; NaN where there is none.

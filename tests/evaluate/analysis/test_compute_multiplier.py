@@ -90,3 +90,10 @@ def test_training_with_anything_else_changed_is_no_length_of_full_training(write
     config = {"policy": told("shorter 0.5", cache=True)}
     rows = [trial("a", "none", 0), trial("a", "shorter 0.5", 0, config=config)]
     assert full_training_lengths(read_results(write(rows))) == ["none"]
+
+
+@pytest.mark.parametrize("options", [{"budget": 0.5, "schedule": "linear"}, {"budget": 0.5, "cooldown": 0.2}])
+def test_another_end_of_the_schedule_is_a_length_of_full_training(write, trial, told, options):
+    config = {"policy": {**told("shorter 0.5"), "options": options}}
+    rows = [trial("a", "none", 0), trial("a", "shorter 0.5", 0, config=config)]
+    assert full_training_lengths(read_results(write(rows))) == ["none", "shorter 0.5"]

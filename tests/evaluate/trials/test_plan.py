@@ -144,6 +144,12 @@ def test_a_factor_multiplies_the_workloads_own_learning_rate(tmp_path):
             {"sieve": 0.2},
             r"'x' \(sieve = 0\.2\) on work: batch_size=90.* fashion has 80 beside .* leave out less",
         ),
+        (
+            {"train_samples": 100, "batch_size": 90},
+            {"infobatch": 0.5},
+            r"'x' \(infobatch = 0\.5\) on work: batch_size=90.* leave out less",
+        ),
+        ({}, {"infobatch": 0.5, "sieve": 0.2}, r"sieve = 0\.2, infobatch = 0\.5\): take one"),
     ],
 )
 def test_what_does_not_go_together(tmp_path, recipe, settings, message):

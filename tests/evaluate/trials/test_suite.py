@@ -62,17 +62,18 @@ def test_tables(tmp_path):
         lr_factor = 10
         sieve = 0.2
         sparse = 0.9
+        infobatch = 0.5
         """,
     )
     assert suite.scores == "end"
     assert suite.workloads == (WorkloadEntry("mlp-digits", "small", "fashion", {"epochs": 3, "lr": 0.2}),)
     assert suite.policies == (
         PolicyEntry("none", "plain"),
-        PolicyEntry("shorter", "shorter", {"budget": 0.5}, True, True, 8, 10.0, 0.2, 0.9),
+        PolicyEntry("shorter", "shorter", {"budget": 0.5}, True, True, 8, 10.0, 0.2, 0.9, infobatch=0.5),
     )
     assert suite.policies[0].changes == {}
     changes = {"cache": True, "stop": True, "lora": 8, "lr_factor": 10.0, "sieve": 0.2, "sparse": 0.9}
-    assert suite.policies[1].changes == changes
+    assert suite.policies[1].changes == {**changes, "infobatch": 0.5}
 
 
 def test_policies_of_a_seed_and_workload_follow_each_other(tmp_path):

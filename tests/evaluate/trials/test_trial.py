@@ -20,7 +20,7 @@ from tests.evaluate import toys
 SIX = "tests.evaluate.toys:six_linear"
 
 
-CHANGES = ("cache", "stop", "lora", "sieve", "sparse")
+CHANGES = ("cache", "stop", "lora", "sieve", "sparse", "infobatch")
 """What an entry may say besides its policy."""
 
 
@@ -108,6 +108,22 @@ def test_a_training_that_is_broken_off_is_the_full_one_up_to_there(tmp_path):
     assert scores(stopped["curve"])[-1] != scores(trial(tmp_path, "shorter", budget=0.75)["curve"])[-1]
 
 
+def test_a_shorter_training_on_a_straight_line_is_that_of_such_a_recipe(tmp_path):
+    line = trial(tmp_path, "shorter", budget=0.75, schedule="linear")
+    assert scores(line["curve"]) == scores(
+        trial(tmp_path, "shorter", recipe={"schedule": "linear"}, budget=0.75)["curve"]
+    )
+    assert scores(line["curve"]) != scores(trial(tmp_path, "shorter", budget=0.75)["curve"])
+
+
+def test_a_cool_down_changes_the_last_steps_alone(tmp_path):
+    recipe = {"epochs": 4}
+    plain, cooled = (trial(tmp_path, "stopped", recipe=recipe, budget=0.75, **more) for more in ({}, {"cooldown": 0.3}))
+    assert (plain["steps"], cooled["steps"]) == (30, 30)
+    assert scores(cooled["curve"])[:2] == scores(plain["curve"])[:2]  # it begins after step 21
+    assert scores(cooled["curve"])[2] != scores(plain["curve"])[2]
+
+
 def test_a_training_may_end_once_all_layers_are_frozen(tmp_path):
     fronts = {"fronts": [[0.25, 0.4], [0.7, 1.0]]}
     full, ended = trial(tmp_path, "schedule", **fronts), trial(tmp_path, "schedule", stop=True, **fronts)
@@ -184,6 +200,19 @@ def test_a_sieved_trial_takes_fewer_steps(tmp_path):
     assert sieved["sieve"] == {"left_out": 20, "exchanges": 1}
     assert (sieved["steps"], sieved["planned_steps"], sieved["status"]) == (16, 16, "finished")
     assert sieved["flops"] == 0.8 * plain["flops"]
+
+
+def test_a_trial_with_infobatch_costs_the_steps_that_were_expected_of_it(tmp_path):
+    recipe = {"epochs": 4}
+    plain, pruned = (trial(tmp_path, "static", recipe=recipe, layers=2, infobatch=share) for share in (0.0, 0.5))
+    # One epoch of four at the start and half of one at the end are whole; the rest is expected to be .65 of one.
+    assert plain["infobatch"] is None
+    assert (plain["steps"], pruned["steps"], pruned["planned_steps"]) == (40, 31, 31)
+    assert pruned["flops"] == plain["flops"] * 31 // 40
+    assert pruned["infobatch"]["share"] == 0.5
+    assert 0 < pruned["infobatch"]["left_out"] < pruned["infobatch"]["below_mean"] < 1
+    stopped = trial(tmp_path, "stopped", recipe=recipe, budget=0.5, infobatch=0.5)
+    assert (stopped["steps"], stopped["planned_steps"]) == (16, 31)
 
 
 # Of 17 products in a full step of six layers, the last of which is dense, at a density of 1/4: forward 5 * 1/4 + 1,

@@ -263,6 +263,12 @@ def test_a_share_of_the_steps_is_refused():
         FreezeCallback("shorter", budget=0.5)
 
 
+@pytest.mark.parametrize(("name", "option"), [("shorter", {"schedule": "linear"}), ("stopped", {"cooldown": 0.2})])
+def test_another_schedule_is_refused(name, option):
+    with pytest.raises(UsageError, match="give the trainer that schedule"):
+        FreezeCallback(name, budget=1.0, **option)
+
+
 def one_of_two(folder):
     """What one of two processes under DDP sees; the second's policy wants something else."""
     main = os.environ["RANK"] == "0"

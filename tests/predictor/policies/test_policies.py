@@ -39,6 +39,12 @@ def test_stopped_is_shorter_without_another_schedule():
     assert answers(policy, 4, 10, [0, 10]) == [[], []]
 
 
+def test_lengths_of_full_training_may_end_in_a_straight_line_to_zero():
+    assert (make_policy("shorter").lr_schedule, make_policy("stopped").lr_cooldown) == (None, 0.0)
+    assert make_policy("shorter", schedule="linear").lr_schedule == "linear"
+    assert make_policy("stopped", cooldown=0.2).lr_cooldown == 0.2
+
+
 def test_static_freezes_the_same_prefix_always():
     assert answers(make_policy("static", share=0.5), 4, 10, [0, 9]) == [[0, 1], [0, 1]]
     assert answers(make_policy("static", layers=3), 4, 10, [0]) == [[0, 1, 2]]
@@ -86,6 +92,8 @@ def test_linear_grows_evenly_after_its_start():
     [
         ("shorter", {"budget": 0}, "budget=0: give a share"),
         ("shorter", {"budget": 1.5}, "budget=1.5: give a share"),
+        ("shorter", {"schedule": "linaer"}, "did you mean 'linear'"),
+        ("stopped", {"cooldown": 1.1}, "cooldown=1.1: give a share"),
         ("static", {"share": -0.1}, "share=-0.1"),
         ("static", {"layers": -1}, "layers=-1"),
         ("static", {"last": -1}, "last=-1"),

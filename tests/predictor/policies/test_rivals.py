@@ -12,6 +12,7 @@ from predictor.layers.layer import layers_of
 from predictor.policies import make_policy
 from predictor.policies.base import View
 from predictor.policies.greentrainer import most_important
+from predictor.policies.spectrum import signal_to_noise
 
 
 class Run:
@@ -235,6 +236,135 @@ def test_lisa_draws_a_few_layers_for_some_steps_each():
     assert [other.frozen, *(frozenset(other.step()) for _ in range(399))] != periods
 
 
+def test_grades_freezes_what_changes_less_than_in_the_grace_period():
+    run = Run("grades", 3, 10, share=0.5, grace=0.4)
+    # Changes of each weight 2, 2, 2 and then 4, 2, 2: means 3, 2, 2, of which half is the threshold.
+    assert [run.step(g) for g in ([0, 0, 0], [2, 2, 2], [6, 4, 4])] == [[], [], []]
+    # Changes of 1.5, .9, 1: only layer 1 is below.
+    assert run.step([7.5, 4.9, 5]) == [1]
+    assert run.step([9.5, 0, 5.9]) == [1, 2]
+    assert run.step([10.5, 0, 0]) == [0, 1, 2]
+
+
+def test_grades_with_the_papers_threshold():
+    run = Run("grades", 2, 10, tau=4 * 0.1, grace=0.3)
+    assert [run.step(g) for g in ([1, 1], [1, 1.05], [1.2, 1.12])] == [[], [], [1]]
+    # A step that a GradScaler skipped is no evidence, nor is the one after it.
+    assert [run.step([float("inf"), 0]), run.step([1.2, 0]), run.step([1.25, 0])] == [[1], [1], [0, 1]]
+
+
+def test_grades_freezes_a_layer_once_each_of_its_matrices_has_been_below():
+    model = nn.Sequential(nn.Bilinear(2, 2, 2), nn.TransformerEncoderLayer(2, 1, 2), nn.Linear(2, 2))
+    layers = layers_of(model[1:], granularity="block")
+    policy = make_policy("grades", tau=0.5, grace=0.0)
+    policy.bind(model, torch.optim.SGD(model.parameters(), lr=0.1), layers)
+    own = [parameter for parameter in layers[0].parameters() if parameter.dim() > 1]
+    assert len(own) > 1
+    frozen = []
+    for number, parts in enumerate(([0] * len(own), [0, *[9] * (len(own) - 1)], [9, *[9] * (len(own) - 1)]), 1):
+        for parameter, value in zip(own, parts, strict=True):
+            parameter.grad = torch.full_like(parameter, float(value))
+        view = View(layers, frozenset(), number, 10)
+        policy.observe(view)
+        frozen.append(sorted(policy.decide(view)))
+    # The first matrix was below in step 2, and the others, which have not changed since then, in step 3.
+    assert frozen == [[], [], [0]]
+
+
+def weight_of(*singular):
+    """A square matrix with these singular values."""
+    torch.manual_seed(0)
+    turned, _ = torch.linalg.qr(torch.randn(len(singular), len(singular)))
+    return turned @ torch.diag(torch.tensor(singular)) @ turned.T
+
+
+def test_signal_to_noise_by_hand():
+    # Quartiles 2 and 4 of 1 2 3 4 9, so sigma 1.4826 and noise up to 2.965: 16 of signal over 3 of noise, over 9.
+    assert signal_to_noise(weight_of(9.0, 4.0, 3.0, 2.0, 1.0)) == pytest.approx(16 / 3 / 9, rel=1e-4)
+    assert signal_to_noise(torch.zeros(3, 2)) == 0.0
+    assert signal_to_noise(torch.eye(2).view(2, 2, 1, 1)) == float("inf")  # nothing is below the edge of 0
+
+
+def test_spectrum_trains_the_layers_with_most_signal():
+    run = Run("spectrum", 4, 10, share=0.5)
+    loud, quiet = weight_of(1.0, 0.9, 0.8, 0.7, 0.05), weight_of(1.0, 0.3, 0.2, 0.1, 0.05)
+    with torch.no_grad():
+        for layer, weight in zip(run.layers, (quiet, loud, quiet, loud), strict=True):
+            layer.own[0].set_(weight.clone())
+    assert signal_to_noise(loud) > signal_to_noise(quiet)
+    assert run.policy.decide(run.view) == {0, 2}
+    assert [step for step in range(10) if run.policy.due(step, 10)] == [0]
+
+
+def test_spectrum_compares_matrices_of_one_type_and_leaves_embeddings_alone():
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Flatten(), nn.Linear(4, 2))
+    layers = layers_of(model)
+    policy = make_policy("spectrum", share=0.4)
+    policy.bind(model, torch.optim.SGD(model.parameters(), lr=0.1), layers)
+    # Two of one type: .4 of them is none.
+    assert policy.decide(View(layers, frozenset(), 0, 10)) == {1, 2}
+    policy.share = 0.5
+    assert len(policy.decide(View(layers, frozenset(), 0, 10))) == 1
+
+
+def test_auto_rgn_scales_rates_by_gradient_over_weight():
+    run = Run("autorgn", 3, 20, rounds=2, batches=2)
+    assert run.policy.rates(run.view) == {}
+    with torch.no_grad():
+        run.layers[1].own[0].fill_(2.0)
+    # ||g|| / ||w|| of equal weights is g / w: means (1 + 3) / 2, (4 + 4) / 2 / 2 and (1 + 0) / 2.
+    assert [run.step([1, 4, 1]), run.step([3, 4, 0])] == [[], []]
+    assert run.policy.rates(run.view) == pytest.approx({0: 1.0, 1: 1.0, 2: 0.25})
+    for _ in range(8):
+        run.step([9, 9, 9])  # not measured
+    assert run.policy.rates(run.view) == pytest.approx({0: 1.0, 1: 1.0, 2: 0.25})
+    assert [run.step([1, 8, 2]), run.step([1, 8, 2])] == [[], []]
+    assert run.policy.rates(run.view) == pytest.approx({0: 0.25, 1: 1.0, 2: 0.5})
+
+
+@pytest.mark.parametrize("stop", [1, 5, 11])
+def test_auto_rgn_resumes_within_a_measurement_and_between_two(stop):
+    draw = torch.Generator().manual_seed(0)
+    gradients = torch.rand(16, 3, generator=draw).tolist()
+    run, twin = (Run("autorgn", 3, 20, rounds=2, batches=2) for _ in range(2))
+    for each in gradients[:stop]:
+        run.step(each)
+    twin.policy.load_state_dict(run.policy.state_dict())
+    twin.number = run.number
+    assert twin.policy.rates(twin.view) == run.policy.rates(run.view)
+    for each in gradients[stop:]:
+        run.step(each)
+        twin.step(each)
+        assert twin.policy.rates(twin.view) == run.policy.rates(run.view)
+    assert twin.policy.rates(twin.view)
+
+
+def test_auto_rgn_learns_nothing_from_steps_that_overflowed():
+    run = Run("autorgn", 2, 20, rounds=2, batches=2)
+    run.step([float("inf"), 1])
+    run.step([1, 1])
+    assert run.policy.rates(run.view) == {}
+
+
+def test_auto_snr_freezes_layers_of_little_signal_until_the_next_round():
+    run = Run("autorgn", 2, 12, criterion="snr", rounds=2, batches=1, threshold=0.95)
+    weights = [layer.own[0] for layer in run.layers]
+
+    def step(first, second):
+        run.number += 1
+        for weight, rows in zip(weights, (first, second), strict=True):
+            weight.grad = torch.tensor([[row] * 2 for row in rows])
+        run.policy.observe(run.view)
+        if run.policy.due(run.number, 12):
+            run.frozen = run.policy.decide(run.view)
+        return sorted(run.frozen)
+
+    # Rows 1 and -1: a variance of 2 and g^2 of 1, a signal of .5. Rows 3 and 1: 2, and 9 and 1, a signal of 2.5.
+    assert step((1.0, -1.0), (3.0, 1.0)) == [0]
+    assert [step((0.0, 0.0), (0.0, 0.0)) for _ in range(5)] == [[0], [0], [0], [0], []]
+    assert step((3.0, 1.0), (1.0, -1.0)) == [1]
+
+
 def test_random_grows_a_prefix_to_its_share():
     fronts = []
     for seed in (0, 0, 1):
@@ -264,6 +394,15 @@ def test_random_grows_a_prefix_to_its_share():
         ("slimfit", {"every": 0}, "every=0"),
         ("lisa", {"layers": 0}, "layers=0"),
         ("lisa", {"every": 0}, "every=0"),
+        ("grades", {"share": 0}, "share=0"),
+        ("grades", {"tau": -1.0}, "tau=-1.0"),
+        ("grades", {"grace": 1.0}, "grace=1.0"),
+        ("grades", {"every": 0}, "every=0"),
+        ("spectrum", {"share": 1.5}, "share=1.5"),
+        ("autorgn", {"criterion": "rng"}, "did you mean 'rgn'"),
+        ("autorgn", {"threshold": 0}, "threshold=0"),
+        ("autorgn", {"rounds": 0}, "rounds=0"),
+        ("autorgn", {"batches": 0}, "batches=0"),
         ("random", {"share": -1}, "share=-1"),
     ],
 )

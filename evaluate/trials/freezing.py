@@ -66,6 +66,19 @@ class FreezeHook(Hook):
         self.controller.load_state_dict(state)
 
 
+class LookHook(Hook):
+    """Shows the first batches to a policy that wants to look at them. Put it after the CacheHook."""
+
+    def __init__(self, freezing: FreezeHook) -> None:
+        self._freezing = freezing
+
+    def on_start(self, training: Training) -> None:
+        """Have the policy look; the training's own first batches come again as they would have."""
+        self._freezing.controller.look(
+            lambda: (training.loss_of(inputs, labels_B) for _, inputs, labels_B in training.batches())
+        )
+
+
 class CacheHook(Hook):
     """Skips the frozen prefix's forward pass on samples whose features are kept. Put it after the FreezeHook.
 

@@ -18,7 +18,7 @@ from data.sources import load_source
 from evaluate.trials.config import BY_FINGERPRINT, TrialConfig
 from evaluate.trials.flops import StepFlops, steps_by_pattern
 from evaluate.trials.folder import SuiteFolder
-from evaluate.trials.freezing import CacheHook, FreezeHook
+from evaluate.trials.freezing import CacheHook, FreezeHook, LookHook
 from evaluate.trials.lora import with_lora
 from evaluate.trials.records import ACCOUNTING
 from evaluate.trials.stopwatch import PeakMemory, Stopwatch, warm_up
@@ -66,7 +66,11 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
     training = train(
         workload,
         seed=config.seed,
-        hooks=[hook for hook in (masks, freezing, caching, sieve, infobatch, stopwatch) if hook is not None],
+        hooks=[
+            hook
+            for hook in (masks, freezing, caching, LookHook(freezing), sieve, infobatch, stopwatch)
+            if hook is not None
+        ],
         device=config.device,
         budget=policy.budget,
         rescaled=policy.rescaled,
@@ -147,7 +151,8 @@ def _freezing(controller: FreezeController, caching: CacheHook | None, training:
         "cache": None if caching is None else caching.figures,
         "flops": sum(step_flops(frozen) * count for frozen, count in steps.items())
         - _spared(caching, step_flops)
-        + _beside(controller, training),
+        + _beside(controller, training)
+        + step_flops(frozenset()) * controller.looked // training.recipe.accumulate,
     }
 
 

@@ -61,8 +61,8 @@ class FreezeController:
             controller.step()
             optimizer.zero_grad()
 
-    A policy that freezes before the first step does so here, in the constructor. Layers that an earlier controller
-    left frozen stay frozen, with a warning: call its `release` before the optimizer is made.
+    A policy that freezes before the first step does so here, in the constructor, or in `look`. Layers that an earlier
+    controller left frozen stay frozen, with a warning: call its `release` before the optimizer is made.
 
     To resume, make model, optimizer (over all parameters) and controller as at the start, then load the state of each.
 

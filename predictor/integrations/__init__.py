@@ -91,7 +91,7 @@ class TrainerCallbackBase:
         """
         controller = self.controller
         assert controller is not None, "the training has started"
-        if not controller.policy.wants_look:
+        if not controller.policy.wants_look or controller.view.step:
             return
         own = getattr(loader, "base_dataloader", loader)  # in Accelerate's, which counts batches and epochs
         if not isinstance(own, DataLoader) or isinstance(own.dataset, IterableDataset):

@@ -273,3 +273,26 @@ def test_layers_are_settled_by_the_first_pass_before_they_are_looked_at():
     optimizer.step()
     assert controller.step() is None
     assert controller.frozen == {0}
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_state_that_waits_for_the_first_pass_counts_where_a_step_was_done(steps):
+    torch.manual_seed(0)
+    model = TwoHeads()
+    optimizer, controller = start(model, Quiet())
+    controller.look(losses_on(model, loader_of()))
+    for _ in range(steps):
+        F.cross_entropy(model(X[:4])[0], Y[:4]).backward()
+        optimizer.step()
+        controller.step()
+    resumed = start(model := TwoHeads(), policy := Quiet())[1]
+    resumed.load_state_dict(controller.state_dict())
+    event = resumed.look(losses_on(model, loader_of()))
+    assert (event is None) == (steps == 1)
+    assert len(policy.looks) == resumed.looked / 8 == 1 - steps
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    F.cross_entropy(model(X[:4])[0], Y[:4]).backward()
+    optimizer.step()
+    resumed.step()
+    assert resumed.frozen == {0}
+    assert resumed.view.step == steps + 1

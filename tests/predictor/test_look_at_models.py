@@ -291,11 +291,23 @@ def test_adapters_are_looked_at():
     assert not all(look.mean_l1_L)  # the pretrained embeddings have no adapter
 
 
-def test_weights_without_memory_give_no_look():
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_without_memory_and_sharded_ones_give_no_look(sharded):
     said = []
-    controller = start(Net().to("meta"), say=said.append)
-    assert controller.look(iter([])) is None
-    assert len(said) == 1
+    model = Net() if sharded else Net().to("meta")
+    controller = start(model, say=said.append)
+    if sharded:
+        model[0].weight.device_mesh = object()  # as FSDP2's have
+    assert controller.look(losses_of(model)) is None
+    assert (controller.looked, len(said)) == (0, 1)
+
+
+def test_what_hooks_of_the_backward_pass_keep_is_taken_back():
+    model, kept = Net(), []
+    model[2].register_full_backward_hook(lambda module, inward, outward: kept.append(outward))
+    model[0].weight.register_hook(lambda gradient: kept.append(gradient))
+    assert looked(model).batches == 8
+    assert kept == []
 
 
 # In a process of its own

@@ -37,13 +37,13 @@ class Logs(Plain):
         return {"loss": loss}
 
 
-def run(folder, net, answers, module=Logs, data=None, wants=True, generator=None, **options):
-    """Train. Returns the module, the policy, the weights and what the logger wrote."""
+def run(folder, net, answers, module=Logs, data=None, wants=True, loading=(), **options):
+    """Train. Returns the module, the policy, the weights and where the logger wrote. loading: DataLoader options."""
     policy = LookingScript(answers)
     policy.wants_look = wants
     callback = FreezeCallback(policy, **options)
     shuffle = not isinstance(data, IterableDataset)
-    loader = DataLoader(images() if data is None else data, 3, shuffle=shuffle, generator=generator)
+    loader = DataLoader(images() if data is None else data, 3, shuffle=shuffle, **dict(loading))
     logger = CSVLogger(folder, name="run")
     trainer = pl.Trainer(
         default_root_dir=folder,
@@ -63,13 +63,17 @@ def run(folder, net, answers, module=Logs, data=None, wants=True, generator=None
     return made, callback.controller.policy, weights, logger.experiment.metrics_file_path
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_it_looks_before_the_first_step_and_leaves_the_training_as_it_is(own, tmp_path, make_toy):
-    def generator():
-        return torch.Generator().manual_seed(1) if own else None
+LOADING = {
+    "global": dict,
+    "own": lambda: {"generator": torch.Generator().manual_seed(1)},
+    "workers": lambda: {"num_workers": 1, "persistent_workers": True},
+}
 
-    without = run(tmp_path / "without", make_toy(), {}, wants=False, generator=generator())
-    module, policy, weights, path = run(tmp_path / "with", make_toy(), {}, generator=generator())
+
+@pytest.mark.parametrize("kind", LOADING)
+def test_it_looks_before_the_first_step_and_leaves_the_training_as_it_is(kind, tmp_path, make_toy):
+    without = run(tmp_path / "without", make_toy(), {}, wants=False, loading=LOADING[kind]())
+    module, policy, weights, path = run(tmp_path / "with", make_toy(), {}, loading=LOADING[kind]())
     assert [look.batches for look in policy.looks] == [8]
     assert equal(weights, without[2])
     assert module.kept == without[0].kept  # what it notes while looking is taken back

@@ -30,15 +30,18 @@ class WatchingScript(Script):
 
 
 class LookingScript(Script):
-    """Answers at step 0 only where it gets a look, and notes the looks."""
+    """Answers at step 0 only where it gets a look, and notes the looks and whether FLOPs were known then."""
 
     wants_look = True
+    wants_flops = True
 
     def __init__(self, answers: Mapping[int, Iterable[int]]) -> None:
         super().__init__(answers)
         self.looks: list[FirstLook] = []
+        self.counted: list[bool] = []
 
     def decide(self, view: View) -> frozenset[int]:
         if view.look is not None:
             self.looks.append(view.look)
+            self.counted.append(view.flops is not None)
         return super().decide(view) if view.look or view.step else frozenset()

@@ -63,7 +63,7 @@ def test_it_looks_before_the_first_step_and_leaves_the_training_as_it_is(tmp_pat
 def test_what_froze_stands_still(tmp_path):
     _, policy, weights = run(tmp_path, {0: range(5)})
     before = make_bert().state_dict()
-    assert len(policy.looks) == 1
+    assert (len(policy.looks), policy.counted) == (1, [True])
     assert torch.equal(
         weights["bert.embeddings.word_embeddings.weight"], before["bert.embeddings.word_embeddings.weight"]
     )

@@ -86,7 +86,7 @@ def test_what_froze_stands_still(tmp_path, make_toy):
     net = make_toy()
     _, policy, weights, _ = run(tmp_path, net, {0: {0}})
     before = make_toy().state_dict()
-    assert len(policy.looks) == 1
+    assert (len(policy.looks), policy.counted) == (1, [True])
     assert torch.equal(weights["body.0.weight"], before["body.0.weight"])
     assert not torch.equal(weights["body.3.weight"], before["body.3.weight"])
 

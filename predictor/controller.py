@@ -62,8 +62,8 @@ class FreezeController:
             controller.step()
             optimizer.zero_grad()
 
-    A policy that freezes before the first step does so here, in the constructor. Layers that an earlier controller
-    left frozen stay frozen, with a warning: call its `release` before the optimizer is made.
+    A policy that freezes before the first step does so here, in the constructor, or in `look`. Layers that an earlier
+    controller left frozen stay frozen, with a warning: call its `release` before the optimizer is made.
 
     To resume, make model, optimizer (over all parameters) and controller as at the start, then load the state of each.
 
@@ -222,7 +222,7 @@ class FreezeController:
         Args:
             losses: the loss of one batch after the other, each computed when it is asked for, and not scaled. A
                 generator, which is closed, or a function that returns one.
-            loader: the DataLoader behind them: its samplers and its data set are left as they were too.
+            loader: the DataLoader behind them, or several: their samplers and data sets are left as they were too.
 
         Returns:
             What froze. None where nothing did: also, with one line, where there is no look, since there are fewer than
@@ -261,9 +261,9 @@ class FreezeController:
         """Call `callback` where the user's code had switched frozen layers back on, so that they may have moved."""
         self._moved.append(callback)
 
-    def report(self, line: str) -> None:
-        """Say a line as this controller says its own: in one process, and not under `say=None`."""
-        self._reporter.say_at_once(line)
+    def report_no_look(self, reason: str) -> None:
+        """Say in one line why there is no look at the first batches."""
+        self._reporter.say_at_once(f"no look at the first batches: {reason}")
 
     def hide_argument(self, name: str) -> None:
         """Declare a keyword argument of the model's calls that a hook removes before the model's own `forward`."""
@@ -353,7 +353,7 @@ class FreezeController:
             with without_sync(self.called_model):
                 given = self._taken(losses)
                 self._look = look_at(
-                    self.called_model, lambda: self.layers, given, loader=loader, why_not=self._report_no_look
+                    self.called_model, lambda: self.layers, given, loader=loader, why_not=self.report_no_look
                 )
         finally:
             self._looking = False
@@ -381,9 +381,6 @@ class FreezeController:
         finally:
             if hasattr(left, "close"):
                 left.close()
-
-    def _report_no_look(self, reason: str) -> None:
-        self.report(f"no look at the first batches: {reason}")
 
     def _undo_start(self) -> None:
         """Undo what was decided before the first step."""

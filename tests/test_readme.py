@@ -53,6 +53,12 @@ def test_samples_are_sieved(tmp_path):
     run(f"{SHORT}{data}{block('SieveSampler(')}assert len(loader) == 1 and len(sampler) == 5\n", tmp_path)
 
 
+def test_the_first_batches_are_looked_at(tmp_path):
+    made = "from predictor import FreezeController, make_policy\npolicy = make_policy('static', layers=1)\n"
+    made += "policy.wants_look = True\ncontroller = FreezeController(model, optimizer, policy, total_steps=steps)\n"
+    run(f"{SHORT}{made}{block('controller.look(lambda')}assert controller.looked == steps\n", tmp_path)
+
+
 def test_the_complete_loop_freezes(tmp_path):
     assert "layers frozen)" in run(block('digits = load_source("digits")'), tmp_path)
 

@@ -174,7 +174,7 @@ class FreezeReporter:
         try:
             self.flops = count_flops(model, self._layers, args, kwargs, self._trained)
         except Exception as error:  # it is the user's model, and only a figure in a line depends on it
-            self._why_not = _reason(error)
+            self._why_not = reason_of(error)
 
     def _stop_counting(self) -> None:
         if self._counting is not None:
@@ -215,7 +215,7 @@ def _bottleneck(wait: Wait) -> str:
     )
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """An error in one line."""
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}"[:_LONGEST_REASON].rstrip(": ")

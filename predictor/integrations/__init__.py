@@ -8,12 +8,14 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset
 
 from predictor.cache.feature_cache import FeatureCache
 from predictor.controller import FreezeController
 from predictor.errors import UsageError
+from predictor.freezing.messages import reason_of
 from predictor.layers.layer import Layer
 from predictor.policies.base import FreezePolicy
 
@@ -83,6 +85,29 @@ class TrainerCallbackBase:
         self._running = True
         if done and state is not None:
             self.controller.load_state_dict(state)
+
+    def _look(self, loader: Any, losses: Callable[[Iterable[Any]], Iterable[Tensor]], *others: object) -> None:
+        """Have the policy look at the training's first batches, if it wants to and they can be had.
+
+        Args:
+            loader: the trainer's.
+            losses: computes the loss of one batch of a loader after the other.
+            others: what else changes where losses are computed, and is to be left as it was.
+        """
+        controller = self.controller
+        assert controller is not None, "the training has started"
+        if not controller.policy.wants_look or controller.view.step:
+            return
+        own = getattr(loader, "base_dataloader", loader)  # in Accelerate's, which counts batches and epochs
+        if not isinstance(own, DataLoader) or isinstance(own.dataset, IterableDataset):
+            controller.report_no_look(f"{type(own).__name__} is no DataLoader over numbered samples, to begin again")
+            return
+        fresh = copy.copy(own)
+        vars(fresh).update(persistent_workers=False, _iterator=None)
+        try:
+            controller.look(lambda: losses(fresh), loader=[fresh, *others])
+        except Exception as error:  # the model's or the data's, as where only training gives a loss
+            controller.report_no_look(reason_of(error))
 
     def _figures(self) -> dict[str, float]:
         """What is logged where the trainer logs: see `Timeline.figures`."""

@@ -3,10 +3,13 @@
 import base64
 import inspect
 import io
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers.trainer_callback import (
     CallbackHandler,
     ExportableState,
@@ -35,6 +38,9 @@ class FreezeCallback(TrainerCallbackBase, TrainerCallback, ExportableState):  # 
     It begins with the training and not before: the Trainer gives its optimizer only parameters that train then, and
     what is frozen earlier is never trained. Policies are asked right after each optimizer step, before its gradients
     are cleared. The Trainer's checkpoints hold its state; `trainer.train(resume_from_checkpoint=...)` continues.
+
+    A policy that `wants_look` looks at the first batches when training begins: see `FreezeController.look`. Losses are
+    those of the Trainer's `compute_loss`. Without them, and for data without numbered samples, one line says so.
 
     What the Trainer reports to (TensorBoard, wandb, ...) gets, at each change and with each logged loss,
     `freeze/frozen_layers`, `freeze/step_flops_share` (FLOPs of a step, as a share of a full one's) and
@@ -128,10 +134,14 @@ class FreezeCallback(TrainerCallbackBase, TrainerCallback, ExportableState):  # 
         )
         assert self.controller is not None, "it has just been made"
         self._reporters = _reporters()
-        self._changed = bool(self.controller.history)
         if self._ids is not None:
             self.cache = FeatureCache(self.controller, memory_gb=self._memory_gb)
             self._argument = IdsArgument(self.cache, self.controller, self._ids)
+        if self.controller.policy.wants_look:
+            kwargs["model"].train()  # as the Trainer does before each step; a pretrained one may be in evaluation mode
+            trainer = _owner_in_calls(lambda it: hasattr(it, "compute_loss") and hasattr(it, "callback_handler"))
+            self._look(kwargs.get("train_dataloader"), partial(_losses, trainer, kwargs["model"]), trainer)
+        self._changed = bool(self.controller.history)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -179,14 +189,30 @@ class FreezeCallback(TrainerCallbackBase, TrainerCallback, ExportableState):  # 
 
 
 def _reporters() -> list[TrainerCallback]:
-    """What the Trainer reports to, found in the calls that led here: no event of a callback hands it over."""
+    """What the Trainer reports to: no event of a callback hands it over."""
+    handler = _owner_in_calls(lambda owner: isinstance(owner, CallbackHandler))
+    return [callback for callback in handler.callbacks if _is_reporter(callback)] if handler else []
+
+
+def _owner_in_calls(wanted: Callable[[Any], bool]) -> Any:
+    """The nearest object of a kind whose method is among the calls that led here; None where there is none."""
     frame = inspect.currentframe()
     while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            return [callback for callback in handler.callbacks if _is_reporter(callback)]
+        owner = frame.f_locals.get("self")
+        if owner is not None and wanted(owner):
+            return owner
         frame = frame.f_back
-    return []
+    return None
+
+
+def _losses(trainer: Any, model: nn.Module, loader: Iterable[Any]) -> Iterator[Tensor]:
+    """The losses as the Trainer computes them, of its label smoothing or of a `compute_loss` of the user's own."""
+    if trainer is None:
+        raise UsageError("there is no Trainer among the callers of on_train_begin")
+    for batch in loader:
+        inputs = trainer._prepare_inputs(batch)
+        with trainer.compute_loss_context_manager():
+            yield trainer.compute_loss(model, inputs).mean()
 
 
 def _is_reporter(callback: TrainerCallback) -> bool:

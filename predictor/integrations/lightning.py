@@ -1,8 +1,10 @@
 """Freezing in Lightning's Trainer."""
 
+import inspect
 import math
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +16,10 @@ from predictor.policies.base import FreezePolicy
 
 try:
     import lightning.pytorch as pl
+    from lightning.pytorch.loggers.logger import DummyLogger
 except ImportError:  # the same under its older name
     import pytorch_lightning as pl
+    from pytorch_lightning.loggers.logger import DummyLogger
 
 
 class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
@@ -27,6 +31,10 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
     Policies are asked at the end of each batch in which an optimizer stepped (so `accumulate_grad_batches` counts),
     before its gradients are cleared: Lightning does that in the next batch. Under manual optimization clear them at the
     start of `training_step` rather than at its end, for policies that read gradients.
+
+    A policy that `wants_look` looks at the first batches when training begins: see `FreezeController.look`. Losses are
+    those of `training_step`, in which nothing is logged. There is no look, and one line says so, under manual
+    optimization, where evaluation mode gives no loss, and for data without numbered samples.
 
     Lightning's checkpoints hold the callback's state; `trainer.fit(module, data, ckpt_path=...)` continues. The
     trainer's loggers get `freeze/frozen_layers`, `freeze/step_flops_share` (FLOPs of a step, of a full one's) and
@@ -93,11 +101,12 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
             state=self.state_dict() or None,
         )
         assert self.controller is not None, "it has just been made"
-        if self.controller.history:
-            self._log(trainer)
         if self._ids is not None:
             network = self._named_network(pl_module)
             self.cache = FeatureCache(self.controller, model=network, memory_gb=self._memory_gb)
+        self._look(trainer.train_dataloader, partial(_losses, trainer, pl_module))
+        if self.controller.history:
+            self._log(trainer)
 
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
@@ -167,6 +176,47 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
                 "that training_step calls"
             ) from error
         return network
+
+
+def _losses(trainer: "pl.Trainer", module: "pl.LightningModule", loader: Iterable[Any]) -> Iterator[Tensor]:
+    """The losses of `training_step`, outside of the training's own loop."""
+    if not module.automatic_optimization:
+        raise UsageError("under manual optimization training_step steps the optimizers itself")
+    takes = inspect.signature(module.training_step).parameters
+    if "dataloader_iter" in takes:
+        raise UsageError("training_step takes its batches from dataloader_iter")
+    numbered = len(takes) > 1 or any(parameter.kind == parameter.VAR_POSITIONAL for parameter in takes.values())
+    with _without_logging(trainer, module):
+        for index, batch in enumerate(loader):
+            batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+            batch = trainer.strategy.batch_to_device(batch)
+            with trainer.precision_plugin.train_step_context():
+                output = module.training_step(batch, index) if numbered else module.training_step(batch)
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+            if loss is None:
+                raise UsageError("training_step returned no loss")
+            yield loss
+            del output, loss  # and their graph
+
+
+@contextmanager
+def _without_logging(trainer: "pl.Trainer", module: "pl.LightningModule") -> Iterator[None]:
+    """Have nothing logged: `log` works only in the training's own loop."""
+    before = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        vars(module).update(log=_ignore, log_dict=_ignore)
+        yield
+    finally:
+        trainer.loggers = loggers
+        for name in ("log", "log_dict"):
+            vars(module).pop(name)
+        vars(module).update(before)
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """Does nothing."""
 
 
 def planned_steps(trainer: "pl.Trainer", module: "pl.LightningModule", callback: str) -> int:

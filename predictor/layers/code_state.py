@@ -33,7 +33,7 @@ Keep = Callable[[Any], Callable[[], object] | None]
 def restores_of_code(model: nn.Module, keep: Keep) -> list[Callable[[], object]]:
     """What restores the variables that the code of a model's own classes names, as they are now.
 
-    Followed are the methods of its modules' classes and the user's forward hooks, and the functions, classes and
+    Followed are the methods of its modules' classes and the user's hooks, and the functions, classes and
     objects that they name. Not followed is what has no Python code.
 
     Args:
@@ -90,10 +90,12 @@ def _variables_of(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _hooks_of(model: nn.Module) -> Iterator[Any]:
-    """The user's hooks on the forward passes of a model's modules, and of all modules."""
-    tables = [table for m in model.modules() for table in (m._forward_pre_hooks, m._forward_hooks)]
-    tables += [getattr(nn.modules.module, name, {}) for name in ("_global_forward_pre_hooks", "_global_forward_hooks")]
-    for hooks in tables:
+    """The user's hooks on the passes of a model's modules, of all modules, and on the gradients of its parameters."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    tables = [getattr(module, kind, None) for module in model.modules() for kind in kinds]
+    tables += [getattr(nn.modules.module, f"_global{kind}", None) for kind in kinds]
+    tables += [parameter._backward_hooks for parameter in model.parameters()]
+    for hooks in filter(None, tables):
         yield from (hook for hook in hooks.values() if not _is_ours(hook))
 
 

@@ -239,39 +239,60 @@ def test_losses_that_cannot_be_looked_at_are_refused(make_toy, wrong):
         controller.look(given() if wrong == "list" else given)
 
 
-class HeadFirst(nn.Module):
-    """Defines its head first, and has a layer that only training uses."""
+class TwoHeads(nn.Module):
+    """Defines its heads first. In training it has two, which evaluation mixes."""
 
     def __init__(self):
         super().__init__()
-        self.head = nn.Linear(8, 3)
-        self.aux = nn.Linear(8, 3)
+        self.head, self.second_head, self.mix = nn.Linear(8, 3), nn.Linear(8, 3), nn.Linear(6, 3)
         self.second, self.first = nn.Linear(8, 8), nn.Linear(64, 8)
 
     def forward(self, x):
         inner = self.first(x.flatten(1))
-        if self.training:
-            return self.head(self.second(inner)), self.aux(inner)
-        return self.head(self.second(inner))
+        both = self.head(self.second(inner)), self.second_head(inner)
+        return both if self.training else self.mix(torch.cat(both, 1))
 
 
 def test_layers_are_settled_by_the_first_pass_before_they_are_looked_at():
     torch.manual_seed(0)
-    model = HeadFirst()
-    policy = Quiet()
+    model = TwoHeads()
+    policy = Quiet(without={0})
     policy.wants_flops = True
-    _, controller = start(model, policy)
+    optimizer, controller = start(model, policy)
     assert [layer.name for layer in controller.layers] != ["first", "second"]
     controller.look(losses_on(model, loader_of()))
-    # As in training: the auxiliary head, which evaluation does not use, is no layer.
-    assert [layer.name for layer in controller.layers] == ["first", "second"]
+    assert [layer.name for layer in controller.layers] == ["first", "second"]  # as in training
+    assert policy.bound == 2
     assert len(policy.looks[0].size_L) == 2
+    assert min(policy.looks[0].mean_l1_L) > 0
     assert policy.views[-1].flops is not None
     assert not model.first.weight.requires_grad
     assert model.second.weight.requires_grad
     # And the training's own first pass changes nothing.
-    optimizer = controller._optimizers[0]
     F.cross_entropy(model(X[:4])[0], Y[:4]).backward()
     optimizer.step()
     assert controller.step() is None
     assert controller.frozen == {0}
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_state_that_waits_for_the_first_pass_counts_where_a_step_was_done(steps):
+    torch.manual_seed(0)
+    model = TwoHeads()
+    optimizer, controller = start(model, Quiet())
+    controller.look(losses_on(model, loader_of()))
+    for _ in range(steps):
+        F.cross_entropy(model(X[:4])[0], Y[:4]).backward()
+        optimizer.step()
+        controller.step()
+    resumed = start(model := TwoHeads(), policy := Quiet())[1]
+    resumed.load_state_dict(controller.state_dict())
+    event = resumed.look(losses_on(model, loader_of()))
+    assert (event is None) == (steps == 1)
+    assert len(policy.looks) == resumed.looked / 8 == 1 - steps
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    F.cross_entropy(model(X[:4])[0], Y[:4]).backward()
+    optimizer.step()
+    resumed.step()
+    assert resumed.frozen == {0}
+    assert resumed.view.step == steps + 1

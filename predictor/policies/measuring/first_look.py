@@ -43,7 +43,8 @@ def look_at(
         layers: those that are looked at, or what returns them once the first loss is there.
         losses: the loss of one batch after the other, each computed when it is asked for. A generator is closed.
         batches: how many are taken.
-        loader: the DataLoader behind the losses. Its samplers and its data set are left as they were, too.
+        loader: the DataLoader behind the losses, or several objects. Its samplers and its data set are left as they
+            were, too.
         why_not: takes the reason where there is no look.
 
     Returns:
@@ -171,9 +172,9 @@ def _without_cudnn_for_rnns(model: nn.Module) -> Iterator[None]:
 
 
 def _parts_of(loader: object) -> list[object]:
-    """A loader and what it loads with, each of which may have a random generator or another state of its own."""
+    """Loaders and what they load with, each of which may have a random generator or another state of its own."""
     found: list[object] = []
-    stack = [loader]
+    stack = [*loader] if isinstance(loader, tuple | list) else [loader]
     while stack:
         part = stack.pop()
         if part is not None and not any(part is each for each in found):

@@ -14,7 +14,7 @@ from predictor.errors import UsageError
 from predictor.integrations.huggingface import FreezeCallback
 from tests.predictor.counted import alike
 from tests.predictor.integrations.test_huggingface import FRONT, StopAt, make_bert, sentences
-from tests.predictor.scripted import Script
+from tests.predictor.scripted import LookingScript, Script
 
 
 def make_trainer(folder, callback, numbered=True, stop=None, **options):
@@ -49,6 +49,14 @@ def test_a_cached_training_is_the_same_and_skips_the_frozen_prefix(tmp_path):
     assert callback.cache.bytes == 0
     assert not cached.model._forward_pre_hooks
     assert not any("forward" in vars(module) for name, module in cached.model.named_modules() if name)
+
+
+def test_what_a_first_look_freezes_is_cached(tmp_path):
+    callback = FreezeCallback(LookingScript({0: FRONT}), ids="sample_id")
+    trainer = make_trainer(tmp_path, callback, num_train_epochs=2)
+    trainer.train()
+    assert len(callback.controller.policy.looks) == 1
+    assert (callback.cache.hits, callback.cache.misses, callback.cache.reason) == (6, 6, "")
 
 
 def test_a_resumed_training_fills_its_cache_anew(tmp_path):

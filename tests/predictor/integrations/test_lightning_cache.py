@@ -16,7 +16,7 @@ from tests.conftest import ToyNet
 from tests.predictor.counted import alike
 from tests.predictor.integrations.test_lightning import Module, TwoOptimizers, equal, fit, images
 from tests.predictor.integrations.test_lightning import pytestmark as pytestmark
-from tests.predictor.scripted import Script
+from tests.predictor.scripted import LookingScript, Script
 from tests.predictor.twins import run_both
 
 FRONT = {0, 1}
@@ -71,6 +71,14 @@ def test_a_cached_training_is_the_same_and_skips_the_frozen_prefix(module, netwo
     assert (callback.cache.hits, callback.cache.misses, callback.cache.reason) == (12, 6, "")
     assert all(map(alike, plain.values(), cached.values()))
     assert callback.cache.bytes == 0
+
+
+def test_what_a_first_look_freezes_is_cached(tmp_path, make_toy):
+    callback = FreezeCallback(LookingScript({0: FRONT}), ids=numbers, network="net")
+    data = [(index, *sample) for index, sample in enumerate(images())]
+    fit(tmp_path, make_toy(), callback, module=Numbered, data=data)
+    assert len(callback.controller.policy.looks) == 1
+    assert (callback.cache.hits, callback.cache.misses, callback.cache.reason) == (12, 6, "")
 
 
 def test_a_resumed_training_fills_its_cache_anew(tmp_path, make_toy):

@@ -95,7 +95,8 @@ class PrefixModel:
             saved_L: the share of a step that each prefix saves.
             risk: percentage points of accuracy that may be lost.
         """
-        fits_L = self.costs(look, planned) <= self.allowance(risk) * np.asarray(saved_L)
+        allowed = self.allowance(risk)
+        fits_L = (self.costs(look, planned) <= allowed * np.asarray(saved_L)) & (allowed > 0)
         return int(np.where(fits_L, np.arange(1, len(fits_L) + 1), 0).max(initial=0))
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,0 +1,97 @@
+"""SmartFRZ before the first step: what it freezes by what it has learned that prefixes cost."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from predictor import FreezeController, make_policy
+from predictor.model.file import load_predictor, save_predictor
+from predictor.model.first_prefix import PrefixModel
+from predictor.policies.smartfrz import SHIPPED
+
+CHEAP = PrefixModel(-20.0, {"share": 1.0}, 0.0, ((0.5, 1.0), (2.0, 4.0)))
+"""Every prefix costs next to nothing."""
+DEAR = replace(CHEAP, intercept=20.0)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def batches(count=10):
+    draw = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(32, 8, generator=draw) for _ in range(count)]
+    return [(x, x[:, :4].argmax(dim=1)) for x in inputs]
+
+
+def started(tmp_path, learned, optimizer=torch.optim.SGD, look=True, **options):
+    path = tmp_path / "p.safetensors"
+    save_predictor(path, replace(load_predictor(SHIPPED), prefix=learned))
+    model = network()
+    policy = make_policy("smartfrz", predictor=path, **options)
+    controller = FreezeController(model, optimizer(model.parameters(), lr=0.1), policy, total_steps=100, say=None)
+    assert not controller.frozen or "front" in options
+    if look:
+        controller.look(F.cross_entropy(model(x), y) for x, y in batches())
+    return controller
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_prefix_that_costs_nothing_freezes_before_the_first_step(tmp_path, optimizer):
+    controller = started(tmp_path, CHEAP, optimizer)
+    assert controller.frozen == {0, 1}
+    assert [(event.step, event.froze) for event in controller.history] == [(0, (0, 1))]
+    assert controller.looked == 8
+
+
+@pytest.mark.parametrize(
+    ("learned", "options"),
+    [
+        (DEAR, {}),
+        (CHEAP, {"front": 0.0}),  # the user's own
+        (CHEAP, {"threshold": 0.9}),  # no risk to keep to
+        (CHEAP, {"prefix": False}),
+        (replace(CHEAP, allowances=()), {}),
+        (None, {}),
+    ],
+)
+def test_where_it_costs_too_much_or_is_not_asked_for_nothing_freezes(tmp_path, learned, options):
+    assert started(tmp_path, learned, **options).frozen == frozenset()
+
+
+def test_without_a_look_nothing_freezes(tmp_path):
+    assert started(tmp_path, CHEAP, look=False).frozen == frozenset()
+
+
+def test_a_higher_risk_freezes_more(tmp_path):
+    grows = PrefixModel(0.0, {"depth": 1.0}, 0.0, ((0.5, 0.0), (2.0, 10.0)))
+    assert started(tmp_path, grows).frozen == frozenset()
+    assert started(tmp_path, grows, risk=2.0).frozen == {0, 1}
+
+
+def test_an_optimizer_that_finds_its_rate_by_itself_is_none_to_predict_for(tmp_path):
+    controller = started(tmp_path, CHEAP, look=False)
+    controller._optimizers[0].param_groups[0].update(lr=None, initial_lr=None)
+    controller.policy._started_G = [0.0]
+    controller.look(F.cross_entropy(controller.model(x), y) for x, y in batches())
+    assert controller.frozen == frozenset()
+
+
+def test_it_goes_on_behind_the_prefix_and_a_resumed_training_keeps_it(tmp_path):
+    controller = started(tmp_path, CHEAP)
+    optimizer = controller._optimizers[0]
+    for x, y in batches():
+        F.cross_entropy(controller.model(x), y).backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+    assert controller.frozen == {0, 1}
+    other = started(tmp_path, DEAR, look=False)
+    other.load_state_dict(controller.state_dict())
+    assert other.frozen == {0, 1}
+    other.look(F.cross_entropy(other.model(x), y) for x, y in batches())
+    assert other.frozen == {0, 1}

@@ -141,7 +141,7 @@ def overall(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.workload is None] or list(rows)
 
 
-def headline(results: Results, rows: Sequence[Row]) -> str:
+def cheapest(results: Results, rows: Sequence[Row]) -> str:
     """What the suite shows, in one sentence: the fastest policy that is shown to be as accurate as the baseline and
     faster.
 

@@ -21,11 +21,37 @@ def ratio(value: Estimate) -> str:
 
 
 def multiplier(value: Multiplier | None) -> str:
-    """A compute multiplier with its interval, and whether it is a bound; "-" for None."""
+    """A compute multiplier with its interval, and in words where it is a bound; "-" for None."""
     if value is None:
         return "-"
-    bound = {(True, True): "~ ", (True, False): ">= ", (False, True): "<= "}
-    return bound.get((value.at_least, value.at_most), "") + ratio(value.value)
+    return ", ".join(filter(None, [ratio(value.value), outside(value)]))
+
+
+def outside(value: Multiplier) -> str:
+    """Where a policy lies outside of the curve of full training, and what that makes of its multiplier; else empty."""
+    several = len(value.by_workload) > 1
+    above, below = (f" on {len(names)}" if several else "" for names in (value.above, value.below))
+    of = f" of {len(value.by_workload)}" if several else ""
+    if value.above and value.below:
+        return f"above the curve{above}, below it{below}{of}"
+    if value.above:
+        return f"above the curve{above}{of}: at least"
+    return f"below the curve{below}{of}: at most" if value.below else ""
+
+
+def bound(value: Multiplier) -> str:
+    """Whether a compute multiplier is "at least" or "at most" its value; empty where it is neither, or both."""
+    if value.at_least == value.at_most:
+        return ""
+    return "at least" if value.at_least else "at most"
+
+
+def lowest(value: Multiplier | None) -> str:
+    """The smallest of the workloads' multipliers and where it is; empty for one workload alone, "-" for None."""
+    if value is None:
+        return "-"
+    workload, factor = value.lowest
+    return f"{factor:.2f}x on {plain(workload)}" if len(value.by_workload) > 1 else ""
 
 
 def area(value: Estimate) -> str:

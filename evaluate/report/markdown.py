@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from tabulate import tabulate
 
 from evaluate.analysis.area import FamilyArea, areas
-from evaluate.analysis.compute_multiplier import compute_multipliers
+from evaluate.analysis.compute_multiplier import Multiplier, compute_multipliers
 from evaluate.analysis.families import Family, rival
 from evaluate.analysis.oracle_file import Oracle, shares_of_saving
 from evaluate.analysis.statistics import Row, compare, overall
@@ -43,8 +43,10 @@ def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
             cells[f"difference to `{_escaped(other.name)}`"] = to_rival
         cells[axis] = ", ".join(map(_point, members)) or "-"
         if multipliers:
-            own = [write.multiplier(multipliers.get((row.workload, row.policy))) for row in members]
-            cells["compute multiplier"] = ", ".join(own) or "-"
+            known = [multipliers.get((row.workload, row.policy)) for row in members]
+            cells["compute multiplier"] = "; ".join(map(write.multiplier, known)) or "-"
+            if len(results.workloads) > 1:
+                cells["lowest of the workloads"] = "; ".join(map(_lowest, known)) or "-"
         if shares:
             own = [write.percent(shares.get((row.workload, row.policy))) for row in members]
             cells["share of the oracle's saving"] = ", ".join(own) or "-"
@@ -65,6 +67,10 @@ def _point(row: Row) -> str:
     difference = row.difference.mean * 100 if row.difference else 0.0
     cost = write.percent(1 / row.speedup.mean if row.speedup else None)
     return f"{cost}: {difference:+.1f}" + (f" ({row.finished} of {row.planned})" if row.finished < row.planned else "")
+
+
+def _lowest(found: Multiplier | None) -> str:
+    return _escaped(write.lowest(found))
 
 
 def _escaped(text: str) -> str:

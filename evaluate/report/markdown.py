@@ -25,7 +25,7 @@ def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
     """
     rows, found = compare(results), areas(results)
     by_label = {row.policy: row for row in overall(rows)}
-    shares = shares_of_saving(rows, oracles, results.suite.margin)
+    shares = shares_of_saving(results, rows, oracles)
     multipliers = compute_multipliers(results)
     other = rival([each.family for each in found], results.suite.against)
     axis = f"{COST_AXES[results.suite.cost]}: pp to `{_escaped(results.suite.baseline)}`"

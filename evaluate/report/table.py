@@ -56,7 +56,7 @@ def table(results: Results, width: int, oracles: Mapping[str, Oracle] | None = N
     lines = [shortened(results.suite.name, width), above, ""]
     lines += _columns(_policy_lines(results, rows, oracles or {}, width), width)
     lines += _columns(_area_lines(results, found), width) if found else []
-    notes = [*_notes(results), *map(write.oracle_note, (oracles or {}).values())]
+    notes = [*_notes(results), *(write.oracle_note(oracle, results) for oracle in (oracles or {}).values())]
     said = findings.text(results, min(width, 120))
     # Again at the end, where a long table leaves it in sight.
     return "\n".join([*lines, *map(plain, notes), "", said or above])
@@ -64,7 +64,7 @@ def table(results: Results, width: int, oracles: Mapping[str, Oracle] | None = N
 
 def _policy_lines(results: Results, rows: Sequence[Row], oracles: Mapping[str, Oracle], width: int) -> list[_Line]:
     """A line for each row, and one with its name before those of each workload."""
-    shares = shares_of_saving(rows, oracles, results.suite.margin)
+    shares = shares_of_saving(results, rows, oracles)
     multipliers, lengths = compute_multipliers(results), full_training_lengths(results)
     letters = write.distinct_length(results.policies, _LABEL_WIDTH)
     lines: list[_Line] = []

@@ -165,7 +165,7 @@ def test_the_share_of_an_oracles_saving_has_a_column_where_there_is_an_oracle(wr
     text = table(results, 200, found)
     assert line_of(text, "fast", "a").split()[-2:] == ["50", "%"]
     assert line_of(text, "none", "a").split()[-1] == "-"
-    assert "Oracle of a: the best of 60 freezing schedules, found on the test set: an upper limit" in text
+    assert "Oracle of a: the best of 60 freezing schedules that were tried, chosen on the test set" in text
     assert "racle" not in table(results, 200)
 
 

@@ -136,6 +136,17 @@ def full_training_lengths(results: Results) -> list[str]:
     return [label for label in results.policies if _is_full_training(results, label)]
 
 
+def lengths_not_trained(results: Results) -> list[tuple[str, str]]:
+    """Workloads and lengths of full training that the curve lacks, for not all of the baseline's seeds finished.
+
+    A curve without them is lower, and multipliers are larger for it.
+    """
+    lengths = full_training_lengths(results)
+    seeds = {name: set(_points(results.cell(name, results.suite.baseline))) for name in results.workloads}
+    cells = [(name, label) for name in results.workloads for label in lengths]
+    return [(name, label) for name, label in cells if not seeds[name] <= set(_points(results.cell(name, label)))]
+
+
 def full_training_curve(results: Results, workload: str) -> Curve | None:
     """The curve of full training over the seeds with which the baseline finished; None with fewer than two lengths."""
     seeds = sorted(_points(results.cell(workload, results.suite.baseline)))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from evaluate.analysis.area import FamilyArea
-from evaluate.analysis.compute_multiplier import Multiplier
+from evaluate.analysis.compute_multiplier import Multiplier, lengths_not_trained
 from evaluate.analysis.oracle_file import Oracle, Schedule, best_multiplier
 from evaluate.analysis.statistics import Estimate, Row
 from evaluate.trials.records import Results
@@ -53,6 +53,17 @@ def lowest(value: Multiplier | None) -> str:
         return "-"
     workload, factor = value.lowest
     return f"{factor:.2f}x on {plain(workload)}" if len(value.by_workload) > 1 else ""
+
+
+def curve_gaps(results: Results) -> str:
+    """Which lengths the curve of full training lacks, and what that does to the multipliers; empty for none."""
+    lacking = [f"{plain(label)} on {plain(workload)}" for workload, label in lengths_not_trained(results)]
+    if not lacking:
+        return ""
+    return (
+        f"The curve of full training lacks lengths that did not finish with all seeds, so compute multipliers may be "
+        f"too large: {', '.join(lacking)}"
+    )
 
 
 def area(value: Estimate) -> str:

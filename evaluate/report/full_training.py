@@ -196,8 +196,9 @@ def _labels(
         for spots, look in ((plane.curve, INK), (plane.beaten, colour(0)))
         for spot in spots
     ]
+    few = len(plane.policies) <= _NAMED
     policies = [
-        Label(spot.cost, spot.accuracy, _name(spot.label, multipliers[spot.label]), colour(colours[spot.label]))
+        Label(spot.cost, spot.accuracy, _name(spot.label, multipliers[spot.label]), colour(colours[spot.label]), few)
         for spot in named
     ]
     return [*lengths, *policies]

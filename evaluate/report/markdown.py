@@ -17,7 +17,7 @@ from evaluate.trials.records import COST_AXES, Results
 
 
 def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
-    """Each family's area, its difference to the area of the one compared with, and its settings, most expensive first.
+    """Each family's settings, most expensive first, with their multipliers, and its area beside the one compared with.
 
     Args:
         results: What is compared.
@@ -33,20 +33,17 @@ def markdown(results: Results, oracles: Mapping[str, Oracle]) -> str:
     def line(each: FamilyArea) -> dict[str, str]:
         members = _settings(each.family, by_label)
         where = write.area_workloads(each, len(results.workloads))
-        cells = {
-            "policy": _escaped(each.family.name),
-            "settings": str(len(each.family.members)),
-            "area": ", ".join(filter(None, [write.area(each.area), where])),
-        }
-        if other:
-            to_rival = "-" if each.to_rival is None else write.area_difference(each.to_rival)
-            cells[f"difference to `{_escaped(other.name)}`"] = to_rival
+        cells = {"policy": _escaped(each.family.name), "settings": str(len(each.family.members))}
         cells[axis] = ", ".join(map(_point, members)) or "-"
         if multipliers:
             known = [multipliers.get((row.workload, row.policy)) for row in members]
             cells["compute multiplier"] = "; ".join(map(write.multiplier, known)) or "-"
             if len(results.workloads) > 1:
                 cells["lowest of the workloads"] = "; ".join(map(_lowest, known)) or "-"
+        cells["area"] = ", ".join(filter(None, [write.area(each.area), where]))
+        if other:
+            to_rival = "-" if each.to_rival is None else write.area_difference(each.to_rival)
+            cells[f"difference to `{_escaped(other.name)}`"] = to_rival
         if shares:
             own = [write.percent(shares.get((row.workload, row.policy))) for row in members]
             cells["share of the oracle's saving"] = ", ".join(own) or "-"

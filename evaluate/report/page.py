@@ -92,6 +92,7 @@ def render(results: Results, oracles: Mapping[str, Oracle] | None = None, refuse
         curves=curve_plots(results, rows, found),
         multipliers=multipliers,
         lengths=full_training_lengths(results),
+        curve_gaps=write.curve_gaps(results),
         oracle_notes=[write.oracle_note(oracle, results) for oracle in (oracles or {}).values()],
         oracle_shares=shares_of_saving(results, rows, oracles or {}),
         cards=cards(policy_names(results)),

@@ -166,6 +166,7 @@ def _notes(results: Results) -> list[str]:
             "accurate as the policy, over the policy's [95 % interval]; above 1 beats fewer steps; lowest: of the "
             "workloads'; above the curve: more accurate than every length; below it: less accurate than the shortest"
         )
+        lines += filter(None, [write.curve_gaps(results)])
     if areas(results):
         lines.append(
             f"area: the mean, over all costs up to that of {suite.baseline}, of the accuracy that a policy's settings "

@@ -56,6 +56,14 @@ def test_a_multiplier_outside_of_the_curve_says_so_and_the_lowest_is_named(write
     assert text.splitlines()[1].startswith("Beats training for fewer steps")
 
 
+def test_a_length_that_the_curve_lacks_is_named(write, trial):
+    labels = ("none", "shorter 0.5", "stopped 0.8", "fast")
+    rows = [trial("a", label, seed) for label in labels for seed in (0, 1)]
+    assert "curve of full training lacks" not in table(read_results(write(rows)), 200)
+    rows = [row for row in rows if row["trial_id"] != "a-stopped 0.8-1"]
+    assert "may be too large: stopped 0.8 on a\n" in table(read_results(write(rows)), 200)
+
+
 def test_with_one_trial_at_a_time_the_speedup_is_that_of_the_clock(write, rows):
     text = table(read_results(write([row | {"slots": 1} for row in rows], cost="train_seconds")), 200)
     assert "CPU" not in text

@@ -115,19 +115,21 @@ class _OnWorkload:
 
 
 def compute_multipliers(results: Results) -> dict[tuple[str | None, str], Multiplier]:
-    """The compute multipliers by workload and policy; under the workload None, over all workloads.
+    """The compute multipliers by workload and policy, by group of workloads, and under None over all workloads.
 
     A policy has none on a workload where a training of it diverged or failed though the baseline's did not, where FLOPs
     were not counted, or where full training was run at one length only; and none over all workloads if it lacks one on
     any of them. Seeds that were not run are left out of the curve too.
     """
     multipliers: dict[tuple[str | None, str], Multiplier] = {}
+    together: list[tuple[str | None, tuple[str, ...]]] = [*results.groups.items(), (None, results.workloads)]
     for policy in results.policies:
         found = {workload: _on_workload(results, workload, policy) for workload in results.workloads}
         known = {workload: each for workload, each in found.items() if each is not None}
         multipliers |= {(workload, policy): _combined([each]) for workload, each in known.items()}
-        if known and len(known) == len(found):
-            multipliers[None, policy] = _combined(list(known.values()))
+        for name, workloads in together:
+            if workloads and set(workloads) <= set(known):
+                multipliers[name, policy] = _combined([known[workload] for workload in workloads])
     return multipliers
 
 

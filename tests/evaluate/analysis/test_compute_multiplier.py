@@ -10,6 +10,7 @@ from evaluate.analysis.compute_multiplier import (
     full_training_curve,
     full_training_lengths,
 )
+from evaluate.analysis.statistics import compare
 from evaluate.trials.records import read_results
 
 CURVE = [(100, 0.90), (70, 0.88), (50, 0.80)]
@@ -107,6 +108,26 @@ def test_the_lowest_of_the_workloads_stands_beside_their_mean(suite):
     found = compute_multipliers(suite(a=THREE | {"fast": [(0.85, 50), (0.91, 50)]}, b=THREE | slow))[None, "fast"]
     assert found.value.mean == pytest.approx(math.sqrt(1.55 * 0.8))
     assert found.lowest == ("b", pytest.approx(0.8))
+
+
+def test_a_group_of_workloads_has_its_own_mean(write, trial):
+    """On a and b it needs half of the FLOPs, a multiplier of 2, and on c as many: over all the cube root of 4."""
+    rows = [
+        trial(name, label, seed, accuracy=0.8 if label == "shorter 0.5" else 0.9, flops=flops)
+        for name, own in (("a", 500), ("b", 500), ("c", 1000))
+        for label, flops in (("none", 1000), ("shorter 0.5", 500), ("fast", own))
+        for seed in (0, 1)
+    ]
+    results = read_results(write(rows, groups={"a": "short", "b": "short", "c": "long"}))
+    found = compute_multipliers(results)
+    assert found["all of short", "fast"].value.mean == pytest.approx(2)
+    assert found["all of long", "fast"].value.mean == pytest.approx(1)
+    assert found[None, "fast"].value.mean == pytest.approx(4 ** (1 / 3))
+    rows = {row.workload: row for row in compare(results) if row.policy == "fast"}
+    assert list(rows) == ["a", "b", "c", "all of short", "all of long", None]
+    assert rows["all of short"].flops_share == pytest.approx(0.5)
+    # A group that holds every workload is what is over all anyway.
+    assert read_results(write([trial("a", "none", 0)], groups={"a": "short"})).groups == {}
 
 
 def test_the_curve_has_every_length_and_names_those_that_another_beats(suite):

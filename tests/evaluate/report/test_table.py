@@ -22,6 +22,13 @@ def test_every_workload_and_all_of_them_have_a_row_a_policy(folder):
             assert line_of(text, policy, title)
 
 
+def test_a_group_of_workloads_has_rows_of_its_own(write, rows):
+    groups = {"digits-mlp": "small", "fashion-resnet8": "small"}
+    text = table(read_results(write(rows, groups=groups)), 240)
+    assert line_of(text, "smartfrz", "all of small")
+    assert line_of(text, "smartfrz", "all workloads")
+
+
 def test_a_row_says_what_was_found(write, trial):
     rows = [
         trial("a", "none", 0, accuracy=0.90, cpu_seconds=100.0, flops=1000),

@@ -44,7 +44,7 @@ class Schedule:
         grown = grown[len(parts) :]
         if len(grown) > _MOST_PARTS:
             (first, low), (end, high) = grown[0], grown[-1]
-            parts.append(f"{low:.0%} to {high:.0%} from {first:.0%} to {end:.0%} on")
+            parts.append(f"from {low:.0%} to {high:.0%} between {first:.0%} and {end:.0%}")
         else:
             parts += [f"{share:.0%} from {time:.0%} on" for time, share in grown]
         parts = parts or ["nothing freezes"]

@@ -11,6 +11,8 @@ from evaluate.trials.records import Results
 MOST_POLICIES = 8
 """A suite with more policies than this is a study: its tables say more than sentences would."""
 
+_Found = tuple[Row, Multiplier]
+
 
 def headline(results: Results, rows: Sequence[Row]) -> list[str]:
     """What the suite shows, in a few sentences, the most important first.
@@ -39,9 +41,6 @@ def headline(results: Results, rows: Sequence[Row]) -> list[str]:
         lost = f"{row.difference.mean * 100:+.2f} pp" if row.difference else "less accuracy"
         sentences.append(_best(best, f"Shown to beat fewer steps, but not to be as accurate ({lost})"))
     return [*sentences, cheapest(results, rows)]
-
-
-_Found = tuple[Row, Multiplier]
 
 
 def _largest(known: Sequence[_Found]) -> _Found:

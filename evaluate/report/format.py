@@ -61,7 +61,7 @@ def curve_gaps(results: Results) -> str:
     if not lacking:
         return ""
     return (
-        f"The curve of full training lacks lengths that did not finish with all seeds, so compute multipliers may be "
+        "The curve of full training lacks lengths that did not finish with all seeds, so compute multipliers may be "
         f"too large: {', '.join(lacking)}"
     )
 

@@ -110,7 +110,7 @@ def _relative(results: Results, workload: str) -> dict[str, tuple[float, float]]
 def _title(plane: CurvePlane, multipliers: Mapping[str, Multiplier]) -> str:
     found = [multipliers[spot.label] for spot in plane.policies if spot.label in multipliers]
     better = sum(each.value.mean > 1 and not each.at_most for each in found)
-    return f"{better} of {len(found)} policies beat training for fewer steps" if found else "Full training's curve"
+    return f"Compute multiplier above 1: {better} of {len(found)} policies" if found else "Full training's curve"
 
 
 def _note(plane: CurvePlane, several: bool) -> str:

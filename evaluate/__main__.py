@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _RUNS = Path("runs/evaluate")
 _COSTS = {"wall": "train_seconds", "cpu": "cpu_seconds", "flops": "flops"}
 """What `--cost` takes, and the measure in `evaluate.trials.records.COST_AXES` that it stands for."""
+_HALF_A_POINT = 0.005
+"""What a schedule that `oracle` names as the best may lose of the accuracy, a share of 1: half a percentage point."""
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -45,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--against", default="", metavar="FAMILY", help=text)
     text = "print the policies' curves as a table in Markdown, and nothing else"
     report.add_argument("--markdown", action="store_true", help=text)
-    _add_oracle(command("oracle", _oracle, "search the best freezing in hindsight of one workload"))
+    _add_oracle(command("oracle", _oracle, "search the best freezing schedule of one workload"))
     bench = command("bench", _bench, "what recording, deciding and frozen layers cost, against the limits")
     bench.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="default: %(default)s")
     _add_device(bench)
@@ -192,6 +194,7 @@ def _print_markdown(folder: Path, oracles: Path | None, cost: str | None, agains
 def _oracle(flags: argparse.Namespace) -> None:
     from evaluate.analysis.oracle import find_oracle, make_search, written
     from evaluate.analysis.oracle_file import read_oracle
+    from evaluate.report.format import oracle_finding
     from evaluate.trials.plan import Settings
 
     search = make_search(flags.workload, flags.suite, flags.seeds, flags.trials)
@@ -199,7 +202,10 @@ def _oracle(flags: argparse.Namespace) -> None:
     path = find_oracle(search, flags.out, Settings(flags.device, flags.slots))
     oracle = read_oracle(path)
     print(f"\n{written(oracle.front)}\n")
-    print(f"The best of {oracle.tried} on the test set: an upper limit, part of it luck.\n{path.resolve()}")
+    print(f"{oracle_finding(oracle, _HALF_A_POINT)}.")
+    print(f"The best of {oracle.tried} on the test set: part of it is luck, and what was not tried may be better.")
+    print("`python -m evaluate report` on a suite's results says its compute multiplier against full training's curve.")
+    print(path.resolve())
 
 
 def _show(folder: Path, oracles: Path | None = None, cost: str | None = None, against: str = "") -> None:

@@ -1,14 +1,16 @@
 """The compute multiplier: how much more compute simply training for fewer steps takes to reach the same accuracy.
 
 On one workload, the curve of full training is the best accuracy that training without freezing reaches at each cost:
-over the whole training and every shorter one that the suite holds, with the schedule rescaled (`shorter`) or stopped
-early (`stopped`). Lengths that another one beats in both cost and accuracy are left out, and between two lengths the
-curve is a straight line. Then
+over the whole training and every shorter one that the suite holds, whatever becomes of the schedule there (rescaled,
+falling to zero in a straight line, broken off, or broken off after a cool-down), from a random and from a probed head.
+Lengths that another one beats in both cost and accuracy are left out, and between two lengths the curve is a straight
+line. Then
 
     multiplier = FLOPs at which the curve reaches the policy's accuracy / FLOPs of the policy.
 
 Above 1, the policy spends compute better than the best choice of a training length. The figure needs no margin, and a
-baseline that trains too long does not raise it. Over several workloads it is the geometric mean.
+baseline that trains too long does not raise it. Over several workloads it is the geometric mean, and the smallest of
+the workloads' stands beside it: a mean hides the network on which a policy does not pay.
 
 Outside of the curve it is a bound. A policy more accurate than every length counts as if it were as accurate as the
 best one, so its multiplier is at least the value given. One less accurate than the shortest length counts as if it
@@ -33,6 +35,10 @@ from evaluate.analysis.statistics import Estimate, estimate
 from evaluate.trials.records import Results, Trial
 
 _FULL_TRAINING = ("none", "shorter", "stopped")
+_SAME_TRAINING = {"name", "label", "options", "probe"}
+"""The keys of a policy's entry that leave full training what it is. A probed head only begins it elsewhere."""
+_LENGTH = {"budget", "schedule", "cooldown"}
+"""The options that choose a length, and what becomes of the schedule."""
 # Accuracies are shares of a thousand test samples or so: means that differ by less are equal.
 _ROUNDING = 1e-12
 
@@ -42,10 +48,51 @@ class Multiplier:
     """A policy's compute multiplier on one workload, or the geometric mean over several."""
 
     value: Estimate
-    at_least: bool = False
-    """Whether the policy is more accurate than every length of full training, on this or one of the workloads."""
-    at_most: bool = False
-    """Whether it is less accurate than the shortest length, on this or one of the workloads."""
+    above: tuple[str, ...] = ()
+    """The workloads on which the policy is more accurate than every length of full training."""
+    below: tuple[str, ...] = ()
+    """Those on which it is less accurate than the shortest length."""
+    by_workload: tuple[tuple[str, float], ...] = ()
+    """Each workload and the multiplier there."""
+
+    @property
+    def at_least(self) -> bool:
+        """Whether the value is a lower bound, on one of the workloads at least."""
+        return bool(self.above)
+
+    @property
+    def at_most(self) -> bool:
+        """Whether the value is an upper bound, on one of the workloads at least."""
+        return bool(self.below)
+
+    @property
+    def lowest(self) -> tuple[str, float]:
+        """The workload with the smallest multiplier, and that multiplier."""
+        return min(self.by_workload, key=lambda each: each[1])
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Trainings of a policy, or of a length of full training: means over seeds."""
+
+    label: str
+    flops: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Full training on one workload, of every length that was trained with all of the seeds."""
+
+    seeds: tuple[int, ...]
+    points: tuple[CurvePoint, ...]
+    """The lengths that make the curve, cheapest first."""
+    beaten: tuple[CurvePoint, ...]
+    """Those that another one beats in both cost and accuracy."""
+
+    def flops(self, accuracy: float) -> float:
+        """The FLOPs with which full training reaches an accuracy, clamped to the curve."""
+        return flops_on_curve([(point.flops, point.accuracy) for point in self.points], accuracy)[0]
 
 
 @dataclass(frozen=True)
@@ -60,32 +107,67 @@ class _Point:
 class _OnWorkload:
     """A policy's logarithm of the multiplier on one workload, and the pseudo-value of each seed."""
 
+    workload: str
     log: float
     pseudo: tuple[float, ...]
-    at_least: bool
-    at_most: bool
+    side: int
+    """1 above the curve, -1 below it, 0 on it."""
 
 
 def compute_multipliers(results: Results) -> dict[tuple[str | None, str], Multiplier]:
-    """The compute multipliers by workload and policy; under the workload None, over all workloads.
+    """The compute multipliers by workload and policy, by group of workloads, and under None over all workloads.
 
     A policy has none on a workload where a training of it diverged or failed though the baseline's did not, where FLOPs
     were not counted, or where full training was run at one length only; and none over all workloads if it lacks one on
     any of them. Seeds that were not run are left out of the curve too.
     """
     multipliers: dict[tuple[str | None, str], Multiplier] = {}
+    together: list[tuple[str | None, tuple[str, ...]]] = [*results.groups.items(), (None, results.workloads)]
     for policy in results.policies:
         found = {workload: _on_workload(results, workload, policy) for workload in results.workloads}
         known = {workload: each for workload, each in found.items() if each is not None}
         multipliers |= {(workload, policy): _combined([each]) for workload, each in known.items()}
-        if known and len(known) == len(found):
-            multipliers[None, policy] = _combined(list(known.values()))
+        for name, workloads in together:
+            if workloads and set(workloads) <= set(known):
+                multipliers[name, policy] = _combined([known[workload] for workload in workloads])
     return multipliers
 
 
 def full_training_lengths(results: Results) -> list[str]:
     """The labels of the policies that are full training of some length, with nothing else changed."""
     return [label for label in results.policies if _is_full_training(results, label)]
+
+
+def lengths_not_trained(results: Results) -> list[tuple[str, str]]:
+    """Workloads and lengths of full training that the curve lacks, for not all of the baseline's seeds finished.
+
+    A curve without them is lower, and multipliers are larger for it.
+    """
+    lengths = full_training_lengths(results)
+    seeds = {name: set(_points(results.cell(name, results.suite.baseline))) for name in results.workloads}
+    cells = [(name, label) for name in results.workloads for label in lengths]
+    return [(name, label) for name, label in cells if not seeds[name] <= set(_points(results.cell(name, label)))]
+
+
+def full_training_curve(results: Results, workload: str) -> Curve | None:
+    """The curve of full training over the seeds with which the baseline finished; None with fewer than two lengths."""
+    seeds = sorted(_points(results.cell(workload, results.suite.baseline)))
+    known = [(label, _points(results.cell(workload, label))) for label in full_training_lengths(results)]
+    means = [(label, _mean(points, seeds)) for label, points in known if seeds and set(seeds) <= set(points)]
+    if len(means) < 2:
+        return None
+    lengths = [CurvePoint(label, mean.flops, mean.accuracy) for label, mean in means]
+    curve = unbeaten(lengths, lambda each: each.flops, lambda each: each.accuracy)
+    return Curve(tuple(seeds), tuple(curve), tuple(each for each in lengths if each not in curve))
+
+
+def policy_point(results: Results, workload: str, policy: str, curve: Curve) -> CurvePoint | None:
+    """A policy in the plane of a curve; None where it lacks one of the curve's seeds."""
+    own = _points(results.cell(workload, policy))
+    if not set(curve.seeds) <= set(own):
+        return None
+    mean = _mean(own, curve.seeds)
+    return CurvePoint(policy, mean.flops, mean.accuracy)
 
 
 def flops_on_curve(lengths: Sequence[tuple[float, float]], accuracy: float) -> tuple[float, int]:
@@ -115,17 +197,21 @@ def _combined(parts: Sequence[_OnWorkload]) -> Multiplier:
     mean = fmean(part.log for part in parts)
     half = spread.high - spread.mean
     low, high = (math.exp(mean - half), math.exp(mean + half)) if spread.bounded else (-math.inf, math.inf)
-    value = Estimate(math.exp(mean), low, high, spread.count)
-    return Multiplier(value, any(part.at_least for part in parts), any(part.at_most for part in parts))
+    return Multiplier(
+        Estimate(math.exp(mean), low, high, spread.count),
+        above=tuple(part.workload for part in parts if part.side > 0),
+        below=tuple(part.workload for part in parts if part.side < 0),
+        by_workload=tuple((part.workload, math.exp(part.log)) for part in parts),
+    )
 
 
 def _on_workload(results: Results, workload: str, policy: str) -> _OnWorkload | None:
     """None where there is no multiplier."""
-    baseline, own = results.cell(workload, results.suite.baseline), results.cell(workload, policy)
+    baseline, own = _points(results.cell(workload, results.suite.baseline)), results.cell(workload, policy)
     if any(trial.status != "finished" and seed in baseline for seed, trial in own.items()):
         return None  # to leave a lost seed out would reward the policy for losing it
     policy_points = _points(own)
-    seeds = sorted(set(_points(baseline)) & set(policy_points))
+    seeds = sorted(set(baseline) & set(policy_points))
     of_length = [_points(results.cell(workload, label)) for label in full_training_lengths(results)]
     lengths = [points for points in of_length if set(seeds) <= set(points)]
     if not seeds or len(lengths) < 2:
@@ -134,7 +220,7 @@ def _on_workload(results: Results, workload: str, policy: str) -> _OnWorkload | 
     kept = [[seed for seed in seeds if seed != left_out] for left_out in seeds] if len(seeds) > 1 else []
     without = [_log(lengths, policy_points, some)[0] for some in kept]
     pseudo = tuple(len(seeds) * log - (len(seeds) - 1) * each for each in without) or (log,)
-    return _OnWorkload(log, pseudo, side > 0, side < 0)
+    return _OnWorkload(workload, log, pseudo, side)
 
 
 def _log(lengths: Sequence[Mapping[int, _Point]], own: Mapping[int, _Point], seeds: Sequence[int]) -> tuple[float, int]:
@@ -165,6 +251,6 @@ def _is_full_training(results: Results, label: str) -> bool:
     return (
         isinstance(entry, Mapping)
         and entry.get("name") in _FULL_TRAINING
-        and set(entry) <= {"name", "label", "options"}
-        and set(entry.get("options") or {}) <= {"budget", "schedule", "cooldown"}
+        and set(entry) <= _SAME_TRAINING
+        and set(entry.get("options") or {}) <= _LENGTH
     )

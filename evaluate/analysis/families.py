@@ -72,6 +72,11 @@ def policy_names(results: Results) -> list[str]:
     return list(dict.fromkeys(_kind(results, label)[0] for label in results.policies))
 
 
+def keeps_features(family: Family) -> bool:
+    """Whether its trainings have a feature cache."""
+    return any(change.split()[-1] == "cache" for change in family.changes)
+
+
 def is_full_training(entry: Any) -> bool:
     """Whether a policy, as a trial's configuration says, freezes nothing and changes nothing of the training."""
     if not isinstance(entry, Mapping) or entry.get("options"):

@@ -1,10 +1,12 @@
-"""The best freezing in hindsight: a search over schedules of one workload for accuracy and for FLOPs.
+"""The best freezing that a search finds for one workload: schedules tried for accuracy and for FLOPs.
 
-A schedule freezes the first quarter of the layers at one time, the half, three quarters and all of them at later ones,
-or never. Optuna's TPE proposes a few schedules. Each is trained with every seed as an ordinary trial of a suite, and
-the results guide the next proposals (Ozaki et al. 2022, "Multiobjective tree-structured Parzen estimator"). The
-search is seeded and reads every result from the folder's results.jsonl, so the same command proposes the same
-schedules again, finds them trained, and goes on where it was interrupted, or further with more trials.
+A schedule freezes a prefix before the first step, a number of tenths of the layers from none to all, and lets it grow
+from one time to another, up to any tenth. The frozen prefix's features may be kept, and once all layers are frozen the
+training may end or go on with the head alone. Optuna's TPE proposes a few schedules. Each is trained with every seed as
+an ordinary trial of a suite, and the results guide the next proposals (Ozaki et al. 2022, "Multiobjective
+tree-structured Parzen estimator"). The search is seeded and reads every result from the folder's results.jsonl, so the
+same command proposes the same schedules again, finds them trained, and goes on where it was interrupted, or further
+with more trials.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,14 +31,24 @@ from predictor.shared.files import write_json
 if TYPE_CHECKING:
     import optuna
 
-SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Of the layers, frozen at the four times of a schedule."""
+TENTHS = 10
+"""Into which the layers are divided; a prefix is a number of them."""
 _STEP = 0.05
 """Times are multiples of it, so that like schedules are one."""
 _ROUND = 8
 """Schedules that are proposed, and trained side by side, before the search learns from them."""
-_FIRST = (0.0, 0.2, 0.4, 0.6, 0.8)
-"""Before it proposes any, prefixes that begin at these times and grow evenly: the whole range of costs."""
+_FIRST: tuple[dict[str, Any], ...] = (
+    {"start": 0, "last": 10, "begin": 0.1, "over": 0.8, "cache": False},
+    {"start": 2, "last": 10, "begin": 0.4, "over": 0.5, "cache": False},
+    {"start": 4, "last": 10, "begin": 0.5, "over": 0.3, "cache": True, "stop": True},
+    {"start": 4, "last": 4, "cache": True},
+    {"start": 6, "last": 10, "begin": 0.5, "over": 0.4, "cache": True},
+    {"start": 6, "last": 6, "cache": False},
+    {"start": 8, "last": 8, "cache": True},
+    {"start": 10, "last": 10, "cache": True},
+)
+"""Before the search proposes any: the whole range of costs, from few frozen layers to the head alone."""
+_DEFAULTS: dict[str, Any] = {"begin": 0.5, "over": 0.0, "bend": 1.0, "stop": False}
 _FULL = PolicyEntry("none", "none")
 
 Prefixes = tuple[tuple[float, float], ...]
@@ -100,10 +112,10 @@ def find_oracle(search: Search, out: Path, settings: Settings, say: Callable[[st
     """
     folder = SuiteFolder(out / search.workload.label)
     entries = {_FULL.label: _FULL}
-    study, proposed = _study(search.seed), 0
+    study, proposed, keepable = _study(search.seed), 0, _keepable(search)
     while proposed < search.trials:
         asked = [study.ask() for _ in range(min(_ROUND, search.trials - proposed))]
-        wanted = [_entry(_prefixes(trial)) for trial in asked]
+        wanted = [_entry(proposal(trial, keepable)) for trial in asked]
         entries |= {entry.label: entry for entry in wanted}
         results = _train(search, tuple(entries.values()), folder, settings)
         for trial, entry in zip(asked, wanted, strict=True):
@@ -124,35 +136,68 @@ def _study(seed: int) -> "optuna.Study":
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=seed)
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
-    for begin in _FIRST:
-        gap = round((1 - begin) / len(SHARES) / _STEP) * _STEP
-        study.enqueue_trial({"begin": begin} | {f"wait{index}": gap for index in range(1, len(SHARES))})
+    for first in _FIRST:
+        study.enqueue_trial(_DEFAULTS | first)
     return study
 
 
-def _prefixes(trial: "optuna.Trial") -> Prefixes:
-    """The schedule that a trial proposes: a time to begin, then how long to wait for each larger prefix."""
-    times = [trial.suggest_float("begin", 0.0, 1.0, step=_STEP)]
-    for index in range(1, len(SHARES)):
-        times.append(times[-1] + trial.suggest_float(f"wait{index}", 0.0, 1.0, step=_STEP))
-    return prefixes_at(times)
+def _keepable(search: Search) -> bool:
+    """Whether a cache can keep the features: not where samples are augmented at random."""
+    entry = search.workload
+    return not build_workload(entry.name, entry.source, entry.recipe).recipe.augment
 
 
-def prefixes_at(times: Sequence[float]) -> Prefixes:
-    """The option of the policy "schedule" for the times at which each of SHARES freezes; from 1 on it is never.
+@dataclass(frozen=True)
+class Proposal:
+    """A schedule, and what else it changes of the training."""
 
-    Of several at the same time the largest counts.
+    prefixes: Prefixes
+    cache: bool = False
+    stop: bool = False
+
+
+def proposal(trial: "optuna.trial.BaseTrial", keepable: bool) -> Proposal:
+    """What a trial proposes; nothing that would make no difference, so that like proposals are one."""
+    prefixes = growing(
+        trial.suggest_int("start", 0, TENTHS),
+        trial.suggest_int("last", 0, TENTHS),
+        trial.suggest_float("begin", 0.0, 1.0, step=_STEP),
+        trial.suggest_float("over", 0.0, 1.0, step=_STEP),
+        trial.suggest_categorical("bend", (0.5, 1.0, 2.0)),
+    )
+    cache = trial.suggest_categorical("cache", (False, True)) and keepable
+    stop = trial.suggest_categorical("stop", (False, True))
+    whole_from = next((time for time, share in prefixes if share == 1.0), 0.0)
+    return Proposal(prefixes, bool(prefixes) and cache, stop and whole_from > 0)
+
+
+def growing(start: int, last: int, begin: float, over: float, bend: float) -> Prefixes:
+    """The option of the policy "schedule" for a prefix that is there from the first step and grows later.
+
+    Args:
+        start: Tenths of the layers that are frozen before the first step.
+        last: Tenths up to which the prefix grows.
+        begin: When it begins to grow, as progress.
+        over: How long it grows. What would freeze from the end of the training on does not.
+        bend: 1 grows evenly, less at first slowly, more at first quickly.
     """
-    steps = {round(round(time / _STEP) * _STEP, 2): share for time, share in zip(times, SHARES, strict=True)}
-    return tuple((time, share) for time, share in steps.items() if time < 1)
+    shares = {0.0: start} if start else {}
+    steps = max(last - start, 0)
+    for number in range(steps):
+        time = begin + over * (number / max(steps - 1, 1)) ** bend
+        shares[round(round(time / _STEP) * _STEP, 2)] = start + number + 1  # of several at one time the largest counts
+    return tuple((time, tenths / TENTHS) for time, tenths in shares.items() if time < 1)
 
 
-def _entry(prefixes: Prefixes) -> PolicyEntry:
+def _entry(proposed: Proposal) -> PolicyEntry:
     """Full training for a schedule that never freezes anything, which is trained anyway."""
-    if not prefixes:
+    if not proposed.prefixes:
         return _FULL
-    label = "schedule " + ", ".join(f"{share:g} at {time:g}" for time, share in prefixes)
-    return PolicyEntry("schedule", label, {"fronts": [list(each) for each in prefixes]})
+    words = [f"{share:g} at {time:g}" for time, share in proposed.prefixes]
+    words += [word for word, is_so in (("cached", proposed.cache), ("stop", proposed.stop)) if is_so]
+    fronts = [list(each) for each in proposed.prefixes]
+    label = f"schedule {', '.join(words)}"
+    return PolicyEntry("schedule", label, {"fronts": fronts}, cache=proposed.cache, stop=proposed.stop)
 
 
 def _train(search: Search, entries: tuple[PolicyEntry, ...], folder: SuiteFolder, settings: Settings) -> Results:
@@ -173,7 +218,7 @@ def _measured(results: Results, search: Search, entry: PolicyEntry) -> Schedule 
         return None
     accuracy, difference, share = (fmean(column) for column in zip(*whole, strict=True))
     prefixes = tuple((time, part) for time, part in entry.options.get("fronts", ()))
-    return Schedule(share, difference, accuracy, prefixes)
+    return Schedule(share, difference, accuracy, prefixes, bool(entry.cache), entry.stop)
 
 
 def _numbers(full: Trial | None, own: Trial | None) -> tuple[float, float, float] | None:
@@ -204,7 +249,8 @@ def _content(search: Search, tried: list[Schedule]) -> Mapping[str, Any]:
         "trials": search.trials,
         "tried": len(tried),
         "front": [asdict(each) for each in pareto(tried)],
-        "note": "The best of many on the test set: an upper limit of what freezing could save.",
+        "uncached": [asdict(each) for each in pareto([each for each in tried if not each.cache])],
+        "note": "The best of many on the test set: part of it is luck, and what was not tried may be better.",
     }
 
 
@@ -215,9 +261,9 @@ def written(front: Sequence[Schedule]) -> str:
             f"{each.flops_share:.0%}",
             f"{each.accuracy * 100:.2f}",
             f"{each.difference * 100:+.2f}",
-            ", ".join(f"{share:.0%} from {time:.0%} on" for time, share in each.fronts) or "nothing freezes",
+            each.words,
         )
         for each in front
     ]
-    header = ("FLOPs", "accuracy %", "difference, pp", "frozen share of the layers")
+    header = ("FLOPs", "accuracy %", "difference, pp", "frozen layers")
     return tabulate(rows, header, tablefmt="plain", disable_numparse=True)

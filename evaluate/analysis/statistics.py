@@ -52,7 +52,7 @@ class Row:
     """A policy on one workload, or on all of them, beside the baseline."""
 
     workload: str | None
-    """None: over all workloads."""
+    """None: over all workloads. Or a group of workloads, by the name that `Results.groups` gives it."""
     policy: str
     accuracy: float | None
     """Mean over the finished trials; over all workloads: the mean of the workloads' means."""
@@ -129,11 +129,12 @@ def verdict(difference: Estimate | None, margin: float) -> str:
 
 
 def compare(results: Results) -> list[Row]:
-    """Every policy on every workload, then, where there are several workloads, every policy over all of them."""
-    rows = [_row(results, policy, (name,)) for name in results.workloads for policy in results.policies]
+    """Every policy on every workload, on every group of them, and, where there are several, over all of them."""
+    parts: list[tuple[str | None, tuple[str, ...]]] = [(name, (name,)) for name in results.workloads]
+    parts += results.groups.items()
     if len(results.workloads) > 1:
-        rows += [_row(results, policy, results.workloads) for policy in results.policies]
-    return rows
+        parts.append((None, results.workloads))
+    return [_row(results, policy, name, workloads) for name, workloads in parts for policy in results.policies]
 
 
 def overall(rows: Sequence[Row]) -> list[Row]:
@@ -141,7 +142,7 @@ def overall(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.workload is None] or list(rows)
 
 
-def headline(results: Results, rows: Sequence[Row]) -> str:
+def cheapest(results: Results, rows: Sequence[Row]) -> str:
     """What the suite shows, in one sentence: the fastest policy that is shown to be as accurate as the baseline and
     faster.
 
@@ -161,11 +162,11 @@ def headline(results: Results, rows: Sequence[Row]) -> str:
     return f"{most} of those {within}: {policy}, {speedup.mean:.2f} times as {gain} {interval}."
 
 
-def _row(results: Results, policy: str, workloads: Sequence[str]) -> Row:
-    cells = [results.cell(name, policy) for name in workloads]
+def _row(results: Results, policy: str, name: str | None, workloads: Sequence[str]) -> Row:
+    cells = [results.cell(workload, policy) for workload in workloads]
     trials = [trial for cell in cells for trial in cell.values()]
     accuracies = [[t.accuracy for t in cell.values() if t.accuracy is not None and _done(t)] for cell in cells]
-    pairs = [_pairs(results, name, policy) for name in workloads]
+    pairs = [_pairs(results, workload, policy) for workload in workloads]
     axis, is_baseline = results.suite.cost, policy == results.suite.baseline
     difference = None if is_baseline else estimate([_differences(group) for group in pairs])
     speedup = None if is_baseline else geometric([_ratios(group, lambda trial: trial.cost(axis)) for group in pairs])
@@ -174,7 +175,7 @@ def _row(results: Results, policy: str, workloads: Sequence[str]) -> Row:
     gap = "" if is_baseline else _gap(results, policy, workloads)
     result, reason = _verdict_and_reason(results, policy, workloads, difference, gap)
     return Row(
-        workload=workloads[0] if len(workloads) == 1 else None,
+        workload=name,
         policy=policy,
         accuracy=accuracy,
         accuracy_deviation=deviation,
@@ -188,7 +189,7 @@ def _row(results: Results, policy: str, workloads: Sequence[str]) -> Row:
         finished=sum(map(_done, trials)),
         diverged=sum(trial.status == "diverged" for trial in trials),
         failed=sum(trial.status == "failed" for trial in trials),
-        planned=sum(results.planned(name, policy) for name in workloads),
+        planned=sum(results.planned(workload, policy) for workload in workloads),
     )
 
 

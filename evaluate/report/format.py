@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from evaluate.analysis.area import FamilyArea
-from evaluate.analysis.compute_multiplier import Multiplier
-from evaluate.analysis.oracle_file import Oracle
+from evaluate.analysis.compute_multiplier import Multiplier, lengths_not_trained
+from evaluate.analysis.oracle_file import Oracle, Schedule, best_multiplier
 from evaluate.analysis.statistics import Estimate, Row
+from evaluate.trials.records import Results
 
 _WIDEST_LABEL = 60
 
@@ -21,11 +22,48 @@ def ratio(value: Estimate) -> str:
 
 
 def multiplier(value: Multiplier | None) -> str:
-    """A compute multiplier with its interval, and whether it is a bound; "-" for None."""
+    """A compute multiplier with its interval, and in words where it is a bound; "-" for None."""
     if value is None:
         return "-"
-    bound = {(True, True): "~ ", (True, False): ">= ", (False, True): "<= "}
-    return bound.get((value.at_least, value.at_most), "") + ratio(value.value)
+    return ", ".join(filter(None, [ratio(value.value), outside(value)]))
+
+
+def outside(value: Multiplier) -> str:
+    """Where a policy lies outside of the curve of full training, and what that makes of its multiplier; else empty."""
+    several = len(value.by_workload) > 1
+    above, below = (f" on {len(names)}" if several else "" for names in (value.above, value.below))
+    of = f" of {len(value.by_workload)}" if several else ""
+    if value.above and value.below:
+        return f"above the curve{above}, below it{below}{of}"
+    if value.above:
+        return f"above the curve{above}{of}: at least"
+    return f"below the curve{below}{of}: at most" if value.below else ""
+
+
+def bound(value: Multiplier) -> str:
+    """Whether a compute multiplier is "at least" or "at most" its value; empty where it is neither, or both."""
+    if value.at_least == value.at_most:
+        return ""
+    return "at least" if value.at_least else "at most"
+
+
+def lowest(value: Multiplier | None) -> str:
+    """The smallest of the workloads' multipliers and where it is; empty for one workload alone, "-" for None."""
+    if value is None:
+        return "-"
+    workload, factor = value.lowest
+    return f"{factor:.2f}x on {plain(workload)}" if len(value.by_workload) > 1 else ""
+
+
+def curve_gaps(results: Results) -> str:
+    """Which lengths the curve of full training lacks, and what that does to the multipliers; empty for none."""
+    lacking = [f"{plain(label)} on {plain(workload)}" for workload, label in lengths_not_trained(results)]
+    if not lacking:
+        return ""
+    return (
+        "The curve of full training lacks lengths that did not finish with all seeds, so compute multipliers may be "
+        f"too large: {', '.join(lacking)}"
+    )
 
 
 def area(value: Estimate) -> str:
@@ -56,12 +94,33 @@ def percent(share: float | None, digits: int = 0) -> str:
     return "-" if share is None else f"{share * 100:.{digits}f} %"
 
 
-def oracle_note(oracle: Oracle) -> str:
-    """What an oracle is, for readers of a share of its saving."""
-    return (
-        f"Oracle of {oracle.workload}: the best of {oracle.tried} freezing schedules, found on the test set: an upper "
-        "limit of what freezing could save, part of it luck"
+def oracle_note(oracle: Oracle, results: Results) -> str:
+    """What an oracle is and what it found, for readers of a share of its saving."""
+    text = (
+        f"Oracle of {oracle.workload}: the best of {oracle.tried} freezing schedules that were tried, chosen on the "
+        "test set, so part of it is luck, and what was not tried may be better. "
     )
+    text += oracle_finding(oracle, results.suite.margin)
+    best = best_multiplier(oracle, results, oracle.workload)
+    if best is None:
+        return text
+    least = "at least " if best.at_least else ""
+    edge = _edge(oracle, best.schedule, cached=True)
+    return f"{text}. Its largest compute multiplier: {least}{best.value:.2f}x, by {best.schedule.words}{edge}"
+
+
+def oracle_finding(oracle: Oracle, margin: float) -> str:
+    """The cheapest schedules within a margin, with and without a cache, and whether the search ended at its edge."""
+    found = {cached: oracle.best_within(-margin, cached=cached) for cached in (True, False)}
+    kinds = [(cached, best) for cached, best in found.items() if best and (cached is False or best.cache)]
+    parts = [f"{best.flops_share:.0%} by {best.words}{_edge(oracle, best, cached=cached)}" for cached, best in kinds]
+    within = f"FLOPs within {margin * 100:g} pp: "
+    return within + ("; without a cache ".join(parts) or "no schedule that was tried")
+
+
+def _edge(oracle: Oracle, best: Schedule, *, cached: bool) -> str:
+    """Where the best is the cheapest that was tried, it is not known to be the best there is."""
+    return " (the cheapest tried: the search ended at its edge)" if oracle.at_edge(best, cached=cached) else ""
 
 
 def plain(text: str) -> str:

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from tqdm import tqdm
 
 from evaluate.analysis.area import LOSS, area_headline, areas
-from evaluate.analysis.compute_multiplier import compute_multipliers, full_training_lengths
+from evaluate.analysis.compute_multiplier import Multiplier, compute_multipliers, full_training_lengths
 from evaluate.analysis.families import MANY, colour_indices, families, policy_names, rival
 from evaluate.analysis.oracle_file import Oracle, find_oracles, oracles_beside, shares_of_saving
 from evaluate.analysis.statistics import (
@@ -22,14 +22,14 @@ from evaluate.analysis.statistics import (
     LESS_ACCURATE,
     Row,
     compare,
-    headline,
     overall,
 )
 from evaluate.report import format as write
 from evaluate.report import over_time, tradeoff
 from evaluate.report.cards import cards
 from evaluate.report.curves import curve_plots
-from evaluate.report.findings import findings
+from evaluate.report.findings import findings, headline
+from evaluate.report.full_training import full_training_plot
 from evaluate.report.protocol import protocol
 from evaluate.report.svg import Plot, swatch
 from evaluate.trials.records import COST_AXES, Results, Trial, read_results
@@ -66,7 +66,7 @@ def render(results: Results, oracles: Mapping[str, Oracle] | None = None, refuse
 
     oracles: by workload. refused: why others were not used.
     """
-    rows, found = compare(results), areas(results)
+    rows, found, multipliers = compare(results), areas(results), compute_multipliers(results)
     other = rival([row.family for row in found], results.suite.against)
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     environment = Environment(
@@ -90,13 +90,14 @@ def render(results: Results, oracles: Mapping[str, Oracle] | None = None, refuse
         area_loss=LOSS,
         rival=other,
         curves=curve_plots(results, rows, found),
-        multipliers=compute_multipliers(results),
+        multipliers=multipliers,
         lengths=full_training_lengths(results),
-        oracles=oracles or {},
-        oracle_shares=shares_of_saving(rows, oracles or {}, results.suite.margin),
+        curve_gaps=write.curve_gaps(results),
+        oracle_notes=[write.oracle_note(oracle, results) for oracle in (oracles or {}).values()],
+        oracle_shares=shares_of_saving(results, rows, oracles or {}),
         cards=cards(policy_names(results)),
-        main_plot=tradeoff.overall_plot(results, rows),
-        workloads=_workloads(results, rows),
+        main_plots=_drawn([full_training_plot(results, multipliers, None), tradeoff.overall_plot(results, rows)]),
+        workloads=_workloads(results, rows, multipliers),
         swatches={policy: swatch(index) for policy, index in colour_indices(results).items()},
         legend=_legend(results),
         symbols=_SYMBOLS,
@@ -174,16 +175,25 @@ def _of_status(results: Results, status: str) -> list[Trial]:
     return [trial for trial in results.trials if trial.status == status]
 
 
-def _workloads(results: Results, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _workloads(
+    results: Results, rows: Sequence[Row], multipliers: Mapping[tuple[str | None, str], Multiplier]
+) -> list[dict[str, Any]]:
     """Each workload's name, its plots, and the policies that froze nothing on it."""
     sections = []
     for name in tqdm(results.workloads, desc="report", unit="workload", disable=None, delay=3):
         timelines, idle = over_time.timeline_plots(results, name)
-        plots: list[Plot | None] = [
-            tradeoff.workload_plot(results, rows, name),
-            over_time.loss_plot(results, name),
-            over_time.step_cost_plot(results, name),
-        ]
-        found = [plot for plot in plots if plot]
-        sections.append({"name": name, "plots": found, "timelines": timelines, "idle": idle})
+        plots = _drawn(
+            [
+                full_training_plot(results, multipliers, name),
+                tradeoff.workload_plot(results, rows, name),
+                over_time.loss_plot(results, name),
+                over_time.step_cost_plot(results, name),
+            ]
+        )
+        sections.append({"name": name, "plots": plots, "timelines": timelines, "idle": idle})
     return sections
+
+
+def _drawn(plots: Sequence[Plot | None]) -> list[Plot]:
+    """Those of the figures that had anything to draw."""
+    return [plot for plot in plots if plot]

@@ -16,7 +16,7 @@ from evaluate.analysis.compute_multiplier import compute_multipliers, full_train
 from evaluate.analysis.families import families
 from evaluate.analysis.pareto import unbeaten
 from evaluate.analysis.statistics import Row, compare, overall
-from evaluate.report.format import difference, multiplier
+from evaluate.report.format import difference, lowest, multiplier
 from evaluate.report.svg import FAINT, INK, colour, drawn, standalone
 from evaluate.trials.adopt import published_results
 from evaluate.trials.records import Results
@@ -26,9 +26,9 @@ _OWN = "smartfrz"
 _SCHEDULES = ("static", "linear", "schedule")
 _NOTE = """\
 Means over paired seeds with 95 % intervals, to full training. Compute multiplier: FLOPs with which full training of the
-best length is as accurate, over the policy's; ≥: more accurate than every length on a network at least, ≤: less
-accurate than the shortest, ~: both. Cheapest rival: of all other methods that lose no more; in bold where it saves no
-less."""
+best length is as accurate, over the policy's. Above the curve: more accurate than every length, so it is at least that;
+below the curve: less accurate than the shortest length, so it is at most that. Lowest: of the networks. Cheapest rival:
+of all other methods that lose no more; in bold where it saves no less."""
 _LOWEST = -5.6
 """Percentage points below full training down to which the picture goes."""
 _NAMES = {
@@ -71,7 +71,15 @@ def publish(picture: Path = PICTURE) -> str:
     results = {kind.suite: published_results(kind.suite) for kind in _KINDS}
     picture.write_text(_picture({kind.title: results[kind.suite] for kind in _KINDS if kind.suite in _DRAWN}))
     rows = [row for kind in _KINDS for row in _lines(kind, results[kind.suite])]
-    header = ("training", "policy", "FLOPs saved", "accuracy, pp", "compute multiplier", "cheapest rival as accurate")
+    header = (
+        "training",
+        "policy",
+        "FLOPs saved",
+        "accuracy, pp",
+        "compute multiplier",
+        "lowest",
+        "cheapest rival as accurate",
+    )
     return f"{tabulate(rows, header, tablefmt='github', disable_numparse=True)}\n\n{_NOTE}"
 
 
@@ -86,8 +94,8 @@ def _lines(kind: _Kind, results: Results) -> list[tuple[str, ...]]:
         row = by_label[label]
         what = kind.title if label == kind.settings[0] else ""
         accuracy = difference(row.difference) if row.difference else "-"
-        factor = multiplier(multipliers.get((row.workload, label))).replace(">=", "≥").replace("<=", "≤")
-        lines.append((what, _name(label), _saved(row), accuracy, factor, _rival(row, rivals)))
+        found = multipliers.get((row.workload, label))
+        lines.append((what, _name(label), _saved(row), accuracy, multiplier(found), lowest(found), _rival(row, rivals)))
     return lines
 
 

@@ -4,14 +4,15 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 
 from tabulate import tabulate
 
 from evaluate.analysis.area import LOSS, FamilyArea, areas
-from evaluate.analysis.compute_multiplier import compute_multipliers, full_training_lengths
+from evaluate.analysis.compute_multiplier import Multiplier, compute_multipliers, full_training_lengths
 from evaluate.analysis.families import rival
 from evaluate.analysis.oracle_file import Oracle, find_oracles, oracles_beside, shares_of_saving
-from evaluate.analysis.statistics import Row, compare, headline
+from evaluate.analysis.statistics import Row, compare
 from evaluate.report import findings
 from evaluate.report import format as write
 from evaluate.report.format import plain, shortened
@@ -51,43 +52,62 @@ def table(results: Results, width: int, oracles: Mapping[str, Oracle] | None = N
         oracles: By workload. Without any, the column of their savings is left out.
     """
     rows, found = compare(results), areas(results)
-    lines = [shortened(results.suite.name, width), ""]
+    above = fill(plain(" ".join(findings.headline(results, rows))), min(width, 120))
+    lines = [shortened(results.suite.name, width), above, ""]
     lines += _columns(_policy_lines(results, rows, oracles or {}, width), width)
     lines += _columns(_area_lines(results, found), width) if found else []
-    notes = [*_notes(results), *map(write.oracle_note, (oracles or {}).values())]
+    notes = [*_notes(results), *(write.oracle_note(oracle, results) for oracle in (oracles or {}).values())]
     said = findings.text(results, min(width, 120))
-    return "\n".join([*lines, *map(plain, notes), "", plain(headline(results, rows)), *(["", said] if said else [])])
+    # Again at the end, where a long table leaves it in sight.
+    return "\n".join([*lines, *map(plain, notes), "", said or above])
 
 
 def _policy_lines(results: Results, rows: Sequence[Row], oracles: Mapping[str, Oracle], width: int) -> list[_Line]:
     """A line for each row, and one with its name before those of each workload."""
-    shares = shares_of_saving(rows, oracles, results.suite.margin)
-    multipliers = compute_multipliers(results)
+    shares = shares_of_saving(results, rows, oracles)
+    multipliers, lengths = compute_multipliers(results), full_training_lengths(results)
     letters = write.distinct_length(results.policies, _LABEL_WIDTH)
     lines: list[_Line] = []
     for number, row in enumerate(rows):
         if number == 0 or rows[number - 1].workload != row.workload:
             name = "all workloads" if row.workload is None else row.workload
             lines.append({"policy": shortened(name, width)})
-        key = (row.workload, row.policy)
+        found = multipliers.get((row.workload, row.policy))
         line = {
             "policy": f"  {shortened(row.policy, letters)}",
             "accuracy %": write.accuracy(row),
             "difference": write.difference(row.difference) if row.difference else "-",
             "verdict": row.verdict,
             "FLOPs": write.percent(row.flops_share),
-            "compute multiplier": write.multiplier(multipliers.get(key)),
+            "compute multiplier": write.ratio(found.value) if found else "-",
+            "lowest": "" if row.policy in lengths else write.lowest(found),
+            "outside of its curve": write.outside(found) if found else "",
             _SPEEDUPS[results.suite.cost]: write.ratio(row.speedup) if row.speedup else "-",
             "own time": write.percent(row.policy_share, 1),
             "seeds": f"{row.finished}/{row.planned}",
             "div": f"{row.diverged}+{row.failed}!" if row.failed else str(row.diverged),
-            "of oracle": write.percent(shares.get(key)),
+            "of oracle": write.percent(shares.get((row.workload, row.policy))),
         }
-        left_out = [
-            column for column, known in (("compute multiplier", multipliers), ("of oracle", shares)) if not known
-        ]
-        lines.append({column: cell for column, cell in line.items() if column not in left_out})
-    return lines
+        lines.append(line)
+    return _without(lines, _unused(multipliers, shares))
+
+
+def _unused(
+    multipliers: Mapping[tuple[str | None, str], Multiplier], shares: Mapping[tuple[str | None, str], float]
+) -> set[str]:
+    """The columns that would say nothing."""
+    found = multipliers.values()
+    used = {
+        "compute multiplier": bool(multipliers),
+        "lowest": any(len(each.by_workload) > 1 for each in found),
+        "outside of its curve": any(each.above or each.below for each in found),
+        "of oracle": bool(shares),
+    }
+    return {column for column, is_used in used.items() if not is_used}
+
+
+def _without(lines: Sequence[_Line], columns: set[str]) -> list[_Line]:
+    return [{column: cell for column, cell in line.items() if column not in columns} for line in lines]
 
 
 def _area_lines(results: Results, found: Sequence[FamilyArea]) -> list[_Line]:
@@ -143,9 +163,10 @@ def _notes(results: Results) -> list[str]:
     if compute_multipliers(results):
         lines.append(
             f"compute multiplier: FLOPs with which full training of the best length ({', '.join(lengths)}) is as "
-            "accurate as the policy, over the policy's [95 % interval]; above 1 beats fewer steps; on a workload at "
-            "least it is >= more accurate than all lengths, <= less accurate than the shortest, ~ both"
+            "accurate as the policy, over the policy's [95 % interval]; above 1 beats fewer steps; lowest: of the "
+            "workloads'; above the curve: more accurate than every length; below it: less accurate than the shortest"
         )
+        lines += filter(None, [write.curve_gaps(results)])
     if areas(results):
         lines.append(
             f"area: the mean, over all costs up to that of {suite.baseline}, of the accuracy that a policy's settings "

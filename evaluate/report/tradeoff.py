@@ -16,6 +16,7 @@ from evaluate.analysis.families import MANY, colour_indices
 from evaluate.analysis.pareto import unbeaten
 from evaluate.analysis.statistics import Row, overall
 from evaluate.report.format import shortened
+from evaluate.report.labels import Label, label_points
 from evaluate.report.svg import BAND, INK, Plot, colour, drawn, marker
 from evaluate.trials.records import COST_AXES, Results
 
@@ -24,17 +25,6 @@ _DEEPEST = 300 * LOSS
 """Percentage points below what may be lost that the plane still shows. What lost more is drawn at its edge, so that one
 policy that learned nothing does not squeeze the others."""
 PARTIAL = "Hollow: trainings are missing from its means or were lost, so that it has no rank."
-# Where a label may stand beside its point: offset in points, horizontal and vertical alignment.
-_SIDES = (
-    (7, 0, "left", "center"),
-    (-7, 0, "right", "center"),
-    (6, 3, "left", "bottom"),
-    (6, -3, "left", "top"),
-    (-6, 3, "right", "bottom"),
-    (-6, -3, "right", "top"),
-    (0, 7, "center", "bottom"),
-    (0, -7, "center", "top"),
-)
 
 
 @dataclass(frozen=True)
@@ -244,23 +234,8 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point], named: Sequence[
     figure.draw_without_rendering()
     taken = [box for point in named for box in _boxes(axes, point)] + _steps(axes, pareto(points))
     taken += [_boxes(axes, point)[0] for point in points if point not in named]
-    for point in named:
-        for x, y, horizontal, vertical in _SIDES:
-            text = axes.annotate(
-                shortened(point.label, 22),
-                (point.cost.value, point.accuracy.value),
-                (x, y),
-                textcoords="offset points",
-                horizontalalignment=horizontal,
-                verticalalignment=vertical,
-                color=colour(point.index),
-                in_layout=False,
-            )
-            box = text.get_window_extent()
-            if axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1) and not box.count_overlaps(taken):
-                taken.append(box)
-                break
-            text.remove()
+    labels = [Label(p.cost.value, p.accuracy.value, shortened(p.label, 22), colour(p.index)) for p in named]
+    label_points(axes, labels, taken)
 
 
 def _boxes(axes: Axes, point: Point) -> list[Bbox]:

@@ -23,7 +23,8 @@ def published_results(suite: str) -> Results:
     """The published trials of a suite of `evaluate/suites`, to be compared by FLOPs. Raises FileFault without them."""
     plan = read_suite(suite)
     workloads, policies = (tuple(entry.label for entry in entries) for entries in (plan.workloads, plan.policies))
-    description = Suite(plan.name, plan.baseline, plan.margin, "flops", workloads, policies, plan.seeds)
+    groups = {entry.label: entry.group for entry in plan.workloads if entry.group}
+    description = Suite(plan.name, plan.baseline, plan.margin, "flops", workloads, policies, plan.seeds, groups=groups)
     read = (trial_of(row) for row in _rows(PUBLISHED / f"{plan.name}.jsonl.gz"))
     planned = [trial for trial in read if trial.workload in workloads and trial.policy in policies]
     trials = {(trial.workload, trial.policy, trial.seed): trial for trial in planned if trial.seed in plan.seeds}

@@ -53,6 +53,8 @@ class Suite:
     seeds: tuple[int, ...]
     against: str = ""
     """The family whose area the others' are compared with; empty for that of training for fewer steps."""
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """The group of each workload that has one."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,16 @@ class Results:
     def workloads(self) -> tuple[str, ...]:
         """Those of the suite in its order, then others that the results hold."""
         return tuple(dict.fromkeys([*self.suite.workloads, *(trial.workload for trial in self.trials)]))
+
+    @cached_property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """What the report calls each group of workloads, and its workloads; not one that holds all of them."""
+        groups: dict[str, tuple[str, ...]] = {}
+        for workload in self.workloads:
+            if group := self.suite.groups.get(workload):
+                name = f"all of {group}"
+                groups[name] = (*groups.get(name, ()), workload)
+        return {name: members for name, members in groups.items() if len(members) < len(self.workloads)}
 
     @cached_property
     def policies(self) -> tuple[str, ...]:

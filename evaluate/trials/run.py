@@ -128,6 +128,7 @@ def _description(plan: Plan, folder: SuiteFolder, left: list[Job]) -> dict[str, 
         # Seconds of one machine say nothing of another's, nor a process's of a GPU that several share.
         "cost": "flops" if elsewhere or (on_gpu and seconds == "cpu_seconds") else seconds,
         "workloads": [entry.label for entry in suite.workloads],
+        "groups": {entry.label: entry.group for entry in suite.workloads if entry.group},
         "policies": [entry.label for entry in suite.policies],
         "seeds": list(suite.seeds),
     }

@@ -40,6 +40,8 @@ class WorkloadEntry:
     """Another data source than the workload's own."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the recipe that are changed."""
+    group: str = ""
+    """Workloads of one group are also reported together, such as those of one regime of training."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class _File(BaseModel):
     def suite(self) -> Suite:
         """The suite, each workload with its whole recipe."""
         workloads = tuple(
-            WorkloadEntry(entry.name, entry.label, entry.source, {**self.recipe, **entry.recipe})
+            WorkloadEntry(entry.name, entry.label, entry.source, {**self.recipe, **entry.recipe}, entry.group)
             for entry in self.workloads
         )
         shipped = self.predictor == "shipped"

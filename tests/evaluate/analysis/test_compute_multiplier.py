@@ -4,7 +4,13 @@ import math
 
 import pytest
 
-from evaluate.analysis.compute_multiplier import compute_multipliers, flops_on_curve, full_training_lengths
+from evaluate.analysis.compute_multiplier import (
+    compute_multipliers,
+    flops_on_curve,
+    full_training_curve,
+    full_training_lengths,
+)
+from evaluate.analysis.statistics import compare
 from evaluate.trials.records import read_results
 
 CURVE = [(100, 0.90), (70, 0.88), (50, 0.80)]
@@ -64,6 +70,76 @@ def test_a_multiplier_with_its_interval_by_hand(suite):
     assert fast.value.low == pytest.approx(1.6 / math.exp(half), rel=1e-4)
     assert found["a", "shorter 0.5"].value.mean == 1
     assert found[None, "fast"] == fast
+    assert fast.lowest == ("a", pytest.approx(1.6))
+
+
+THREE = {
+    "none": [(0.90, 100), (0.92, 100)],
+    "shorter 0.7": [(0.86, 70), (0.88, 70)],
+    "stopped 0.4": [(0.70, 40), (0.74, 40)],
+}
+
+
+def test_three_lengths_and_two_seeds_on_paper(suite):
+    """A multiplier and its interval, each step of it.
+
+    The means over the two seeds make the curve: 40 FLOPs for .72, 70 for .87, 100 for .91. The policy has .88 for 50
+    FLOPs. .88 is a quarter of the way from .87 to .91, at 70 + 30 / 4 = 77.5 FLOPs: the multiplier is 77.5 / 50 = 1.55.
+
+    Without seed 0 the curve is 40: .74, 70: .88, 100: .92, and the policy's .91 is three quarters of the way up: 92.5
+    FLOPs, 1.85. Without seed 1 it is 40: .70, 70: .86, 100: .90, and .85 is 15/16 of the way from .70 to .86: 40 + 30 *
+    15 / 16 = 68.125 FLOPs, 1.3625.
+
+    The pseudo-values are 2 log 1.55 - log 1.85 and 2 log 1.55 - log 1.3625. They lie d = log 1.85 - log 1.3625 apart,
+    so their standard deviation is d / sqrt 2 and their mean's standard error d / 2. With one degree of freedom t is
+    12.706, so the interval reaches 12.706 d / 2 to either side of log 1.55.
+    """
+    found = compute_multipliers(suite(a=THREE | {"fast": [(0.85, 50), (0.91, 50)]}))["a", "fast"]
+    assert found.value.mean == pytest.approx(1.55)
+    half = 12.7062 * (math.log(1.85) - math.log(1.3625)) / 2
+    assert math.log(found.value.high) == pytest.approx(math.log(1.55) + half, rel=1e-4)
+    assert math.log(found.value.low) == pytest.approx(math.log(1.55) - half, rel=1e-4)
+    assert (found.above, found.below, found.value.count) == ((), (), 2)
+
+
+def test_the_lowest_of_the_workloads_stands_beside_their_mean(suite):
+    """1.55 on one workload, 77.5 / 96.875 = 0.8 on the other: the mean hides that the policy does not pay there."""
+    slow = {"fast": [(0.85, 96.875), (0.91, 96.875)]}
+    found = compute_multipliers(suite(a=THREE | {"fast": [(0.85, 50), (0.91, 50)]}, b=THREE | slow))[None, "fast"]
+    assert found.value.mean == pytest.approx(math.sqrt(1.55 * 0.8))
+    assert found.lowest == ("b", pytest.approx(0.8))
+
+
+def test_a_group_of_workloads_has_its_own_mean(write, trial):
+    """On a and b it needs half of the FLOPs, a multiplier of 2, and on c as many: over all the cube root of 4."""
+    rows = [
+        trial(name, label, seed, accuracy=0.8 if label == "shorter 0.5" else 0.9, flops=flops)
+        for name, own in (("a", 500), ("b", 500), ("c", 1000))
+        for label, flops in (("none", 1000), ("shorter 0.5", 500), ("fast", own))
+        for seed in (0, 1)
+    ]
+    results = read_results(write(rows, groups={"a": "short", "b": "short", "c": "long"}))
+    found = compute_multipliers(results)
+    assert found["all of short", "fast"].value.mean == pytest.approx(2)
+    assert found["all of long", "fast"].value.mean == pytest.approx(1)
+    assert found[None, "fast"].value.mean == pytest.approx(4 ** (1 / 3))
+    rows = {row.workload: row for row in compare(results) if row.policy == "fast"}
+    assert list(rows) == ["a", "b", "c", "all of short", "all of long", None]
+    assert rows["all of short"].flops_share == pytest.approx(0.5)
+    # A group that holds every workload is what is over all anyway.
+    assert read_results(write([trial("a", "none", 0)], groups={"a": "short"})).groups == {}
+
+
+def test_the_curve_has_every_length_and_names_those_that_another_beats(suite):
+    curve = full_training_curve(suite(a=THREE | {"stopped 0.8": [(0.84, 80), (0.86, 80)]}), "a")
+    assert curve is not None
+    assert [(point.label, point.flops) for point in curve.points] == [
+        ("stopped 0.4", 40),
+        ("shorter 0.7", 70),
+        ("none", 100),
+    ]
+    assert [point.label for point in curve.beaten] == ["stopped 0.8"]
+    assert curve.flops(0.88) == pytest.approx(77.5)
 
 
 def test_outside_of_the_curve_it_is_a_bound(suite):
@@ -75,7 +151,7 @@ def test_outside_of_the_curve_it_is_a_bound(suite):
     assert found["a", "worse"].at_most
     over_both = found[None, "better"]
     assert over_both.value.mean == pytest.approx(math.sqrt(100 / 80 * 50 / 25))
-    assert (over_both.at_least, over_both.at_most) == (True, True)
+    assert (over_both.above, over_both.below) == (("a",), ("b",))
 
 
 def test_there_is_none_without_a_second_length_or_with_a_lost_training(suite, write, trial, lost):
@@ -84,6 +160,41 @@ def test_there_is_none_without_a_second_length_or_with_a_lost_training(suite, wr
     rows[-1] = lost(rows[-1])
     assert ("a", "fast") not in compute_multipliers(read_results(write(rows)))
     assert ("a", "fast") in compute_multipliers(read_results(write(rows[:-1])))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"probe": True},
+        {"options": {"budget": 0.5, "schedule": "linear"}},
+        {"name": "stopped", "options": {"budget": 0.5, "cooldown": 0.2}},
+        {"name": "stopped", "probe": True, "options": {"budget": 0.5, "cooldown": 0.2}},
+    ],
+)
+def test_another_schedule_and_a_probed_head_are_lengths_of_full_training(write, trial, told, changes):
+    config = {"policy": told("shorter 0.5, otherwise", **{"cache": False, **changes})}
+    del config["policy"]["cache"]
+    rows = [trial("a", "none", 0), trial("a", "another", 0, config=config)]
+    assert full_training_lengths(read_results(write(rows))) == ["none", "another"]
+
+
+def test_of_a_random_and_a_probed_head_the_better_one_makes_the_curve(suite, write, trial, told):
+    """A probed head has .85 for 52 FLOPs. So .83 is 11/13 of the way from .72 for 40 FLOPs to it: 50.15 FLOPs."""
+    rows = [
+        trial("a", label, seed, accuracy=accuracy, flops=flops)
+        for label, values in THREE.items()
+        for seed, (accuracy, flops) in enumerate(values)
+    ]
+    rows += [
+        trial("a", label, seed, accuracy=accuracy, flops=flops, config={"policy": told("shorter 0.5", **changes)})
+        for label, accuracy, flops, changes in (
+            ("probed", 0.85, 52, {"probe": True}),
+            ("fast", 0.83, 40, {"stop": True}),
+        )
+        for seed in (0, 1)
+    ]
+    found = compute_multipliers(read_results(write(rows)))["a", "fast"]
+    assert found.value.mean == pytest.approx((40 + 12 * 0.11 / 0.13) / 40)
 
 
 def test_training_with_anything_else_changed_is_no_length_of_full_training(write, trial, told):

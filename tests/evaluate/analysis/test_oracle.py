@@ -1,12 +1,13 @@
-"""The search for the best freezing in hindsight: real trainings, and the schedules that it may propose."""
+"""The search for the best freezing schedule: real trainings, and the schedules that it may propose."""
 
 import json
 
+import optuna
 import pytest
 
 from collect.workloads import own_code
 from evaluate.__main__ import main
-from evaluate.analysis.oracle import find_oracle, make_search, prefixes_at, written
+from evaluate.analysis.oracle import Proposal, find_oracle, growing, make_search, proposal, written
 from evaluate.analysis.oracle_file import find_oracles, read_oracle
 from evaluate.trials.plan import Settings
 from evaluate.trials.records import read_results
@@ -21,11 +22,32 @@ def lines(out):
     return (out / SIX / "results.jsonl").read_text().splitlines()
 
 
-def test_times_become_fronts_and_never_is_left_out():
-    assert prefixes_at([0.1, 0.1, 0.35, 1.2]) == ((0.1, 0.5), (0.35, 0.75))
-    assert prefixes_at([0.30000000000000004, 0.7, 0.95, 1.0]) == ((0.3, 0.25), (0.7, 0.5), (0.95, 0.75))
-    assert prefixes_at([0.0] * 4) == ((0.0, 1.0),)
-    assert prefixes_at([1.0] * 4) == ()
+def test_a_prefix_is_there_from_the_start_and_grows_by_tenths():
+    assert growing(4, 7, 0.5, 0.2, 1.0) == ((0.0, 0.4), (0.5, 0.5), (0.6, 0.6), (0.7, 0.7))
+    assert growing(0, 3, 0.2, 0.4, 1.0) == ((0.2, 0.1), (0.4, 0.2), (0.6, 0.3))
+    assert growing(6, 6, 0.2, 0.4, 1.0) == growing(6, 0, 0.9, 0.0, 2.0) == ((0.0, 0.6),)
+    assert growing(0, 10, 0.0, 0.0, 1.0) == growing(10, 10, 0.5, 0.5, 1.0) == ((0.0, 1.0),)
+    assert growing(0, 3, 0.8, 0.4, 1.0) == ((0.8, 0.1),)  # what would freeze at the end or later does not
+    assert growing(0, 10, 1.0, 0.5, 1.0) == growing(0, 0, 0.0, 1.0, 1.0) == ()
+    assert growing(0, 3, 0.0, 0.8, 2.0) == ((0.0, 0.1), (0.2, 0.2), (0.8, 0.3))
+
+
+FROM_HALF = {"start": 2, "last": 10, "begin": 0.5, "over": 0.0, "bend": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "keepable", "expected"),
+    [
+        ({"cache": True, "stop": True}, True, Proposal(((0.0, 0.2), (0.5, 1.0)), cache=True, stop=True)),
+        ({"cache": True, "stop": True}, False, Proposal(((0.0, 0.2), (0.5, 1.0)), stop=True)),
+        # Not all layers freeze, so there is nothing to stop; or all do before the first step, when nothing was learned.
+        ({"last": 5, "cache": False, "stop": True}, True, Proposal(((0.0, 0.2), (0.5, 0.5)))),
+        ({"start": 10, "cache": True, "stop": True}, True, Proposal(((0.0, 1.0),), cache=True)),
+        ({"start": 0, "last": 0, "cache": True, "stop": True}, True, Proposal(())),
+    ],
+)
+def test_a_proposal_has_nothing_that_makes_no_difference(changes, keepable, expected):
+    assert proposal(optuna.trial.FixedTrial(FROM_HALF | changes), keepable) == expected
 
 
 def in_this_process(jobs, *, folder, on_done, **options):
@@ -41,21 +63,27 @@ def test_a_search_ends_with_a_front_and_the_same_search_trains_nothing_again(tmp
     assert main(command) is None
     said = capsys.readouterr().out
     assert "4 of 4 schedules tried" in said
-    assert "an upper limit" in said
+    assert "FLOPs within 0.5 pp" in said
     oracle, first = read_oracle(out / f"{SIX}.json"), lines(out)
     assert (oracle.workload, oracle.seeds, oracle.recipe["epochs"]) == (SIX, (0,), 2)
     shares = [each.flops_share for each in oracle.front]
     differences = [each.difference for each in oracle.front]
     assert shares == sorted(shares)
     assert differences == sorted(differences)
-    # A front that grows evenly from the first step on, at two thirds of the FLOPs, is the first that is tried.
+    # From a prefix that grows to one of 40 % from the start with all frozen at half of the training, and the cache.
     assert 0.3 < shares[0] < 0.7
     assert shares[-1] <= 1.0
+    assert any(each.cache for each in oracle.front)
+    assert oracle.uncached
+    assert not any(each.cache for each in oracle.uncached)
     assert differences[-1] >= 0.0
     # The front is of the trials that were run.
     rows = {row["policy"]: row for row in map(json.loads, first)}
     cheapest = oracle.front[0]
-    same = [row for row in rows.values() if row["policy_options"] == {"fronts": [list(f) for f in cheapest.fronts]}]
+    wanted = ({"fronts": [list(f) for f in cheapest.fronts]}, cheapest.cache, cheapest.stop)
+    entries = {label: row["config"]["policy"] for label, row in rows.items()}
+    kind = {label: (e["options"], e.get("cache", False), e.get("stop", False)) for label, e in entries.items()}
+    same = [row for label, row in rows.items() if kind[label] == wanted]
     assert [row["accuracy"] for row in same] == [cheapest.accuracy]
     assert same[0]["flops"] / rows["none"]["flops"] == cheapest.flops_share
     # It is told by the network's own code, so that it is not used beside trainings of changed code.

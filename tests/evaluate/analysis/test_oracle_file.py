@@ -5,11 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from evaluate.analysis.oracle_file import find_oracles, oracles_beside, read_oracle, shares_of_saving
+from evaluate.analysis.oracle_file import (
+    best_multiplier,
+    find_oracles,
+    oracles_beside,
+    read_oracle,
+    shares_of_saving,
+)
 from evaluate.analysis.statistics import compare
+from evaluate.report.format import oracle_finding
 from evaluate.trials.records import read_results
-
-MARGIN = 0.005
 
 
 @pytest.fixture
@@ -24,7 +29,8 @@ def shares(write, trial, oracle, tmp_path):
             for seed in range(2)
         ]
         known = {name: read_oracle(oracle(tmp_path / "oracle", name)) for name in workloads}
-        return shares_of_saving(compare(read_results(write(rows))), known, MARGIN)
+        results = read_results(write(rows))
+        return shares_of_saving(results, compare(results), known)
 
     return make
 
@@ -33,6 +39,52 @@ def test_an_oracle_saves_what_its_cheapest_good_schedule_saves(oracle, tmp_path)
     found = read_oracle(oracle(tmp_path, "a"))  # 40 % of the FLOPs for 1 point, 70 % for none
     savings = [found.saving(difference) for difference in (-0.5, -0.01, 0.9 - 0.91, -0.009, 0.0, 0.001)]
     assert savings == pytest.approx([0.6, 0.6, 0.6, 0.3, 0.3, 0.0])
+
+
+CACHED = {"flops_share": 0.3, "difference": -0.004, "accuracy": 0.9, "fronts": [[0.0, 0.6]], "cache": True}
+SAFE = {"flops_share": 0.7, "difference": 0.0, "accuracy": 0.91, "fronts": [[0.5, 0.5]]}
+
+
+def test_a_policy_without_a_cache_is_held_against_schedules_without_one(write, trial, oracle, tmp_path, told):
+    """The cached schedule saves 70 %, the best without a cache 30 %; both policies save 15 %."""
+    known = {"a": read_oracle(oracle(tmp_path / "oracle", "a", front=[CACHED, SAFE], uncached=[SAFE]))}
+    flops = {"none": 1000, "fast": 850, "fast, cached": 850}
+    rows = [trial("a", label, seed, accuracy=0.9, flops=own) for label, own in flops.items() for seed in (0, 1)]
+    results = read_results(write(rows))
+    found = shares_of_saving(results, compare(results), known)
+    assert found["a", "fast"] == pytest.approx(0.15 / 0.3)
+    assert found["a", "fast, cached"] == pytest.approx(0.15 / 0.7)
+
+
+def test_the_best_is_at_the_searchs_edge_where_nothing_cheaper_was_tried(oracle, tmp_path):
+    found = read_oracle(oracle(tmp_path, "a", front=[CACHED, SAFE], uncached=[SAFE]))
+    best, plain = found.best_within(-0.005), found.best_within(-0.005, cached=False)
+    assert best == found.front[0]
+    assert plain == found.front[1]
+    assert found.at_edge(best)
+    assert found.at_edge(plain, cached=False)
+    assert not found.at_edge(found.best_within(0.0))
+    assert found.best_within(0.01) is None
+    assert "ended at its edge" in oracle_finding(found, 0.005)
+    assert "ended at its edge" not in oracle_finding(read_oracle(oracle(tmp_path, "b")), 0.005)
+
+
+def test_the_best_multiplier_is_read_off_the_results_own_curve(write, trial, oracle, tmp_path):
+    """Full training has .90 for 1000 FLOPs and .88 for 600. The cached schedule loses .4 of these 2 points, so full
+    training takes 92 % of the FLOPs for it, over 30 %: 3.07. The safe one has 1 / 0.7."""
+    lengths = {"none": (0.9, 1000), "shorter 0.6": (0.88, 600)}
+    rows = [trial("a", label, seed, accuracy=a, flops=f) for label, (a, f) in lengths.items() for seed in (0, 1)]
+    results = read_results(write(rows))
+    found = best_multiplier(read_oracle(oracle(tmp_path, "a", front=[CACHED, SAFE])), results, "a")
+    assert found is not None
+    assert found.value == pytest.approx(0.92 / 0.3)
+    assert found.schedule.cache
+    # Below the shortest length a multiplier would be a bound from above, however large.
+    poor = CACHED | {"flops_share": 0.01, "difference": -0.5}
+    found = best_multiplier(read_oracle(oracle(tmp_path, "a", front=[poor, SAFE])), results, "a")
+    assert found is not None
+    assert found.value == pytest.approx(1 / 0.7)
+    assert best_multiplier(read_oracle(oracle(tmp_path, "a", front=[poor])), results, "a") is None
 
 
 @pytest.mark.parametrize(
@@ -64,8 +116,8 @@ def test_over_workloads_savings_are_added_up(shares):
 def test_where_the_oracle_saves_nothing_there_is_no_share(write, trial, oracle, tmp_path):
     full = {"flops_share": 1.0, "difference": 0.0, "accuracy": 0.9, "fronts": []}
     known = {"a": read_oracle(oracle(tmp_path, "a", front=[full]))}
-    rows = compare(read_results(write([trial("a", name, 0) for name in ("none", "fast")])))
-    assert shares_of_saving(rows, known, MARGIN) == {}
+    results = read_results(write([trial("a", name, 0) for name in ("none", "fast")]))
+    assert shares_of_saving(results, compare(results), known) == {}
 
 
 def test_oracles_are_taken_from_beside_the_suite_where_they_fit(folder, oracle):

@@ -25,7 +25,7 @@ def multiplier(low, high, **bounds):
         (AS_ACCURATE, multiplier(0.7, 0.9), "train for fewer steps instead"),
         (LESS_ACCURATE, multiplier(1.1, 1.3), "worth it where that accuracy is enough"),
         (LESS_ACCURATE, multiplier(0.9, 1.3), "not worth it here"),
-        (LESS_ACCURATE, multiplier(1.5, 2.0, at_most=True), "do not use it here"),
+        (LESS_ACCURATE, multiplier(1.5, 2.0, below=("a",)), "do not use it here"),
         (CANNOT_TELL, multiplier(0.9, 1.3), "more seeds would tell"),
         (CANNOT_TELL, None, "was not measured"),
     ],

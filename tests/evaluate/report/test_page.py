@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from evaluate.analysis.area import areas
+from evaluate.analysis.compute_multiplier import compute_multipliers
 from evaluate.analysis.statistics import compare
 from evaluate.report.page import distinct, make_report
 from evaluate.report.tradeoff import pareto, relative_points
@@ -82,12 +83,41 @@ def test_the_headline_and_what_is_left_out_stand_above_the_first_table(text):
     assert "Cost in CPU seconds" in head
 
 
+def test_the_compute_multiplier_comes_first(page, text):
+    found = compute_multipliers(read_results(page.parent))[None, "smartfrz"]
+    figure = f"{found.value.mean:.2f}x"
+    head = text[text.index('class="headline"') : text.index('class="meta"')]
+    assert f"smartfrz, compute multiplier {figure}" in head
+    assert f"lowest {found.lowest[1]:.2f}x on {found.lowest[0]}" in head
+    row = next(row for row in re.findall(r"<tr>.*?</tr>", text, flags=re.DOTALL) if 'title="smartfrz"' in row)
+    assert Elements(row).cells[3].startswith(f"{figure} [")
+    # Full training's curve is the first figure: every length is named, and policies with their multipliers.
+    curve = re.findall(r"<figure>.*?</figure>", text, flags=re.DOTALL)[0]
+    named = re.findall(r"<text[^>]*>([^<]*)</text>", curve)
+    assert {"none", "shorter 0.7", f"smartfrz {figure}"} <= set(named)
+
+
+def test_a_policy_outside_of_the_curve_says_so_in_words(write, trial):
+    accuracies = {"none": 0.9, "shorter 0.7": 0.88, "better": 0.91, "worse": 0.87}
+    rows = [
+        trial(name, label, seed, accuracy=accuracy, flops=1000 if label == "none" else 700)
+        for name in ("a", "b")
+        for label, accuracy in accuracies.items()
+        for seed in (0, 1)
+    ]
+    text = make_report(write(rows)).read_text(encoding="utf-8")
+    cells = [cell for cell in Elements(text).cells if "curve" in cell]
+    assert [sum(word in cell for cell in cells) for word in ("at least", "at most")] == [4, 4]
+    assert "above the curve on 2 of 2: at least" in " ".join(cells)
+
+
 def test_every_figure_is_there(text):
     tags = Elements(text).tags
-    # one over all, one of curves; for each workload accuracy, loss and step cost, and timelines of three that freeze
-    assert sum(tag == "figure" for tag, _ in tags) == 2 + 3 * (3 + 3)
+    # two over all, one of curves; for each workload full training's curve, accuracy, loss and step cost, and timelines
+    # of three that freeze
+    assert sum(tag == "figure" for tag, _ in tags) == 3 + 3 * (4 + 3)
     named = [attributes["aria-label"] for tag, attributes in tags if tag == "svg" and attributes.get("role") == "img"]
-    assert len(named) == len(set(named)) == 20
+    assert len(named) == len(set(named)) == 24
 
 
 def test_the_set_up_is_shown(text):
@@ -203,9 +233,10 @@ def many(many_page):
 
 def test_forty_five_policies_are_drawn_by_family(many):
     tags = Elements(many).tags
-    # one over all, two of curves; accuracy, loss, step cost, and timelines of all families that freeze
+    # two over all, two of curves; full training's curve, accuracy, loss, step cost, and timelines of all families that
+    # freeze
     timelines = len(re.findall("% of layers x steps frozen</figcaption>", many))
-    assert sum(tag == "figure" for tag, _ in tags) == 3 + 3 + timelines
+    assert sum(tag == "figure" for tag, _ in tags) == 4 + 4 + timelines
     assert 18 <= timelines <= 20
     assert "45 policies of 21 kinds" in many
     assert sum(tag == "tbody" for tag, _ in tags) == 21 + 1 + 21 + 1  # verdicts, areas, full table, trials
@@ -214,7 +245,7 @@ def test_forty_five_policies_are_drawn_by_family(many):
 
 def test_only_the_unbeaten_of_many_are_named_in_the_overall_plot(many_page, many):
     results = read_results(many_page.parent)
-    plot = re.findall(r"<figure>.*?</figure>", many, flags=re.DOTALL)[0]
+    plot = re.findall(r"<figure>.*?</figure>", many, flags=re.DOTALL)[1]
     front = pareto(relative_points(results, compare(results)))
     named = [text for text in re.findall(r"<text[^>]*>([^<]*)</text>", plot) if text in results.policies]
     assert named
@@ -238,7 +269,7 @@ def test_the_oracles_saving_has_a_column_where_there_is_an_oracle(many, text):
     assert "Of the oracle's saving" not in text
     assert "oracle" not in text[text.index("<body") :].lower()
     assert many.count(">Of the oracle's saving<") == 1
-    assert "the best of 60 freezing schedules, found on the test set: an upper limit" in many
+    assert "the best of 60 freezing schedules that were tried, chosen on the test set" in many
     rows = re.findall(
         r"<tr>(?:(?!</tr>).)*</tr>", many[many.index('id="table"') : many.index('id="trials"')], flags=re.DOTALL
     )

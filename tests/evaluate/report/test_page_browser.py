@@ -89,7 +89,7 @@ def test_a_reader_sees_the_whole_page(browser: Browser, page: Path, scheme: str,
     rows = [row for row in compare(read_results(page.parent)) if row.workload is None]
     assert browser.run(VERDICTS) == [[row.policy, row.verdict] for row in rows]
     drawn = browser.run("[...document.querySelectorAll('figure svg')].map((svg) => svg.getBoundingClientRect().height)")
-    assert len(drawn) == 20
+    assert len(drawn) == 24
     assert min(drawn) > 80
     assert browser.run(CUT_OFF) == []
 

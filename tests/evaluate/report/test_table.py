@@ -22,6 +22,13 @@ def test_every_workload_and_all_of_them_have_a_row_a_policy(folder):
             assert line_of(text, policy, title)
 
 
+def test_a_group_of_workloads_has_rows_of_its_own(write, rows):
+    groups = {"digits-mlp": "small", "fashion-resnet8": "small"}
+    text = table(read_results(write(rows, groups=groups)), 240)
+    assert line_of(text, "smartfrz", "all of small")
+    assert line_of(text, "smartfrz", "all workloads")
+
+
 def test_a_row_says_what_was_found(write, trial):
     rows = [
         trial("a", "none", 0, accuracy=0.90, cpu_seconds=100.0, flops=1000),
@@ -32,9 +39,36 @@ def test_a_row_says_what_was_found(write, trial):
     text = table(read_results(write(rows)), 200)
     expected = "fast 88.00 ±7.07 +3.00 [+3.00, +3.00] as accurate 25 % 2.00x [2.00, 2.00] 1.5 % 2/2 0"
     assert line_of(text, "fast", "a").split() == expected.split()
-    assert "CPU speedup" in text.splitlines()[2]
+    assert "CPU speedup" in next(line for line in text.splitlines() if line.startswith("policy"))
     assert "ratio of CPU seconds" in text
     assert "all workloads" not in text
+
+
+def test_a_multiplier_outside_of_the_curve_says_so_and_the_lowest_is_named(write, trial):
+    costs = {"none": (0.9, 1000), "shorter 0.5": (0.8, 500), "fast": (0.91, 400), "slow": (0.7, 800)}
+    rows = [
+        trial(name, label, seed, accuracy=accuracy, flops=flops * factor if label == "fast" else flops)
+        for name, factor in (("a", 1), ("b", 2))
+        for label, (accuracy, flops) in costs.items()
+        for seed in (0, 1)
+    ]
+    text = table(read_results(write(rows), "flops"), 240)
+    assert "2.50x [2.50, 2.50]" in line_of(text, "fast", "a")
+    assert "above the curve: at least" in line_of(text, "fast", "a")
+    both = line_of(text, "fast", "all workloads")
+    assert "1.77x" in both  # of 2.5 and 1.25
+    assert "1.25x on b" in both
+    assert "above the curve on 2 of 2: at least" in both
+    assert "below the curve on 2 of 2: at most" in line_of(text, "slow", "all workloads")
+    assert text.splitlines()[1].startswith("Beats training for fewer steps")
+
+
+def test_a_length_that_the_curve_lacks_is_named(write, trial):
+    labels = ("none", "shorter 0.5", "stopped 0.8", "fast")
+    rows = [trial("a", label, seed) for label in labels for seed in (0, 1)]
+    assert "curve of full training lacks" not in table(read_results(write(rows)), 200)
+    rows = [row for row in rows if row["trial_id"] != "a-stopped 0.8-1"]
+    assert "may be too large: stopped 0.8 on a\n" in table(read_results(write(rows)), 200)
 
 
 def test_with_one_trial_at_a_time_the_speedup_is_that_of_the_clock(write, rows):
@@ -63,7 +97,7 @@ def test_what_was_left_out_is_listed(folder):
         file.write('{"trial_id": "cut sho')
     suite = (folder / "suite.json").read_text()
     (folder / "suite.json").write_text(suite.replace('"seeds": [0, 1, 2]', '"seeds": [0, 1, 2, 3]'))
-    text = table(read_results(folder), 200)
+    text = table(read_results(folder), 240)
     assert "diverged: glosses-transformer, linear, seed 2: loss is nan after step 480" in text
     assert "not run: 15 of the suite's trials" in text
     assert "left out: results.jsonl, line 46: cut short" in text
@@ -146,7 +180,7 @@ def test_the_share_of_an_oracles_saving_has_a_column_where_there_is_an_oracle(wr
     text = table(results, 200, found)
     assert line_of(text, "fast", "a").split()[-2:] == ["50", "%"]
     assert line_of(text, "none", "a").split()[-1] == "-"
-    assert "Oracle of a: the best of 60 freezing schedules, found on the test set: an upper limit" in text
+    assert "Oracle of a: the best of 60 freezing schedules that were tried, chosen on the test set" in text
     assert "racle" not in table(results, 200)
 
 

@@ -27,6 +27,12 @@ def test_names_alone(tmp_path):
     assert suite.policies[1] == PolicyEntry("linear", "linear")
 
 
+def test_a_workload_may_belong_to_a_group(tmp_path):
+    workloads = 'workloads = [{ name = "mlp-digits", group = "short" }, "vgg-digits"]'
+    suite = read(tmp_path, GOOD.replace('workloads = ["mlp-digits", "vgg-digits"]', workloads))
+    assert [entry.group for entry in suite.workloads] == ["short", ""]
+
+
 def test_a_suite_about_the_predictor_that_ships(tmp_path):
     assert not read(tmp_path, GOOD).shipped
     assert read(tmp_path, 'predictor = "shipped"\n' + GOOD).shipped

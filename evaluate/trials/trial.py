@@ -19,6 +19,7 @@ from evaluate.trials.flops import StepFlops, steps_by_pattern
 from evaluate.trials.folder import SuiteFolder
 from evaluate.trials.freezing import CacheHook, FreezeHook
 from evaluate.trials.lora import with_lora
+from evaluate.trials.probing import ProbeHook
 from evaluate.trials.records import ACCOUNTING
 from evaluate.trials.stopwatch import PeakMemory, Stopwatch, warm_up
 from evaluate.trials.suite import PolicyEntry
@@ -56,13 +57,14 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
     warm_up(workload, source, device)
     freezing = FreezeHook(policy, layers=None if entry.lora is None else (), stop=entry.stop)
     caching = CacheHook(freezing, entry.cache_form) if entry.cache_form else None
+    probing = ProbeHook(caching) if entry.probe else None
     sieve = Sieve() if entry.sieve else None
     masks = SparseMasks(entry.sparse) if entry.sparse else None
     stopwatch, memory = Stopwatch(), PeakMemory(device)
     training = train(
         workload,
         seed=config.seed,
-        hooks=[hook for hook in (masks, freezing, caching, sieve, stopwatch) if hook is not None],
+        hooks=[hook for hook in (masks, freezing, caching, probing, sieve, stopwatch) if hook is not None],
         device=config.device,
         budget=policy.budget,
         rescaled=policy.rescaled,
@@ -76,8 +78,9 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
         "peak_memory_note": memory.note,
         "step_cost": stopwatch.bins,
         **_outcome(training),
-        **_freezing(freezing.controller, caching, training),
+        **_freezing(freezing.controller, caching, probing, training),
         "accounting": ACCOUNTING,
+        "probe": None if probing is None else probing.figures,
         "sieve": None if sieve is None else sieve.figures,
         "sparse": None if masks is None else _sparse(masks, freezing.controller, training),
     }
@@ -121,13 +124,17 @@ def _outcome(training: Training) -> dict[str, Any]:
     }
 
 
-def _freezing(controller: FreezeController, caching: CacheHook | None, training: Training) -> dict[str, Any]:
-    """What was frozen when, what the cache did, and the FLOPs that this leaves."""
+def _freezing(
+    controller: FreezeController, caching: CacheHook | None, probing: ProbeHook | None, training: Training
+) -> dict[str, Any]:
+    """What was frozen when, what the cache did, and the FLOPs that this leaves, with those of a probed head."""
     step_flops = StepFlops(training.workload, training.source)
     for event in controller.history:  # into the trial's log
         print(f"{event}: {step_flops(frozenset(event.frozen)) / step_flops(frozenset()):.0%} of a full step's FLOPs")
     if caching is not None:
         print(f"cache: {caching.figures}")
+    if probing is not None:
+        print(f"probe: {probing.figures}")
     steps = steps_by_pattern(controller.history, training.step)
     return {
         "policy_seconds": controller.seconds,
@@ -140,7 +147,8 @@ def _freezing(controller: FreezeController, caching: CacheHook | None, training:
         "cache": None if caching is None else caching.figures,
         "flops": sum(step_flops(frozen) * count for frozen, count in steps.items())
         - _spared(caching, step_flops)
-        + _beside(controller, training),
+        + _beside(controller, training)
+        + (0 if probing is None else probing.flops(step_flops)),
     }
 
 

@@ -5,7 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -316,7 +316,7 @@ def _probed(collector: _Collector, loader: Iterable[Any], samples: int) -> tuple
     held_N = _held_out(y_N)
     if int(held_N.sum()) < _FEWEST:
         raise _Unfit(f"{len(y_N)} samples leave {int(held_N.sum())} to be held out, of {_FEWEST} at least")
-    with torch.autocast(x_NF.device.type, enabled=False), torch.enable_grad():
+    with _without_autocast(x_NF.device), torch.enable_grad():
         fitted, held = ((x_NF[some_N.to(x_NF.device)], y_N[some_N]) for some_N in (~held_N, held_N))
         before_H = _losses_before(linear, fitted[1], held)
         fit = _Fit(*fitted, linear.out_features, linear.bias is not None)
@@ -333,6 +333,11 @@ def _probed(collector: _Collector, loader: Iterable[Any], samples: int) -> tuple
     if reason := _too_little(point.losses_H, before_H):
         return replace(report, reason=reason), None
     return replace(report, probed=True), point.weights
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def _check_data(x_NF: Tensor, y_N: Tensor, classes: int) -> None:

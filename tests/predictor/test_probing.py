@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 
 from predictor import FeatureCache, FreezeController, make_policy, probe_head, probing
 from predictor.errors import UsageError
+from tests.second_device import second_device
 
 FEATURES, CLASSES = 12, 3
 
@@ -113,6 +114,21 @@ def test_under_autocast():
     assert report.probed
     assert model.head.weight.dtype == torch.float32
     assert accuracy(model, *samples()) > 0.6
+
+
+def probed_on(device):
+    """The head of a model on a device whose loader gives samples of the CPU's."""
+    with second_device():
+        model = net().to(device)
+        report = probe_head(model, batches(*samples()))
+        return report.probed, [parameter.detach().cpu() for parameter in model.head.parameters()]
+
+
+def test_on_another_device(on_second_device):
+    probed, parameters = on_second_device(probed_on, "gpu")
+    assert probed
+    for here, there in zip(on_second_device(probed_on, "cpu")[1], parameters, strict=True):
+        assert torch.allclose(here, there, atol=1e-4)
 
 
 def test_a_model_that_classifies_each_token_and_picks_one():

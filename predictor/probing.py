@@ -92,9 +92,9 @@ def probe_head(
         print(report.probed, report.reason, report.accuracy)
 
     One pass over the loader in evaluation mode collects the head's inputs. A multinomial logistic regression with an L2
-    penalty is fitted to four fifths of them, and the strength of the penalty is the one with the least loss on the
-    fifth that is held out, each class in proportion. Weight and bias go into the head. All else is afterwards as it
-    was: modes, buffers, random generators, other parameters.
+    penalty is fitted to four fifths of them, with weaker and weaker penalties until the loss rises on the fifth that is
+    held out, each class in proportion. The strongest penalty with most of the best one's gain is taken. Weight and bias
+    go into the head. All else is afterwards as it was: modes, buffers, random generators, other parameters.
 
     **It abstains**, leaves the head as it was, and gives the reason: where the probe is not clearly better on held-out
     samples than the head as it was and than the frequencies of the classes; where a class has no sample; where the
@@ -126,10 +126,12 @@ def probe_head(
 
     Raises:
         UsageError: `samples` is below 1; `head` names no linear layer; a batch has another form; the loader is empty;
-            or the model cannot be called with the inputs.
+            the model cannot be called with the inputs; or it is called in inference mode.
     """
     if samples < 1:
         raise UsageError(f"samples={samples}: give the number of samples to look at, from 1")
+    if torch.is_inference_mode_enabled():
+        raise UsageError("probe_head was called in inference mode, in which nothing can be fitted: call it outside")
     began = time.perf_counter()
     bare = unwrapped(model)
     collector = _Collector(bare, _candidates(bare, head), unpack or _unpacked)
@@ -137,8 +139,9 @@ def probe_head(
         report, weights = _probed(collector, loader, samples)
     except _Unfit as reason:
         report, weights = collector.report(reason=str(reason)), None
-    if isinstance(model, DistributedDataParallel):
-        report, weights = _of_the_first(model, report, weights)
+    parallel = next((each for each in model.modules() if isinstance(each, DistributedDataParallel)), None)
+    if parallel is not None:
+        report, weights = _of_the_first(parallel, report, weights)
     if weights is not None:
         _write(bare.get_submodule(report.head), weights)
     return replace(report, seconds=time.perf_counter() - began)

@@ -324,6 +324,8 @@ def test_wrong_use_is_named():
     loader = batches(*samples())
     with pytest.raises(UsageError, match="samples=0"):
         probe_head(net(), loader, samples=0)
+    with torch.inference_mode(), pytest.raises(UsageError, match=r"inference mode.*outside"):
+        probe_head(net(), loader)
     with pytest.raises(UsageError, match="head='tail'"):
         probe_head(net(), loader, head="tail")
     with pytest.raises(UsageError, match=r"head='body\.1'"):
@@ -380,7 +382,8 @@ def test_with_ddp_all_take_what_the_first_process_found(tmp_path, monkeypatch):
         monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
         # Its own samples would have it abstain.
         x, y = samples(seed=4)
-        assert probe_head(DistributedDataParallel(two), batches(x, y.clamp(max=1))).probed
+        wrapped = torch.compile(DistributedDataParallel(two), backend="eager")
+        assert probe_head(wrapped, batches(x, y.clamp(max=1))).probed
         assert same(one.state_dict(), two.state_dict())
     finally:
         dist.destroy_process_group()

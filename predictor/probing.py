@@ -268,7 +268,7 @@ class _Collector:
         except Exception as error:
             raise UsageError(
                 f"{type(self._model).__name__} cannot be called with the inputs of a batch ({type(error).__name__}: "
-                f"{error}): give unpack=, a function from a batch to inputs and labels"
+                f"{error}): where a batch is not (inputs, labels), give unpack=, a function from it to both"
             ) from error
 
 

@@ -48,6 +48,10 @@ def test_the_five_lines_and_the_cache(tmp_path):
     run(f"{SHORT}{block('# after the optimizer')}{cache}", tmp_path)
 
 
+def test_a_head_is_probed(tmp_path):
+    assert "False" in run(f"{SHORT}{block('probe_head(model')}", tmp_path)  # labels at random
+
+
 def test_samples_are_sieved(tmp_path):
     data = "data, epochs = [(index, *(part[0] for part in row)) for index, row in enumerate(loader)], 3\n"
     run(f"{SHORT}{data}{block('SieveSampler(')}assert len(loader) == 1 and len(sampler) == 5\n", tmp_path)

@@ -119,7 +119,7 @@ class Training:
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """The model's freezable layers, in execution order on two samples."""
-        return layers_of(self.model, self._formatted(self.source.probe(2, self.device)))
+        return layers_of(self.model, self.formatted(self.source.probe(2, self.device)))
 
     @property
     def running(self) -> bool:
@@ -302,10 +302,11 @@ class Training:
         return (self.weigh(ids_B, loss_B.detach()) * loss_B).mean()
 
     def _logits(self, inputs: Tensor) -> Tensor:
-        logits_BC: Tensor = self.model(self._formatted(inputs))
+        logits_BC: Tensor = self.model(self.formatted(inputs))
         return logits_BC
 
-    def _formatted(self, inputs: Tensor) -> Tensor:
+    def formatted(self, inputs: Tensor) -> Tensor:
+        """The inputs in the memory format that the model gets them in."""
         return inputs.contiguous(memory_format=self._memory_format(inputs.shape[1:]))
 
     def _check_due(self) -> bool:

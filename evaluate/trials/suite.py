@@ -65,6 +65,8 @@ class PolicyEntry:
     """The rank of the LoRA adapters that are trained in place of the layers; None trains the layers."""
     lr_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """What the workload's learning rate is multiplied with: fewer weights want larger steps."""
+    probe: bool = field(default=False, kw_only=True)
+    """Whether the training starts from a probed head (`predictor.probe_head`)."""
     sieve: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     """The share of the training samples that each epoch leaves out, while the easiest and those left out change places
     (`collect.hooks.sieve.Sieve`): epochs are that much shorter, and there are as many."""
@@ -78,7 +80,7 @@ class PolicyEntry:
     @property
     def changes(self) -> dict[str, Any]:
         """What the entry changes of a training besides freezing. Only what is set, so that ids of other trials stay."""
-        names = ("cache", "stop", "lora", "lr_factor", "sieve", "sparse", "infobatch")
+        names = ("cache", "stop", "lora", "lr_factor", "probe", "sieve", "sparse", "infobatch")
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(type(self), name)}
 
     @property

@@ -20,6 +20,7 @@ from evaluate.trials.flops import StepFlops, steps_by_pattern
 from evaluate.trials.folder import SuiteFolder
 from evaluate.trials.freezing import CacheHook, FreezeHook, LookHook
 from evaluate.trials.lora import with_lora
+from evaluate.trials.probing import ProbeHook
 from evaluate.trials.records import ACCOUNTING
 from evaluate.trials.stopwatch import PeakMemory, Stopwatch, warm_up
 from evaluate.trials.suite import PolicyEntry
@@ -59,6 +60,7 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
     warm_up(workload, source, device)
     freezing = FreezeHook(policy, layers=None if entry.lora is None else (), stop=entry.stop)
     caching = CacheHook(freezing, entry.cache_form) if entry.cache_form else None
+    probing = ProbeHook(caching) if entry.probe else None
     sieve = Sieve() if entry.sieve else None
     infobatch = InfoBatch(entry.infobatch) if entry.infobatch else None
     masks = SparseMasks(entry.sparse) if entry.sparse else None
@@ -68,7 +70,8 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
         seed=config.seed,
         hooks=[
             hook
-            for hook in (masks, freezing, caching, LookHook(freezing), sieve, infobatch, stopwatch)
+            # The look is first: what it freezes, the probe's pass can keep the features of.
+            for hook in (masks, freezing, caching, LookHook(freezing), probing, sieve, infobatch, stopwatch)
             if hook is not None
         ],
         device=config.device,
@@ -86,8 +89,9 @@ def run_trial(payload: dict[str, Any], folder: Path, progress: Callable[[float],
         "peak_memory_note": memory.note,
         "step_cost": stopwatch.bins,
         **_outcome(training),
-        **_freezing(freezing.controller, caching, training),
+        **_freezing(freezing.controller, caching, probing, training),
         "accounting": ACCOUNTING,
+        "probe": None if probing is None else probing.figures,
         "sieve": None if sieve is None else sieve.figures,
         "infobatch": None if infobatch is None else infobatch.figures,
         "sparse": None if masks is None else _sparse(masks, freezing.controller, training),
@@ -132,13 +136,17 @@ def _outcome(training: Training) -> dict[str, Any]:
     }
 
 
-def _freezing(controller: FreezeController, caching: CacheHook | None, training: Training) -> dict[str, Any]:
-    """What was frozen when, what the cache did, and the FLOPs that this leaves."""
+def _freezing(
+    controller: FreezeController, caching: CacheHook | None, probing: ProbeHook | None, training: Training
+) -> dict[str, Any]:
+    """What was frozen when, what the cache did, and the FLOPs that this leaves, with those of a probed head."""
     step_flops = StepFlops(training.workload, training.source)
     for event in controller.history:  # into the trial's log
         print(f"{event}: {step_flops(frozenset(event.frozen)) / step_flops(frozenset()):.0%} of a full step's FLOPs")
     if caching is not None:
         print(f"cache: {caching.figures}")
+    if probing is not None:
+        print(f"probe: {probing.figures}")
     steps = steps_by_pattern(controller.history, training.step)
     return {
         "policy_seconds": controller.seconds,
@@ -152,7 +160,8 @@ def _freezing(controller: FreezeController, caching: CacheHook | None, training:
         "flops": sum(step_flops(frozen) * count for frozen, count in steps.items())
         - _spared(caching, step_flops)
         + _beside(controller, training)
-        + step_flops(frozenset()) * controller.looked // training.recipe.accumulate,
+        + step_flops(frozenset()) * controller.looked // training.recipe.accumulate
+        + (0 if probing is None else probing.flops(step_flops)),
     }
 
 

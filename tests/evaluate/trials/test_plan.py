@@ -104,7 +104,7 @@ def test_what_an_entry_leaves_out_is_in_no_id(tmp_path):
     assert ids(tmp_path, with_entry("linear", "linear", sieve=0.0, sparse=0.0))[1] == digest[:16]
 
 
-CHANGES = [{"cache": True}, {"stop": True}, {"lr_factor": 10.0}, {"sieve": 0.2}, {"sparse": 0.9}]
+CHANGES = [{"cache": True}, {"stop": True}, {"lr_factor": 10.0}, {"probe": True}, {"sieve": 0.2}, {"sparse": 0.9}]
 
 
 @pytest.mark.parametrize("settings", CHANGES)

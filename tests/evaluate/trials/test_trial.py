@@ -18,9 +18,10 @@ from predictor.policies.base import FreezePolicy
 from tests.evaluate import toys
 
 SIX = "tests.evaluate.toys:six_linear"
+DEPTHWISE = "tests.evaluate.toys:depthwise"
 
 
-CHANGES = ("cache", "stop", "lora", "sieve", "sparse", "infobatch")
+CHANGES = ("cache", "stop", "lora", "probe", "sieve", "sparse", "infobatch")
 """What an entry may say besides its policy."""
 
 
@@ -192,6 +193,36 @@ def test_adapters_in_place_of_layers(tmp_path):
     assert (result["layers"], result["freezes"], result["cache"]) == ([], [], None)
     assert result["curve"][-1]["train_loss"] < result["curve"][0]["train_loss"]
     assert result["flops"] == 20 * 10 * 2 * 64 * (12 * 64 + 29 * 4)  # counted in test_cost.py
+
+
+# Multiplications and additions on a sample: two convolutions of 3x3 that make 8 channels of 64 pixels, and the head.
+CONVOLUTION, DEPTHWISE_FORWARD = 2 * 9 * 8 * 64, 2 * (2 * 9 * 8 * 64 + 10 * 8 * 64)
+
+
+def test_a_probed_head_costs_its_passes_and_its_fit(tmp_path):
+    plain, probed = (trial(tmp_path, workload=DEPTHWISE, recipe={"lr": 1e-3}, probe=on) for on in (False, True))
+    assert plain["probe"] is None
+    found = probed["probe"]
+    assert (found["probed"], found["head"], found["samples"], found["passed"]) == (True, "3", 100, 110)
+    assert probed["flops"] == plain["flops"] + 110 * DEPTHWISE_FORWARD + found["fit_flops"]
+    assert probed["accuracy"] > plain["accuracy"]
+
+
+def test_the_pass_of_a_probe_fills_the_cache(tmp_path):
+    head, cached = (
+        trial(tmp_path, "static", layers=1, workload=DEPTHWISE, probe=True, cache=cache) for cache in (False, True)
+    )
+    assert cached["probe"]["probed"]
+    assert (cached["cache"]["hits"], cached["cache"]["misses"]) == (100, 0)
+    assert cached["accuracy"] == head["accuracy"]
+    looked = cached["cache"]["looked"] * DEPTHWISE_FORWARD
+    assert cached["flops"] == head["flops"] - 100 * CONVOLUTION + looked
+
+
+def test_a_probed_trial_may_abstain(tmp_path):
+    plain, probed = (trial(tmp_path, recipe={"train_samples": 30}, probe=on) for on in (False, True))
+    assert not probed["probe"]["probed"]
+    assert scores(probed["curve"]) == scores(plain["curve"])
 
 
 def test_a_sieved_trial_takes_fewer_steps(tmp_path):

@@ -76,9 +76,7 @@ def test_tables(tmp_path):
     assert suite.workloads == (WorkloadEntry("mlp-digits", "small", "fashion", {"epochs": 3, "lr": 0.2}),)
     assert suite.policies == (
         PolicyEntry("none", "plain"),
-        PolicyEntry(
-            "shorter", "shorter", {"budget": 0.5}, True, True, 8, 10.0, 0.2, 0.9, probe=True, infobatch=0.5
-        ),
+        PolicyEntry("shorter", "shorter", {"budget": 0.5}, True, True, 8, 10.0, 0.2, 0.9, probe=True, infobatch=0.5),
     )
     assert suite.policies[0].changes == {}
     changes = {"cache": True, "stop": True, "lora": 8, "lr_factor": 10.0, "probe": True, "sieve": 0.2, "sparse": 0.9}

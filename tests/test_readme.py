@@ -131,8 +131,12 @@ def test_the_table_is_what_the_published_trials_show(tmp_path):
     assert len(rows) >= 4
     shown = publish(tmp_path / "picture.svg")
     for row in rows:
-        figures = [cell.strip() for cell in row[3:6]]
-        assert any(all(figure in line for figure in figures) for line in shown.splitlines()), figures
+        *figures, multiplier = [cell.strip() for cell in row[3:6]]
+        bound = {"≥": "at least", "≤": "at most"}.get(multiplier[0], "")
+        figures.append(multiplier.lstrip("≥≤ "))
+        (line,) = [line for line in shown.splitlines() if all(figure in line for figure in figures)]
+        assert ("at least" in line or "at most" in line) == bool(bound), row
+        assert bound in line, row
 
 
 def test_a_workload_of_ones_own_is_gathered(tmp_path):

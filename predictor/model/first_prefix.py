@@ -15,6 +15,8 @@ from predictor.model.first_look import FirstLook
 Floats = npt.NDArray[np.float64]
 COST_FLOOR = 0.1
 """Percentage points that are added to a cost before its logarithm is taken: costs below are chance."""
+MOST_COST = 5.0
+"""Percentage points at which a cost is cut off: nobody wants to know how much more it is."""
 _TINY = 1e-6
 
 
@@ -57,54 +59,48 @@ def features(look: FirstLook, planned: Planned) -> dict[str, Floats]:
 class PrefixModel:
     """A line through the logarithm of the accuracy cost of freezing a prefix before the first step.
 
-    log(cost + COST_FLOOR) = intercept + sum of weights times `features`, with a normal error. Ridge regression makes it
-    (`predictor.training.first_prefix`).
+    log(min(cost, MOST_COST) + COST_FLOOR) = intercept + sum of weights times `features`. Ridge regression makes it
+    (`predictor.training.first_prefix`). What a prefix saves is not weighed against it: that was tried, in proportion
+    and as a difference, and lost more for what it saved.
     """
 
     intercept: float
     weights: Mapping[str, float] = field(default_factory=dict)
     """By feature; one that is not named has none."""
-    deviation: float = 0.0
-    """Of the error, on families of networks that it was not fitted to."""
     allowances: tuple[tuple[float, float], ...] = ()
-    """Rising pairs: a risk in percentage points of accuracy, and the cost that a prefix may have for that in the mean,
-    if it saves a whole step; one that saves less may cost so much less."""
+    """Rising pairs: a risk in percentage points of accuracy, and the predicted cost that a prefix may have for that."""
 
     def costs(self, look: FirstLook, planned: Planned) -> Floats:
-        """cost_F: percentage points of accuracy that each prefix of 1 to L layers costs in the mean."""
+        """cost_F: percentage points of accuracy that each prefix of 1 to L layers costs. It never falls."""
         known = features(look, planned)
         line = self.intercept + sum(
             (weight * known[name] for name, weight in self.weights.items()), np.zeros(len(look.size_L))
         )
-        mean: Floats = np.exp(line + self.deviation**2 / 2) - COST_FLOOR
-        return np.maximum.accumulate(np.maximum(mean, 0.0))
+        cost_F: Floats = np.maximum.accumulate(np.maximum(np.exp(line) - COST_FLOOR, 0.0))
+        return cost_F
 
     def allowance(self, risk: float) -> float:
-        """The mean cost that a prefix may have for a risk, if it saves a whole step: linear between the known ones."""
+        """The predicted cost that a prefix may have for a risk: linear between the known ones."""
         if not self.allowances:
             return 0.0
         risks, costs = zip(*self.allowances, strict=True)
         return float(np.interp(risk, risks, costs))
 
-    def choose(self, look: FirstLook, planned: Planned, saved_L: npt.ArrayLike, risk: float) -> int:
+    def choose(self, look: FirstLook, planned: Planned, risk: float) -> int:
         """How many layers freeze before the first step; 0 for none.
 
         Args:
             look: what the first batches' gradients say.
             planned: what is known of the training.
-            saved_L: the share of a step that each prefix saves.
             risk: percentage points of accuracy that may be lost.
         """
-        allowed = self.allowance(risk)
-        fits_L = (self.costs(look, planned) <= allowed * np.asarray(saved_L)) & (allowed > 0)
-        return int(np.where(fits_L, np.arange(1, len(fits_L) + 1), 0).max(initial=0))
+        return largest(self.costs(look, planned), self.allowance(risk))
 
     def as_dict(self) -> dict[str, Any]:
         """The model as JSON."""
         return {
             "intercept": self.intercept,
             "weights": dict(self.weights),
-            "deviation": self.deviation,
             "allowances": [list(pair) for pair in self.allowances],
         }
 
@@ -114,14 +110,19 @@ class PrefixModel:
         try:
             weights = {str(name): float(weight) for name, weight in content["weights"].items()}
             allowances = tuple((float(risk), float(cost)) for risk, cost in content["allowances"])
-            model = cls(float(content["intercept"]), weights, float(content["deviation"]), allowances)
+            model = cls(float(content["intercept"]), weights, allowances)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"no prefix model ({error})") from error
-        numbers: Sequence[float] = [model.intercept, model.deviation, *weights.values(), *sum(allowances, ())]
+        numbers: Sequence[float] = [model.intercept, *weights.values(), *sum(allowances, ())]
         rising = all(one < other for (one, _), (other, _) in pairwise(allowances))
         if not all(map(math.isfinite, numbers)) or not rising or not weights.keys() <= set(FEATURES):
             raise UsageError(f"no prefix model ({content!r:.80})")
         return model
+
+
+def largest(cost_F: Floats, allowed: float) -> int:
+    """How many layers the largest prefix has whose cost is allowed."""
+    return int(np.searchsorted(cost_F, allowed, side="right")) if allowed > 0 else 0
 
 
 FEATURES = ("share", "motion", "agreement", "depth", "adaptive")

@@ -46,7 +46,7 @@ class SmartFRZPolicy(FreezePolicy):
         (`predictor.model.decision`). The threshold is then that of a prefix that saves a whole step.
         Before the first step, where the training shows its first batches (`FreezeController.look`), a second model
         predicts from their gradients what each prefix would cost if it froze at once (`predictor.model.first_prefix`).
-        The largest freezes whose cost is small beside what it saves; none may.
+        The largest whose cost is allowed for the risk freezes, or none.
     Signal: the motion of the weights, their distance from the start, gradient times motion, learning rate, progress and
         depth (`predictor.model.history`).
     Differs: the paper's predictor sees raw weights alone, which in our measurements does not carry over to another
@@ -180,7 +180,7 @@ class SmartFRZPolicy(FreezePolicy):
         if self._first_prefix is None or view.look is None or min(rates) <= 0 or not any(view.look.signal_L):
             return 0
         planned = Planned(view.total_steps, tuple(rates), _is_adaptive(self._optimizer))
-        return self._first_prefix.choose(view.look, planned, _saved_by_prefixes(view), self._risk)
+        return self._first_prefix.choose(view.look, planned, self._risk)
 
     def _take_snapshot(self, view: View) -> bool:
         """Add a snapshot to the history, and say whether it is evidence."""

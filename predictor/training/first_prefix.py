@@ -8,14 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from predictor.errors import UsageError
-from predictor.model.decision import saved_by
 from predictor.model.first_look import FirstLook
-from predictor.model.first_prefix import COST_FLOOR, Planned, PrefixModel, features
+from predictor.model.first_prefix import COST_FLOOR, MOST_COST, Planned, PrefixModel, features, largest
 from predictor.training.thresholds import RISKS
 
 Floats = npt.NDArray[np.float64]
-USED = ("share", "motion", "adaptive")
-"""The features that it is fitted to. The others of `predictor.model.first_prefix.features` were no help."""
+USED = ("share", "agreement")
+"""The features that it is fitted to. The others of `predictor.model.first_prefix.features` were no help beside them."""
 _RIDGE = 3.0
 _SPENT = 0.5
 """The share of a risk that may be spent before the first step. The rest is for what freezes later."""
@@ -50,12 +49,9 @@ def fit_first_prefix(runs: Sequence[FirstPrefixes]) -> tuple[PrefixModel, dict[s
     if len(families) < 2:
         raise UsageError(f"{len(runs)} runs of {len(families)} families: a family is left out in turn, so give two")
     without = {family: _line([run for run in runs if run.family != family]) for family in families}
-    errors = np.concatenate([_targets([run]) - _predicted(without[run.family], [run]) for run in runs])
-    deviation = float(np.sqrt(_by_family(np.square(errors), runs)))
-    unseen = {family: PrefixModel(*line, deviation) for family, line in without.items()}
-    predicted = predict_unseen(runs, unseen)
+    predicted = predict_unseen(runs, {family: PrefixModel(*line) for family, line in without.items()})
     allowances = tuple((risk, _allowance(risk, predicted)) for risk in RISKS)
-    model = PrefixModel(*_line(runs), deviation, allowances)
+    model = PrefixModel(*_line(runs), allowances)
     return model, _card(predicted, model)
 
 
@@ -81,13 +77,7 @@ def _inputs(runs: Iterable[FirstPrefixes]) -> Floats:
 
 
 def _targets(runs: Iterable[FirstPrefixes]) -> Floats:
-    return np.concatenate([np.log(run.cost_F.clip(min=0) + COST_FLOOR) for run in runs])
-
-
-def _predicted(line: tuple[float, dict[str, float]], runs: Sequence[FirstPrefixes]) -> Floats:
-    intercept, weights = line
-    predicted: Floats = intercept + _inputs(runs) @ np.array([weights[name] for name in USED])
-    return predicted
+    return np.concatenate([np.log(run.cost_F.clip(0, MOST_COST) + COST_FLOOR) for run in runs])
 
 
 def _weights(runs: Sequence[FirstPrefixes]) -> Floats:
@@ -97,40 +87,32 @@ def _weights(runs: Sequence[FirstPrefixes]) -> Floats:
     return np.concatenate(parts)
 
 
-def _by_family(value_N: Floats, runs: Sequence[FirstPrefixes]) -> float:
-    return float(value_N @ _weights(runs))
-
-
 @dataclass(frozen=True, eq=False)
 class _Predicted:
     """A run, and what a model without its family predicts of it."""
 
     run: FirstPrefixes
-    price_L: Floats
-    """The predicted cost of the prefix up to each layer, over the share of a step that it saves."""
+    cost_L: Floats
+    """The predicted cost of the prefix up to each layer."""
 
     def freezes(self, allowed: float) -> int:
-        """How many layers freeze, if a whole step's saving may cost so much."""
-        fits_L = self.price_L <= allowed
-        return int(np.where(fits_L, np.arange(1, len(fits_L) + 1), 0).max(initial=0))
+        """How many layers freeze, if a prefix may cost so much."""
+        return largest(self.cost_L, allowed)
 
 
 def _allowance(risk: float, predicted: Sequence[_Predicted]) -> float:
-    """The largest mean cost of a whole step's saving with which runs of unseen families keep to a part of the risk."""
+    """The largest predicted cost with which runs of unseen families keep to their part of the risk."""
     fitting = [value for value in _ALLOWANCES.tolist() if replay(predicted, value)[0] <= _SPENT * risk]
     return float(max(fitting, default=0.0))
 
 
 def predict_unseen(runs: Sequence[FirstPrefixes], unseen: dict[str, PrefixModel]) -> list[_Predicted]:
     """Each run as the model without its family sees it."""
-    return [
-        _Predicted(run, unseen[run.family].costs(run.look, run.planned) / np.maximum(saved_by(run.step_F), 1e-9))
-        for run in runs
-    ]
+    return [_Predicted(run, unseen[run.family].costs(run.look, run.planned)) for run in runs]
 
 
 def replay(predicted: Sequence[_Predicted], allowed: float) -> tuple[float, float]:
-    """Percentage points lost and the FLOPs of a step, if each run freezes what may cost so much a whole step saved.
+    """Percentage points lost and the FLOPs of a step, if each run freezes what may cost so much.
 
     Means over families of their runs' means.
     """
@@ -154,6 +136,5 @@ def _card(predicted: Sequence[_Predicted], model: PrefixModel) -> dict[str, Any]
     return {
         "runs": len(predicted),
         "families": {family: families.count(family) for family in sorted(set(families))},
-        "deviation": model.deviation,
         "replays": [dict(zip(("risk", "points", "flops"), each, strict=True)) for each in replays],
     }

@@ -44,22 +44,19 @@ def test_a_layer_in_which_batches_agree_on_nothing_has_no_share():
 
 
 def test_the_choice_by_hand():
-    """A cost in proportion to the share; a prefix that saves half a step may cost half of what a whole step may."""
-    model = PrefixModel(math.log(2.0), {"share": 1.0}, 0.0, ((0.5, 1.0), (1.0, 2.0)))
-    assert model.costs(LOOK, PLANNED) + COST_FLOOR == pytest.approx([0.2, 0.8, 2.0])
-    saved = [0.25, 0.5, 1.0]
-    assert model.choose(LOOK, PLANNED, saved, 0.5) == 1  # costs 0.1, 0.7, 1.9; may cost 0.25, 0.5, 1
-    assert model.choose(LOOK, PLANNED, saved, 0.75) == 2  # may cost 0.375, 0.75, 1.5
-    assert model.choose(LOOK, PLANNED, saved, 1.0) == 3
-    assert model.choose(LOOK, PLANNED, [0.01, 0.01, 0.01], 0.5) == 0
+    """A cost in proportion to the share of the signal."""
+    model = PrefixModel(math.log(2.0), {"share": 1.0}, ((0.5, 0.2), (1.0, 1.0), (2.0, 3.0)))
+    assert model.costs(LOOK, PLANNED) + COST_FLOOR == pytest.approx([0.2, 0.8, 2.0])  # costs 0.1, 0.7 and 1.9
+    assert [model.choose(LOOK, PLANNED, risk) for risk in (0.5, 0.75, 1.0, 1.5, 2.0)] == [1, 1, 2, 3, 3]
 
 
-def test_without_allowances_nothing_freezes():
-    assert PrefixModel(0.0, {"share": 1.0}).choose(LOOK, PLANNED, [1.0, 1.0, 1.0], 2.0) == 0
+def test_where_nothing_is_allowed_nothing_freezes():
+    assert PrefixModel(-20.0, {"share": 1.0}).choose(LOOK, PLANNED, 2.0) == 0
+    assert PrefixModel(-20.0, {"share": 1.0}, ((0.5, 0.0),)).choose(LOOK, PLANNED, 2.0) == 0
 
 
 def test_it_travels_as_json():
-    model = PrefixModel(0.5, {"share": 1.0, "motion": 0.25}, 0.75, ((0.5, 1.0), (1.0, 2.0)))
+    model = PrefixModel(0.5, {"share": 1.0, "motion": 0.25}, ((0.5, 1.0), (1.0, 2.0)))
     assert PrefixModel.from_dict(model.as_dict()) == model
 
 
@@ -71,10 +68,10 @@ def test_it_travels_as_json():
         {"weights": [1.0]},
         {"allowances": [[1.0, 2.0], [0.5, 1.0]]},
         {"allowances": 3},
-        {"deviation": None},
+        {"allowances": None},
     ],
 )
 def test_content_that_is_no_model_is_refused(change):
-    content = PrefixModel(0.5, {"share": 1.0}, 0.75, ((0.5, 1.0),)).as_dict()
+    content = PrefixModel(0.5, {"share": 1.0}, ((0.5, 1.0),)).as_dict()
     with pytest.raises(UsageError, match="no prefix model"):
         PrefixModel.from_dict({**content, **change})

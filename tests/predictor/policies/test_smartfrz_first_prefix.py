@@ -12,7 +12,7 @@ from predictor.model.file import load_predictor, save_predictor
 from predictor.model.first_prefix import PrefixModel
 from predictor.policies.smartfrz import SHIPPED
 
-CHEAP = PrefixModel(-20.0, {"share": 1.0}, 0.0, ((0.5, 1.0), (2.0, 4.0)))
+CHEAP = PrefixModel(-20.0, {"share": 1.0}, ((0.5, 1.0), (2.0, 4.0)))
 """Every prefix costs next to nothing."""
 DEAR = replace(CHEAP, intercept=20.0)
 
@@ -68,7 +68,7 @@ def test_without_a_look_nothing_freezes(tmp_path):
 
 
 def test_a_higher_risk_freezes_more(tmp_path):
-    grows = PrefixModel(0.0, {"depth": 1.0}, 0.0, ((0.5, 0.0), (2.0, 10.0)))
+    grows = PrefixModel(0.0, {"depth": 1.0}, ((0.5, 0.0), (2.0, 10.0)))
     assert started(tmp_path, grows).frozen == frozenset()
     assert started(tmp_path, grows, risk=2.0).frozen == {0, 1}
 

@@ -4,7 +4,7 @@ import operator
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -46,10 +46,6 @@ _MOST_STEPS_UNCHECKED = 100
 """Steps after which the controller looks at the frozen layers at the latest."""
 _CHECKS = 20
 """How often it does so in a training that is too short for that."""
-_END = object()
-
-Losses = Iterable[Tensor] | Callable[[], Iterable[Tensor]]
-"""The loss of one batch after the other, or what begins to compute them."""
 
 
 class FreezeController:
@@ -128,8 +124,9 @@ class FreezeController:
         self.seconds = 0.0
         """Wall-clock seconds spent in here so far, decisions included. On a GPU a decision waits for the steps that are
         queued; that wait counts too, though those steps had to be computed anyway."""
-        self.looked = 0
-        """Batches that `look` has taken, of which each costs a forward and a backward pass."""
+        self.looked = 0.0
+        """Batches that `look` has taken, a part of one as that part. Each costs a forward and a backward pass."""
+        self._looks = 0  # losses that it has taken
         self._look: FirstLook | None = None
         self._looking = False
         self.agree: Callable[[frozenset[int], int], frozenset[int]] = _own_answer
@@ -203,44 +200,43 @@ class FreezeController:
         """
         return self.timeline.plot(path)
 
-    def look(self, losses: Losses, *, loader: object = None) -> FreezeEvent | None:
+    def look(
+        self, batches: Iterable[Any], loss: Callable[[Any], Tensor], *, _others: Sequence[object] = ()
+    ) -> FreezeEvent | None:
         """Have the policy decide before the first step by the gradients of the first batches, if it `wants_look`.
 
-            controller.look(loss_fn(model(x), y) for x, y in loader)
+            controller.look(loader, lambda batch: loss_fn(model(batch[0]), batch[1]))
 
-        Call it before the loop, after states were loaded. It takes 8 batches forward and backward, in evaluation mode.
-        Afterwards model, `.grad`, statistics, modes and the random generators of Python, NumPy and torch are what they
-        were. For that time it keeps two more copies of all weights that train.
+        Call it before the loop, after states were loaded. It takes a quarter of the samples of each of 8 batches, at
+        least 4, forward and backward, in evaluation mode. Afterwards model, `.grad`, statistics, modes, the random
+        generators of Python, NumPy and torch, and the loader's own are what they were. For that time it keeps two more
+        copies of all weights that train.
 
-        Python opens `loader` before this is called, which draws a number from torch's generator. Where the training is
-        to draw the same numbers as without a look, give a function, and the loader if it has a generator of its own:
-
-            controller.look(lambda: (loss_fn(model(x), y) for x, y in loader), loader=loader)
-
-        Under several processes each looks at its own batches, and the first decides.
+        Batches stay whole whose samples cannot be told (tensors and lists of different lengths), and all of them where
+        `loss` raises an error on a part. Under several processes each looks at its own, and the first decides.
 
         Args:
-            losses: the loss of one batch after the other, each computed when it is asked for, and not scaled. A
-                generator, which is closed, or a function that returns one.
-            loader: the DataLoader behind them, or several: their samplers and data sets are left as they were too.
+            batches: the training's DataLoader, or other batches. It is opened in here; an iterator that is open already
+                loses what is taken.
+            loss: from a batch, or a part of one, to its loss: one number with its graph, not scaled.
 
         Returns:
             What froze. None where nothing did: also, with one line, where there is no look, since there are fewer than
-            two batches, gradients are not finite or weights are sharded. The batches are not asked for where the policy
+            two batches, gradients are not finite or weights are sharded. The batches are not opened where the policy
             wants no look, and in a training that has begun or is continued.
 
         Raises:
-            UsageError: `losses` are computed already, or one is not a single number with a graph.
+            UsageError: `loss` is no function, or what it returns is not a single number with a graph.
         """
+        if not callable(loss):
+            raise UsageError(
+                f"look() was given a {type(loss).__name__} for the loss: give a function from a batch to its loss, "
+                "lambda batch: loss_fn(model(batch[0]), batch[1])"
+            )
         resumed = self._waiting_state is not None and self._waiting_state["step"]
         if not self.policy.wants_look or self._step or resumed:
             return None
-        if isinstance(losses, Tensor | Sequence):
-            raise UsageError(
-                f"look() was given a {type(losses).__name__} of losses: give a generator, (loss_fn(model(x), y) for x, "
-                "y in loader), so that each is computed when it is asked for"
-            )
-        return self._timed(lambda: self._start_with_look(losses, loader))
+        return self._timed(lambda: self._start_with_look(batches, loss, _others))
 
     def step(self) -> FreezeEvent | None:
         """Call after `optimizer.step()` and before `zero_grad()`. Returns what changed, if anything did."""
@@ -345,15 +341,17 @@ class FreezeController:
         rates = self.policy.rates(self.view)
         return {index: factor for index, factor in rates.items() if index not in self._given_back}
 
-    def _start_with_look(self, losses: Losses, loader: object) -> FreezeEvent | None:
+    def _start_with_look(
+        self, batches: Iterable[Any], loss: Callable[[Any], Tensor], others: Sequence[object]
+    ) -> FreezeEvent | None:
         """Begin the training anew, with a look at its first batches."""
         self._undo_start()
         self._looking = True
+        model, why_not = self.called_model, self.report_no_look
         try:
-            with without_sync(self.called_model):
-                given = self._taken(losses)
+            with without_sync(model):
                 self._look = look_at(
-                    self.called_model, lambda: self.layers, given, loader=loader, why_not=self.report_no_look
+                    model, lambda: self.layers, batches, loss, others=others, around=self._taking, why_not=why_not
                 )
         finally:
             self._looking = False
@@ -363,24 +361,16 @@ class FreezeController:
             event = self._start()
         return event
 
-    def _taken(self, losses: Losses) -> Iterator[Tensor]:
-        """The losses. The first passes show the layers and what they cost, as the training's own would."""
-        left = iter(losses() if callable(losses) else losses)
-        try:
-            while True:
-                # The second, since FLOPs are counted anew where the first has shown other layers.
-                with shown() if self.looked < 2 else nullcontext():
-                    loss: Any = next(left, _END)
-                if loss is _END:
-                    return
-                if self.looked == 0 and self._first_pass is not None:
-                    self._first_pass.settle()
-                self.looked += 1
-                yield loss
-                del loss
-        finally:
-            if hasattr(left, "close"):
-                left.close()
+    @contextmanager
+    def _taking(self, share: float) -> Iterator[None]:
+        """Around a pass of the look. The first ones show the layers and what they cost, as the training's own would."""
+        # The second, since FLOPs are counted anew where the first has shown other layers.
+        with shown() if self._looks < 2 else nullcontext():
+            yield
+        if self._looks == 0 and self._first_pass is not None:
+            self._first_pass.settle()
+        self._looks += 1
+        self.looked += share
 
     def _undo_start(self) -> None:
         """Undo what was decided before the first step."""

@@ -60,7 +60,7 @@ def test_samples_are_sieved(tmp_path):
 def test_the_first_batches_are_looked_at(tmp_path):
     made = "from predictor import FreezeController, make_policy\npolicy = make_policy('static', layers=1)\n"
     made += "policy.wants_look = True\ncontroller = FreezeController(model, optimizer, policy, total_steps=steps)\n"
-    run(f"{SHORT}{made}{block('controller.look(lambda')}assert controller.looked == steps\n", tmp_path)
+    run(f"{SHORT}{made}{block('controller.look(loader, lambda')}assert controller.looked == steps / 2\n", tmp_path)
 
 
 def test_the_complete_loop_freezes(tmp_path):

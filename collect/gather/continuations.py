@@ -139,8 +139,8 @@ class Branch(Hook):
 
 def _first_look(training: Training) -> FirstLook | None:
     """What the first batches of a training say of its layers before a step is taken."""
-    losses = (training.loss_of(inputs, labels_B) for _, inputs, labels_B in training.batches())
-    return look_at(training.model, training.layers, losses)
+    batches = training.batches()  # of ids, inputs and labels
+    return look_at(training.model, training.layers, batches, lambda batch: training.loss_of(*batch[1:]))
 
 
 class _FrozenFrom(FreezePolicy):

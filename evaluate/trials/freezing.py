@@ -74,9 +74,7 @@ class LookHook(Hook):
 
     def on_start(self, training: Training) -> None:
         """Have the policy look; the training's own first batches come again as they would have."""
-        self._freezing.controller.look(
-            lambda: (training.loss_of(inputs, labels_B) for _, inputs, labels_B in training.batches())
-        )
+        self._freezing.controller.look(training.batches(), lambda batch: training.loss_of(*batch[1:]))
 
 
 class CacheHook(Hook):

@@ -160,7 +160,7 @@ def _freezing(
         "flops": sum(step_flops(frozen) * count for frozen, count in steps.items())
         - _spared(caching, step_flops)
         + _beside(controller, training)
-        + step_flops(frozenset()) * controller.looked // training.recipe.accumulate
+        + int(step_flops(frozenset()) * controller.looked) // training.recipe.accumulate
         + (0 if probing is None else probing.flops(step_flops)),
     }
 

@@ -86,13 +86,13 @@ class TrainerCallbackBase:
         if done and state is not None:
             self.controller.load_state_dict(state)
 
-    def _look(self, loader: Any, losses: Callable[[Iterable[Any]], Iterable[Tensor]], *others: object) -> None:
+    def _look(self, loader: Any, loss: Callable[[Any], Tensor], *others: object) -> None:
         """Have the policy look at the training's first batches, if it wants to and they can be had.
 
         Args:
             loader: the trainer's.
-            losses: computes the loss of one batch of a loader after the other.
-            others: what else changes where losses are computed, and is to be left as it was.
+            loss: from a batch to its loss.
+            others: what else changes where a loss is computed, and is to be left as it was.
         """
         controller = self.controller
         assert controller is not None, "the training has started"
@@ -105,7 +105,7 @@ class TrainerCallbackBase:
         fresh = copy.copy(own)
         vars(fresh).update(persistent_workers=False, _iterator=None)
         try:
-            controller.look(lambda: losses(fresh), loader=[fresh, *others])
+            controller.look(fresh, loss, _others=others)
         except Exception as error:  # the model's or the data's, as where only training gives a loss
             controller.report_no_look(reason_of(error))
 

@@ -3,7 +3,7 @@
 import base64
 import inspect
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ class FreezeCallback(TrainerCallbackBase, TrainerCallback, ExportableState):  # 
         if self.controller.policy.wants_look:
             kwargs["model"].train()  # as the Trainer does before each step; a pretrained one may be in evaluation mode
             trainer = _owner_in_calls(lambda it: hasattr(it, "compute_loss") and hasattr(it, "callback_handler"))
-            self._look(kwargs.get("train_dataloader"), partial(_losses, trainer, kwargs["model"]), trainer)
+            self._look(kwargs.get("train_dataloader"), partial(_loss, trainer, kwargs["model"]), trainer)
         self._changed = bool(self.controller.history)
 
     def on_optimizer_step(
@@ -205,14 +205,14 @@ def _owner_in_calls(wanted: Callable[[Any], bool]) -> Any:
     return None
 
 
-def _losses(trainer: Any, model: nn.Module, loader: Iterable[Any]) -> Iterator[Tensor]:
-    """The losses as the Trainer computes them, of its label smoothing or of a `compute_loss` of the user's own."""
+def _loss(trainer: Any, model: nn.Module, batch: Any) -> Tensor:
+    """The loss as the Trainer computes it, of its label smoothing or of a `compute_loss` of the user's own."""
     if trainer is None:
         raise UsageError("there is no Trainer among the callers of on_train_begin")
-    for batch in loader:
-        inputs = trainer._prepare_inputs(batch)
-        with trainer.compute_loss_context_manager():
-            yield trainer.compute_loss(model, inputs).mean()
+    inputs = trainer._prepare_inputs(batch)
+    with trainer.compute_loss_context_manager():
+        loss: Tensor = trainer.compute_loss(model, inputs)
+        return loss.mean()
 
 
 def _is_reporter(callback: TrainerCallback) -> bool:

@@ -1,10 +1,10 @@
 """Freezing in Lightning's Trainer."""
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
         if self._ids is not None:
             network = self._named_network(pl_module)
             self.cache = FeatureCache(self.controller, model=network, memory_gb=self._memory_gb)
-        self._look(trainer.train_dataloader, partial(_losses, trainer, pl_module))
+        self._look(trainer.train_dataloader, _loss_of(trainer, pl_module))
         if self.controller.history:
             self._log(trainer)
 
@@ -178,25 +178,32 @@ class FreezeCallback(TrainerCallbackBase, pl.Callback):  # type: ignore[misc]
         return network
 
 
-def _losses(trainer: "pl.Trainer", module: "pl.LightningModule", loader: Iterable[Any]) -> Iterator[Tensor]:
-    """The losses of `training_step`, outside of the training's own loop."""
+def _loss_of(trainer: "pl.Trainer", module: "pl.LightningModule") -> Callable[[Any], Tensor]:
+    """From a batch to the loss of `training_step`, outside of the training's own loop."""
+    numbers = itertools.count()
+
+    def loss_of(batch: Any) -> Tensor:
+        takes = _checked_step(module)
+        batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+        batch = trainer.strategy.batch_to_device(batch)
+        with _without_logging(trainer, module), trainer.precision_plugin.train_step_context():
+            output = module.training_step(batch, next(numbers)) if takes else module.training_step(batch)
+        loss: Tensor | None = output.get("loss") if isinstance(output, Mapping) else output
+        if loss is None:
+            raise UsageError("training_step returned no loss")
+        return loss
+
+    return loss_of
+
+
+def _checked_step(module: "pl.LightningModule") -> bool:
+    """Whether `training_step` takes the batch's number. Raises UsageError where it gives no loss of a batch."""
     if not module.automatic_optimization:
         raise UsageError("under manual optimization training_step steps the optimizers itself")
     takes = inspect.signature(module.training_step).parameters
     if "dataloader_iter" in takes:
         raise UsageError("training_step takes its batches from dataloader_iter")
-    numbered = len(takes) > 1 or any(parameter.kind == parameter.VAR_POSITIONAL for parameter in takes.values())
-    with _without_logging(trainer, module):
-        for index, batch in enumerate(loader):
-            batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
-            batch = trainer.strategy.batch_to_device(batch)
-            with trainer.precision_plugin.train_step_context():
-                output = module.training_step(batch, index) if numbered else module.training_step(batch)
-            loss = output.get("loss") if isinstance(output, Mapping) else output
-            if loss is None:
-                raise UsageError("training_step returned no loss")
-            yield loss
-            del output, loss  # and their graph
+    return len(takes) > 1 or any(parameter.kind == parameter.VAR_POSITIONAL for parameter in takes.values())
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class SmartFRZPolicy(FreezePolicy):
         It waits for a first rise that the schedule names. A prefix passes over layers that the user holds still, and
         they join it until they are opened.
     Cost: one gather and one gradient norm a layer, two transfers from a GPU and one small batch through the predictor
-        at each of about 60 snapshots a run. A look at the first batches takes 8 of them forward and backward. With
+        at each of about 60 snapshots a run. A look takes a quarter of each of 8 batches forward and backward. With
         `prefix` and a predictor that knows what freezing costs also one forward pass, in which FLOPs are counted.
 
     Args:

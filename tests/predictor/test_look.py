@@ -1,7 +1,6 @@
 """The first look: what a policy gets to see of the first batches, and that it leaves no trace."""
 
 import random
-from functools import partial
 
 import numpy as np
 import pytest
@@ -50,8 +49,13 @@ def start(model, policy=None, **options):
     return optimizer, FreezeController(model, optimizer, policy or Quiet(), **options)
 
 
-def losses_on(model, loader):
-    return (F.cross_entropy(model(x), y) for x, y in loader)
+def loss_of(model):
+    return lambda batch: F.cross_entropy(model(batch[0]), batch[1])
+
+
+def looked_at(model, controller, batches):
+    """Look at batches with the model's own loss."""
+    return controller.look(batches, loss_of(model))
 
 
 def trained(model, optimizer, controller, loader):
@@ -94,13 +98,13 @@ def test_the_policy_sees_the_norms_and_decides_before_the_first_step(make_toy):
     policy = Quiet()
     optimizer, controller = start(model, policy)
     assert (controller.frozen, policy.bound) == (set(), 1)
-    event = controller.look(losses_on(model, batches))
+    event = looked_at(model, controller, batches)
     assert (event.step, event.froze, controller.frozen) == (0, (0,), {0})
     assert controller.history == [event]
-    assert (policy.bound, controller.looked) == (2, 8)
+    assert (policy.bound, controller.looked) == (2, pytest.approx(8 * 4 / 6))
     look = policy.looks[0]
     model_layers = start(copy := make_toy())[1].layers
-    mean, noise = by_hand(copy, model_layers, batches)
+    mean, noise = by_hand(copy, model_layers, [(x[:4], y[:4]) for x, y in batches])
     assert look.batches == 8
     assert look.mean_l1_L == pytest.approx(mean, rel=1e-4)
     assert look.noise_l1_L == pytest.approx(noise, rel=1e-4)
@@ -120,8 +124,8 @@ def test_the_model_and_its_gradients_are_what_they_were(make_toy):
         parameter.register_post_accumulate_grad_hook(lambda p: hooks.append(p))
     _, controller = start(model, Quiet())
     controller.policy.decide = lambda view: frozenset()
-    controller.look(losses_on(model, loader_of()))
-    assert controller.looked == 8
+    looked_at(model, controller, loader_of())
+    assert controller.looked > 5
     assert hooks == []
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(torch.equal(then, p.grad) for then, p in zip(grads, model.parameters(), strict=True))
@@ -143,8 +147,8 @@ def test_the_training_draws_the_same_numbers_as_without_a_look(make_toy, own, wo
         seed_all()
         optimizer, controller = start(model, Blind())
         if looks:
-            controller.look(partial(losses_on, model, loader), loader=loader)
-            assert controller.looked == 8
+            looked_at(model, controller, loader)
+            assert controller.looked > 5
         losses.append(trained(model, optimizer, controller, loader))
         after.append(drawn())
     assert losses[0] == losses[1]
@@ -156,26 +160,24 @@ def test_the_look_is_at_the_batches_that_the_training_begins_with(make_toy):
     loader = loader_of()
     _, controller = start(model)
 
-    def losses():
-        for x, y in loader:
-            seen.append(x)
-            yield F.cross_entropy(model(x), y)
+    def loss(batch):
+        seen.append(batch[0].clone())
+        return loss_of(model)(batch)
 
-    controller.look(losses, loader=loader)
-    assert len(seen) == 8
-    assert all(torch.equal(then, x) for then, (x, _) in zip(seen, loader, strict=True))
+    controller.look(loader, loss)
+    assert all(torch.equal(then, x[:4]) for then, (x, _) in zip(seen[-8:], loader, strict=True))
+    assert all(torch.equal(then, seen[-8]) for then in seen[:-8])
 
 
 def test_a_policy_that_wants_no_look_is_not_disturbed(make_toy):
-    def losses():
-        raise AssertionError("asked for")
-        yield
+    class Unopened:
+        def __iter__(self):
+            raise AssertionError("opened")
 
     policy = Quiet()
     policy.wants_look = False
     _, controller = start(make_toy(), policy)
-    assert controller.look(losses()) is None
-    assert controller.look(losses) is None
+    assert controller.look(Unopened(), print) is None
     assert (policy.bound, len(policy.views), controller.looked) == (1, 1, 0)
 
 
@@ -184,11 +186,11 @@ def test_a_training_that_has_begun_or_continues_keeps_what_it_decided(make_toy):
     optimizer, controller = start(model)
     loader = loader_of()
     trained(model, optimizer, controller, [next(iter(loader))])
-    assert controller.look(losses_on(model, loader)) is None
+    assert looked_at(model, controller, loader) is None
     model = make_toy()
     _, resumed = start(model)
     resumed.load_state_dict(controller.state_dict())
-    assert resumed.look(losses_on(model, loader)) is None
+    assert looked_at(model, resumed, loader) is None
     assert controller.looked == resumed.looked == 0
 
 
@@ -197,11 +199,11 @@ def test_a_second_look_replaces_the_first(make_toy):
     policy = Quiet(without={1})
     _, controller = start(model, policy)
     assert controller.frozen == {1}
-    first = controller.look(losses_on(model, loader_of(shuffle=False)))
-    second = controller.look(losses_on(model, loader_of(shuffle=False)))
+    first = looked_at(model, controller, loader_of(shuffle=False))
+    second = looked_at(model, controller, loader_of(shuffle=False))
     assert first == second
     assert controller.history == [second]
-    assert (controller.frozen, controller.looked) == ({0}, 16)
+    assert (controller.frozen, controller.looked) == ({0}, pytest.approx(16 * 4 / 6))
     assert policy.looks[0] == policy.looks[1]
     assert min(policy.looks[0].mean_l1_L) > 0  # also of what had been frozen without a look
 
@@ -215,28 +217,70 @@ def test_without_a_look_the_policy_decides_as_it_did(make_toy, kind):
     scale = float("inf") if kind == "infinite" else 1.0
     batches = list(loader_of())[: 1 if kind == "one" else 8]
     if kind == "shapes":
-        with pytest.raises(UsageError, match=r"\(6,\)"):
-            controller.look(F.cross_entropy(model(x), y, reduction="none") for x, y in batches)
+        with pytest.raises(UsageError, match=r"\(4,\)"):
+            controller.look(batches, lambda batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"))
     else:
-        controller.look(F.cross_entropy(model(x), y) * scale for x, y in batches)
+        controller.look(batches, lambda batch: loss_of(model)(batch) * scale)
         assert len(said) == 1
     assert controller.frozen == {0, 1}
     assert policy.looks == []
     assert not controller.looked or controller.looked <= 8
 
 
-@pytest.mark.parametrize("wrong", ["list", "number", "detached"])
+@pytest.mark.parametrize("wrong", ["no function", "number", "detached"])
 def test_losses_that_cannot_be_looked_at_are_refused(make_toy, wrong):
     model = make_toy()
     _, controller = start(model)
-    losses = losses_on(model, loader_of())
+    loss = loss_of(model)
     given = {
-        "list": lambda: list(losses),
-        "number": lambda: (loss.item() for loss in losses),
-        "detached": lambda: (loss.detach() for loss in losses),
+        "no function": [loss(batch) for batch in loader_of()],
+        "number": lambda batch: loss(batch).item(),
+        "detached": lambda batch: loss(batch).detach(),
     }[wrong]
     with pytest.raises(UsageError, match=r"look\(\)"):
-        controller.look(given() if wrong == "list" else given)
+        controller.look(loader_of(), given)
+
+
+def test_of_a_batch_a_quarter_is_looked_at(make_toy):
+    model = make_toy()
+    _, controller = start(model)
+    sizes = []
+
+    def loss(batch):
+        sizes.append(len(batch[0]))
+        return loss_of(model)(batch)
+
+    controller.look(loader_of(batch_size=24), loss)
+    assert set(sizes) == {6}
+    assert controller.looked == 2 * 0.25
+
+
+def test_where_a_part_does_not_do_whole_batches_are_looked_at(make_toy):
+    model, made_for = make_toy(), 12
+    policy = Quiet()
+    _, controller = start(model, policy)
+
+    def loss(batch):
+        return loss_of(model)((batch[0].view(made_for, 1, 8, 8), batch[1]))
+
+    batches = list(loader_of(batch_size=12))
+    before = [x.clone() for x, _ in batches]
+    controller.look(batches, loss)
+    assert controller.looked == policy.looks[0].batches == 4
+    assert all(torch.equal(then, x) for then, (x, _) in zip(before, batches, strict=True))
+    made_for = 11
+    with pytest.raises(RuntimeError):
+        controller.look(batches, loss)
+
+
+def test_what_is_done_to_a_part_is_not_done_to_the_batch(make_toy):
+    model = make_toy()
+    _, controller = start(model)
+    batches = [{"x": x, "y": y} for x, y in loader_of(batch_size=24)]
+    before = [batch["x"].clone() for batch in batches]
+    controller.look(batches, lambda batch: loss_of(model)((batch.pop("x").mul_(2), batch.pop("y"))))
+    assert controller.looked == 2 * 0.25
+    assert all(torch.equal(then, batch["x"]) for then, batch in zip(before, batches, strict=True))
 
 
 class TwoHeads(nn.Module):
@@ -246,21 +290,24 @@ class TwoHeads(nn.Module):
         super().__init__()
         self.head, self.second_head, self.mix = nn.Linear(8, 3), nn.Linear(8, 3), nn.Linear(6, 3)
         self.second, self.first = nn.Linear(8, 8), nn.Linear(64, 8)
+        self.made_for = -1  # samples in a batch; -1 for any
 
     def forward(self, x):
-        inner = self.first(x.flatten(1))
+        inner = self.first(x.reshape(self.made_for, 64))
         both = self.head(self.second(inner)), self.second_head(inner)
         return both if self.training else self.mix(torch.cat(both, 1))
 
 
-def test_layers_are_settled_by_the_first_pass_before_they_are_looked_at():
+@pytest.mark.parametrize("made_for", [-1, 6])
+def test_layers_are_settled_by_the_first_pass_before_they_are_looked_at(made_for):
     torch.manual_seed(0)
     model = TwoHeads()
+    model.made_for = made_for
     policy = Quiet(without={0})
     policy.wants_flops = True
     optimizer, controller = start(model, policy)
     assert [layer.name for layer in controller.layers] != ["first", "second"]
-    controller.look(losses_on(model, loader_of()))
+    looked_at(model, controller, loader_of())
     assert [layer.name for layer in controller.layers] == ["first", "second"]  # as in training
     assert policy.bound == 2
     assert len(policy.looks[0].size_L) == 2
@@ -269,7 +316,7 @@ def test_layers_are_settled_by_the_first_pass_before_they_are_looked_at():
     assert not model.first.weight.requires_grad
     assert model.second.weight.requires_grad
     # And the training's own first pass changes nothing.
-    F.cross_entropy(model(X[:4])[0], Y[:4]).backward()
+    F.cross_entropy(model(X[:6])[0], Y[:6]).backward()
     optimizer.step()
     assert controller.step() is None
     assert controller.frozen == {0}
@@ -280,16 +327,16 @@ def test_a_state_that_waits_for_the_first_pass_counts_where_a_step_was_done(step
     torch.manual_seed(0)
     model = TwoHeads()
     optimizer, controller = start(model, Quiet())
-    controller.look(losses_on(model, loader_of()))
+    looked_at(model, controller, loader_of())
     for _ in range(steps):
         F.cross_entropy(model(X[:4])[0], Y[:4]).backward()
         optimizer.step()
         controller.step()
     resumed = start(model := TwoHeads(), policy := Quiet())[1]
     resumed.load_state_dict(controller.state_dict())
-    event = resumed.look(losses_on(model, loader_of()))
+    event = looked_at(model, resumed, loader_of())
     assert (event is None) == (steps == 1)
-    assert len(policy.looks) == resumed.looked / 8 == 1 - steps
+    assert len(policy.looks) == round(resumed.looked) / 5 == 1 - steps
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     F.cross_entropy(model(X[:4])[0], Y[:4]).backward()
     optimizer.step()

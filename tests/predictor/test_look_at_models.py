@@ -33,8 +33,8 @@ def batches(size=8):
     return zip(X.split(size), Y.split(size), strict=True)
 
 
-def losses_of(model):
-    return (F.cross_entropy(model(x), y) for x, y in batches())
+def loss_of(model, scale=1.0):
+    return lambda batch: F.cross_entropy(model(batch[0]), batch[1]) * scale
 
 
 def start(model, answers=(0,), optimizers=None, **options):
@@ -43,13 +43,13 @@ def start(model, answers=(0,), optimizers=None, **options):
     return FreezeController(model, made, LookingScript({0: answers}), **options)
 
 
-def looked(model, losses=None, answers=(), **options):
+def looked(model, loss=None, answers=(), given=None, **options):
     """The look, after a check that it has left no trace."""
     controller = start(model, answers, **options)
     before = copy.deepcopy(controller.model.state_dict())
     wanted = [p.requires_grad for p in model.parameters()]
     modes = [module.training for module in model.modules()]
-    controller.look(losses or losses_of(model))
+    controller.look(given or batches(), loss or loss_of(model))
     after = controller.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(p.grad is None for p in model.parameters())
@@ -65,37 +65,19 @@ def shares(look):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_gradients_do_not_vanish_under_autocast(dtype):
     model = Net()
-    whole = looked(model, (F.cross_entropy(model(x), y) * 1e-6 for x, y in batches()))
+    whole = looked(model, loss_of(model, 1e-6))
 
-    def losses():
-        for x, y in batches():
-            with torch.autocast("cpu", dtype=dtype):
-                loss = F.cross_entropy(model(x), y) * 1e-6
-            yield loss
+    def loss(batch):
+        with torch.autocast("cpu", dtype=dtype):
+            return loss_of(model, 1e-6)(batch)
 
-    half = looked(model, losses())
+    half = looked(model, loss)
     assert half.mean_l1_L == pytest.approx(whole.mean_l1_L, rel=0.1)
-
-
-def test_autocast_within_the_losses_is_over_afterwards():
-    model = Net()
-
-    def losses():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            for x, y in batches():
-                yield F.cross_entropy(model(x), y)
-
-    cached = torch.is_autocast_cache_enabled()
-    assert looked(model, losses()).batches == 8
-    assert (torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()) == (False, cached)
 
 
 def test_half_weights_are_summed_in_full_precision():
     whole, half = Net().double(), Net().bfloat16()
-    looks = [
-        looked(model, (F.cross_entropy(model(x.to(model[0].weight.dtype)).float(), y) for x, y in batches()))
-        for model in (whole, half)
-    ]
+    looks = [looked(model, given=[(x.to(model[0].weight.dtype), y) for x, y in batches()]) for model in (whole, half)]
     assert looks[1].mean_l1_L == pytest.approx(looks[0].mean_l1_L, rel=0.1)
 
 
@@ -132,22 +114,21 @@ class Words(nn.Module):
         return {"logits": logits, "loss": F.cross_entropy(logits, labels)}
 
 
-def sentences(model):
-    for start_ in range(0, 64, 8):
-        tokens = torch.arange(start_, start_ + 32).reshape(8, 4) % 16
-        batch = {"tokens": tokens, "labels": tokens[:, 0]}
-        yield model(**batch)["loss"]
+def looked_at_sentences(model, **options):
+    tokens = [torch.arange(start_, start_ + 32).reshape(8, 4) % 16 for start_ in range(0, 64, 8)]
+    given = [{"tokens": each, "labels": each[:, 0]} for each in tokens]
+    return looked(model, lambda batch: model(**batch)["loss"], given=given, **options)
 
 
 def test_sparse_gradients_count_as_dense_ones():
     dense, sparse = Words(), Words(sparse=True)
     optimizers = torch.optim.SGD(sparse.parameters(), lr=0.1)
-    assert looked(dense, sentences(dense)) == looked(sparse, sentences(sparse), optimizers=optimizers)
+    assert looked_at_sentences(dense) == looked_at_sentences(sparse, optimizers=optimizers)
 
 
 def test_what_is_tied_to_the_head_is_no_layer():
     model = Words(tied=True)
-    assert len(looked(model, sentences(model)).size_L) == 1
+    assert len(looked_at_sentences(model).size_L) == 1
 
 
 def test_what_the_user_holds_still_has_no_gradient():
@@ -170,7 +151,7 @@ def test_where_no_layer_trains_there_is_no_look():
 def test_a_loss_that_hangs_on_no_layer_gives_no_look():
     model = Net()
     said = []
-    assert looked(model, (model[3].weight.sum() for _ in batches()), say=said.append) is None
+    assert looked(model, lambda _: model[3].weight.sum(), say=said.append) is None
     assert len(said) == 1
 
 
@@ -197,8 +178,8 @@ def test_checkpointed_layers_are_looked_at():
 def test_reentrant_checkpointing_gives_no_look():
     model = Checkpointed(reentrant=True)
     said = []
-    losses = (F.cross_entropy(model(x.requires_grad_()), y) for x, y in ((x.clone(), y) for x, y in batches()))
-    assert looked(model, losses, say=said.append) is None
+    given = [(x.clone().requires_grad_(), y) for x, y in batches()]
+    assert looked(model, given=given, say=said.append) is None
     assert len(said) == 1
 
 
@@ -250,8 +231,7 @@ def test_several_networks_with_optimizers_of_their_own():
     model = Gan()
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.generator, model.discriminator)]
     controller = start(model, [0], optimizers)
-    losses = (model.discriminator(model.generator(x)).square().mean() for x, _ in batches())
-    controller.look(losses)
+    controller.look(batches(), lambda batch: model.discriminator(model.generator(batch[0])).square().mean())
     assert [layer.name for layer in controller.layers] == [
         *(f"generator.{index}" for index in (0, 1)),
         *(f"discriminator.{index}" for index in (0, 1)),
@@ -269,7 +249,7 @@ def test_several_networks_with_optimizers_of_their_own():
 def test_a_dry_run_looks_and_freezes_nothing():
     model = Net()
     controller = start(model, [0], dry_run=True)
-    event = controller.look(losses_of(model))
+    event = controller.look(batches(), loss_of(model))
     assert event.froze == (0,)
     assert controller.history == [event]
     assert controller.frozen == set()
@@ -285,8 +265,7 @@ def test_adapters_are_looked_at():
     lora = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query", "value"])
     model = peft.get_peft_model(transformers.BertForSequenceClassification(config), lora)
     tokens = torch.arange(128).reshape(16, 8) % 16
-    losses = (model(input_ids=each, labels=each[:, 0] % 2).loss for each in tokens.split(2))
-    look = looked(model, losses)
+    look = looked(model, lambda ids: model(input_ids=ids, labels=ids[:, 0] % 2).loss, given=tokens.split(2))
     assert any(look.mean_l1_L)
     assert not all(look.mean_l1_L)  # the pretrained embeddings have no adapter
 
@@ -298,7 +277,7 @@ def test_weights_without_memory_and_sharded_ones_give_no_look(sharded):
     controller = start(model, say=said.append)
     if sharded:
         model[0].weight.device_mesh = object()  # as FSDP2's have
-    assert controller.look(losses_of(model)) is None
+    assert controller.look(batches(), loss_of(model)) is None
     assert (controller.looked, len(said)) == (0, 1)
 
 
@@ -324,7 +303,7 @@ def on_the_second_device():
             draw = torch.Generator().manual_seed(0)
             x, y = torch.randn(64, 1, 8, 8, generator=draw).to(device), (torch.arange(64) % 3).to(device)
             syncs.clear()
-            controller.look(F.cross_entropy(model(a), b) for a, b in zip(x.split(8), y.split(8), strict=True))
+            controller.look(zip(x.split(8), y.split(8), strict=True), loss_of(model))
             waits = dict(syncs.of("predictor/"))
             looks.append((waits, controller.policy.looks[0], sorted(controller.frozen)))
     return looks
@@ -356,7 +335,7 @@ def on_two_devices():
         torch.manual_seed(0)
         model = Split()
         controller = start(model)
-        controller.look(losses_of(model))
+        controller.look(batches(), loss_of(model))
         return controller.policy.looks[0].mean_l1_L
 
 
@@ -383,7 +362,7 @@ def two_processes(folder):
         given = [(x, y) if rank == 0 else (-x, y) for x, y in batches()]
         before = copy.deepcopy(net.state_dict())
         state = ddp.require_backward_grad_sync, ddp.require_forward_param_sync
-        controller.look(F.cross_entropy(ddp(x), y) for x, y in given)
+        controller.look(given, loss_of(ddp))
         same = all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
         same &= state == (ddp.require_backward_grad_sync, ddp.require_forward_param_sync)
         F.cross_entropy(ddp(given[0][0]), given[0][1]).backward()

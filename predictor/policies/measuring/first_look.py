@@ -1,7 +1,7 @@
 """What the gradients of a few batches say of each layer before the first step."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from predictor.errors import UsageError
+from predictor.layers.batch import part_of
 from predictor.layers.isolated_pass import isolated
 from predictor.layers.layer import Layer
 from predictor.model.first_look import FirstLook
 from predictor.policies.measuring.gradients import real_of, to_host
 
 BATCHES = 8
-"""Batches that are looked at. Half of them are the other half's noise."""
+"""Batches of which a part is looked at. Half of them are the other half's noise."""
 _SCALE = 1024.0
 """So much larger are gradients in the backward pass, where small ones would vanish under autocast in float16. A power
 of two, which changes nothing in float32."""
@@ -28,27 +29,29 @@ class _NoLook(Exception):
 def look_at(
     model: nn.Module,
     layers: Sequence[Layer] | Callable[[], Sequence[Layer]],
-    losses: Iterable[Tensor],
-    batches: int = BATCHES,
+    batches: Iterable[Any],
+    loss: Callable[[Any], Tensor],
     *,
-    loader: object = None,
+    others: Sequence[object] = (),
+    around: Callable[[float], AbstractContextManager[object]] = nullcontext,
     why_not: Callable[[str], None] | None = None,
 ) -> FirstLook | None:
     """Look at the gradients of a model's first batches. The model, its gradients and the random state stay as they are.
 
-    Two copies of all weights that train are kept for that time.
+    Of each of 8 batches it takes a quarter of the samples (`part_of`), which tells as much. Where `loss` raises an
+    error on such a part, it takes whole batches. Two copies of all weights that train are kept for that time.
 
     Args:
         model: the model, as it is called.
         layers: those that are looked at, or what returns them once the first loss is there.
-        losses: the loss of one batch after the other, each computed when it is asked for. A generator is closed.
-        batches: how many are taken.
-        loader: the DataLoader behind the losses, or several objects. Its samplers and its data set are left as they
-            were, too.
+        batches: opened in here. A DataLoader's samplers and data set are left as they were, too.
+        loss: from a batch to its loss.
+        others: further objects that are left as they were, such as what computes the loss.
+        around: makes a context for computing a loss, given which part of the batch it is of.
         why_not: takes the reason where there is no look.
 
     Returns:
-        None where there are fewer than two losses, where a gradient is missing or not a finite number, and where the
+        None where there are fewer than two batches, where a gradient is missing or not a finite number, and where the
         weights are sharded or have no memory.
 
     Raises:
@@ -56,28 +59,46 @@ def look_at(
     """
     try:
         _refuse_unfit(model)
-        with (
-            isolated(model, gradients=True, others=_parts_of(loader)),
-            _without_cudnn_for_rnns(model),
-            _closing(losses),
-        ):
-            return _sums_of(layers, islice(losses, batches)).look()
+        with isolated(model, gradients=True, others=_parts_of(batches, *others)), _without_cudnn_for_rnns(model):
+            return _sums_of(layers, batches, loss, around).look()
     except (_NoLook, torch.OutOfMemoryError) as error:
         if why_not is not None:
             why_not(str(error) if isinstance(error, _NoLook) else "there is not enough memory on the device")
         return None
 
 
-def _sums_of(layers: Sequence[Layer] | Callable[[], Sequence[Layer]], losses: Iterator[Tensor]) -> "_Sums":
+def _sums_of(
+    layers: Sequence[Layer] | Callable[[], Sequence[Layer]],
+    batches: Iterable[Any],
+    loss: Callable[[Any], Tensor],
+    around: Callable[[float], AbstractContextManager[object]],
+) -> "_Sums":
     sums: _Sums | None = None
-    for loss in losses:
-        _check(loss)
+    cuts: bool | None = None  # as long as no batch could be cut
+    for batch in islice(batches, BATCHES):
+        cuts = _can_be_cut(batch, loss) if cuts is None else cuts
+        part, share = (batch, 1.0) if cuts is False else part_of(batch)
+        with around(share):
+            found = loss(part)
+        _check(found)
         sums = sums or _Sums(layers() if callable(layers) else layers)
-        sums.add(loss)
-        del loss  # and its graph, before the next one is made
+        sums.add(found)
+        del found  # and its graph, before the next one is made
     if sums is None or sums.count < 2:
         raise _NoLook("there are fewer than two batches")
     return sums
+
+
+def _can_be_cut(batch: Any, loss: Callable[[Any], Tensor]) -> bool | None:
+    """Whether a part of a batch has a loss; None where there are too few samples. The model shows itself later."""
+    try:
+        part, share = part_of(batch)
+        if share == 1.0:
+            return None
+        loss(part)
+    except Exception:  # of a model that is made for one size of batches, or of samples that cannot be cut so
+        return False
+    return True
 
 
 class _Sums:
@@ -150,16 +171,6 @@ def _check(loss: Any) -> None:
 
 
 @contextmanager
-def _closing(losses: object) -> Iterator[None]:
-    """Close a generator, so that the workers of a loader behind it end."""
-    try:
-        yield
-    finally:
-        if hasattr(losses, "close"):
-            losses.close()
-
-
-@contextmanager
 def _without_cudnn_for_rnns(model: nn.Module) -> Iterator[None]:
     """Without cuDNN, where a model has recurrent layers: they refuse a backward pass in evaluation mode."""
     enabled = torch.backends.cudnn.enabled
@@ -171,10 +182,10 @@ def _without_cudnn_for_rnns(model: nn.Module) -> Iterator[None]:
         torch.backends.cudnn.enabled = enabled
 
 
-def _parts_of(loader: object) -> list[object]:
+def _parts_of(*loaders: object) -> list[object]:
     """Loaders and what they load with, each of which may have a random generator or another state of its own."""
     found: list[object] = []
-    stack = [*loader] if isinstance(loader, tuple | list) else [loader]
+    stack = [*loaders]
     while stack:
         part = stack.pop()
         if part is not None and not any(part is each for each in found):

@@ -56,6 +56,15 @@ def test_none_is_the_plain_training_bit_for_bit(tmp_path):
     assert result["loss"] == plain.curve[-1]["test_loss"]
 
 
+def test_a_look_is_counted_and_changes_nothing_else(tmp_path, monkeypatch):
+    plain = trial(tmp_path)
+    monkeypatch.setattr(FreezePolicy, "wants_look", True)
+    result = trial(tmp_path)
+    assert scores(result["curve"]) == scores(plain["curve"])
+    parts = 8 * 4 / 10  # four samples of each batch of ten
+    assert result["flops"] == pytest.approx(plain["flops"] * (1 + parts / plain["steps"]), abs=1)
+
+
 def test_a_trial_may_be_tested_at_its_end_alone(tmp_path):
     every, end = (trial(tmp_path, recipe={"epochs": 3}, when=when) for when in ("epoch", "end"))
     assert len(every["curve"]) == 3

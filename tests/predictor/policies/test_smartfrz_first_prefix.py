@@ -36,7 +36,7 @@ def started(tmp_path, learned, optimizer=torch.optim.SGD, look=True, **options):
     controller = FreezeController(model, optimizer(model.parameters(), lr=0.1), policy, total_steps=100, say=None)
     assert not controller.frozen or "front" in options
     if look:
-        controller.look(F.cross_entropy(model(x), y) for x, y in batches())
+        controller.look(batches(), lambda batch: F.cross_entropy(model(batch[0]), batch[1]))
     return controller
 
 
@@ -45,7 +45,7 @@ def test_a_prefix_that_costs_nothing_freezes_before_the_first_step(tmp_path, opt
     controller = started(tmp_path, CHEAP, optimizer)
     assert controller.frozen == {0, 1}
     assert [(event.step, event.froze) for event in controller.history] == [(0, (0, 1))]
-    assert controller.looked == 8
+    assert controller.looked == 8 / 4
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_an_optimizer_that_finds_its_rate_by_itself_is_none_to_predict_for(tmp_p
     controller = started(tmp_path, CHEAP, look=False)
     controller._optimizers[0].param_groups[0].update(lr=None, initial_lr=None)
     controller.policy._started_G = [0.0]
-    controller.look(F.cross_entropy(controller.model(x), y) for x, y in batches())
+    controller.look(batches(), lambda batch: F.cross_entropy(controller.model(batch[0]), batch[1]))
     assert controller.frozen == frozenset()
 
 
@@ -93,5 +93,5 @@ def test_it_goes_on_behind_the_prefix_and_a_resumed_training_keeps_it(tmp_path):
     other = started(tmp_path, DEAR, look=False)
     other.load_state_dict(controller.state_dict())
     assert other.frozen == {0, 1}
-    other.look(F.cross_entropy(other.model(x), y) for x, y in batches())
+    other.look(batches(), lambda batch: F.cross_entropy(other.model(batch[0]), batch[1]))
     assert other.frozen == {0, 1}

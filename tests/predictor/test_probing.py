@@ -171,7 +171,7 @@ def test_dict_batches_of_transformers():
 def test_a_classifier_of_timm():
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    model = timm.create_model("test_efficientnet", num_classes=2)
+    model = timm.create_model("mobilenetv3_small_050", num_classes=2)
     y = torch.arange(60) % 2
     x = torch.rand(60, 3, 32, 32) * (1 + y.view(-1, 1, 1, 1))
     report = probe_head(model, batches(x, y, size=20))

@@ -26,7 +26,7 @@ _LABELS = ("labels", "label", "label_ids")
 _FOLD = 5
 """One of so many samples of each class is held out."""
 _FEWEST = 10
-"""Samples that have to be held out, for a judgement."""
+"""Samples that have to be held out, to decide by."""
 _PENALTIES = tuple(10 ** (-step / 2) for step in range(13))
 """Strengths of the penalty that are tried, the strongest first: 1 to 1e-6, for features of mean square length 1."""
 _WORSE = 1.02

@@ -42,7 +42,7 @@ _WEIGHTS, _SAMPLES = "weights", "samples"
 """What may have turned out to be others."""
 _TRIED = 2
 """Samples on which features are checked where something else than a sample has changed."""
-_JUDGED = 16
+_PAYOFF_EVERY = 16
 """Hits after which it is seen whether they pay."""
 _RESTARTS = 3
 """How often in a row kept features may be forgotten before they were used."""
@@ -344,7 +344,7 @@ class FeatureCache:
             return None  # off
         numbers = self._answered(ids)
         odd = self._inspect()
-        if self._adaptive and self.hits % _JUDGED == 0 and (lost := self._payoff.lost()):
+        if self._adaptive and self.hits % _PAYOFF_EVERY == 0 and (lost := self._payoff.lost()):
             self._give_up(f"it does not pay: {lost}")
         if not (self._levels or self._pending or self._stale):
             return None

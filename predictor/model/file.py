@@ -102,7 +102,13 @@ def load_predictor(path: Path | str) -> PredictorFile:
         prefix = PrefixModel.from_dict(meta["prefix"]) if "prefix" in meta else None
         names = {name.removeprefix(_SCALING): name for name in model.state_dict()}
         model.load_state_dict({names[name]: tensor for name, tensor in tensors.items()}, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        ArithmeticError,
+    ) as error:
         reason = " ".join(str(error).split())[:160]
         raise _fault(path, f"its configuration and weights do not fit ({reason})") from error
     if not 0 <= threshold <= 1:

@@ -18,6 +18,8 @@ COST_FLOOR = 0.1
 MOST_COST = 5.0
 """Percentage points at which a cost is cut off: nobody wants to know how much more it is."""
 _TINY = 1e-6
+_LARGEST = 20.0
+"""A logarithm beyond which every cost is too much, and its exponential may overflow."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class PrefixModel:
         line = self.intercept + sum(
             (weight * known[name] for name, weight in self.weights.items()), np.zeros(len(look.size_L))
         )
-        cost_F: Floats = np.maximum.accumulate(np.maximum(np.exp(line) - COST_FLOOR, 0.0))
+        cost_F: Floats = np.maximum.accumulate(np.maximum(np.exp(np.minimum(line, _LARGEST)) - COST_FLOOR, 0.0))
         return cost_F
 
     def allowance(self, risk: float) -> float:
@@ -111,7 +113,7 @@ class PrefixModel:
             weights = {str(name): float(weight) for name, weight in content["weights"].items()}
             allowances = tuple((float(risk), float(cost)) for risk, cost in content["allowances"])
             model = cls(float(content["intercept"]), weights, allowances)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise UsageError(f"no prefix model ({error})") from error
         numbers: Sequence[float] = [model.intercept, *weights.values(), *sum(allowances, ())]
         rising = all(one < other for (one, _), (other, _) in pairwise(allowances))

@@ -50,7 +50,7 @@ def test_every_limit_is_measured_on_real_hooks(small):
     assert all(row.ratio.median > 0 for row in rows)
 
 
-def test_the_policy_is_measured_while_it_judges(small, monkeypatch):
+def test_the_policy_is_measured_while_it_predicts(small, monkeypatch):
     training = Training(*small, seed=0, device=torch.device("cpu"))
     training.model.train()
     batches = overhead._endless(training)

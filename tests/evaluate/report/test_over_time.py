@@ -19,13 +19,13 @@ def frozen(write, trial, events, steps=100, layers=3):
     return read_results(write([row])).trials[0]
 
 
-def test_spans_run_from_freeze_to_thaw(write, trial):
+def test_spans_run_from_freezing_to_unfreezing(write, trial):
     found = frozen(write, trial, [(10, [0]), (40, [0, 2]), (70, [2])])
     assert frozen_spans(found) == [[(10, 70)], [], [(40, 100)]]
     assert frozen_share(found) == pytest.approx((60 + 60) / 300)
 
 
-def test_a_layer_that_thaws_and_freezes_again_has_two_spans(write, trial):
+def test_a_layer_that_is_unfrozen_and_freezes_again_has_two_spans(write, trial):
     assert frozen_spans(frozen(write, trial, [(0, [0]), (20, []), (60, [0])]))[0] == [(0, 20), (60, 100)]
 
 
@@ -133,7 +133,7 @@ def test_of_many_policies_a_timeline_shows_a_family(many_page):
     assert [f"static {setting}" in static.svg for setting in (0.3, 0.5, 0.7)] == [True] * 3
 
 
-def test_a_policy_that_learnt_nothing_stands_hollow_at_the_edge_and_leaves_the_others_their_room(write, trial):
+def test_a_policy_that_learned_nothing_stands_hollow_at_the_edge_and_leaves_the_others_their_room(write, trial):
     accuracies = {"none": 0.90, "good": 0.89, "lost": 0.10}
     rows = [trial("a", name, seed, accuracy=value) for name, value in accuracies.items() for seed in (0, 1)]
     results = read_results(write(rows))

@@ -99,6 +99,12 @@ BAD = {
     "a missing field": {"config": {"window": 4}},
     "a field of another type": {"config": {**CONFIG, "window": "4"}},
     "a threshold outside": {"threshold": 7},
+    "a threshold beyond floats": {"threshold": 10**400},
+    "a prefix model that is none": {"prefix": {"weights": []}},
+    "a prefix model with a feature that does not exist": {
+        "prefix": {"intercept": 0.0, "weights": {"size": 1.0}, "allowances": []}
+    },
+    "a prefix model beyond floats": {"prefix": {"intercept": 10**400, "weights": {}, "allowances": []}},
     "a risk whose threshold lies outside": {"risks": [[0.5, 2.0]]},
     "risks that do not rise": {"risks": [[0.5, 0.5], [0.5, 0.4]]},
     "a risk that is no pair": {"risks": [[0.5]]},

@@ -64,6 +64,7 @@ def test_it_travels_as_json():
     "change",
     [
         {"intercept": math.nan},
+        {"intercept": 10**400},
         {"weights": {"depht": 1.0}},
         {"weights": [1.0]},
         {"allowances": [[1.0, 2.0], [0.5, 1.0]]},

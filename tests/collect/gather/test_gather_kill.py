@@ -4,8 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from data.trajectories.folder import GatherFolder
 from data.trajectories.reader import open_trajectories
 from data.trajectories.trajectory import Trajectory
 from tests.collect.inline import put_inline
+from tests.processes import running, wait_for
 
 CHECKOUT = Path(__file__).parents[3]
 SUITE = """
@@ -48,7 +47,6 @@ def tiny():
     return Workload("tiny", "mine", build, "glosses", Recipe(batch_size=32))
 """
 RUNS = 2
-_PATIENCE = 300.0
 
 
 @pytest.fixture
@@ -74,7 +72,7 @@ def test_killed_it_ends_as_if_unbroken(tmp_path: Path, suite: Path, monkeypatch:
     (worker,) = children(process.pid)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    wait_for(lambda: not Path(f"/proc/{worker}").exists())
+    wait_for(lambda: not running(worker))
 
     put_inline(monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
@@ -87,14 +85,6 @@ def test_killed_it_ends_as_if_unbroken(tmp_path: Path, suite: Path, monkeypatch:
 
 def gather(suite: Path, out: Path) -> list[str]:
     return ["gather", "trajectories", "--suite", str(suite), "--out", str(out)]
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes] | None = None) -> None:
-    last = time.monotonic() + _PATIENCE
-    while not condition():
-        assert process is None or process.poll() is None, "ended too early"
-        assert time.monotonic() < last, "waited in vain"
-        time.sleep(0.005)
 
 
 def children(pid: int) -> list[int]:

@@ -4,8 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 from collect.jobs import Job, default_slots, run_jobs, visible_gpus
 from collect.jobs.local import free_cores, slot_environments
 from predictor.errors import UsageError
+from tests.processes import running, wait_for
 
 JOBS = """
 import json, os, signal, subprocess, sys, time
@@ -215,7 +214,7 @@ def test_an_exception_in_a_callback_ends_the_slots(folder: Path) -> None:
             on_failed=lambda job, error: None,
             device="cpu",
         )
-    assert not _alive(pids[0])
+    assert not running(pids[0])
 
 
 PARENT = """
@@ -237,10 +236,10 @@ def test_slots_end_with_their_parent(folder: Path, sent: signal.Signals) -> None
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(folder)])}
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(folder)], env=environment)
     files = [folder / "pid-a", folder / "pid-b"]
-    _wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+    wait_for(lambda: all(file.exists() and file.read_text() for file in files))
     parent.send_signal(sent)
     assert parent.wait(timeout=20) == (130 if sent == signal.SIGINT else -sent)
-    _wait_for(lambda: not any(_alive(int(file.read_text())) for file in files))
+    wait_for(lambda: not any(running(int(file.read_text())) for file in files))
 
 
 def test_environments_divide_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,17 +329,3 @@ def test_rocm_reads_and_gets_its_own_variable(monkeypatch: pytest.MonkeyPatch) -
     slots = slot_environments(2, threads=1, device="auto")
     assert [slot["HIP_VISIBLE_DEVICES"] for slot in slots] == ["2", "3"]
     assert [slot["HIP_VISIBLE_DEVICES"] for slot in slot_environments(1, threads=1, device="cpu")] == [""]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)

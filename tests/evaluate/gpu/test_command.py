@@ -13,6 +13,7 @@ from evaluate.gpu import command as module
 from evaluate.gpu.checks import CHECKS, Check
 from evaluate.gpu.command import Settings, run_check, run_checks
 from predictor.errors import FileFault, UsageError
+from tests.processes import running, wait_for
 
 PROGRAM = """
 import json, os, signal, subprocess, sys, time
@@ -72,7 +73,8 @@ def test_a_check_that_hangs_ends_with_all_that_it_started(program, tmp_path, mon
     status, line = run_check("lingers", "cpu", 2, program)
     assert (status, time.monotonic() - start < 30) == ("FAILED", True)
     assert "2 seconds" in line
-    assert not running(int((tmp_path / "pid").read_text()))
+    child = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not running(child))
 
 
 def test_what_needs_a_gpu_or_more_time_is_skipped(program, tmp_path, monkeypatch):
@@ -112,9 +114,7 @@ def test_an_interruption_ends_the_check_and_leaves_a_table(tmp_path):
         text=True,
     )
     log = tmp_path / "runs" / "gpu" / "frozen-sets.log"
-    end = time.monotonic() + 60
-    while not log.exists() and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_for(log.exists, process)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=30)
     assert process.returncode != 0
@@ -130,10 +130,3 @@ def test_every_check_is_there():
             f"def {function}(device: torch.device) -> str:"
             in (Path(__file__).parents[3] / f"{name.replace('.', '/')}.py").read_text()
         )
-
-
-def running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

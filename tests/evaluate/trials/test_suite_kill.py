@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from evaluate.trials.plan import Settings, make_plan
 from evaluate.trials.run import run_suite
 from evaluate.trials.suite import read_suite
 from predictor.shared.files import read_json_lines
+from tests.processes import wait_for
 
 ROOT = Path(__file__).parents[3]
 SUITE = """
@@ -30,14 +30,10 @@ TIMES = {"train_seconds", "cpu_seconds", "seconds", "policy_seconds", "started",
 def kill_when(arguments, ready):
     """Start run-suite, and SIGKILL it alone, as soon as `ready` says so."""
     command = [sys.executable, "-m", "evaluate", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 240
-    while not ready():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    process = subprocess.Popen(command, cwd=ROOT)
+    wait_for(ready, process)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
 
 
 def without_times(value):

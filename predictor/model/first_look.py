@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+LEARNED = 3.0
+"""Evidence from which on a layer has learned something. Of random ones hardly one in a hundred has more."""
+
 
 @dataclass(frozen=True)
 class FirstLook:
@@ -28,6 +31,9 @@ class FirstLook:
     """Euclidean norm of the weights."""
     size_L: tuple[int, ...]
     """Number of weights."""
+    evidence_L: tuple[float, ...] = ()
+    """How far the weights are from independent random numbers, in standard deviations of such, at least 0
+    (`predictor.policies.measuring.learned`). Empty if it was not measured."""
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as JSON."""
@@ -43,3 +49,19 @@ class FirstLook:
     def signal_L(self) -> tuple[float, ...]:
         """The L1 norm of the mean gradient less that of the noise, at least 0: what all batches ask of a layer."""
         return tuple(max(0.0, mean - noise) for mean, noise in zip(self.mean_l1_L, self.noise_l1_L, strict=True))
+
+    @property
+    def learned(self) -> int:
+        """How many layers from the first on have learned something, such as pretrained ones: 0 from scratch.
+
+        It ends before two layers in succession whose weights cannot be told from random numbers: a single one may be
+        depthwise, with too few weights to tell. A first layer must be told, as it may have been replaced.
+        """
+        if not self.evidence_L:
+            return 0
+        trains_L = [signal > 0 for signal in self.mean_l1_L]  # what the user holds still stays as it is
+        doubt_L = [trains and evidence < LEARNED for trains, evidence in zip(trains_L, self.evidence_L, strict=True)]
+        for layer, doubt in enumerate(doubt_L):
+            if doubt and (layer == 0 or doubt_L[layer - 1]):
+                return max(0, layer - 1)
+        return len(doubt_L)

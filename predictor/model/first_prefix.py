@@ -89,14 +89,14 @@ class PrefixModel:
         return float(np.interp(risk, risks, costs))
 
     def choose(self, look: FirstLook, planned: Planned, risk: float) -> int:
-        """How many layers freeze before the first step; 0 for none.
+        """How many layers freeze before the first step; 0 for none, as where the weights have learned nothing yet.
 
         Args:
             look: what the first batches' gradients say.
             planned: what is known of the training.
             risk: percentage points of accuracy that may be lost.
         """
-        return largest(self.costs(look, planned), self.allowance(risk))
+        return min(look.learned, largest(self.costs(look, planned), self.allowance(risk)))
 
     def as_dict(self) -> dict[str, Any]:
         """The model as JSON."""

@@ -26,6 +26,7 @@ from predictor.model.sampling import LayerSampler
 from predictor.policies.base import FreezePolicy, View
 from predictor.policies.measuring.gradients import gradient_norms_of, gradients, to_host
 from predictor.policies.measuring.layer_rates import group_of_layers
+from predictor.policies.measuring.learned import has_learned
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "smartfrz.safetensors"
 _DEFAULT_RISK = 0.5
@@ -101,7 +102,6 @@ class SmartFRZPolicy(FreezePolicy):
         self.front = front
         self._risk = _DEFAULT_RISK if risk is None else risk
         self._first_prefix = file.prefix if prefix and front is None and threshold is None else None
-        self.wants_look = self._first_prefix is not None
         self._model = file.model
         self._spec = file.spec
         self._knows_costs = file.weighs
@@ -113,6 +113,11 @@ class SmartFRZPolicy(FreezePolicy):
         self._decided = 0  # the step of that decision
         self._rates: list[Any] = []  # of the newest of them, by parameter group
         self._lr_hook: RemovableHandle | None = None
+
+    @property
+    def wants_look(self) -> bool:  # type: ignore[override]  # weights may be loaded until it is asked
+        """Whether it can say which prefix may freeze before the first step: not from scratch."""
+        return self._first_prefix is not None and has_learned(self._layers)
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         """Draw the positions of the sampled weights, and begin a new history."""

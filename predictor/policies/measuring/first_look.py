@@ -14,6 +14,7 @@ from predictor.layers.isolated_pass import isolated
 from predictor.layers.layer import Layer
 from predictor.model.first_look import FirstLook
 from predictor.policies.measuring.gradients import real_of, to_host
+from predictor.policies.measuring.learned import evidence_of
 
 BATCHES = 8
 """Batches of which a part is looked at. Half of them are the other half's noise."""
@@ -132,22 +133,23 @@ class _Sums:
     @torch.no_grad()
     def look(self) -> FirstLook:
         """The norms, read with one synchronization for each device."""
-        weights = [list(layer.parameters()) for layer in self._layers]
-        devices = [layer.own[0].device for layer in self._layers]
-        kinds: tuple[Sequence[Sequence[Tensor]], ...] = (self._sums, self._turned, weights)
+        scaled = 1 / self.count
         rows = [
-            torch.stack([_l1(values, device), _l2(values, device)]) * scale
-            for kind, scale in zip(kinds, (1 / self.count, 1 / self.count, 1.0), strict=True)
-            for values, device in zip(kind, devices, strict=True)
+            torch.stack(
+                [
+                    *(norm(values, layer.own[0].device) * scaled for values in (mean, noise) for norm in (_l1, _l2)),
+                    *(norm(list(layer.parameters()), layer.own[0].device) for norm in (_l1, _l2)),
+                    evidence_of(layer),
+                ]
+            )
+            for layer, mean, noise in zip(self._layers, self._sums, self._turned, strict=True)
         ]
         table = to_host(rows).double()
         if not bool(table.isfinite().all()):
             raise _NoLook("a gradient or a weight is not a finite number; give look() losses that are not scaled")
-        by_norm: Any = table.view(len(kinds), len(devices), 2).transpose(1, 2).tolist()
-        (mean_l1, mean_l2), (noise_l1, noise_l2), (weight_l1, weight_l2) = (map(tuple, kind) for kind in by_norm)
-        return FirstLook(
-            self.count, mean_l1, noise_l1, mean_l2, noise_l2, weight_l1, weight_l2, tuple(x.size for x in self._layers)
-        )
+        mean_l1, mean_l2, noise_l1, noise_l2, weight_l1, weight_l2, evidence = map(tuple, table.T.tolist())
+        sizes = tuple(layer.size for layer in self._layers)
+        return FirstLook(self.count, mean_l1, noise_l1, mean_l2, noise_l2, weight_l1, weight_l2, sizes, evidence)
 
 
 def _zeros(parameter: Tensor) -> Tensor:

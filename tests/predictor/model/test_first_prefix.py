@@ -19,6 +19,7 @@ LOOK = FirstLook(
     weight_l1_L=(10.0, 10.0, 20.0),
     weight_l2_L=(1.0, 1.0, 1.0),
     size_L=(100, 100, 200),
+    evidence_L=(10.0, 10.0, 10.0),
 )
 PLANNED = Planned(steps=50, lr_L=(0.1, 0.1, 0.1), adaptive=False)
 
@@ -48,6 +49,28 @@ def test_the_choice_by_hand():
     model = PrefixModel(math.log(2.0), {"share": 1.0}, ((0.5, 0.2), (1.0, 1.0), (2.0, 3.0)))
     assert model.costs(LOOK, PLANNED) + COST_FLOOR == pytest.approx([0.2, 0.8, 2.0])  # costs 0.1, 0.7 and 1.9
     assert [model.choose(LOOK, PLANNED, risk) for risk in (0.5, 0.75, 1.0, 1.5, 2.0)] == [1, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("evidence", "learned"),
+    [
+        ((0.0, 9.0, 9.0), 0),  # the first layer was replaced
+        ((9.0, 0.0, 9.0), 3),  # depthwise
+        ((9.0, 9.0, 0.0), 3),
+        ((9.0, 0.0, 0.0), 1),
+        ((0.0, 0.0, 0.0), 0),
+        ((), 0),  # not measured
+    ],
+)
+def test_what_has_learned_nothing_does_not_freeze(evidence, learned):
+    look = replace(LOOK, evidence_L=evidence)
+    assert look.learned == learned
+    assert PrefixModel(-20.0, {"share": 1.0}, ((0.5, 10.0),)).choose(look, PLANNED, 0.5) == learned
+
+
+def test_what_the_user_holds_still_need_not_have_learned():
+    held = replace(LOOK, evidence_L=(0.0, 0.0, 9.0), mean_l1_L=(0.0, 0.0, 9.0))
+    assert held.learned == 3
 
 
 def test_where_nothing_is_allowed_nothing_freezes():

@@ -17,9 +17,13 @@ CHEAP = PrefixModel(-20.0, {"share": 1.0}, ((0.5, 1.0), (2.0, 4.0)))
 DEAR = replace(CHEAP, intercept=20.0)
 
 
-def network():
+def network(pretrained=True):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    if pretrained:  # what training does to weights: a direction that is larger than others
+        for layer in (model[0], model[2]):
+            layer.weight.data += 0.5 * torch.randn(16, 1) @ torch.randn(1, layer.in_features)
+    return model
 
 
 def batches(count=10):
@@ -28,10 +32,10 @@ def batches(count=10):
     return [(x, x[:, :4].argmax(dim=1)) for x in inputs]
 
 
-def started(tmp_path, learned, optimizer=torch.optim.SGD, look=True, **options):
+def started(tmp_path, learned, optimizer=torch.optim.SGD, look=True, pretrained=True, **options):
     path = tmp_path / "p.safetensors"
     save_predictor(path, replace(load_predictor(SHIPPED), prefix=learned))
-    model = network()
+    model = network(pretrained)
     policy = make_policy("smartfrz", predictor=path, **options)
     controller = FreezeController(model, optimizer(model.parameters(), lr=0.1), policy, total_steps=100, say=None)
     assert not controller.frozen or "front" in options
@@ -61,6 +65,12 @@ def test_a_prefix_that_costs_nothing_freezes_before_the_first_step(tmp_path, opt
 )
 def test_where_it_costs_too_much_or_is_not_asked_for_nothing_freezes(tmp_path, learned, options):
     assert started(tmp_path, learned, **options).frozen == frozenset()
+
+
+def test_from_scratch_nothing_freezes(tmp_path):
+    controller = started(tmp_path, CHEAP, pretrained=False)
+    assert controller.frozen == frozenset()
+    assert controller.looked == 0  # nor is anything paid
 
 
 def test_without_a_look_nothing_freezes(tmp_path):

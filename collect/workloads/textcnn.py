@@ -10,9 +10,13 @@ from data.sources.base import Source
 class TextCnn(nn.Module):
     """Embeddings, `depth` convolutions over three tokens each, the highest value over real tokens, and the head."""
 
-    def __init__(self, source: Source, embedding: int, width: int, depth: int, dropout: float) -> None:
+    def __init__(
+        self, source: Source, embedding: int, width: int, depth: int, dropout: float, spread: float = 1.0
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(text_shape(source)[0], embedding, padding_idx=0)
+        with torch.no_grad():
+            self.embedding.weight *= spread  # the standard deviation of its first values
         self.dropout1 = nn.Dropout(dropout)
         modules: list[nn.Module] = []
         for inputs in [embedding] + [width] * (depth - 1):

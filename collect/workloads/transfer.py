@@ -139,6 +139,46 @@ TRANSFERS: dict[str, Transfer] = {
         ("2 minutes", "1 minute"),
         half=True,
     ),
+    # Trained for longer: the first layers have learned more, as those of networks that people download.
+    "vgg-long": Transfer(
+        "vgg",
+        "Six convolutions of 16 to 64 channels, for longer",
+        partial(Vgg, widths=(16, 32, 64)),
+        "mnist-5k",
+        Recipe(epochs=20, batch_size=32, lr=0.1, augment=True),
+        Recipe(epochs=8, batch_size=32, lr=0.01, train_samples=1000),
+        ("2 minutes", "10 seconds"),
+    ),
+    "densenet-long": Transfer(
+        "densenet",
+        "Three dense blocks of three layers with growth 12, for longer",
+        partial(DenseNet, layers=3, growth=12, stem_stride=2),
+        "mnist-5k",
+        Recipe(epochs=20, batch_size=32, lr=0.1, augment=True),
+        Recipe(epochs=8, batch_size=32, lr=0.01, train_samples=1000),
+        ("2 minutes", "10 seconds"),
+    ),
+    "vit-long": Transfer(
+        "vit",
+        "Four encoder blocks of 48 channels and 4 heads on patches of 4x4",
+        partial(Vit, patch=4, width=48, depth=4, heads=4),
+        "mnist-5k",
+        Recipe(epochs=40, batch_size=32, optimizer="adamw", lr=3e-3, weight_decay=0.05, clip_norm=1.0, augment=True),
+        Recipe(
+            epochs=10, batch_size=32, optimizer="adamw", lr=5e-4, weight_decay=0.05, clip_norm=1.0, train_samples=1000
+        ),
+        ("4 minutes", "20 seconds"),
+    ),
+    "textcnn-long": Transfer(
+        "textcnn",
+        "Three convolutions of 64 channels behind an embedding that began small",
+        partial(TextCnn, embedding=32, width=64, depth=3, dropout=0.3, spread=0.02),
+        "glosses",
+        Recipe(epochs=30, batch_size=32, optimizer="adamw", lr=3e-3, weight_decay=0.05),
+        Recipe(epochs=8, optimizer="adamw", lr=1e-3, weight_decay=0.05),
+        ("30 seconds", "5 seconds"),
+        half=True,
+    ),
 }
 """The networks that this project pretrains, by the beginning of the names of their two workloads."""
 

@@ -55,7 +55,7 @@ def test_without_a_look_or_without_prefixes_there_is_no_run(outcomes):
 
 
 def test_runs_from_scratch_are_left_out():
-    for evidence, runs in (((0.0, 1.0, 0.0, 0.0), 0), ((0.0, 9.0, 0.0, 0.0), 1)):
+    for evidence, runs in (((0.0, 1.0, 0.0, 0.0), 0), ((9.0, 9.0, 0.0, 0.0), 1)):
         facts = {**OUTCOMES[0].facts, "look": replace(LOOK, evidence_L=evidence).as_dict()}
         others = [replace(each, run_id="other") for each in OUTCOMES]
         assert len(first_prefixes([replace(OUTCOMES[0], facts=facts), *OUTCOMES[1:], *others])) == runs + 1

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from data.outcomes.accuracy_cost import accuracy_costs
 from data.outcomes.records import Outcome
 from predictor.errors import UsageError
-from predictor.model.first_look import FirstLook
+from predictor.model.first_look import LEARNED, FirstLook
 from predictor.model.first_prefix import Planned
 from predictor.training.first_prefix import FirstPrefixes
 
@@ -15,8 +15,7 @@ _COMMAND = "`python -m collect gather outcomes --points 0`"
 def first_prefixes(outcomes: Iterable[Outcome]) -> list[FirstPrefixes]:
     """The runs that have prefixes frozen from step 0 and a look at their first batches, in the order of the outcomes.
 
-    Those whose first layer has learned nothing are left out: there no prefix may freeze before the first step, whatever
-    a model predicts.
+    Those from scratch are left out: there no prefix may freeze before the first step, whatever a model predicts.
 
     Raises UsageError where there is none.
     """
@@ -29,7 +28,7 @@ def first_prefixes(outcomes: Iterable[Outcome]) -> list[FirstPrefixes]:
         run = looked.get(run_id)
         if run is not None and cost.step_P[0] == 0:
             look = FirstLook.from_dict(run.facts["look"])
-            if look.evidence_L and not look.learned:
+            if look.evidence_L and max(look.evidence_L) < LEARNED:
                 continue
             size_F = cost.prefix_F[1:]
             paid_F = cost.cost([0])[0][size_F - 1]

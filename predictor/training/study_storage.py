@@ -37,9 +37,10 @@ _CONNECT_SECONDS = 10
 _FIRST_TRIAL_SECONDS = 10
 """How long the worker that made a study may take to queue its first trial."""
 _FORM = "postgresql://USER@HOST:PORT/DATABASE or mysql://USER@HOST:PORT/DATABASE"
-
+_NO_DATABASE = "the server has no such database that the user may use: make one (createdb), or give another"
 # What drivers say, in lower case, and what is wrong and its cure. The first that is found counts.
 _REASONS = (
+    (("unknown database", "' to database '"), _NO_DATABASE),
     (
         ("password", "access denied for user", "authentication", "role ", "pg_hba.conf"),
         "the server refuses the user or the password: PostgreSQL takes the password from PGPASSWORD or ~/.pgpass, and "
@@ -47,16 +48,13 @@ _REASONS = (
     ),
     (
         ("permission denied", "command denied"),
-        "the user may not make tables there: grant it CREATE, or make it the database's owner",
+        "the user may not make tables or write to them: grant it that, or make it the database's owner",
     ),
     (
         ("does not support ssl", "ssl error", "certificate"),
         "no secure connection: check the URL's ssl settings against the server's",
     ),
-    (
-        ("does not exist", "unknown database"),
-        "the server has no such database that the user may use: make one (createdb), or give another",
-    ),
+    (("does not exist",), _NO_DATABASE),
     (("too many", "connection slots"), "the server takes no more connections: raise its limit, or start fewer workers"),
     (("no space left", "disk full", "is full"), "the server's disk is full: free some space, then start again"),
     (
@@ -97,8 +95,9 @@ class SharedStudy:
         if self._storage is None:
             try:
                 self._storage = self._connected()
-            except RuntimeError as error:  # tables of another version of Optuna
-                raise UsageError(f"{self.shown}: {error}") from None
+            except (RuntimeError, TypeError) as error:  # tables of another version of Optuna, options of no driver
+                reason = self._hide(str(error))
+                raise UsageError(f"{self.shown}: {reason}: change the URL, or what it names") from None
             except Exception as error:
                 raise self.fault(error) or error from None
         return self._storage
@@ -159,8 +158,8 @@ class SharedStudy:
         if self._url is None:
             assert self._journal is not None
             return _open_journal(self._journal)
-        # These say which connection they lost, and with it the user's name.
-        for logger in ("sqlalchemy.pool", "psycopg"):
+        # These pass on what drivers say, and with it the user's name.
+        for logger in ("optuna.storages", "sqlalchemy.pool", "psycopg"):
             logging.getLogger(logger).setLevel(logging.CRITICAL)
         storage = self._open_database()
         self._outlast(storage.engine)
@@ -211,7 +210,8 @@ class SharedStudy:
 
     def _hide(self, text: str) -> str:
         """A driver's message without what the URL holds beside host, port and database."""
-        assert self._url is not None
+        if self._url is None:
+            return text
         values = [self._url.username, self._url.password]
         for value in self._url.query.values():
             values += [value] if isinstance(value, str) else value

@@ -113,14 +113,14 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_storage_flags(parser: argparse.ArgumentParser) -> None:
-    from predictor.training.study_storage import STORAGE_VARIABLE
+    from predictor.training.study_storage import STORAGE_VARIABLE, STUDY_NAME
 
     text = "share the study with other machines: postgresql://USER@HOST/DATABASE, mysql://... or a journal file on a "
     text += f"shared disk (default: ${STORAGE_VARIABLE}, where no process list shows it, or else none: an SQLite file "
     text += "in --out)"
     parser.add_argument("--storage", metavar="URL|FILE", help=text)
-    text = "with --storage: what the study is called there (default: %(default)s)"
-    parser.add_argument("--study", default="smartfrz", metavar="NAME", help=text)
+    text = f"with --storage: what the study is called there (default: {STUDY_NAME})"
+    parser.add_argument("--study", metavar="NAME", help=text)
 
 
 def _train(flags: argparse.Namespace) -> None:
@@ -202,19 +202,21 @@ def _tune(flags: argparse.Namespace) -> None:
 
 def _shared_study(flags: argparse.Namespace) -> "SharedStudy | None":
     """The study of `--storage`, reached before any data are read. What is logged of the flags then has no secrets."""
-    from predictor.training.study_storage import STORAGE_VARIABLE, SharedStudy, say, without_secrets
+    from predictor.training.study_storage import STORAGE_VARIABLE, STUDY_NAME, SharedStudy, say, without_secrets
 
     given, name = vars(flags).pop("storage"), vars(flags).pop("study")
     storage = given or os.environ.get(STORAGE_VARIABLE)
     if not storage:
+        if name is not None:
+            raise UsageError(f"--study {name}: without --storage a study is a file in --out, which is its name")
         return None
     # wandb stores the command as well.
     sys.argv[:] = [without_secrets(argument) for argument in sys.argv]
-    shared = SharedStudy(storage, name)
+    shared = SharedStudy(storage, name or STUDY_NAME)
     if given and shared.holds_password:
         say(f"--storage holds a password, which lists of processes show: better give the URL in {STORAGE_VARIABLE}")
     shared.connect()
-    vars(flags).update(storage=shared.shown, study=name)
+    vars(flags).update(storage=shared.shown, study=shared.name)
     return shared
 
 

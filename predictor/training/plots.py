@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from predictor.shared.files import written_whole
+from predictor.training.shared_search import best_trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,7 +82,7 @@ def study(study: Any, folder: Path) -> list[Path]:
             warnings.simplefilter("ignore")
             try:
                 # Without the order, equally important ones come in another order at each start.
-                order = {"params": sorted(study.best_params)} if name == "param_importances" else {}
+                order = {"params": sorted(best_trial(study).params)} if name == "param_importances" else {}
                 getattr(draw, f"plot_{name}")(study, **order)
                 picture = pyplot.gcf()
                 picture.set_size_inches(min(picture.get_figwidth(), 24), picture.get_figheight())

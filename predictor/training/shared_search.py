@@ -28,6 +28,8 @@ _MISSED_BEATS = 6
 _POLL_SECONDS = 1.0
 _FAULTS = 3
 """So many trials in a row may lose their connection in the middle of a write."""
+_ENDED = (RuntimeError, ValueError)
+"""What Optuna raises for a trial that has ended, the first from its storages and the second from `tell`."""
 _BEAT, _WORKER = "beat", "worker"
 
 
@@ -96,12 +98,11 @@ def running_text(study: "optuna.Study") -> str:
 
 def give_up(study: "optuna.Study", number: int) -> bool:
     """Mark a running trial as failed. False if it has ended, or another worker did so. Its settings are tried again."""
-    from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
 
     try:
         trial = study.tell(number, state=TrialState.FAIL)
-    except (UpdateFinishedTrialError, ValueError):
+    except _ENDED:
         return False
     if "fixed_params" in trial.system_attrs:
         study.enqueue_trial(trial.system_attrs["fixed_params"])
@@ -158,10 +159,9 @@ def _run(
 
 def _was_given_up(study: "optuna.Study", number: int, error: BaseException) -> bool:
     """Whether an error comes from other workers' having given up our trial, as when this machine slept."""
-    from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
 
-    if not isinstance(error, UpdateFinishedTrialError | ValueError):  # what Optuna raises
+    if not isinstance(error, _ENDED):
         return False
     failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
     if number not in {trial.number for trial in failed}:
@@ -233,12 +233,10 @@ class _Heart:
         """By number of a trial, the last beat that was seen, and how many of our own it has been that since."""
 
     def beat(self) -> None:
-        from optuna.exceptions import UpdateFinishedTrialError
-
         trial = self.trial
         self._count += 1
         if trial is not None:
-            with suppress(UpdateFinishedTrialError):
+            with suppress(*_ENDED):
                 trial.set_user_attr(_BEAT, self._count)
 
     def watch(self) -> None:

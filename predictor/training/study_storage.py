@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 STORAGE_VARIABLE = "SMARTFRZ_STORAGE"
 """The environment variable that `tune` takes the storage from, so that no process list shows it."""
+STUDY_NAME = "smartfrz"
 _JOURNALS = (".journal", ".log")
 _DRIVERS = {
     "postgresql": {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary"},
@@ -77,7 +78,7 @@ class SharedStudy:
         name: what the study is called there.
     """
 
-    def __init__(self, storage: str, name: str = "smartfrz") -> None:
+    def __init__(self, storage: str, name: str = STUDY_NAME) -> None:
         self.name = name
         self._url = _parsed(storage) if "://" in storage else None
         self._journal = _journal(storage) if self._url is None else None

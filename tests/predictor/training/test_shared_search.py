@@ -51,7 +51,11 @@ def start(tmp_path):
     started = []
 
     def start(storage, does, trials):
-        environment = {**os.environ, STORAGE_VARIABLE: storage, "PYTHONPATH": str(CHECKOUT)}
+        environment = {
+            **os.environ,
+            STORAGE_VARIABLE: storage,
+            "PYTHONPATH": os.pathsep.join([str(CHECKOUT), *sys.path]),
+        }
         worker = subprocess.Popen(
             [sys.executable, "-c", WORKER, does, str(trials)],
             cwd=tmp_path,
@@ -273,6 +277,12 @@ def test_a_password_that_was_typed_is_kept_from_wandb_and_from_the_errors_of_the
 def test_a_server_that_is_not_there_is_found_before_the_data_are_read(tmp_path):
     with pytest.raises(UsageError, match="cannot be reached"):
         main(["tune", "--storage", "postgresql://bob@127.0.0.1:1/db", "--data", str(tmp_path / "none.h5")])
+
+
+def test_a_name_for_a_study_that_is_not_shared_is_refused(monkeypatch):
+    monkeypatch.delenv(STORAGE_VARIABLE, raising=False)
+    with pytest.raises(UsageError, match="--storage"):
+        main(["tune", "--study", "mine"])
 
 
 def test_another_search_space_is_another_study(make_windows, monkeypatch):

@@ -1,12 +1,13 @@
 """`python -m predictor train | prefix | tune | show`: make a freeze predictor, search settings, read a file."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from predictor.errors import DivergedError, UsageError
 from predictor.model.config import PredictorConfig
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from predictor.model.sampling import SampleSpec
     from predictor.training.dataset import WindowSet
     from predictor.training.splits import HeldOut
+    from predictor.training.study_storage import SharedStudy
 
 _DATA = Path("runs/trajectories.h5")
 _OUT = Path("runs/predictor.safetensors")
@@ -50,10 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         raise UsageError(str(error)) from error
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors repeat no URL: it may hold a password."""
+
+    def error(self, message: str) -> NoReturn:
+        from predictor.training.study_storage import without_secrets
+
+        super().error(without_secrets(message))
+
+
 def _parser() -> argparse.ArgumentParser:
     from predictor.training.config import FitConfig, TuneConfig
 
-    parser = argparse.ArgumentParser(prog="python -m predictor", description=__doc__, allow_abbrev=False)
+    parser = _Parser(prog="python -m predictor", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | prefix | tune | show")
     train = commands.add_parser("train", help="from trajectories to a predictor file, with held-out figures")
     _add_data_flags(train)
@@ -75,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     tune = commands.add_parser("tune", help="search for better settings with Optuna; continues an interrupted study")
     _add_data_flags(tune)
     tune.add_argument("--out", type=Path, default=_STUDY, help="folder of the study (default: %(default)s)")
+    _add_storage_flags(tune)
     cli.add_fields(tune, TuneConfig)
     cli.add_fields(tune, FitConfig, only=_FIXED)
     show = commands.add_parser("show", help="print what a predictor file is and its figures")
@@ -98,6 +110,17 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     text += "predictor that is used and not evaluated (default: data/dataset/held_out.toml)"
     parser.add_argument("--held-out", metavar="PATH", help=text)
     add_wandb_flag(parser)
+
+
+def _add_storage_flags(parser: argparse.ArgumentParser) -> None:
+    from predictor.training.study_storage import STORAGE_VARIABLE, STUDY_NAME
+
+    text = "share the study with other machines: postgresql://USER@HOST/DATABASE, mysql://... or a journal file on a "
+    text += f"shared disk (default: ${STORAGE_VARIABLE}, where no process list shows it, or else none: an SQLite file "
+    text += "in --out)"
+    parser.add_argument("--storage", metavar="URL|FILE", help=text)
+    text = f"with --storage: what the study is called there (default: {STUDY_NAME})"
+    parser.add_argument("--study", metavar="NAME", help=text)
 
 
 def _train(flags: argparse.Namespace) -> None:
@@ -161,12 +184,13 @@ def _tune(flags: argparse.Namespace) -> None:
     from predictor.training.tune import BEST_FILE, Task, describe, tune
 
     config, settings = cli.from_flags(TuneConfig, flags), cli.from_flags(FitConfig, flags)
+    shared = _shared_study(flags)
     _use_one_thread()
     held_out = _held_out(flags)
     windows, _ = _read(flags, 3, _rule(flags, held_out), held_out)
     task = Task(*_labelled(flags, windows, held_out), config, settings)
     with start_tracker("tune", flags.wandb, flags.out, _as_json(flags)) as tracker:
-        study = tune(task, flags.out, tracker=tracker)
+        study = tune(task, flags.out, tracker=tracker, shared=shared)
     drawn = plots.study(study, flags.out)
     print(describe(study, config))
     print(f"plots: {', '.join(str(path) for path in drawn) or 'none, too few trials'}")
@@ -174,6 +198,26 @@ def _tune(flags: argparse.Namespace) -> None:
     data = f" --data {' '.join(map(str, flags.data))}" if flags.data != [_DATA] else ""
     split = f" --held-out {flags.held_out}" if flags.held_out else ""
     print(f"next: python -m predictor train --settings {flags.out / BEST_FILE}{data}{outcomes}{split}")
+
+
+def _shared_study(flags: argparse.Namespace) -> "SharedStudy | None":
+    """The study of `--storage`, reached before any data are read. What is logged of the flags then has no secrets."""
+    from predictor.training.study_storage import STORAGE_VARIABLE, STUDY_NAME, SharedStudy, say, without_secrets
+
+    given, name = vars(flags).pop("storage"), vars(flags).pop("study")
+    storage = given or os.environ.get(STORAGE_VARIABLE)
+    if not storage:
+        if name is not None:
+            raise UsageError(f"--study {name}: without --storage a study is a file in --out, which is its name")
+        return None
+    # wandb stores the command as well.
+    sys.argv[:] = [without_secrets(argument) for argument in sys.argv]
+    shared = SharedStudy(storage, name or STUDY_NAME)
+    if given and shared.holds_password:
+        say(f"--storage holds a password, which lists of processes show: better give the URL in {STORAGE_VARIABLE}")
+    shared.connect()
+    vars(flags).update(storage=shared.shown, study=shared.name)
+    return shared
 
 
 def _show(flags: argparse.Namespace) -> None:

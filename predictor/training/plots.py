@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from predictor.shared.files import written_whole
+from predictor.training.shared_search import best_trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +81,9 @@ def study(study: Any, folder: Path) -> list[Path]:
         with warnings.catch_warnings():  # Optuna calls its plots experimental
             warnings.simplefilter("ignore")
             try:
-                getattr(draw, f"plot_{name}")(study)
+                # Without the order, equally important ones come in another order at each start.
+                order = {"params": sorted(best_trial(study).params)} if name == "param_importances" else {}
+                getattr(draw, f"plot_{name}")(study, **order)
                 picture = pyplot.gcf()
                 picture.set_size_inches(min(picture.get_figwidth(), 24), picture.get_figheight())
                 _save(picture, path)

@@ -1,6 +1,7 @@
 """Searching for better settings with Optuna, on families left out of training, in a study that survives being killed.
 
-A study lies in an SQLite file. Its best settings are written beside it, as JSON, and `train --settings` reads them.
+A study lies in an SQLite file, or where several machines reach it (`study_storage`). Its best settings are written as
+JSON, and `train --settings` reads them.
 """
 
 import hashlib
@@ -28,7 +29,9 @@ from predictor.training.config import (
 from predictor.training.dataset import WindowSet
 from predictor.training.fit import fit_on
 from predictor.training.metrics import auroc, average_precision
+from predictor.training.shared_search import best_trial, finished, run_trials, running_text
 from predictor.training.splits import HeldOut, families_of, family_folds, runs_of, split_by_run
+from predictor.training.study_storage import SharedStudy, database_error, is_default, say
 
 if TYPE_CHECKING:
     import optuna
@@ -138,20 +141,36 @@ def tune(
     *,
     tracker: Tracker | None = None,
     progress: bool = True,
+    shared: SharedStudy | None = None,
 ) -> "optuna.Study":
-    """Run trials until the study in `folder` has as many as asked for, and write the best settings beside it.
+    """Run trials until the study has as many as asked for, and write the best settings to `folder`.
 
-    A start that was killed loses the trial that it was in, and the next start goes on. Raises UsageError while another
-    process uses the same study, and FileFault for a folder that cannot be used, also where it is found out later.
+    A start that was killed loses the trial that it was in, and the next start goes on.
+
+    Args:
+        task: what trials are scored on.
+        folder: where the best settings go, and the study, unless it is shared.
+        tracker: logs the trials that ran here.
+        progress: whether to show a bar.
+        shared: a study that other machines work at too. The number of trials is that of all together.
+
+    Raises:
+        UsageError: while another process uses the same folder, and for a shared study that cannot be used.
+        FileFault: for a folder that cannot be used, also where it is found out later.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with held(folder / ".lock", "another tune"):
         try:
+            if shared is not None:
+                return _search_together(shared, task, folder, tracker, progress)
             return _search(_open(task, folder), task, folder, tracker, progress)
         except Exception as error:
-            fault = _of_storage(error)
+            if shared is not None:
+                # Without the driver's error, whose text may hold secrets.
+                raise shared.fault(error) or error from None
+            fault = database_error(error)
             if fault is None:
                 raise
             raise FileFault(_why_unusable(folder / STUDY_FILE, fault)) from error
@@ -159,13 +178,13 @@ def tune(
 
 def describe(study: "optuna.Study", config: TuneConfig) -> str:
     """The best settings of a study, with their score and that of the default settings."""
-    # The first trial that was not killed has the default settings.
-    default = next(trial.value for trial in study.get_trials(deepcopy=False) if trial.state.name != "FAIL")
+    trials, best = study.get_trials(deepcopy=False), best_trial(study)
+    default = next((trial.value for trial in trials if is_default(trial) and trial.state.name != "FAIL"), None)
     head = (
-        f"best of {len(study.trials)} trials: {config.score} {study.best_value:.3f} on families left out "
+        f"best of {len(trials)} trials: {config.score} {best.value:.3f} on families left out "
         f"(the default settings: {'n/a' if default is None else f'{default:.3f}'}), with these settings:"
     )
-    return "\n".join([head, *(f"  {name} {value}" for name, value in sorted(study.best_params.items()))])
+    return "\n".join([head, *(f"  {name} {value}" for name, value in sorted(best.params.items()))])
 
 
 def settings_flags(path: Path) -> list[str]:
@@ -199,20 +218,57 @@ def check_settings(path: Path, held_out: HeldOut) -> None:
 def _search(study: "optuna.Study", task: Task, folder: Path, tracker: Tracker | None, progress: bool) -> "optuna.Study":
     from tqdm import tqdm
 
-    done = _finished(study)
+    done = len(finished(study))
     with tqdm(total=task.config.trials, initial=done, desc="tuning", unit="trial", disable=not progress) as bar:
 
         def after(study: "optuna.Study", trial: "optuna.trial.FrozenTrial") -> None:
             _note(trial, tracker)
             bar.update()
             bar.set_postfix_str(f"best {_best_score(study)}")
-            if _finished(study) >= task.config.trials:
+            if len(finished(study)) >= task.config.trials:
                 study.stop()
 
         if done < task.config.trials:
             study.optimize(lambda trial: _objective(trial, task), timeout=task.config.timeout, callbacks=[after])
-    _write_best(study, folder / BEST_FILE, task)
+    _write_best(study, folder / BEST_FILE, task, len(study.trials))
     return study
+
+
+def _search_together(
+    shared: SharedStudy, task: Task, folder: Path, tracker: Tracker | None, progress: bool
+) -> "optuna.Study":
+    from tqdm import tqdm
+
+    study = shared.open(_identity(task), task.described, _defaults(task), _pruner())
+    trials = task.config.trials
+    say(
+        f"{shared.shown}, study {study.study_name}: {len(finished(study))} of {trials} trials have ended; running: "
+        f"{running_text(study)}"
+    )
+    with tqdm(total=trials, desc="tuning", unit="trial", disable=not progress) as bar:
+
+        def after(trial: "optuna.trial.FrozenTrial | None") -> None:
+            if trial is not None:
+                _note(trial, tracker)
+            bar.n = min(len(finished(study)), trials)
+            bar.set_postfix_str(f"best {_best_score(study)}, running: {running_text(study)}")
+
+        after(None)
+        timeout = task.config.timeout
+        run_trials(study, lambda trial: _objective(trial, task), trials=trials, timeout=timeout, after=after)
+    # All workers write the same. Failed trials may still be added by one that comes too late.
+    _write_best(study, folder / BEST_FILE, task, len(finished(study)))
+    return study
+
+
+def _identity(task: Task) -> str:
+    """What the workers of a shared study must have in common: the task and, as their code may differ, the space."""
+    import optuna
+
+    trial = optuna.trial.FixedTrial(_defaults(task))
+    suggest(trial, task)
+    space = {name: repr(kind) for name, kind in trial.distributions.items()}
+    return hashlib.sha256(json.dumps([task.fingerprint, space], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def suggest(trial: "optuna.trial.BaseTrial", task: Task) -> Choice:
@@ -270,13 +326,12 @@ def _open(task: Task, folder: Path) -> "optuna.Study":
     from sqlalchemy.exc import SQLAlchemyError
 
     path = folder / STUDY_FILE
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
     patience = {"connect_args": {"timeout": _LOCK_SECONDS}}
     try:
         study = optuna.create_study(
             study_name=_NAME,
             storage=RDBStorage(f"sqlite:///{path}", engine_kwargs=patience),
-            pruner=pruner,
+            pruner=_pruner(),
             direction="maximize",
             load_if_exists=True,
         )
@@ -298,13 +353,10 @@ def _open(task: Task, folder: Path) -> "optuna.Study":
     return study
 
 
-def _of_storage(error: BaseException | None) -> BaseException | None:
-    """The database's error that led to another one. Optuna runs into errors of its own after it."""
-    from sqlalchemy.exc import SQLAlchemyError
+def _pruner() -> "optuna.pruners.BasePruner":
+    import optuna
 
-    while error is not None and not isinstance(error, SQLAlchemyError):
-        error = error.__cause__ or error.__context__
-    return error
+    return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
 
 
 def _why_unusable(path: Path, error: BaseException) -> str:
@@ -357,15 +409,9 @@ def _weights(task: Task) -> list[int]:
     return [count for count in _WEIGHTS if count < task.most_weights] + [task.most_weights]
 
 
-def _finished(study: "optuna.Study") -> int:
-    from optuna.trial import TrialState
-
-    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
-
-
 def _best_score(study: "optuna.Study") -> str:
     try:
-        return f"{study.best_value:.3f}"
+        return f"{best_trial(study).value:.3f}"
     except ValueError:  # none is complete
         return "n/a"
 
@@ -376,11 +422,11 @@ def _note(trial: "optuna.trial.FrozenTrial", tracker: Tracker | None) -> None:
         tracker.log({"score": trial.value, "state": trial.state.name, "seconds": seconds, **trial.params}, trial.number)
 
 
-def _write_best(study: "optuna.Study", path: Path, task: Task) -> None:
+def _write_best(study: "optuna.Study", path: Path, task: Task, trials: int) -> None:
     import optuna
 
     try:
-        best = study.best_trial
+        best = best_trial(study)
     except ValueError as error:
         faults = [trial.user_attrs["fault"] for trial in study.get_trials() if "fault" in trial.user_attrs]
         reason = f": {faults[0]}" if faults else ": give it more time"
@@ -402,6 +448,6 @@ def _write_best(study: "optuna.Study", path: Path, task: Task) -> None:
             # `train` refuses settings that were chosen on what it holds out.
             "chosen_on": {"families": families_of(runs), "sources": sorted({r.source for r in runs})},
             "trial": best.number,
-            "trials": len(study.trials),
+            "trials": trials,
         },
     )

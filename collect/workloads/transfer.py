@@ -142,21 +142,21 @@ TRANSFERS: dict[str, Transfer] = {
     # Trained for longer: the first layers have learned more, as those of networks that people download.
     "vgg-long": Transfer(
         "vgg",
-        "Six convolutions of 16 to 64 channels, for longer",
+        "Six convolutions of 16 to 64 channels",
         partial(Vgg, widths=(16, 32, 64)),
         "mnist-5k",
         Recipe(epochs=20, batch_size=32, lr=0.1, augment=True),
         Recipe(epochs=8, batch_size=32, lr=0.01, train_samples=1000),
-        ("2 minutes", "10 seconds"),
+        ("1 minute", "10 seconds"),
     ),
     "densenet-long": Transfer(
         "densenet",
-        "Three dense blocks of three layers with growth 12, for longer",
+        "Three dense blocks of three layers with growth 12",
         partial(DenseNet, layers=3, growth=12, stem_stride=2),
         "mnist-5k",
         Recipe(epochs=20, batch_size=32, lr=0.1, augment=True),
         Recipe(epochs=8, batch_size=32, lr=0.01, train_samples=1000),
-        ("2 minutes", "10 seconds"),
+        ("1 minute", "10 seconds"),
     ),
     "vit-long": Transfer(
         "vit",

@@ -7,6 +7,7 @@ before its end is reported; an attempt that Ray has given up writes nothing any 
 """
 
 import contextlib
+import itertools
 import os
 import queue
 import tempfile
@@ -102,7 +103,7 @@ class _Driver:
         """Run every job."""
         waiting = iter(jobs)
         left = len(jobs)
-        for job in [job for job, _ in zip(waiting, range(self._engine.slots or left), strict=False)]:
+        for job in itertools.islice(waiting, self._engine.slots or left):
             self._submit(job)
         self._listen()
         try:

@@ -1,0 +1,91 @@
+"""Ray nodes as processes of this machine, each a process group that a test may kill."""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.processes import wait_for
+
+CHECKOUT = Path(__file__).parents[2]
+_RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+
+
+class Cluster:
+    """A head that runs no jobs, and nodes. It asks for a token that nobody else has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            **os.environ,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(16),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PYTHONPATH": str(CHECKOUT),
+            "TMPDIR": str(folder),
+            "OMP_NUM_THREADS": "1",
+            "RAY_health_check_initial_delay_ms": "0",
+            "RAY_health_check_period_ms": "1000",
+        }
+        self._nodes: list[subprocess.Popen[bytes]] = []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        head = ["--head", f"--port={port}", "--include-dashboard=false", "--num-cpus=0", f"--temp-dir={folder}"]
+        log = self._start("head", head)
+        wait_for(lambda: "runtime started" in log.read_text(), self._nodes[0])
+        found = re.search(rf"\S+:{port}", re.sub(r"\x1b\[\d+m|'", " ", log.read_text()))
+        assert found
+        self.address = found[0].rpartition("=")[2]
+
+    def add_node(self, name: str, cpus: int = 1) -> subprocess.Popen[bytes]:
+        """Start a node with 1 GB to give to jobs, which find its name in the variable NODE."""
+        log = self._start(name, [f"--address={self.address}", f"--num-cpus={cpus}", "--memory=1000000000"], NODE=name)
+        wait_for(lambda: "runtime started" in log.read_text(), self._nodes[-1])
+        return self._nodes[-1]
+
+    def kill(self, node: subprocess.Popen[bytes]) -> None:
+        """Kill all processes of a node at once, as when its power fails."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
+    def close(self) -> None:
+        """End everything."""
+        for node in reversed(self._nodes):
+            self.kill(node)
+
+    def _start(self, name: str, arguments: list[str], **more: str) -> Path:
+        log = self.folder / f"{name}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [*_RAY, *arguments],
+                env={**self.environment, **more},
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        self._nodes.append(process)
+        return log
+
+
+@contextlib.contextmanager
+def running_cluster() -> Iterator[Cluster]:
+    """A cluster whose processes all end with the block. The path of its folder is short, as sockets need it."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    cluster = None
+    try:
+        cluster = Cluster(folder)
+        yield cluster
+    finally:
+        if cluster is not None:
+            cluster.close()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -53,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="default: %(default)s")
     _add_device(bench)
     _add_gpu(command("gpu", _gpu, "check on a GPU all that may be otherwise there, in at most 10 minutes"))
+    text = "check on three Ray nodes of this machine that a cluster makes what one machine makes; needs root"
+    _add_cluster_check(command("cluster-check", _cluster_check, text))
     command("published", _published, "what the published trials show, as Markdown, and the README's picture")
     return parser
 
@@ -109,6 +111,16 @@ def _add_gpu(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu.md"), metavar="FILE", help=text)
     text = "auto, cpu, cuda or cuda:1 (default: %(default)s; without CUDA: what a CPU can show, small)"
     parser.add_argument("--device", default="auto", help=text)
+
+
+def _add_cluster_check(parser: argparse.ArgumentParser) -> None:
+    text = "checks to run, of: token, full-disk, gather, quick, overhead, scale (default: the first four)"
+    parser.add_argument("--only", nargs="+", default=(), metavar="CHECK", help=text)
+    text = "nodes, processes and drivers that are killed, over all checks (default: %(default)s)"
+    parser.add_argument("--kills", type=int, default=50, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="of what is killed when (default: %(default)s)")
+    text = "where all files go; those of the last time are removed (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=Path("runs/cluster"), metavar="FOLDER", help=text)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -233,6 +245,12 @@ def _bench(flags: argparse.Namespace) -> int:
     from evaluate.bench.bench import run_bench
 
     return 0 if run_bench(flags.out, flags.device) else 1
+
+
+def _cluster_check(flags: argparse.Namespace) -> int:
+    from evaluate.cluster.command import Settings, run_checks
+
+    return run_checks(Settings(tuple(flags.only), flags.kills, flags.seed, flags.out))
 
 
 def _gpu(flags: argparse.Namespace) -> int:

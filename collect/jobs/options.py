@@ -75,7 +75,8 @@ class JobOptions:
         import collect.jobs as jobs
 
         if self.one_machine:
-            return jobs.LocalEngine(self.slots(slots, device) or 1, threads, device, environment, self.run_timeout)
+            count = self.slots(slots, device)
+            return jobs.LocalEngine(1 if count is None else count, threads, device, environment, self.run_timeout)
         from collect.jobs.ray import RayEngine
 
         return RayEngine(

@@ -46,7 +46,7 @@ class WorkerProcess:
         process = self._living_process()
         assert process.stdin is not None
         assert process.stdout is not None
-        with self._limited(process) as is_late:
+        with self._limited(process) as limit:
             order = {**asdict(job), "folder": str(folder), "log": str(log)}
             process.stdin.write(json.dumps(order).encode() + b"\n")
             process.stdin.flush()
@@ -54,14 +54,17 @@ class WorkerProcess:
                 if not line.endswith(b"\n"):  # killed while it wrote
                     break
                 event: Event = json.loads(line)
-                if "share" not in event:
+                if "began" in event:
+                    limit.begin()
+                elif "share" in event:
+                    report(event)
+                else:
                     if event.pop("spent", False):
                         process.kill()  # its GPU refuses all further work of it
                         self.end()
                     return event
-                report(event)
             status = self.end()
-        if is_late.is_set():
+        if limit.is_over:
             return {"failed": f"it took longer than --run-timeout {self._seconds:g} (seconds), and was ended"}
         return {"failed": _how_it_died(status), "died": True}
 
@@ -85,26 +88,14 @@ class WorkerProcess:
         return process.wait()
 
     @contextlib.contextmanager
-    def _limited(self, process: "subprocess.Popen[bytes]") -> Iterator[threading.Event]:
-        """Kill the process when its time is up. Yields what then is set."""
-        late = threading.Event()
-        if self._seconds is None:
-            yield late
-            return
-
-        def kill() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(self._seconds, kill)
-        timer.daemon = True
-        timer.start()
+    def _limited(self, process: "subprocess.Popen[bytes]") -> Iterator["_Limit"]:
+        """Yield what kills the process when its time is up."""
+        limit = _Limit(self._seconds, process.kill)
         try:
-            yield late
+            yield limit
         finally:
-            timer.cancel()
-            timer.join()
-            if late.is_set():  # also where it had answered just before
+            limit.end()
+            if limit.is_over:  # also where it had answered just before
                 self.end()
 
     def _living_process(self) -> "subprocess.Popen[bytes]":
@@ -121,6 +112,31 @@ class WorkerProcess:
                     start_new_session=True,
                 )
             return self._process
+
+
+class _Limit:
+    """Kills something when its time is up. Without a number of seconds it never is."""
+
+    def __init__(self, seconds: float | None, kill: Callable[[], None]) -> None:
+        self.is_over = False
+        self._kill = kill
+        self._timer = None if seconds is None else threading.Timer(seconds, self._end_it)
+
+    def begin(self) -> None:
+        """Begin to count."""
+        if self._timer is not None:
+            self._timer.daemon = True
+            self._timer.start()
+
+    def end(self) -> None:
+        """Count no more."""
+        if self._timer is not None and self._timer.ident is not None:
+            self._timer.cancel()
+            self._timer.join()
+
+    def _end_it(self) -> None:
+        self.is_over = True
+        self._kill()
 
 
 def _how_it_died(status: int) -> str:

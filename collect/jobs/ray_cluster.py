@@ -65,6 +65,7 @@ def connected(address: str, code: Path) -> Iterator[Any]:
         raise UsageError(f"Ray's token is missing or wrong: {_JOIN}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UsageError(_why_not(address, error)) from error
+    _mute(ray)
     try:
         yield context
     finally:
@@ -101,6 +102,13 @@ def _check_somebody_listens(address: str) -> None:
         raise UsageError(
             f"--address {address}: nobody answers there ({error}): start a cluster with {START}"
         ) from error
+
+
+def _mute(ray: Any) -> None:
+    """Keep Ray from printing several lines for each node or process that died: the engine says so in one."""
+    with contextlib.suppress(AttributeError):  # a private name, which another version may not have
+        if callable(ray._private.worker.print_to_stdstream):
+            ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
 @contextlib.contextmanager

@@ -55,6 +55,7 @@ def _answer(order: dict[str, Any], write: Callable[[bytes], object]) -> dict[str
     try:
         _point_output_at(Path(order["log"]))
         _prepare()
+        write(_line({"began": True}))  # from here its time counts
         print(f"=== {datetime.now().astimezone().isoformat(timespec='seconds')} {order['title']}", flush=True)
         module, function = order["target"].split(":")
         job = getattr(importlib.import_module(module), function)

@@ -48,14 +48,22 @@ class Killer:
             nodes.kill(name)
             nodes.start(name)
         else:
-            wanted = "ray::run_job" if kind == "worker" else "collect.jobs.worker"
-            found = nodes.processes(name, lambda command: wanted in command)
+            found = nodes.processes(name, _is_worker if kind == "worker" else _is_job)
             if not found:
                 return
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._random.choice(found), signal.SIGKILL)
         self.done[kind] += 1
         self.left -= 1
+
+
+def _is_job(command: str) -> bool:
+    return "collect.jobs.worker" in command
+
+
+def _is_worker(command: str) -> bool:
+    """Whether it is a process of Ray's that runs a job or our mailbox."""
+    return command.startswith("ray::") and "Agent" not in command and "IDLE" not in command
 
 
 def run_under_kills(nodes: Nodes, command: Sequence[str], log: Path, killer: Killer, at_most: int) -> str:

@@ -167,13 +167,13 @@ def printed(folder: Path) -> str:
 def test_jobs_run_fail_die_and_hang(cluster: Cluster, tmp_path: Path) -> None:
     """Each ends once, and one that failed by itself is not tried again."""
     functions = ("hang", "describe", "fail", "die_at_first", "always_die", "describe")
-    driver = start_jobs(cluster, tmp_path, {"looks_for_shared": False, "run_timeout": 25.0}, *functions)
+    driver = start_jobs(cluster, tmp_path, {"looks_for_shared": False, "run_timeout": 10.0}, *functions)
     assert driver.wait(timeout=300) == 0, printed(tmp_path)
     ends = ends_of(tmp_path)
     assert {job: len(found) for job, found in ends.items()} == dict.fromkeys("abcdef", 1)
     described = {"threads": 1, "omp": "1", "node": "a", "gpus": "", "own": True, "token": False}
     assert ends["b"] == ends["f"] == [{"done": described}]
-    assert "--run-timeout 25" in ends["a"][0]["failed"]
+    assert "--run-timeout 10" in ends["a"][0]["failed"]
     assert "'a fault'" in ends["c"][0]["failed"]
     assert ends["d"] == [{"done": {"state": "kept"}}]
     assert "exit status 3" in ends["e"][0]["failed"]

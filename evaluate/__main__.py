@@ -114,7 +114,7 @@ def _add_gpu(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_cluster_check(parser: argparse.ArgumentParser) -> None:
-    text = "checks to run, of: token, full-disk, gather, quick, overhead, scale (default: the first four)"
+    text = "checks to run, of: token, full-disk, outcomes, gather, quick, overhead, scale (default: the first five)"
     parser.add_argument("--only", nargs="+", default=(), metavar="CHECK", help=text)
     text = "nodes, processes and drivers that are killed, over all checks (default: %(default)s)"
     parser.add_argument("--kills", type=int, default=50, help=text)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from collect.gather import plan as gather_plan
 from evaluate.cluster import timing
-from evaluate.cluster.compare import results_differ, trajectories_differ
+from evaluate.cluster.compare import outcomes_differ, results_differ, trajectories_differ
 from evaluate.cluster.kills import Killer, run_under_kills
 from evaluate.cluster.nodes import HEAD, WORKERS, Nodes, running_nodes, why_not
 from predictor.errors import UsageError, unknown
@@ -26,8 +26,8 @@ samples = 8
 features = 16
 [[runs]]
 workload = "mlp-digits"
-train_samples = 96
-epochs = 2
+train_samples = 400
+epochs = 5
 seed = [0, 1, 2, 3]
 """
 """Runs of a moment, for checks that are not about training."""
@@ -129,6 +129,17 @@ def _token(bench: Bench) -> tuple[str, str]:
     return "", "a driver with another token is refused"
 
 
+def _outcomes(bench: Bench) -> tuple[str, str]:
+    """A few runs and what freezing does to them, under a tenth of the kills."""
+    path, own, alone = _suite(bench, "tiny", _TINY), bench.results("outcomes"), bench.results("outcomes-alone")
+    arguments = ["collect", "gather", "outcomes", "--suite", str(path), "--out"]
+    before, kills = sum(bench.killer.done.values()), bench.killer.left // 10
+    why = bench.alone("outcomes-alone", *arguments, str(alone))
+    why = why or bench.on_cluster("outcomes", *arguments, str(own), kills=kills)
+    why = why or outcomes_differ(alone / "outcomes.jsonl", own / "outcomes.jsonl")
+    return why, f"the packed file of one machine, under {sum(bench.killer.done.values()) - before} kills"
+
+
 def _gather(bench: Bench) -> tuple[str, str]:
     """The demo's gathering, under half of the kills."""
     suite = Path(gather_plan.__file__).parents[1] / "suites" / "trajectories.toml"
@@ -194,6 +205,7 @@ def _suite(bench: Bench, name: str, text: str) -> Path:
 CHECKS: dict[str, Callable[[Bench], tuple[str, str]]] = {
     "token": _token,
     "full-disk": _full_disk,
+    "outcomes": _outcomes,
     "gather": _gather,
     "quick": _quick,
     **timing.CHECKS,

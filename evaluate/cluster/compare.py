@@ -45,6 +45,15 @@ def results_differ(one: Path, other: Path) -> str:
     return ""
 
 
+def outcomes_differ(one: Path, other: Path) -> str:
+    """Where two files of outcomes differ; empty if they do not."""
+    first, second = ([_plain(row) for row in read_json_lines(path)] for path in (one, other))
+    if len(first) != len(second) or not first:
+        return f"{len(first)} outcomes and {len(second)}"
+    odd = [number for number, rows in enumerate(zip(first, second, strict=True), start=1) if rows[0] != rows[1]]
+    return f"lines {odd}" if odd else ""
+
+
 def _without(trajectory: Trajectory, name: str) -> Any:
     """A field of a trajectory without times, as something to compare."""
     value = getattr(trajectory, name)

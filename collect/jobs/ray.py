@@ -21,6 +21,8 @@ from collect.jobs.engine import Event, Job
 from collect.jobs.ray_cluster import connected, import_ray, refuse_open_cluster
 from collect.jobs.ray_node import Changes, Mailbox, Order, WorkerDied, run_job, versions
 from collect.jobs.sent_code import copy_code
+from collect.training import provenance
+from collect.training.provenance import COMMIT
 from predictor.errors import FileFault, UsageError
 from predictor.shared.files import held, written_whole
 
@@ -97,7 +99,7 @@ class _Driver:
         self._task = ray.remote(max_calls=0)(run_job)  # with GPUs, too, a process does several jobs
         self._under_way: dict[str, _UnderWay] = {}
         self._full: set[str] = set()
-        self._environment = {**_decisive(), **engine.environment}
+        self._environment = {**_decisive(), COMMIT: provenance.versions().get("commit", ""), **engine.environment}
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run every job."""
@@ -343,7 +345,7 @@ def _introduction(context: Any, engine: RayEngine) -> str:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     total = ray.cluster_resources()
     gpus = total.get("GPU", 0)
-    text = f"Ray: {len(nodes)} nodes, {total.get('CPU', 0):g} CPUs, {gpus:g} GPUs"
+    text = f"Ray: nodes: {len(nodes)}, CPUs: {total.get('CPU', 0):g}, GPUs: {gpus:g}"
     if context.dashboard_url:
         text += f"; dashboard http://{context.dashboard_url}"
     wanted = {"CPU": engine.cpus, "GPU": engine.gpus, "memory": engine.memory or 0}

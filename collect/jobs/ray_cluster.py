@@ -82,7 +82,7 @@ def refuse_open_cluster() -> None:
 
 
 def _why_not(address: str, error: Exception) -> str:
-    if address == "auto" and not os.environ.get("RAY_ADDRESS"):
+    if address == "auto" and "Could not find" in str(error):
         return f"this machine is not part of a running Ray cluster: start one with {START}, or give --address HOST:PORT"
     return (
         f"--address {address}: the cluster does not let this machine in ({str(error).splitlines()[0]}). Either the "

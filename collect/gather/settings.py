@@ -24,8 +24,9 @@ class Settings:
 
         if self.slots is not None and self.slots < 1:
             raise UsageError(f"slots={self.slots}: give the number of runs at once, from 1")
+        given = self.jobs.device(self.device)
         if self.jobs.one_machine:
-            pick_device(self.device)  # raises for a device that is not there
+            pick_device(given)  # raises for a device that is not there
 
     @property
     def chosen_slots(self) -> int | None:

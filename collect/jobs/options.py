@@ -57,9 +57,11 @@ class JobOptions:
 
     def device(self, given: str) -> str:
         """The device as a job is told: on a cluster this machine need not have it."""
-        if self.one_machine or given not in ("auto", "cuda"):
+        if self.one_machine:
             return given
-        return "cuda" if given == "cuda" or self._gpus(given) else "cpu"
+        if given not in ("auto", "cpu", "cuda"):
+            raise UsageError(f"--device {given}: on a cluster give auto, cpu or cuda, and Ray says which GPU")
+        return "cuda" if self._gpus(given) else "cpu"
 
     def make_engine(
         self, slots: int | None, threads: int | None, device: str, environment: Mapping[str, str]
@@ -94,11 +96,13 @@ class JobOptions:
         """GPUs of a job on a cluster."""
         from collect.jobs.gpus import visible_gpus
 
-        if device == "cuda" or device == "auto":
-            if self.gpus_per_run is not None:
-                return self.gpus_per_run
+        if device == "cpu":
+            return 0.0
+        if self.gpus_per_run is None:
             return 1.0 if device == "cuda" or visible_gpus("auto") else 0.0
-        return 0.0
+        if device == "cuda" and not self.gpus_per_run:
+            raise UsageError("gpus_per_run=0 with --device cuda: give a GPU or a part of one, or --device cpu")
+        return self.gpus_per_run
 
     def _refuse_without_cluster(self) -> None:
         default = JobOptions.__dataclass_fields__

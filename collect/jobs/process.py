@@ -12,13 +12,13 @@ from pathlib import Path
 
 from collect.jobs.engine import Event, Job
 
-_THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 def process_environment(threads: int) -> dict[str, str]:
     """What each process finds in its environment besides ours: its threads, and where modules are."""
     return {
-        **{name: str(threads) for name in _THREAD_SETTINGS},
+        **{name: str(threads) for name in THREAD_SETTINGS},
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
     }
 

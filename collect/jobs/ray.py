@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from collect.jobs.engine import Event, Job
+from collect.jobs.process import THREAD_SETTINGS
 from collect.jobs.ray_cluster import connected, import_ray, refuse_open_cluster
-from collect.jobs.ray_node import Changes, Mailbox, Order, WorkerDied, run_job, versions
+from collect.jobs.ray_node import TOKEN_FILE, Changes, Mailbox, Order, WorkerDied, run_job, versions
 from collect.jobs.sent_code import copy_code
 from collect.training import provenance
 from collect.training.provenance import COMMIT
 from predictor.errors import FileFault, UsageError
 from predictor.shared.files import held, written_whole
 
-_MOST_ATTEMPTS = 6
-"""Of a job whose node or process dies again and again."""
 _SECONDS_TO_FETCH = 120.0
 _SECONDS_TO_LOCK = 5.0
 """The process of an attempt that died on this machine may hold its lock a moment longer."""
@@ -55,6 +54,8 @@ class RayEngine:
     """What else the processes find in their environment."""
     run_timeout: float | None = None
     """Seconds that a job may take; None sets no limit."""
+    attempts: int = 6
+    """How often a job is tried whose node or process dies again and again."""
     looks_for_shared: bool = True
     """Whether nodes look for the driver's folder. Where they do not, everything is sent."""
 
@@ -113,7 +114,7 @@ class _Driver:
                 ended, news = self._news.get()
                 if ended is None:
                     self._listen()
-                    for message in news.result():
+                    for message in self._messages(news):
                         self._take(message)
                 elif self._ended(ended, news):
                     left -= 1
@@ -141,7 +142,7 @@ class _Driver:
             "num_cpus": engine.cpus,
             "num_gpus": order.gpus,
             "memory": engine.memory,
-            "max_retries": _MOST_ATTEMPTS - 1,  # the driver counts too: Ray does not count what ran out of memory
+            "max_retries": engine.attempts - 1,  # the driver counts too: Ray does not count what ran out of memory
             "retry_exceptions": [WorkerDied],
             "name": job.title,
         }
@@ -153,6 +154,14 @@ class _Driver:
 
     def _listen(self) -> None:
         self._mailbox.receive.remote().future().add_done_callback(lambda done: self._news.put((None, done)))
+
+    def _messages(self, news: Any) -> list[dict[str, Any]]:
+        try:
+            messages: list[dict[str, Any]] = news.result()
+            return messages
+        except self._ray.exceptions.RayError as error:
+            why = str(error).splitlines()[0]
+            raise UsageError(f"the cluster is gone ({why}): start it again, and the same command goes on") from error
 
     def _take(self, message: dict[str, Any]) -> None:
         """Take a message of a job's attempt."""
@@ -186,7 +195,7 @@ class _Driver:
 
     def _answer(self, under_way: "_UnderWay", shared: bool) -> dict[str, Any]:
         """What an attempt gets: the files, or the end where it is not to begin."""
-        if len(under_way.nodes) > _MOST_ATTEMPTS:
+        if len(under_way.nodes) > self._engine.attempts:
             return {"event": {"failed": under_way.how_it_died}}
         under_way.release()
         if shared:  # the job holds the lock itself
@@ -224,9 +233,10 @@ class _Driver:
             result = done.result()
         except self._ray.exceptions.RuntimeEnvSetupError as error:
             raise UsageError(f"a node could not set up the code that was sent: {error}") from error
-        except WorkerDied as error:
-            return {"failed": f"{str(error.args[0]).splitlines()[0]}; {under_way.how_it_died}"}
-        except Exception as error:
+        except self._ray.exceptions.RayTaskError as error:
+            died = isinstance(error.cause, WorkerDied)
+            return {"failed": f"{error.cause}; {under_way.how_it_died}" if died else f"{error.cause!r}"}
+        except Exception as error:  # of Ray: the node or the process is gone for good
             return {"failed": under_way.how_it_died if under_way.nodes else f"Ray could not run it: {error}"}
         event, node = dict(result["event"]), result["node"]
         if result["changes"] is not None and result["attempt"] == under_way.attempt:
@@ -300,17 +310,17 @@ class _UnderWay:
 
 @contextlib.contextmanager
 def _token(folder: Path, wanted: bool) -> Iterator[str]:
-    """A file by which nodes find out whether they share the folder; the empty name where they are not to."""
+    """What a file holds by which nodes find out whether they share the folder; nothing where they are not to."""
     if not wanted:
         yield ""
         return
-    name = f".seen-{uuid.uuid4().hex}"
-    with written_whole(folder / name) as part:
-        part.write_text(name, encoding="ascii")
+    token = uuid.uuid4().hex
+    with written_whole(folder / TOKEN_FILE) as part:
+        part.write_text(token, encoding="ascii")
     try:
-        yield name
+        yield token
     finally:
-        (folder / name).unlink(missing_ok=True)
+        (folder / TOKEN_FILE).unlink(missing_ok=True)
 
 
 def _append(path: Path, content: bytes) -> None:
@@ -335,7 +345,8 @@ def _refuse_other_versions(node: str, theirs: Mapping[str, str]) -> None:
 
 
 def _decisive() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith(_DECISIVE)}
+    names = [name for name in os.environ if name.startswith(_DECISIVE) and name not in THREAD_SETTINGS]
+    return {name: os.environ[name] for name in names}
 
 
 def _introduction(context: Any, engine: RayEngine) -> str:

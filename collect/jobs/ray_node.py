@@ -27,6 +27,7 @@ _SECONDS_TO_LOCK = 60.0
 """The age from which a folder without a lock is a left-over, and not one that is being made."""
 _PREFIX = "smartfrz-job-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+TOKEN_FILE = ".shared"
 _LOG = "log"
 """The job's log in its own folder."""
 
@@ -45,7 +46,7 @@ class Order:
     log: str
     """The driver's file for what the job prints."""
     token: str
-    """A file of the driver's folder whose content is its own name: a node that reads it shares the folder."""
+    """What `TOKEN_FILE` in the driver's folder holds: a node that reads it there shares the folder."""
     threads: int
     gpus: float
     environment: dict[str, str]
@@ -55,7 +56,7 @@ class Order:
     def shared(self) -> bool:
         """Whether this node sees the driver's folder."""
         try:
-            return bool(self.token) and Path(self.folder, self.token).read_text(encoding="ascii") == self.token
+            return bool(self.token) and Path(self.folder, TOKEN_FILE).read_text(encoding="ascii") == self.token
         except (OSError, ValueError):
             return False
 

@@ -9,7 +9,7 @@ import pytest
 
 from collect.jobs import JobOptions, add_job_options, job_options
 from collect.jobs import sent_code as sending
-from collect.jobs.ray import RayEngine, _refuse_other_versions
+from collect.jobs.ray import RayEngine, _decisive, _refuse_other_versions
 from collect.jobs.ray_cluster import connected, import_ray, refuse_open_cluster
 from collect.jobs.ray_node import _LOG, _Watch, versions
 from collect.jobs.sent_code import copy_code
@@ -44,6 +44,22 @@ def test_the_flags_make_the_options_and_the_options_the_engine() -> None:
     assert options.device("auto") == "cuda"  # this machine need not have one
     assert options.slots(None, "cuda") is None
     assert options.make_engine(4, 1, "cpu", {}) == RayEngine("h:1", 4, 1, 2.0, 0.0, 3_000_000_000, {}, 60.0)
+
+
+def test_a_device_on_a_cluster() -> None:
+    options = JobOptions("ray")
+    assert [options.device(name) for name in ("cpu", "cuda")] == ["cpu", "cuda"]
+    for given, other in (("cuda:1", options), ("cuda", JobOptions("ray", gpus_per_run=0.0))):
+        with pytest.raises(UsageError, match=given):
+            other.device(given)
+
+
+def test_the_nodes_get_what_decides_numbers_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "RAY_AUTH_TOKEN", "SMARTFRZ_DATA"):
+        monkeypatch.setenv(name, "1")
+    names = set(_decisive())
+    assert {"ONEDNN_MAX_CPU_ISA", "SMARTFRZ_DATA"} <= names
+    assert not {"OMP_NUM_THREADS", "RAY_AUTH_TOKEN"} & names  # the engine says how many threads
 
 
 def test_without_ray_the_error_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from predictor.shared.flags import option
 
 @dataclass(frozen=True)
 class JobOptions:
-    """How jobs are executed. None of it changes a number, but for the device."""
+    """How jobs are executed. None of it changes a number, but for the device and a job's threads."""
 
     engine: Literal["local", "ray"] = option("local", "local: the processes of this machine; ray: a Ray cluster")
     address: str = option("auto", "the cluster's head as HOST:PORT; auto finds the one that this machine is part of")
@@ -33,7 +33,7 @@ class JobOptions:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UsageError(f"{name}={value:g}: give a number above 0")
         gpus = self.gpus_per_run
-        if gpus is not None and not (gpus >= 0 and (gpus <= 1 or gpus == int(gpus))):
+        if gpus is not None and not (0 <= gpus <= 1 or (gpus > 1 and gpus.is_integer())):
             raise UsageError(f"gpus_per_run={gpus:g}: give a part of one GPU, such as 0.25, or a whole number")
         if self.engine == "local":
             self._refuse_without_cluster()

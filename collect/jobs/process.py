@@ -48,8 +48,9 @@ class WorkerProcess:
         assert process.stdout is not None
         with self._limited(process) as limit:
             order = {**asdict(job), "folder": str(folder), "log": str(log)}
-            process.stdin.write(json.dumps(order).encode() + b"\n")
-            process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # killed just now: there will be no answer
+                process.stdin.write(json.dumps(order).encode() + b"\n")
+                process.stdin.flush()
             for line in process.stdout:
                 if not line.endswith(b"\n"):  # killed while it wrote
                     break
@@ -102,6 +103,8 @@ class WorkerProcess:
         with self._lock:
             if self._stopped:
                 raise ProcessLookupError("the slot was stopped")
+            if self._process is not None and self._process.poll() is not None:
+                self.end()  # killed between two jobs, which is no fault of the next one
             if self._process is None:
                 # A session of its own: Ctrl-C reaches the parent alone, which then ends the slots in order.
                 self._process = subprocess.Popen(

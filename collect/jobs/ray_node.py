@@ -128,7 +128,7 @@ def run_job(order: Order, mailbox: Any) -> dict[str, Any]:
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        event, changes = {"failed": f"{error.filename}: {error.strerror}", "full": True}, None
+        event, changes = {"failed": str(error), "full": True}, None
     if event.pop("died", False):
         if changes is not None:
             post.send_changes(changes)

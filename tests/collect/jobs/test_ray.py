@@ -14,7 +14,7 @@ from collect import __main__ as program
 from data.trajectories.folder import GatherFolder
 from tests.collect.gather.test_gather_kill import SUITE, WORKLOAD, assert_same, gather
 from tests.collect.inline import put_inline
-from tests.collect.ray_nodes import Cluster, running_cluster
+from tests.collect.ray_nodes import SECONDS, Cluster, running_cluster
 from tests.processes import running, wait_for
 
 pytest.importorskip("ray")
@@ -169,7 +169,7 @@ def test_jobs_run_fail_die_and_hang(cluster: Cluster, tmp_path: Path) -> None:
     functions = ("hang", "describe", "fail", "die_at_first", "always_die", "describe")
     settings = {"looks_for_shared": False, "run_timeout": 10.0, "attempts": 3}
     driver = start_jobs(cluster, tmp_path, settings, *functions)
-    assert driver.wait(timeout=900) == 0, printed(tmp_path)
+    assert driver.wait(SECONDS) == 0, printed(tmp_path)
     ends = ends_of(tmp_path)
     assert {job: len(found) for job, found in ends.items()} == dict.fromkeys("abcdef", 1)
     described = {"threads": 1, "omp": "1", "node": "a", "gpus": "", "own": True, "token": False}
@@ -193,7 +193,7 @@ def test_jobs_run_fail_die_and_hang(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_on_shared_storage_a_job_works_in_the_folder_itself(cluster: Cluster, tmp_path: Path) -> None:
     driver = start_jobs(cluster, tmp_path, {}, "describe", "die_at_first")
-    assert driver.wait(timeout=900) == 0, printed(tmp_path)
+    assert driver.wait(SECONDS) == 0, printed(tmp_path)
     ends, out = ends_of(tmp_path), tmp_path / "out"
     assert [event["done"]["own"] for event in ends["a"]] == [False]
     assert ends["b"] == [{"done": {"state": "kept"}}]
@@ -204,7 +204,7 @@ def test_on_shared_storage_a_job_works_in_the_folder_itself(cluster: Cluster, tm
 
 def test_nobody_without_the_token(cluster: Cluster, tmp_path: Path) -> None:
     driver = start_jobs(cluster, tmp_path, {}, "describe", RAY_AUTH_TOKEN="0123456789abcdef")
-    assert driver.wait(timeout=900) == 1
+    assert driver.wait(SECONDS) == 1
     assert "UsageError" in printed(tmp_path)
     assert "ray get-auth-token" in printed(tmp_path)
     assert not events(tmp_path)
@@ -215,16 +215,16 @@ def test_nobody_without_the_token(cluster: Cluster, tmp_path: Path) -> None:
 def test_jobs_end_with_their_driver(cluster: Cluster, tmp_path: Path, sent: signal.Signals) -> None:
     driver = start_jobs(cluster, tmp_path, {}, "linger")
     pid = tmp_path / "out" / "pid-a"
-    wait_for(lambda: pid.exists() and bool(pid.read_text()), driver)
+    wait_for(lambda: pid.exists() and bool(pid.read_text()), driver, SECONDS)
     driver.send_signal(sent)
-    driver.wait(timeout=240)
-    wait_for(lambda: not running(int(pid.read_text())))
+    driver.wait(SECONDS)
+    wait_for(lambda: not running(int(pid.read_text())), seconds=SECONDS)
 
 
 @pytest.mark.usefixtures("doomed")
 def test_a_node_with_a_full_disk_gets_no_more_jobs(cluster: Cluster, tmp_path: Path) -> None:
     driver = start_jobs(cluster, tmp_path, {"looks_for_shared": False, "slots": 2}, *["fill_a"] * 6)
-    assert driver.wait(timeout=900) == 0, printed(tmp_path)
+    assert driver.wait(SECONDS) == 0, printed(tmp_path)
     assert list(ends_of(tmp_path).values()) == [[{"done": {"node": "b"}}]] * 6
     notes = [event["note"] for found in events(tmp_path).values() for event in found if "note" in event]
     assert 1 <= sum("is full" in note for note in notes) <= 2  # those that ran there at that time
@@ -240,10 +240,10 @@ def test_a_run_whose_node_dies_goes_on_elsewhere(
     files = GatherFolder(tmp_path / "broken" / "trajectories")
     own = ["--engine", "ray", "--address", cluster.address, "--memory-per-run", "0.8"]  # one run a node
     driver = start(cluster, GATHER, tmp_path, *gather(suite, tmp_path / "broken"), *own, SMARTFRZ_GATE=str(gate))
-    wait_for(lambda: len(list((files.root / "checkpoints").glob("*.pt"))) > 1, driver)  # on both nodes
+    wait_for(lambda: len(list((files.root / "checkpoints").glob("*.pt"))) > 1, driver, SECONDS)  # on both nodes
     cluster.kill(doomed)
     gate.touch()
-    assert driver.wait(timeout=900) == 0, printed(tmp_path)
+    assert driver.wait(SECONDS) == 0, printed(tmp_path)
     assert "died; goes on at" in printed(tmp_path)
     assert not list((files.root / "checkpoints").iterdir())
 

@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 
+from collect.gather.continuation_plan import Choices
+from collect.gather.outcomes import Outcomes
+from collect.gather.trajectories import Trajectories
 from collect.jobs import JobOptions, add_job_options, job_options
 from collect.jobs import sent_code as sending
 from collect.jobs.ray import RayEngine, _decisive, _refuse_other_versions
 from collect.jobs.ray_cluster import connected, import_ray, refuse_open_cluster
 from collect.jobs.ray_node import _LOG, _Watch, versions
 from collect.jobs.sent_code import copy_code
+from data.outcomes.folder import OutcomeFolder
+from data.trajectories.folder import GatherFolder
 from predictor.errors import UsageError
 from predictor.shared.files import written_whole
 
@@ -127,6 +132,13 @@ def test_too_much_to_send_is_refused_by_name(here: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(sending, "_MOST_BYTES", 20_000_000)
     with pytest.raises(UsageError, match=r"samples\.bin"):
         copy_code(tmp_path / "code", [], [])
+
+
+def test_what_a_node_needs_of_the_folder_of_a_gathering(tmp_path: Path) -> None:
+    trajectories, outcomes = GatherFolder(tmp_path), OutcomeFolder(tmp_path)
+    assert Trajectories(trajectories, 300).files_of("a") == (trajectories.checkpoint("a"),)
+    assert set(Outcomes(outcomes, Choices()).files_of("a")) == {outcomes.run("a"), outcomes.under_way("a")}
+    assert outcomes.so_far("a").parent == outcomes.state("a", 3).parent == outcomes.under_way("a")
 
 
 def test_changes_of_a_folder(tmp_path: Path) -> None:

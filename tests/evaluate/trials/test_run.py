@@ -105,6 +105,8 @@ def test_the_suite_keeps_its_predictor(machine, run, make_predictor_file):
     (mark,) = plan.predictors
     assert folder.predictor(mark).read_bytes() == path.read_bytes()
     assert plan.trials[1].policy.options == {"predictor": f"sha256:{mark}"}
+    copy = str(folder.predictor(mark).relative_to(folder.root))
+    assert [job.files for job in plan.jobs[:2]] == [(), (copy,)]  # what a node needs of the folder
 
 
 def test_wall_clock_is_the_cost_where_trials_ran_one_at_a_time(machine, run):

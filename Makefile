@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpus compat check lint bench gpu clean
+.PHONY: help demo test test-cpus compat check lint bench gpu cluster-check clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ bench: $(READY)  ## what the library itself costs, against the stated limits
 
 gpu: $(READY)  ## what a GPU may do otherwise: at most 10 minutes; without one, what a CPU can show
 	$(BIN)/python -m evaluate gpu
+
+cluster-check: $(READY)  ## three Ray nodes, killed 50 times, against one machine; needs root, half an hour
+	$(BIN)/python -m evaluate cluster-check
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

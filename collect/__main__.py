@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from collect.gather.continuation_plan import Choices
+from collect.jobs import add_job_options, job_options
 from predictor.shared import flags as cli
 from predictor.shared.tracking import add_wandb_flag
 
@@ -78,6 +79,7 @@ def _add_settings(
     _add_device(parser)
     add("--dry-run", action="store_true", help="list the runs and their states, and do nothing")
     add_wandb_flag(parser)
+    add_job_options(parser)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +103,7 @@ def _gather(flags: argparse.Namespace) -> int:
     from collect.gather.settings import Settings
     from predictor.shared.tracking import start_tracker
 
-    suite, settings = read_suite(flags.suite), Settings(flags.device, flags.slots, flags.shard)
+    suite, settings = read_suite(flags.suite), Settings(flags.device, flags.slots, flags.shard, job_options(flags))
     kind = flags.kind(flags, suite)
     if flags.dry_run:
         print(describe_plan(suite, kind, settings))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from collect.jobs import add_job_options, job_options
 from evaluate.trials.folder import PUBLISHED
 from predictor.errors import UsageError
 from predictor.shared import flags as cli
@@ -52,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="default: %(default)s")
     _add_device(bench)
     _add_gpu(command("gpu", _gpu, "check on a GPU all that may be otherwise there, in at most 10 minutes"))
+    text = "check on three Ray nodes of this machine that a cluster makes what one machine makes; needs root"
+    _add_cluster_check(command("cluster-check", _cluster_check, text))
     command("published", _published, "what the published trials show, as Markdown, and the README's picture")
     return parser
 
@@ -81,6 +84,7 @@ def _add_run_suite(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
     add_wandb_flag(parser)
     parser.add_argument("--dry-run", action="store_true", help="list the trials, train nothing")
+    add_job_options(parser)
 
 
 def _add_oracle(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +97,7 @@ def _add_oracle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slots", type=int, help="trainings at once (default: one a CPU core or GPU)")
     parser.add_argument("--out", type=Path, default=_RUNS / "oracle", help="default: %(default)s")
     _add_device(parser)
+    add_job_options(parser)
 
 
 def _add_gpu(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +113,16 @@ def _add_gpu(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help=text)
 
 
+def _add_cluster_check(parser: argparse.ArgumentParser) -> None:
+    text = "checks to run, of: token, full-disk, outcomes, gather, quick, overhead, scale (default: the first five)"
+    parser.add_argument("--only", nargs="+", default=(), metavar="CHECK", help=text)
+    text = "nodes, processes and drivers that are killed, over all checks (default: %(default)s)"
+    parser.add_argument("--kills", type=int, default=50, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="of what is killed when (default: %(default)s)")
+    text = "where all files go; those of the last time are removed (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=Path("runs/cluster"), metavar="FOLDER", help=text)
+
+
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
 
@@ -121,7 +136,7 @@ def _run_suite(flags: argparse.Namespace) -> int:
 
     suite = read_suite(flags.suite)
     folder = SuiteFolder(flags.out or _RUNS / suite.name)
-    plan = make_plan(suite, Settings(flags.device, flags.slots, flags.predictor))
+    plan = make_plan(suite, Settings(flags.device, flags.slots, flags.predictor, job_options(flags)))
     adopted = []
     if flags.adopt is not None:
         # All that is published: a user's suite may take trials of several, and has a name of its own.
@@ -154,13 +169,15 @@ def _introduce(plan: "Plan", left: int, root: Path, adopted: bool) -> None:
 
     suite, settings = plan.suite, plan.settings
     grid = f"workloads: {len(suite.workloads)}, policies: {len(suite.policies)}, seeds: {len(suite.seeds)}"
-    print(f"suite {suite.name}: {len(plan.jobs)} trials ({grid}); {left} to run, {settings.chosen_slots} at a time")
+    print(f"suite {suite.name}: {len(plan.jobs)} trials ({grid}); {left} to run, {settings.at_once}")
     for mark, path in plan.predictors.items():
         print(f"predictor: {path} (sha256 {mark})")
     if plan.predictors and not (settings.predictor or suite.shipped or TRAINED.exists()):
         print(f"there is no {TRAINED} yet: policies that name no predictor use the one that ships")
     if adopted:
         print("cost: FLOPs; the seconds of trials that were run elsewhere are not compared")
+    elif not settings.jobs.one_machine:
+        print("cost: FLOPs; the seconds of a cluster's machines are not compared")
     elif settings.sharing == 1:
         print("cost: wall-clock time; one trial runs at a time")
     elif pick_device(settings.device).type == "cpu":
@@ -199,7 +216,7 @@ def _oracle(flags: argparse.Namespace) -> None:
 
     search = make_search(flags.workload, flags.suite, flags.seeds, flags.trials)
     print(f"oracle of {flags.workload}: {search.trials} schedules, seeds {list(search.seeds)}", flush=True)
-    path = find_oracle(search, flags.out, Settings(flags.device, flags.slots))
+    path = find_oracle(search, flags.out, Settings(flags.device, flags.slots, jobs=job_options(flags)))
     oracle = read_oracle(path)
     print(f"\n{written(oracle.front)}\n")
     print(f"{oracle_finding(oracle, _HALF_A_POINT)}.")
@@ -228,6 +245,12 @@ def _bench(flags: argparse.Namespace) -> int:
     from evaluate.bench.bench import run_bench
 
     return 0 if run_bench(flags.out, flags.device) else 1
+
+
+def _cluster_check(flags: argparse.Namespace) -> int:
+    from evaluate.cluster.command import Settings, run_checks
+
+    return run_checks(Settings(tuple(flags.only), flags.kills, flags.seed, flags.out))
 
 
 def _gpu(flags: argparse.Namespace) -> int:

@@ -67,6 +67,10 @@ class Kind(ABC):
         """The part of the job's payload that the kind adds to `id`, `config` and `device`."""
 
     @abstractmethod
+    def files_of(self, run_id: str) -> Sequence[Path]:
+        """The files and folders from which a run that was interrupted goes on."""
+
+    @abstractmethod
     def take(self, run_id: str, result: dict[str, Any]) -> dict[str, Any]:
         """Take the result of a job that has ended, and return the figures to log."""
 
@@ -110,8 +114,7 @@ def gather(suite: Suite, kind: Kind, settings: Settings, tracker: Tracker) -> Ga
     done = len(runs) - len(waiting)
     shard = "" if settings.shard[1] == 1 else ", shard {}/{}".format(*settings.shard)
     before = f", {done} of them there already" if done else ""
-    at_once = f"{settings.chosen_slots} at a time{kind.remark}"
-    print(f"{kind.title} {suite.name}{shard}: {len(runs)} runs{before}, {at_once}", flush=True)
+    print(f"{kind.title} {suite.name}{shard}: {len(runs)} runs{before}, {settings.at_once}{kind.remark}", flush=True)
     failed: dict[str, str] = {}
 
     def on_done(job: Job, result: dict[str, Any]) -> None:
@@ -134,6 +137,7 @@ def gather(suite: Suite, kind: Kind, settings: Settings, tracker: Tracker) -> Ga
         threads=kind.threads,
         device=settings.device,
         environment=kind.environment,
+        options=settings.jobs,
     )
     table = kind.table([run for run in runs if kind.files.run(run.id).is_file()])
     return Gathered(failed, _pack(suite, kind, settings), table)
@@ -145,7 +149,7 @@ def describe_plan(suite: Suite, kind: Kind, settings: Settings) -> str:
     states = [kind.state(run) for run in runs]
     lines = [f"{run.id}  {state:8}  {run.title}" for run, state in zip(runs, states, strict=True)]
     left = len(runs) - states.count("finished")
-    end = f"{suite.name}: {len(runs)} runs, {left} to do, {settings.chosen_slots} at a time{kind.remark}"
+    end = f"{suite.name}: {len(runs)} runs, {left} to do, {settings.at_once}{kind.remark}"
     return "\n".join([*lines, end])
 
 
@@ -178,7 +182,8 @@ def _is_finished(kind: Kind, run: RunConfig) -> bool:
 
 def _job(run: RunConfig, kind: Kind, settings: Settings) -> Job:
     payload = {"id": run.id, "config": run.as_dict(), "device": settings.device_in_slot, **kind.payload(run)}
-    return Job(run.id, run.title, kind.target, payload)
+    files = tuple(str(path.relative_to(kind.files.root)) for path in kind.files_of(run.id))
+    return Job(run.id, run.title, kind.target, payload, files)
 
 
 def _pack(suite: Suite, kind: Kind, settings: Settings) -> str | None:

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from collect.gather.continuation_plan import Choices
@@ -70,6 +71,10 @@ class Outcomes(Kind):
     def payload(self, run: RunConfig) -> dict[str, Any]:
         """The choices."""
         return {"choices": self._choices.as_dict()}
+
+    def files_of(self, run_id: str) -> Sequence[Path]:
+        """The outcomes with other choices, and the folder of what is under way."""
+        return self.files.run(run_id), self.files.under_way(run_id)
 
     def take(self, run_id: str, result: dict[str, Any]) -> dict[str, Any]:
         """Read the file that the job wrote."""

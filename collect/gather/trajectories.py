@@ -64,6 +64,10 @@ class Trajectories(Kind):
         """The time between checkpoints."""
         return {"checkpoint_seconds": self._checkpoint_seconds}
 
+    def files_of(self, run_id: str) -> Sequence[Path]:
+        """The checkpoint."""
+        return (self.files.checkpoint(run_id),)
+
     def take(self, run_id: str, result: dict[str, Any]) -> dict[str, Any]:
         """Keep a run's outcome for the table."""
         self._outcomes[run_id] = result

@@ -19,10 +19,14 @@ class Job:
     `progress` takes the share of the work that is done, from 0 to 1. The result must be JSON-able."""
     payload: dict[str, Any]
     """The function's first argument."""
+    files: tuple[str, ...] = ()
+    """The files and folders below `folder` that the job finds there, such as its checkpoint. An engine elsewhere sends
+    them along, and brings back what the job makes of them and what else it writes into the folder."""
 
 
 Event = dict[str, Any]
-"""One of {"share": the share of a job that is done}, {"done": its result} and {"failed": why, in a line}."""
+"""One of {"share": the share of a job that is done}, {"note": what happened to it, in a line}, {"done": its result} and
+{"failed": why, in a line}. A share may come with "node", where the job runs, and "gpus", how many it has there."""
 
 
 class Engine(Protocol):

@@ -1,22 +1,19 @@
 """The engine of this machine: one persistent process a slot."""
 
 import contextlib
+import functools
 import itertools
-import json
 import os
 import queue
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from collect.jobs.engine import Event, Job
 from collect.jobs.gpus import environment_of, jobs_a_gpu, visible_gpus
+from collect.jobs.process import WorkerProcess, process_environment
 from predictor.errors import UsageError
-
-_THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,8 @@ class LocalEngine:
     """"cpu" hides all GPUs; "auto" and "cuda" give each slot one GPU, in turn."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """What else the processes find in their environment."""
+    run_timeout: float | None = None
+    """Seconds that a job may take; None sets no limit."""
 
     def __post_init__(self) -> None:
         if self.slots < 1:
@@ -58,40 +57,43 @@ class LocalEngine:
             event.pop("crowded", None)
             report(job, event)
 
-        _run([{**each, **self.environment} for each in environments], jobs, folder, log, report_all_but_crowded)
-        _run(alone, crowded, folder, log, reported)
+        self._run([{**each, **self.environment} for each in environments], jobs, folder, log, report_all_but_crowded)
+        self._run(alone, crowded, folder, log, reported)
 
+    def _run(
+        self,
+        environments: Sequence[dict[str, str]],
+        jobs: Sequence[Job],
+        folder: Path,
+        log: Callable[[str], Path],
+        report: Callable[[Job, Event], None],
+    ) -> None:
+        """Run jobs in a slot for each environment."""
+        waiting = iter(jobs)
+        events: queue.SimpleQueue[tuple[Job, Event]] = queue.SimpleQueue()
+        lock = threading.Lock()
 
-def _run(
-    environments: Sequence[dict[str, str]],
-    jobs: Sequence[Job],
-    folder: Path,
-    log: Callable[[str], Path],
-    report: Callable[[Job, Event], None],
-) -> None:
-    """Run jobs in a slot for each environment."""
-    waiting = iter(jobs)
-    events: queue.SimpleQueue[tuple[Job, Event]] = queue.SimpleQueue()
-    lock = threading.Lock()
+        def take() -> Job | None:
+            with lock:
+                return next(waiting, None)
 
-    def take() -> Job | None:
-        with lock:
-            return next(waiting, None)
-
-    team = [_Slot(environment, take, events.put, folder, log) for environment in environments[: len(jobs)]]
-    try:
-        for slot in team:
-            slot.start()
-        left = len(jobs)
-        while left:
-            job, event = events.get()
-            left -= "share" not in event
-            report(job, event)
-    finally:
-        for slot in team:
-            slot.stop()
-        for slot in team:
-            slot.join()
+        team = [
+            _Slot(WorkerProcess(environment, self.run_timeout), take, events.put, folder, log)
+            for environment in environments[: len(jobs)]
+        ]
+        try:
+            for slot in team:
+                slot.start()
+            left = len(jobs)
+            while left:
+                job, event = events.get()
+                left -= "share" not in event
+                report(job, event)
+        finally:
+            for slot in team:
+                slot.stop()
+            for slot in team:
+                slot.join()
 
 
 def free_cores() -> int:
@@ -122,29 +124,26 @@ def slot_environments(slots: int, *, threads: int | None, device: str) -> list[d
     """What each slot's process finds in its environment besides ours: its threads, its GPU, where modules are."""
     gpus = visible_gpus(device)
     threads = threads or max(1, free_cores() // slots)
-    shared = {name: str(threads) for name in _THREAD_SETTINGS}
-    shared["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    shared = process_environment(threads)
     gpu_of_slot = itertools.cycle(gpus or ("",))
     return [{**shared, **environment_of(next(gpu_of_slot))} for _ in range(slots)]
 
 
 class _Slot:
-    """Feeds one process with jobs, restarts it when it dies, and passes its events on."""
+    """A thread that takes jobs and has a process do them."""
 
     def __init__(
         self,
-        environment: dict[str, str],
+        process: WorkerProcess,
         take: Callable[[], Job | None],
         report: Callable[[tuple[Job, Event]], None],
         folder: Path,
         log: Callable[[str], Path],
     ) -> None:
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._environment = environment
+        self._process = process
         self._take, self._report = take, report
         self._folder, self._log = folder, log
-        self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()
         self._stopped = False
 
     def start(self) -> None:
@@ -155,71 +154,20 @@ class _Slot:
         """Wait until there are no more jobs, or the slot was stopped."""
         self._thread.join()
 
+    def stop(self) -> None:
+        """End the process at once, and start no other."""
+        self._stopped = True
+        self._process.stop()
+
     def _run(self) -> None:
         while not self._stopped and (job := self._take()):
             try:
-                end = self._do(job)
+                end = self._process.do(job, self._folder, self._log(job.id), functools.partial(self._pass_on, job))
             except Exception as error:  # no process, or a broken pipe: the caller must not wait for ever
                 end = {"failed": f"its process could not be used: {error}"}
-                self._end_process()
+                self._process.end()
             self._report((job, end))
-        self._end_process()
+        self._process.end()
 
-    def stop(self) -> None:
-        """End the process at once, and start no other."""
-        with self._lock:
-            self._stopped = True
-            if self._process is not None:
-                self._process.kill()
-
-    def _do(self, job: Job) -> Event:
-        process = self._living_process()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        order = {**asdict(job), "folder": str(self._folder), "log": str(self._log(job.id))}
-        process.stdin.write(json.dumps(order).encode() + b"\n")
-        process.stdin.flush()
-        for line in process.stdout:
-            if not line.endswith(b"\n"):  # killed while it wrote
-                break
-            event = json.loads(line)
-            if "share" not in event:
-                if event.pop("spent", False):
-                    process.kill()  # its GPU refuses all further work of it
-                    self._end_process()
-                return dict(event)
-            self._report((job, event))
-        return {"failed": _how_it_died(self._end_process())}
-
-    def _living_process(self) -> subprocess.Popen[bytes]:
-        with self._lock:
-            if self._stopped:
-                raise ProcessLookupError("the slot was stopped")
-            if self._process is None:
-                # A session of its own: Ctrl-C reaches the parent alone, which then ends the slots in order.
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "collect.jobs.worker"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    env={**os.environ, **self._environment},
-                    start_new_session=True,
-                )
-            return self._process
-
-    def _end_process(self) -> int:
-        """Close the process's input, which ends it, and give its exit status."""
-        process, self._process = self._process, None
-        if process is None:
-            return 0
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-        process.stdout.close()
-        return process.wait()
-
-
-def _how_it_died(status: int) -> str:
-    if status == -9:
-        return "its process was killed (signal 9): by hand, or because memory ran out"
-    return f"its process died ({f'signal {-status}' if status < 0 else f'exit status {status}'})"
+    def _pass_on(self, job: Job, event: Event) -> None:
+        self._report((job, event))

@@ -3,6 +3,7 @@
 Its input ends when the parent closes it, and also when the parent is killed: either way this process is gone at once.
 """
 
+import errno
 import importlib
 import json
 import os
@@ -47,10 +48,14 @@ def _prepare() -> None:
 
 
 def _answer(order: dict[str, Any], write: Callable[[bytes], object]) -> dict[str, Any]:
-    """Do a job. The answer is `done` or `failed`. `crowded`: its GPU had no room. `spent`: it refuses all."""
+    """Do a job. The answer is `done` or `failed`.
+
+    `crowded`: its GPU had no room. `full`: a disk had none. `spent`: the device refuses all.
+    """
     try:
         _point_output_at(Path(order["log"]))
         _prepare()
+        write(_line({"began": True}))  # from here its time counts
         print(f"=== {datetime.now().astimezone().isoformat(timespec='seconds')} {order['title']}", flush=True)
         module, function = order["target"].split(":")
         job = getattr(importlib.import_module(module), function)
@@ -63,12 +68,25 @@ def _answer(order: dict[str, Any], write: Callable[[bytes], object]) -> dict[str
         answer = {"failed": f"{kind}{error}".strip().replace("\n", " ")}
         if devices.is_crowded(error):
             answer["crowded"] = True
+        if _is_full(error):
+            answer["full"] = True
     # The error is gone here, and with it what its frames held.
     if not devices.clean_up():
         answer["spent"] = True
     sys.stdout.flush()
     sys.stderr.flush()
     return answer
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether a job failed because a disk is full."""
+    while error is not None:
+        if isinstance(error, OSError) and (
+            error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _reporter(write: Callable[[bytes], object]) -> Callable[[float], None]:

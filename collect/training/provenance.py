@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+COMMIT = "SMARTFRZ_COMMIT"
+"""The variable with the commit, for code that was copied from a checkout to another machine."""
 _PACKAGES = ("torch", "torchvision", "numpy", "h5py", "scikit-learn", "timm")
 
 
@@ -64,6 +66,8 @@ def determinism() -> dict[str, bool | str | None]:
 
 def _commit() -> str | None:
     """The checkout's commit, with a plus sign for changed files; None outside a repository."""
+    if given := os.environ.get(COMMIT):
+        return given
     git = ["git", "-C", str(Path(__file__).parent)]
     with suppress(OSError, subprocess.SubprocessError):
         commit = _printed([*git, "rev-parse", "--short=12", "HEAD"])

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from collect.jobs import Job, default_slots, visible_gpus
+from collect.jobs import THIS_MACHINE, Job, JobOptions, visible_gpus
 from collect.training.device import pick_device
 from collect.training.state import steps_per_epoch
 from collect.workloads import Workload, own_code
 from data.sources import load_source
 from evaluate.trials.config import BY_FINGERPRINT, TrialConfig
+from evaluate.trials.folder import SuiteFolder
 from evaluate.trials.freezing import UNDER_AUGMENTATION
 from evaluate.trials.lora import with_lora
 from evaluate.trials.suite import PolicyEntry, Suite, WorkloadEntry
@@ -39,20 +40,37 @@ class Settings:
     predictor: Path | None = None
     """The file for policies that take a predictor and whose options name none; by default the one trained here, else
     the one that ships, and in a suite about the latter that one."""
+    jobs: JobOptions = THIS_MACHINE
+    """Where the trials execute."""
 
     def __post_init__(self) -> None:
         if self.slots is not None and self.slots < 1:
             raise UsageError(f"slots={self.slots}: at least one trial must run at a time")
 
     @property
-    def chosen_slots(self) -> int:
-        """Trials at once."""
-        return self.slots or default_slots(self.device)
+    def chosen_slots(self) -> int | None:
+        """Trials at once; None for as many as a cluster has room for."""
+        return self.jobs.slots(self.slots, self.device)
+
+    @property
+    def at_once(self) -> str:
+        """How many trials there are at once, in words."""
+        return f"{self.chosen_slots or 'as many as there is room for'} at a time"
 
     @property
     def sharing(self) -> int:
-        """Trials that share this machine's cores, or one GPU. With more than one, wall-clock time compares nothing."""
-        return -(-self.chosen_slots // max(1, len(visible_gpus(self.device))))
+        """Trials that share this machine's cores, or one GPU. With more than one, wall-clock time compares nothing.
+
+        Two where the trials run on a cluster, whose nodes may be any.
+        """
+        slots = self.chosen_slots if self.jobs.one_machine else None
+        return 2 if slots is None else -(-slots // max(1, len(visible_gpus(self.device))))
+
+    @property
+    def device_type(self) -> str:
+        """The kind of device that trials train on: cpu, cuda or mps."""
+        given = self.jobs.device(self.device)
+        return pick_device(given).type if self.jobs.one_machine else given.partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -70,7 +88,14 @@ class Plan:
     def jobs(self) -> tuple[Job, ...]:
         """The trials as work for a process of their own."""
         target = "evaluate.trials.trial:run_trial"
-        return tuple(Job(trial.id, trial.title, target, trial.as_payload()) for trial in self.trials)
+        folder = SuiteFolder(Path())
+        copies = {mark: str(folder.predictor(mark)) for mark in self.predictors}
+
+        def files(trial: TrialConfig) -> tuple[str, ...]:
+            mark = str(trial.policy.options.get("predictor")).removeprefix(BY_FINGERPRINT)
+            return (copies[mark],) if mark in copies else ()
+
+        return tuple(Job(trial.id, trial.title, target, trial.as_payload(), files(trial)) for trial in self.trials)
 
 
 @dataclass(frozen=True)
@@ -111,7 +136,7 @@ def make_plan(suite: Suite, settings: Settings) -> Plan:
     Raises UsageError or FileFault for a workload, recipe, source, policy, option or predictor file that does not work,
     and for two of them that do not work together.
     """
-    device = pick_device(settings.device).type
+    device = settings.device_type
     works = {entry.label: _checked(entry) for entry in suite.workloads}
     methods, predictors = {}, {}
     for entry in suite.policies:

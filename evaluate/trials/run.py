@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from collect.jobs import Job, run_jobs
-from collect.training.device import pick_device
 from evaluate.trials.folder import SuiteFolder
 from evaluate.trials.plan import Plan
 from evaluate.trials.records import ADOPTED, has_result
@@ -86,6 +85,7 @@ def _run(left: list[Job], plan: Plan, folder: SuiteFolder, log: Callable[[dict[s
         on_done=keep,
         on_failed=report,
         device=settings.device,
+        options=settings.jobs,
     )
     return Summary(done, failed)
 
@@ -119,8 +119,8 @@ def _description(plan: Plan, folder: SuiteFolder, left: list[Job]) -> dict[str, 
     suite, rows = plan.suite, [row for row in read_json_lines(folder.results) if has_result(row)]
     sharing = {row["slots"] for row in rows} | ({plan.settings.sharing} if left else set())
     seconds = "train_seconds" if sharing <= {1} else "cpu_seconds"
-    elsewhere = any(row.get(ADOPTED) for row in rows)
-    on_gpu = pick_device(plan.settings.device).type != "cpu"
+    elsewhere = any(row.get(ADOPTED) for row in rows) or not plan.settings.jobs.one_machine
+    on_gpu = plan.settings.device_type != "cpu"
     return {
         "name": suite.name,
         "baseline": suite.baseline,

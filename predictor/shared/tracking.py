@@ -98,7 +98,13 @@ def _start_wandb(program: str, mode: Literal["offline", "online"], directory: Pa
     newer = {"finish_timeout": 120} if "finish_timeout" in getattr(wandb.Settings, "model_fields", ()) else {}
     settings = wandb.Settings(console="off", x_disable_stats=True, silent=mode == "offline", login_timeout=60, **newer)
     return wandb.init(
-        project=_PROJECT, job_type=program, mode=mode, dir=str(directory), config=dict(config), settings=settings
+        project=_PROJECT,
+        group=config.get("suite"),  # the shards of a suite, and its repetitions, stand together
+        job_type=program,
+        mode=mode,
+        dir=str(directory),
+        config=dict(config),
+        settings=settings,
     )
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from collect.jobs import Job, default_slots, run_jobs, visible_gpus
+from collect.jobs import Job, JobOptions, default_slots, run_jobs, visible_gpus
 from collect.jobs.local import free_cores, slot_environments
+from collect.jobs.process import WorkerProcess, process_environment
 from predictor.errors import UsageError
 from tests.processes import running, wait_for
 
@@ -155,6 +156,26 @@ def test_a_process_that_dies_costs_only_its_job_and_is_replaced(folder: Path) ->
     assert "signal 9" in outcome.failed["a"]
     assert "exit status 3" in outcome.failed["b"]
     assert list(outcome.done) == ["c"]
+
+
+def test_a_process_that_is_killed_between_two_jobs_costs_none(folder: Path) -> None:
+    process = WorkerProcess(process_environment(1))
+    job = Job("a", "a", "enginejobs:see_given_back", {})
+    try:
+        first = process.do(job, folder, folder / "log", lambda event: None)
+        os.kill(first["done"]["pid"], signal.SIGKILL)
+        wait_for(lambda: not running(first["done"]["pid"]))
+        assert "done" in process.do(job, folder, folder / "log", lambda event: None)
+    finally:
+        process.end()
+
+
+def test_a_job_that_takes_too_long_is_ended(folder: Path) -> None:
+    """The time that its process takes to start does not count."""
+    outcome = run(folder, "linger", "see_given_back", options=JobOptions(run_timeout=0.5))
+    assert "--run-timeout 0.5" in outcome.failed["a"]
+    assert list(outcome.done) == ["b"]
+    assert not running(int((folder / "pid-a").read_text()))
 
 
 def test_a_job_that_breaks_its_device_fails_and_its_process_is_replaced(folder: Path) -> None:

@@ -25,6 +25,17 @@ def test_shares_of_jobs_under_way_count(capsys: pytest.CaptureFixture[str]) -> N
     assert captured.err == ""
 
 
+def test_the_nodes_and_gpus_in_use_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with JobProgress(3) as progress:
+        for job, node in (("a", "n1"), ("b", "n2"), ("c", "n2")):
+            progress.update(job, 0.5, node, 0.5)
+        progress.note("a word")
+        progress.finish("a", "the first")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a word"
+    assert lines[1].endswith(", 2 running on 1 node and 1 GPUs)")
+
+
 def test_the_estimate_goes_by_the_share_that_is_done(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from collect.jobs import JobOptions
 from evaluate.trials.folder import SuiteFolder
 from evaluate.trials.plan import Settings, make_plan
 from evaluate.trials.records import ACCOUNTING, read_results
@@ -104,6 +105,8 @@ def test_the_suite_keeps_its_predictor(machine, run, make_predictor_file):
     (mark,) = plan.predictors
     assert folder.predictor(mark).read_bytes() == path.read_bytes()
     assert plan.trials[1].policy.options == {"predictor": f"sha256:{mark}"}
+    copy = str(folder.predictor(mark).relative_to(folder.root))
+    assert [job.files for job in plan.jobs[:2]] == [(), (copy,)]  # what a node needs of the folder
 
 
 def test_wall_clock_is_the_cost_where_trials_ran_one_at_a_time(machine, run):
@@ -118,9 +121,18 @@ def test_wall_clock_is_the_cost_where_trials_ran_one_at_a_time(machine, run):
 
 
 def test_flops_are_the_cost_where_trials_share_a_gpu(machine, run, monkeypatch):
-    monkeypatch.setattr("evaluate.trials.run.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("evaluate.trials.plan.pick_device", lambda name: torch.device("cuda"))
     _, folder, _ = run(slots=2)
     assert read_results(folder.root).suite.cost == "flops"
+
+
+def test_flops_are_the_cost_of_a_cluster_whose_machines_differ(machine, tmp_path):
+    settings = Settings("cpu", jobs=JobOptions("ray"))
+    plan, folder = make_plan(SUITE, settings), SuiteFolder(tmp_path)
+    run_suite(plan, folder, lambda figures, done: None)
+    assert read_results(folder.root).suite.cost == "flops"
+    alone = make_plan(SUITE, Settings("cpu", 2))
+    assert [trial.id for trial in plan.trials] == [trial.id for trial in alone.trials]
 
 
 def test_what_was_counted_otherwise_is_set_aside_before_it_is_run_again(machine, run):

@@ -54,11 +54,12 @@ def test_a_second_start_appends(tmp_path):
 def test_figures_also_go_to_wandb(tmp_path, monkeypatch):
     run, asked = FakeRun(), {}
     fake_wandb(monkeypatch, lambda **settings: asked.update(settings) or run)
-    with start_tracker("tune", "offline", tmp_path, {"trials": 2}) as tracker:
+    with start_tracker("tune", "offline", tmp_path, {"trials": 2, "suite": "quick"}) as tracker:
         tracker.log({"score": 0.9}, 4)
     assert run.rows == [({"score": 0.9}, 4)]
     assert run.finished == 1
-    assert (asked["mode"], asked["dir"], asked["config"]) == ("offline", str(tmp_path), {"trials": 2})
+    assert (asked["mode"], asked["dir"], asked["group"]) == ("offline", str(tmp_path), "quick")
+    assert asked["config"] == {"trials": 2, "suite": "quick"}
 
 
 @pytest.mark.parametrize("cause", ["missing", "init", "log", "finish"])

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class Cluster:
             "RAY_agent_register_timeout_ms": "600000",
             "RAY_worker_register_timeout_seconds": "600",
         }
+        self._names: dict[int, str] = {}
         self._nodes: list[subprocess.Popen[bytes]] = []
         self.address = ""
 
@@ -58,28 +60,37 @@ class Cluster:
     def add_node(self, name: str, cpus: int = 1) -> subprocess.Popen[bytes]:
         """Start a node with 1 GB to give to jobs, which find its name in the variable NODE."""
         self._start(name, [f"--address={self.address}", f"--num-cpus={cpus}", "--memory=1000000000"], NODE=name)
+        self._names[self._nodes[-1].pid] = name
         return self._nodes[-1]
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
-        """Kill all processes of a node at once, as when its power fails."""
+        """Kill all processes of a node, as when its power fails: also jobs, which have groups of their own."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(node.pid, signal.SIGKILL)
         node.wait()
+        if name := self._names.get(node.pid):
+            self._end_all(f"NODE={name}\0")
 
     def close(self) -> None:
         """End everything, also what has left the nodes' process groups: all of it has our token."""
         for node in reversed(self._nodes):
             self.kill(node)
-        while left := [pid for pid in map(_number, Path("/proc").glob("[0-9]*")) if self._is_ours(pid)]:
+        self._end_all()
+
+    def _end_all(self, variable: str = "") -> None:
+        """End all processes that have our token, and this in their environment."""
+        while left := [pid for pid in map(_number, Path("/proc").glob("[0-9]*")) if self._is_ours(pid, variable)]:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
 
-    def _is_ours(self, pid: int) -> bool:
+    def _is_ours(self, pid: int, variable: str) -> bool:
         try:
-            return self.environment["RAY_AUTH_TOKEN"].encode() in Path(f"/proc/{pid}/environ").read_bytes()
+            found = Path(f"/proc/{pid}/environ").read_bytes()
         except OSError:  # ended, or another user's
             return False
+        return self.environment["RAY_AUTH_TOKEN"].encode() in found and variable.encode() in found
 
     def _start(self, name: str, arguments: list[str], **more: str) -> Path:
         """Start a node, again where Ray's 30 seconds for that were too few. Returns its log."""

@@ -223,11 +223,13 @@ def test_jobs_end_with_their_driver(cluster: Cluster, tmp_path: Path, sent: sign
 
 @pytest.mark.usefixtures("doomed")
 def test_a_node_with_a_full_disk_gets_no_more_jobs(cluster: Cluster, tmp_path: Path) -> None:
-    driver = start_jobs(cluster, tmp_path, {"looks_for_shared": False, "slots": 2}, *["fill_a"] * 6)
+    driver = start_jobs(cluster, tmp_path, {"looks_for_shared": False, "slots": 3}, *["fill_a"] * 6)
     assert driver.wait(SECONDS) == 0, printed(tmp_path)
     assert list(ends_of(tmp_path).values()) == [[{"done": {"node": "b"}}]] * 6
     notes = [event["note"] for found in events(tmp_path).values() for event in found if "note" in event]
-    assert 1 <= sum("is full" in note for note in notes) <= 2  # those that ran there at that time
+    assert (
+        1 <= sum("is full" in note for note in notes) <= 3
+    )  # those that ran there at that time: the other has room for 2
 
 
 def test_a_run_whose_node_dies_goes_on_elsewhere(

@@ -275,6 +275,7 @@ def test_a_password_that_was_typed_is_kept_from_wandb_and_from_the_errors_of_the
 
 
 def test_a_server_that_is_not_there_is_found_before_the_data_are_read(tmp_path):
+    pytest.importorskip("psycopg")
     with pytest.raises(UsageError, match="cannot be reached"):
         main(["tune", "--storage", "postgresql://bob@127.0.0.1:1/db", "--data", str(tmp_path / "none.h5")])
 

@@ -43,9 +43,18 @@ class WorkerProcess:
         Besides "done" or "failed" it may say that the job's GPU had no room ("crowded"), that a disk is full ("full"),
         or that the process died ("died").
         """
+        used = self._process is not None
+        began, event = self._do_once(job, folder, log, report)
+        if used and not began and "died" in event:  # it was killed between two jobs, which is no fault of this one
+            _, event = self._do_once(job, folder, log, report)
+        return event
+
+    def _do_once(self, job: Job, folder: Path, log: Path, report: Callable[[Event], None]) -> tuple[bool, Event]:
+        """Whether the process began with the job, and the last event."""
         process = self._living_process()
         assert process.stdin is not None
         assert process.stdout is not None
+        began = False
         with self._limited(process) as limit:
             order = {**asdict(job), "folder": str(folder), "log": str(log)}
             with contextlib.suppress(BrokenPipeError):  # killed just now: there will be no answer
@@ -56,6 +65,7 @@ class WorkerProcess:
                     break
                 event: Event = json.loads(line)
                 if "began" in event:
+                    began = True
                     limit.begin()
                 elif "share" in event:
                     report(event)
@@ -63,11 +73,11 @@ class WorkerProcess:
                     if event.pop("spent", False):
                         process.kill()  # its GPU refuses all further work of it
                         self.end()
-                    return event
+                    return began, event
             status = self.end()
         if limit.is_over:
-            return {"failed": f"it took longer than --run-timeout {self._seconds:g} (seconds), and was ended"}
-        return {"failed": _how_it_died(status), "died": True}
+            return began, {"failed": f"it took longer than --run-timeout {self._seconds:g} (seconds), and was ended"}
+        return began, {"failed": _how_it_died(status), "died": True}
 
     def stop(self) -> None:
         """End the process at once, and start no other."""
@@ -103,8 +113,6 @@ class WorkerProcess:
         with self._lock:
             if self._stopped:
                 raise ProcessLookupError("the slot was stopped")
-            if self._process is not None and self._process.poll() is not None:
-                self.end()  # killed between two jobs, which is no fault of the next one
             if self._process is None:
                 # A session of its own: Ctrl-C reaches the parent alone, which then ends the slots in order.
                 self._process = subprocess.Popen(

@@ -31,7 +31,7 @@ _SECONDS_TO_FETCH = 120.0
 _SECONDS_TO_LOCK = 5.0
 """The process of an attempt that died on this machine may hold its lock a moment longer."""
 _DECISIVE = ("SMARTFRZ_", "ATEN_", "ONEDNN_", "DNNL_", "MKL_", "KMP_", "OMP_", "CUBLAS_", "NVIDIA_TF32", "TORCH_")
-"""How variables begin that decide how numbers are reckoned, and where data are: the nodes get ours."""
+"""How variables begin that decide how numbers are computed, and where data are: the nodes get ours."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def headline(results: Results, rows: Sequence[Row]) -> list[str]:
     compared = [(row, found) for row, found in known if found is not None and row.policy != results.suite.baseline]
     if not compared:
         return [cheapest(results, rows)]
-    within = f"as accurate as {results.suite.baseline} within {results.suite.margin * 100:g} percentage points"
+    within = f"as accurate as {results.suite.baseline} within {write.percentage_points(results.suite.margin)}"
     good = [(row, found) for row, found in compared if row.verdict == AS_ACCURATE]
     shown = [(row, found) for row, found in good if found.value.low > 1 and not found.at_most]
     if not good:
@@ -44,7 +44,8 @@ def headline(results: Results, rows: Sequence[Row]) -> list[str]:
 
 
 def _largest(known: Sequence[_Found]) -> _Found:
-    return max(known, key=lambda each: each[1].value.mean)
+    """That with the largest multiplier. One that is at most so large comes behind all others."""
+    return max(known, key=lambda each: (not each[1].at_most, each[1].value.mean))
 
 
 def _best(known: Sequence[_Found], what: str) -> str:

@@ -15,7 +15,7 @@ from evaluate.analysis.area import LOSS
 from evaluate.analysis.families import MANY, colour_indices
 from evaluate.analysis.pareto import unbeaten
 from evaluate.analysis.statistics import Row, overall
-from evaluate.report.format import shortened
+from evaluate.report.format import percentage_points, shortened
 from evaluate.report.labels import Label, label_points
 from evaluate.report.svg import BAND, INK, Plot, colour, drawn, marker
 from evaluate.trials.records import COST_AXES, Results
@@ -56,7 +56,7 @@ def overall_plot(results: Results, rows: Sequence[Row]) -> Plot:
     axes = (cost_label(results), "accuracy difference, pp")
     note = (
         f"Cost in {COST_AXES[results.suite.cost]}. Whiskers: 95 % intervals over paired seeds. Dashed: the Pareto "
-        f"front of the means. Shaded: more than {results.suite.margin * 100:g} percentage points lost."
+        f"front of the means. Shaded: more than {percentage_points(results.suite.margin)} lost."
     )
     svg = _draw(points, axes, -results.suite.margin * 100, f"All workloads: {title}")
     return Plot(title, svg, f"{note} {_looks(points, -results.suite.margin * 100)}".strip())

@@ -4,7 +4,7 @@ import pytest
 
 from evaluate.analysis.compute_multiplier import Multiplier
 from evaluate.analysis.statistics import AS_ACCURATE, CANNOT_TELL, LESS_ACCURATE, Estimate, compare
-from evaluate.report.findings import MOST_POLICIES, findings, sentence
+from evaluate.report.findings import MOST_POLICIES, _best, findings, sentence
 from evaluate.trials.records import read_results
 
 
@@ -40,3 +40,12 @@ def test_each_workload_has_a_sentence_for_each_policy_that_freezes(folder):
     found = findings(results)
     assert [workload for workload, _ in found] == list(results.workloads)
     assert all(0 < len(sentences) <= MOST_POLICIES for _, sentences in found)
+
+
+def test_a_multiplier_that_is_at_most_so_large_does_not_lead(folder):
+    row = row_with(read_results(folder), LESS_ACCURATE)
+    outside = type(row)(**{**vars(row), "policy": "outside"})
+    inside = multiplier(1.1, 1.3, by_workload=(("a", 1.2),))
+    known = [(row, inside), (outside, multiplier(1.5, 2.0, below=("a",), by_workload=(("a", 1.7),)))]
+    assert f": {row.policy}," in _best(known, "the largest")
+    assert ": outside," in _best(known[1:], "the largest")

@@ -26,7 +26,6 @@ _OUT = Path("runs/predictor.safetensors")
 _STUDY = Path("runs/tune")
 # What a trial of `tune` does not choose itself.
 _FIXED = ("epochs", "patience", "epoch_windows", "validation", "test", "split_seed", "seed", "device")
-_LEARN_THRESHOLDS = (0.95, 0.97, 0.99)
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -62,6 +61,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    from collect.jobs.options import add_job_options
     from predictor.training.config import FitConfig, TuneConfig
 
     parser = _Parser(prog="python -m predictor", description=__doc__, allow_abbrev=False)
@@ -87,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_flags(tune)
     tune.add_argument("--out", type=Path, default=_STUDY, help="folder of the study (default: %(default)s)")
     _add_storage_flags(tune)
+    text = (
+        "trials at once; the more, the less they learn from each other (default: 1; on a cluster a fifth of --trials)"
+    )
+    tune.add_argument("--slots", type=int, help=text)
+    add_job_options(tune)
     cli.add_fields(tune, TuneConfig)
     cli.add_fields(tune, FitConfig, only=_FIXED)
     show = commands.add_parser("show", help="print what a predictor file is and its figures")
@@ -179,18 +184,30 @@ def _prefix(flags: argparse.Namespace) -> None:
 
 
 def _tune(flags: argparse.Namespace) -> None:
+    from collect.jobs.options import job_options
+    from collect.search.fold_jobs import FoldJobs
+    from collect.search.task_source import TaskSource
     from predictor.training import plots
     from predictor.training.config import FitConfig, TuneConfig
-    from predictor.training.tune import BEST_FILE, Task, describe, tune
+    from predictor.training.tune import BEST_FILE, describe, tune
 
     config, settings = cli.from_flags(TuneConfig, flags), cli.from_flags(FitConfig, flags)
-    shared = _shared_study(flags)
+    options = job_options(flags)
+    at_once = flags.slots if flags.slots is not None else 1 if options.one_machine else max(2, config.trials // 5)
+    if at_once < 1:
+        raise UsageError(f"slots={at_once}: give the number of trials at once, from 1")
+    in_jobs = at_once > 1 or not options.one_machine
+    shared = _shared_study(flags, in_jobs)
     _use_one_thread()
     held_out = _held_out(flags)
-    windows, _ = _read(flags, 3, _rule(flags, held_out), held_out)
-    task = Task(*_labelled(flags, windows, held_out), config, settings)
+    labels = {name: getattr(flags, name) for name in ("label_threshold", "label_dip", "tolerance")}
+    files, answers = (tuple(str(path.absolute()) for path in paths or ()) for paths in (flags.data, flags.outcomes))
+    source = TaskSource(files, answers, **labels, held_out=held_out, config=config, settings=settings)
+    task = source.read()
+    _say_what_was_read(flags, task.reference, held_out)
+    elsewhere = FoldJobs(source, task.fingerprint, flags.out, at_once, options) if in_jobs else None
     with start_tracker("tune", flags.wandb, flags.out, _as_json(flags)) as tracker:
-        study = tune(task, flags.out, tracker=tracker, shared=shared)
+        study = tune(task, flags.out, tracker=tracker, shared=shared, elsewhere=elsewhere)
     drawn = plots.study(study, flags.out)
     print(describe(study, config))
     print(f"plots: {', '.join(str(path) for path in drawn) or 'none, too few trials'}")
@@ -200,7 +217,7 @@ def _tune(flags: argparse.Namespace) -> None:
     print(f"next: python -m predictor train --settings {flags.out / BEST_FILE}{data}{outcomes}{split}")
 
 
-def _shared_study(flags: argparse.Namespace) -> "SharedStudy | None":
+def _shared_study(flags: argparse.Namespace, in_jobs: bool) -> "SharedStudy | None":
     """The study of `--storage`, reached before any data are read. What is logged of the flags then has no secrets."""
     from predictor.training.study_storage import STORAGE_VARIABLE, STUDY_NAME, SharedStudy, say, without_secrets
 
@@ -210,6 +227,11 @@ def _shared_study(flags: argparse.Namespace) -> "SharedStudy | None":
         if name is not None:
             raise UsageError(f"--study {name}: without --storage a study is a file in --out, which is its name")
         return None
+    if in_jobs:
+        raise UsageError(
+            "--storage with --slots or --engine ray: give one of them. With --storage, start the command as often as "
+            "trials are to run at once"
+        )
     # wandb stores the command as well.
     sys.argv[:] = [without_secrets(argument) for argument in sys.argv]
     shared = SharedStudy(storage, name or STUDY_NAME)
@@ -230,17 +252,22 @@ def _show(flags: argparse.Namespace) -> None:
 
 def _read(flags: argparse.Namespace, window: int, rule: "Rule", held_out: "HeldOut") -> "tuple[WindowSet, SampleSpec]":
     from data.dataset.windows import spec_of, trajectories_in, windows_from
+
+    windows = windows_from(flags.data, window, rule, held_out)
+    _say_what_was_read(flags, windows, held_out)
+    return windows, spec_of(next(trajectories_in(flags.data)))
+
+
+def _say_what_was_read(flags: argparse.Namespace, windows: "WindowSet", held_out: "HeldOut") -> None:
     from predictor.training.card import held_out_text
     from predictor.training.splits import families_of
 
-    windows = windows_from(flags.data, window, rule, held_out)
     families = families_of(windows.runs)
     print(
         f"{', '.join(map(str, flags.data))}: {len(windows.runs)} finished runs of {len(families)} families "
         f"({', '.join(families)}), {len(windows):,} windows, {windows.labels_N.double().mean():.1%} of them freezable\n"
         f"held out: {held_out_text(asdict(held_out))}"
     )
-    return windows, spec_of(next(trajectories_in(flags.data)))
 
 
 def _rule(flags: argparse.Namespace, held_out: "HeldOut") -> "Rule":
@@ -260,18 +287,6 @@ def _held_out(flags: argparse.Namespace) -> "HeldOut":
     if flags.held_out == NOTHING:
         return HeldOut()
     return read_held_out(Path(flags.held_out or SHIPPED_SPLIT))
-
-
-def _labelled(
-    flags: argparse.Namespace, windows: "WindowSet", held_out: "HeldOut"
-) -> "tuple[dict[float, WindowSet], float, dict[str, float]]":
-    """The labels that trials of `tune` may train on, the key of those that score them, and the flags for these."""
-    if flags.outcomes:
-        return {flags.tolerance: windows}, flags.tolerance, {"tolerance": flags.tolerance}
-    others = [threshold for threshold in _LEARN_THRESHOLDS if threshold != flags.label_threshold]
-    labelled = {flags.label_threshold: windows, **{t: _relabelled(flags, windows, t, held_out) for t in others}}
-    labels = {name: getattr(flags, name) for name in ("label_threshold", "label_dip")}
-    return labelled, flags.label_threshold, labels
 
 
 def _relabelled(flags: argparse.Namespace, windows: "WindowSet", threshold: float, held_out: "HeldOut") -> "WindowSet":

@@ -6,11 +6,12 @@ import itertools
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from collect.jobs.engine import Event, Job
+from collect.jobs.engine import Event, Job, Report
 from collect.jobs.gpus import environment_of, jobs_a_gpu, visible_gpus
 from collect.jobs.process import WorkerProcess, process_environment
 from predictor.errors import UsageError
@@ -39,23 +40,21 @@ class LocalEngine:
         if self.slots < 1:
             raise UsageError(f"slots={self.slots}: give the number of jobs at once, from 1")
 
-    def run(
-        self, jobs: Sequence[Job], folder: Path, log: Callable[[str], Path], report: Callable[[Job, Event], None]
-    ) -> None:
+    def run(self, jobs: Sequence[Job], folder: Path, log: Callable[[str], Path], report: Report) -> None:
         """Run every job: see `Engine.run`. One for which a shared GPU was too full is run again at the end, alone."""
         environments = slot_environments(self.slots, threads=self.threads, device=self.device)
         alone = list({each["CUDA_VISIBLE_DEVICES"]: {**each, **self.environment} for each in environments}.values())
         crowded: list[Job] = []
 
-        def report_all_but_crowded(job: Job, event: Event) -> None:
+        def report_all_but_crowded(job: Job, event: Event) -> Job | None:
             if event.pop("crowded", False) and len(environments) > len(alone) and alone[0]["CUDA_VISIBLE_DEVICES"]:
                 crowded.append(job)
-            else:
-                report(job, event)
+                return None
+            return report(job, event)
 
-        def reported(job: Job, event: Event) -> None:
+        def reported(job: Job, event: Event) -> Job | None:
             event.pop("crowded", None)
-            report(job, event)
+            return report(job, event)
 
         self._run([{**each, **self.environment} for each in environments], jobs, folder, log, report_all_but_crowded)
         self._run(alone, crowded, folder, log, reported)
@@ -66,29 +65,28 @@ class LocalEngine:
         jobs: Sequence[Job],
         folder: Path,
         log: Callable[[str], Path],
-        report: Callable[[Job, Event], None],
+        report: Report,
     ) -> None:
         """Run jobs in a slot for each environment."""
-        waiting = iter(jobs)
-        events: queue.SimpleQueue[tuple[Job, Event]] = queue.SimpleQueue()
-        lock = threading.Lock()
-
-        def take() -> Job | None:
-            with lock:
-                return next(waiting, None)
-
+        waiting = deque(jobs)
+        events: queue.SimpleQueue[tuple[_Slot, Job, Event]] = queue.SimpleQueue()
         team = [
-            _Slot(WorkerProcess(environment, self.run_timeout), take, events.put, folder, log)
+            _Slot(WorkerProcess(environment, self.run_timeout), events.put, folder, log)
             for environment in environments[: len(jobs)]
         ]
         try:
             for slot in team:
-                slot.start()
-            left = len(jobs)
-            while left:
-                job, event = events.get()
-                left -= "share" not in event
-                report(job, event)
+                slot.start(waiting.popleft())
+            busy = len(team)
+            while busy:
+                slot, job, event = events.get()
+                following = report(job, event)
+                if "share" in event:
+                    continue
+                if following is not None:
+                    waiting.appendleft(following)
+                slot.give(waiting.popleft() if waiting else None)
+                busy -= slot.ends
         finally:
             for slot in team:
                 slot.stop()
@@ -130,25 +128,32 @@ def slot_environments(slots: int, *, threads: int | None, device: str) -> list[d
 
 
 class _Slot:
-    """A thread that takes jobs and has a process do them."""
+    """A thread that is given jobs and has a process do them."""
 
     def __init__(
         self,
         process: WorkerProcess,
-        take: Callable[[], Job | None],
-        report: Callable[[tuple[Job, Event]], None],
+        report: Callable[[tuple["_Slot", Job, Event]], None],
         folder: Path,
         log: Callable[[str], Path],
     ) -> None:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._process = process
-        self._take, self._report = take, report
+        self._given: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._report = report
         self._folder, self._log = folder, log
-        self._stopped = False
+        self.ends = False
+        """Whether it gets no more jobs."""
 
-    def start(self) -> None:
-        """Begin to take jobs."""
+    def start(self, job: Job) -> None:
+        """Begin with the first job."""
+        self.give(job)
         self._thread.start()
+
+    def give(self, job: Job | None) -> None:
+        """Give the next job, when it has reported the end of the one before; None for no more."""
+        self.ends = job is None
+        self._given.put(job)
 
     def join(self) -> None:
         """Wait until there are no more jobs, or the slot was stopped."""
@@ -156,18 +161,18 @@ class _Slot:
 
     def stop(self) -> None:
         """End the process at once, and start no other."""
-        self._stopped = True
+        self.give(None)
         self._process.stop()
 
     def _run(self) -> None:
-        while not self._stopped and (job := self._take()):
+        while (job := self._given.get()) is not None:
             try:
                 end = self._process.do(job, self._folder, self._log(job.id), functools.partial(self._pass_on, job))
             except Exception as error:  # no process, or a broken pipe: the caller must not wait for ever
                 end = {"failed": f"its process could not be used: {error}"}
                 self._process.end()
-            self._report((job, end))
+            self._report((self, job, end))
         self._process.end()
 
     def _pass_on(self, job: Job, event: Event) -> None:
-        self._report((job, event))
+        self._report((self, job, event))

@@ -7,17 +7,17 @@ before its end is reported; an attempt that Ray has given up writes nothing any 
 """
 
 import contextlib
-import itertools
 import os
 import queue
 import tempfile
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from collect.jobs.engine import Event, Job
+from collect.jobs.engine import Event, Job, Report
 from collect.jobs.process import THREAD_SETTINGS
 from collect.jobs.ray_cluster import connected, import_ray, refuse_open_cluster
 from collect.jobs.ray_node import TOKEN_FILE, Changes, Mailbox, Order, WorkerDied, run_job, versions
@@ -63,9 +63,7 @@ class RayEngine:
         if self.slots is not None and self.slots < 1:
             raise UsageError(f"slots={self.slots}: give the number of jobs at once, from 1")
 
-    def run(
-        self, jobs: Sequence[Job], folder: Path, log: Callable[[str], Path], report: Callable[[Job, Event], None]
-    ) -> None:
+    def run(self, jobs: Sequence[Job], folder: Path, log: Callable[[str], Path], report: Report) -> None:
         """Run every job: see `Engine.run`. Raises UsageError for a cluster that cannot be used."""
         import_ray()
         if not jobs:
@@ -86,7 +84,7 @@ class _Driver:
         folder: Path,
         token: str,
         log: Callable[[str], Path],
-        report: Callable[[Job, Event], None],
+        report: Report,
     ) -> None:
         import ray
 
@@ -100,26 +98,29 @@ class _Driver:
         self._task = ray.remote(max_calls=0)(run_job)  # with GPUs, too, a process does several jobs
         self._under_way: dict[str, _UnderWay] = {}
         self._full: set[str] = set()
+        self._inputs: dict[tuple[str, str], Any] = {}
+        """What was put into Ray's store of what jobs only read, by name and path."""
         self._environment = {**_decisive(), COMMIT: provenance.versions().get("commit", ""), **engine.environment}
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run every job."""
-        waiting = iter(jobs)
-        left = len(jobs)
-        for job in itertools.islice(waiting, self._engine.slots or left):
-            self._submit(job)
+        waiting = deque(jobs)
+        for _ in range(min(len(jobs), self._engine.slots or len(jobs))):
+            self._submit(waiting.popleft())
         self._listen()
         try:
-            while left:
+            while self._under_way:
                 ended, news = self._news.get()
                 if ended is None:
                     self._listen()
                     for message in self._messages(news):
                         self._take(message)
-                elif self._ended(ended, news):
-                    left -= 1
-                    if (following := next(waiting, None)) is not None:
-                        self._submit(following)
+                elif (event := self._end(ended, news)) is not None:
+                    following = self._report(ended, event)
+                    if following is not None:
+                        waiting.appendleft(following)
+                    if waiting:
+                        self._submit(waiting.popleft())
         finally:
             for under_way in self._under_way.values():
                 under_way.release()
@@ -202,7 +203,7 @@ class _Driver:
             return {}
         try:
             under_way.hold(self._log(under_way.job.id))
-            return {"files": [self._ray.put(dict(self._files(under_way.job)))]}
+            return {"files": [self._ray.put(dict(self._files(under_way.job))), *self._inputs_of(under_way.job)]}
         except UsageError as error:
             return {"event": {"failed": str(error)}}
 
@@ -211,21 +212,22 @@ class _Driver:
 
     def _files(self, job: Job) -> Iterator[tuple[str, bytes]]:
         for name in job.files:
-            path = self._folder / name
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if file.is_file() and not file.name.endswith(".part"):
-                    yield str(file.relative_to(self._folder)), file.read_bytes()
+            yield from _contents(name, self._folder / name)
 
-    def _ended(self, job: Job, done: Any) -> bool:
-        """Take the end of a task, and say whether it is the job's end too."""
+    def _inputs_of(self, job: Job) -> list[Any]:
+        for each in job.inputs.items():
+            if each not in self._inputs:
+                self._inputs[each] = self._ray.put(dict(_contents(each[0], Path(each[1]))))
+        return [self._inputs[each] for each in job.inputs.items()]
+
+    def _end(self, job: Job, done: Any) -> Event | None:
+        """Take the end of a task. Returns the last event of its job; None where that goes on."""
         under_way = self._under_way[job.id]
         event = self._event(under_way, done)
-        if event is None:
-            return False
-        del self._under_way[job.id]
-        under_way.release()
-        self._report(job, event)
-        return True
+        if event is not None:
+            del self._under_way[job.id]
+            under_way.release()
+        return event
 
     def _event(self, under_way: "_UnderWay", done: Any) -> Event | None:
         """How a job ended; None where it was given to Ray once more."""
@@ -306,6 +308,17 @@ class _UnderWay:
     def release(self) -> None:
         """Give the lock back."""
         self._lock.close()
+
+
+def _contents(name: str, path: Path) -> Iterator[tuple[str, bytes]]:
+    """The files of a path, whole, each by its name below the name that the path has in a job's folder."""
+    if path.is_dir():
+        found = [(str(Path(name, file.relative_to(path))), file) for file in sorted(path.rglob("*"))]
+    else:
+        found = [(name, path)]
+    for inside, file in found:
+        if file.is_file() and not file.name.endswith(".part"):
+            yield inside, file.read_bytes()
 
 
 @contextlib.contextmanager

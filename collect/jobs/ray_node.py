@@ -54,9 +54,13 @@ class Order:
 
     @property
     def shared(self) -> bool:
-        """Whether this node sees the driver's folder."""
+        """Whether this node sees the driver's folder, and the job needs nothing else of the driver's files."""
         try:
-            return bool(self.token) and Path(self.folder, TOKEN_FILE).read_text(encoding="ascii") == self.token
+            return (
+                bool(self.token)
+                and not self.job.inputs
+                and Path(self.folder, TOKEN_FILE).read_text(encoding="ascii") == self.token
+            )
         except (OSError, ValueError):
             return False
 
@@ -166,7 +170,9 @@ class _Post:
 
     def files(self, answer: dict[str, Any]) -> dict[str, bytes]:
         """The files that came with an answer."""
-        files: dict[str, bytes] = self._ray.get(answer["files"][0])
+        files: dict[str, bytes] = {}
+        for part in self._ray.get(answer["files"]):
+            files |= part
         return files
 
     def send_share(self, event: Event) -> None:

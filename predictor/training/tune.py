@@ -4,6 +4,7 @@ A study lies in an SQLite file, or where several machines reach it (`study_stora
 JSON, and `train --settings` reads them.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from predictor.training.metrics import auroc, average_precision
 from predictor.training.shared_search import best_trial, finished, run_trials, running_text
 from predictor.training.splits import HeldOut, families_of, family_folds, runs_of, split_by_run
 from predictor.training.study_storage import SharedStudy, database_error, is_default, say
+from predictor.training.trials_elsewhere import Elsewhere, Steps, run_trials_elsewhere
 
 if TYPE_CHECKING:
     import optuna
@@ -142,6 +144,7 @@ def tune(
     tracker: Tracker | None = None,
     progress: bool = True,
     shared: SharedStudy | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> "optuna.Study":
     """Run trials until the study has as many as asked for, and write the best settings to `folder`.
 
@@ -153,6 +156,7 @@ def tune(
         tracker: logs the trials that ran here.
         progress: whether to show a bar.
         shared: a study that other machines work at too. The number of trials is that of all together.
+        elsewhere: what scores folds in other processes. Not for a shared study, each of whose workers has one trial.
 
     Raises:
         UsageError: while another process uses the same folder, and for a shared study that cannot be used.
@@ -165,7 +169,8 @@ def tune(
         try:
             if shared is not None:
                 return _search_together(shared, task, folder, tracker, progress)
-            return _search(_open(task, folder), task, folder, tracker, progress)
+            study = _open(task, folder, at_once=1 if elsewhere is None else elsewhere.at_once)
+            return _search(study, task, folder, tracker, progress, elsewhere)
         except Exception as error:
             if shared is not None:
                 # Without the driver's error, whose text may hold secrets.
@@ -215,21 +220,34 @@ def check_settings(path: Path, held_out: HeldOut) -> None:
         raise UsageError(f"{path}: settings that were chosen on {', '.join(seen)}, which are held out: {cure}")
 
 
-def _search(study: "optuna.Study", task: Task, folder: Path, tracker: Tracker | None, progress: bool) -> "optuna.Study":
+def _search(
+    study: "optuna.Study",
+    task: Task,
+    folder: Path,
+    tracker: Tracker | None,
+    progress: bool,
+    elsewhere: Elsewhere | None,
+) -> "optuna.Study":
     from tqdm import tqdm
 
-    done = len(finished(study))
-    with tqdm(total=task.config.trials, initial=done, desc="tuning", unit="trial", disable=not progress) as bar:
+    done, trials, timeout = len(finished(study)), task.config.trials, task.config.timeout
+    with tqdm(total=trials, initial=done, desc="tuning", unit="trial", disable=not progress) as bar:
 
-        def after(study: "optuna.Study", trial: "optuna.trial.FrozenTrial") -> None:
+        def note(trial: "optuna.trial.FrozenTrial") -> None:
             _note(trial, tracker)
             bar.update()
             bar.set_postfix_str(f"best {_best_score(study)}")
-            if len(finished(study)) >= task.config.trials:
+
+        def after(study: "optuna.Study", trial: "optuna.trial.FrozenTrial") -> None:
+            note(trial)
+            if len(finished(study)) >= trials:
                 study.stop()
 
-        if done < task.config.trials:
-            study.optimize(lambda trial: _objective(trial, task), timeout=task.config.timeout, callbacks=[after])
+        if elsewhere is not None:
+            steps = functools.partial(_steps, task=task)
+            run_trials_elsewhere(study, steps, elsewhere, trials=trials, timeout=timeout, after=note)
+        elif done < trials:
+            study.optimize(lambda trial: _objective(trial, task), timeout=timeout, callbacks=[after])
     _write_best(study, folder / BEST_FILE, task, len(study.trials))
     return study
 
@@ -299,13 +317,30 @@ def suggest(trial: "optuna.trial.BaseTrial", task: Task) -> Choice:
 
 
 def _objective(trial: "optuna.Trial", task: Task) -> float:
+    """Run a trial here."""
+    steps = _steps(trial, task)
+    try:
+        step = next(steps)
+        while True:
+            try:
+                scores = task.scores(*step)
+            except (DivergedError, UsageError) as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(scores)
+    except StopIteration as ended:
+        return float(ended.value)
+
+
+def _steps(trial: "optuna.Trial", task: Task) -> Steps:
+    """A trial: which settings are to be scored on which fold, and what comes of the scores."""
     import optuna
 
     choice = suggest(trial, task)
     scores: list[float] = []
     for fold in range(len(task.folds)):
         try:
-            scores += task.scores(choice, fold)
+            scores += yield choice, fold
         except (DivergedError, UsageError) as error:
             trial.set_user_attr("fault", str(error))
             raise optuna.TrialPruned(str(error)) from error
@@ -319,8 +354,11 @@ def _objective(trial: "optuna.Trial", task: Task) -> float:
     return float(np.mean(scores))
 
 
-def _open(task: Task, folder: Path) -> "optuna.Study":
-    """The study in `folder`, new or from an earlier start. Its first trial has the default settings of `train`."""
+def _open(task: Task, folder: Path, at_once: int) -> "optuna.Study":
+    """The study in `folder`, new or from an earlier start. Its first trial has the default settings of `train`.
+
+    at_once: how many trials will run at the same time.
+    """
     import optuna
     from optuna.storages import RDBStorage
     from sqlalchemy.exc import SQLAlchemyError
@@ -346,7 +384,9 @@ def _open(task: Task, folder: Path) -> "optuna.Study":
         study.set_user_attr("fingerprint", task.fingerprint)
         study.set_user_attr("described", task.described)
     # With the same seed a study that goes on would draw the settings of its first trials again.
-    study.sampler = optuna.samplers.TPESampler(seed=task.settings.seed + len(study.trials))
+    # With a constant liar trials that run at the same time do not try the same.
+    seed = task.settings.seed + len(study.trials)
+    study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=at_once > 1)
     _fail_stale(study)
     if not _begun(study):
         study.enqueue_trial(_defaults(task))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from collect.gather.plan import read_suite
-from collect.jobs.engine import Event, Job
+from collect.jobs.engine import Event, Job, Report
 
 SMALL = """
 [sampling]
@@ -30,19 +30,20 @@ class InlineEngine:
 
     ids: list[str] = field(default_factory=list)
 
-    def run(
-        self, jobs: Sequence[Job], folder: Path, log: Callable[[str], Path], report: Callable[[Job, Event], None]
-    ) -> None:
-        for job in jobs:
+    def run(self, jobs: Sequence[Job], folder: Path, log: Callable[[str], Path], report: Report) -> None:
+        waiting = list(jobs)
+        while waiting:
+            job = waiting.pop(0)
             self.ids.append(job.id)
             log(job.id).parent.mkdir(parents=True, exist_ok=True)
             module, function = job.target.split(":")
             try:
                 work = getattr(importlib.import_module(module), function)
-                event = {"done": json.loads(json.dumps(work(job.payload, folder, lambda share: None)))}
+                event: Event = {"done": json.loads(json.dumps(work(job.payload, folder, lambda share: None)))}
             except Exception as error:
                 event = {"failed": str(error)}
-            report(job, event)
+            following = report(job, event)
+            waiting = waiting if following is None else [following, *waiting]
 
 
 def put_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -4,17 +4,21 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
 from collect import __main__ as program
 from data.trajectories.folder import GatherFolder
+from predictor import __main__ as predictor
 from tests.collect.gather.test_gather_kill import SUITE, WORKLOAD, assert_same, gather
 from tests.collect.inline import put_inline
 from tests.collect.ray_nodes import SECONDS, Cluster, running_cluster
+from tests.collect.search.test_fold_jobs import trials as trials_of
+from tests.predictor.conftest import write_trajectories  # noqa: F401
 from tests.processes import running, wait_for
 
 pytest.importorskip("ray")
@@ -62,12 +66,16 @@ def fill_a(payload, folder, progress):
         raise OSError(errno.ENOSPC, "No space left on device")
     return {"node": os.environ["NODE"]}
 
+def read(payload, folder, progress):
+    found = {name: (folder / name).read_text() for name in ("a.txt", "some/deep/b.txt")}
+    return {**found, "own": str(folder) != payload["notes"], "again": payload.get("again", 0)}
+
 def linger(payload, folder, progress):
     (Path(payload["notes"]) / f"pid-{payload['name']}").write_text(str(os.getpid()))
     time.sleep(1000)
 """
 DRIVER = """
-import json, sys
+import dataclasses, json, sys
 from pathlib import Path
 from collect.jobs.engine import Job
 from collect.jobs.ray import RayEngine
@@ -76,6 +84,9 @@ events = open(folder / "events", "a")
 def report(job, event):
     if "share" not in event:
         print(json.dumps([job.id, event]), file=events, flush=True)
+        again = job.payload.get("again", 0)
+        if again:
+            return dataclasses.replace(job, payload={**job.payload, "again": again - 1})
 if __name__ == "__main__":
     RayEngine(**settings).run([Job(**job) for job in jobs], folder, lambda name: folder / "logs" / name, report)
 """
@@ -129,7 +140,13 @@ def start(cluster: Cluster, script: str, folder: Path, *arguments: str, **more: 
 
 
 def start_jobs(
-    cluster: Cluster, folder: Path, settings: dict[str, Any], *functions: str, **more: str
+    cluster: Cluster,
+    folder: Path,
+    settings: dict[str, Any],
+    *functions: str,
+    payload: Mapping[str, Any] = MappingProxyType({}),
+    inputs: Mapping[str, str] = MappingProxyType({}),
+    **more: str,
 ) -> "subprocess.Popen[bytes]":
     (folder / "rayjobs.py").write_text(JOBS)
     (folder / "out").mkdir(exist_ok=True)
@@ -138,8 +155,9 @@ def start_jobs(
             "id": name,
             "title": f"job {name}",
             "target": f"rayjobs:{function}",
-            "payload": {"name": name, "notes": str(folder / "out")},
+            "payload": {"name": name, "notes": str(folder / "out"), **payload},
             "files": [f"states/{name}"],
+            "inputs": dict(inputs),
         }
         for name, function in zip("abcdefgh", functions, strict=False)
     ]
@@ -200,6 +218,38 @@ def test_on_shared_storage_a_job_works_in_the_folder_itself(cluster: Cluster, tm
     assert (out / "results" / "a").read_text() == "whole"
     assert "said by a\n" in (out / "logs" / "a").read_text()
     assert not list(out.glob(".shared"))
+
+
+def test_what_jobs_only_read_is_sent_to_them_and_to_those_that_follow(cluster: Cluster, tmp_path: Path) -> None:
+    """Also on shared storage, which need not hold it."""
+    deep = tmp_path / "elsewhere" / "deep"
+    deep.mkdir(parents=True)
+    (deep / "b.txt").write_text("of a folder")
+    (tmp_path / "any.txt").write_text("of a file")
+    inputs = {"a.txt": str(tmp_path / "any.txt"), "some": str(tmp_path / "elsewhere")}
+    driver = start_jobs(cluster, tmp_path, {"slots": 1}, "read", "read", payload={"again": 2}, inputs=inputs)
+    assert driver.wait(SECONDS) == 0, printed(tmp_path)
+    found = {"a.txt": "of a file", "some/deep/b.txt": "of a folder", "own": True}
+    for ends in ends_of(tmp_path).values():
+        assert ends == [{"done": {**found, "again": left}} for left in (2, 1, 0)]
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name not in ("events", "logs")]
+
+
+def test_a_search_on_the_cluster_is_that_of_one_machine(
+    cluster: Cluster,
+    tmp_path: Path,
+    write_trajectories: Callable[..., Path],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the last bit, with one trial at a time."""
+    monkeypatch.setattr("predictor.training.plots.study", lambda *_: [])
+    quick = ["--epochs", "1", "--epoch-windows", "256", "--device", "cpu", "--folds", "3", "--held-out", "none"]
+    command = ["tune", "--data", str(write_trajectories()), "--trials", "3", *quick]
+    there = ["--engine", "ray", "--address", cluster.address, "--slots", "1", "--out", str(tmp_path / "there")]
+    driver = start(cluster, "from predictor.__main__ import main\nmain()", tmp_path, *command, *there)
+    assert driver.wait(SECONDS) == 0, printed(tmp_path)
+    predictor.main([*command, "--out", str(tmp_path / "here")])
+    assert trials_of(tmp_path / "there") == trials_of(tmp_path / "here")
 
 
 def test_nobody_without_the_token(cluster: Cluster, tmp_path: Path) -> None:

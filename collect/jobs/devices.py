@@ -1,6 +1,7 @@
 """What a job leaves behind on its device: work that has not been waited for, memory, and a context that is broken."""
 
 import gc
+import sys
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -35,15 +36,17 @@ def clean_up() -> bool:
 
 def is_crowded(error: BaseException) -> bool:
     """Whether a job failed because others use the device too, or may."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _BUSY)
+    torch = sys.modules.get("torch")
+    return torch is not None and (
+        isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _BUSY)
+    )
 
 
 def _in_use() -> Iterator[Any]:
     """The modules of torch for the devices that this process has used."""
-    import torch
-
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
     for module in (torch.cuda, torch.xpu):
         if module.is_initialized():
             yield module

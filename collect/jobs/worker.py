@@ -39,12 +39,18 @@ def _listen(take: Callable[[dict[str, Any]], None]) -> None:
     os._exit(1)  # the main thread may be deep in a training: no clean-up of its own would end it
 
 
-def _prepare() -> None:
-    """Pin the threads, before each job: the one before may have changed them."""
-    import torch
+def _prepare() -> bool:
+    """Pin the threads, before each job: the one before may have changed them.
 
+    Returns:
+        Whether there is torch. A job whose module does not import it goes without, which saves 0.3 GB.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.set_flush_denormal(True)
+    return True
 
 
 def _answer(order: dict[str, Any], write: Callable[[bytes], object]) -> dict[str, Any]:
@@ -54,13 +60,17 @@ def _answer(order: dict[str, Any], write: Callable[[bytes], object]) -> dict[str
     """
     try:
         _point_output_at(Path(order["log"]))
-        _prepare()
-        write(_line({"began": True}))  # from here its time counts
-        print(f"=== {datetime.now().astimezone().isoformat(timespec='seconds')} {order['title']}", flush=True)
         module, function = order["target"].split(":")
         job = getattr(importlib.import_module(module), function)
+        prepared = _prepare()
+        write(_line({"began": True}))  # from here its time counts
+        print(f"=== {datetime.now().astimezone().isoformat(timespec='seconds')} {order['title']}", flush=True)
         answer = {"done": job(order["payload"], Path(order["folder"]), _reporter(write))}
         _line(answer)  # what cannot be written as JSON fails here, inside the job
+        if not prepared and "torch" in sys.modules:
+            raise RuntimeError(
+                f"{module} imports torch inside a function, where it is not prepared: import it at the top"
+            )
         devices.settle()  # and so does a kernel that has not been waited for
     except Exception as error:  # whatever a job raises is the job's failure, and must not end the slot
         traceback.print_exc()

@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 
 from collect.jobs import Job, JobOptions, default_slots, run_jobs, visible_gpus
-from collect.jobs.local import free_cores, slot_environments
+from collect.jobs.engine import Event
+from collect.jobs.local import LocalEngine, free_cores, slot_environments
 from collect.jobs.process import WorkerProcess, process_environment
 from predictor.errors import UsageError
 from tests.processes import running, wait_for
 
 JOBS = """
 import json, os, signal, subprocess, sys, time
+import torch
 
 def describe(payload, folder, progress):
-    import torch
     print("said by", payload["name"])
     subprocess.run(["echo", "said by a child"], check=True)
     (folder / "order").open("a").write(payload["name"])
@@ -29,7 +30,6 @@ def describe(payload, folder, progress):
             "omp": os.environ["OMP_NUM_THREADS"], "pid": os.getpid(), "flushed": float(torch.tensor(1e-42) * 1) == 0.0}
 
 def change_threads(payload, folder, progress):
-    import torch
     torch.set_num_threads(3)
     return {}
 
@@ -57,7 +57,6 @@ class Held:
         (self.folder / "given-back").touch()
 
 def overfill(payload, folder, progress):
-    import torch
     held = Held(folder)
     with (folder / "tries").open("a") as file:
         file.write(payload["name"] + os.environ["CUDA_VISIBLE_DEVICES"])
@@ -209,6 +208,36 @@ def test_a_job_for_which_a_shared_gpu_was_too_full_runs_again_alone(
 def test_jobs_find_what_else_is_asked_for_in_their_environment(folder: Path) -> None:
     outcome = run(folder, "describe", environment={"OMP_NUM_THREADS": "1", "EXTRA": "yes"})
     assert outcome.done["a"]["omp"] == "1"
+
+
+def test_a_job_that_follows_another_comes_before_those_that_wait(folder: Path) -> None:
+    order = []
+
+    def report(job: Job, event: Event) -> Job | None:
+        if "share" in event:
+            return None
+        order.append(job.id)
+        left = job.payload["name"]
+        return Job(f"{job.id}+", job.title, job.target, {"name": left[1:]}) if len(left) > 1 else None
+
+    jobs = [Job(name, name, "enginejobs:describe", {"name": name * 3}) for name in "ab"]
+    LocalEngine(1).run(jobs, folder, lambda name: folder / "logs" / name, report)
+    assert order == ["a", "a+", "a++", "b", "b+", "b++"]
+    order.clear()
+    LocalEngine(2).run(jobs[:1], folder, lambda name: folder / "logs" / name, report)
+    assert order == ["a", "a+", "a++"]
+
+
+def test_a_job_gets_torch_where_its_module_imports_it(folder: Path) -> None:
+    """Imported later it would have other threads and round otherwise, so that is refused."""
+    source = "import sys\ndef look(*_): return {'torch': 'torch' in sys.modules}\ndef slip(*_): import torch; return {}"
+    (folder / "lightjobs.py").write_text(source)
+    jobs = [Job(name, name, f"lightjobs:{name}", {}) for name in ("look", "slip")]
+    engine = LocalEngine(1)
+    ends: dict[str, Event] = {}
+    engine.run(jobs, folder, lambda name: folder / "logs" / name, lambda job, event: ends.update({job.id: event}))
+    assert ends["look"] == {"done": {"torch": False}}
+    assert "import it at the top" in ends["slip"]["failed"]
 
 
 def test_no_jobs_and_no_slots(folder: Path) -> None:

@@ -27,12 +27,13 @@ JOBS = """
 import errno, json, os, signal, time
 from pathlib import Path
 
+import torch
+
 def note(payload, what):
     with open(Path(payload["notes"]) / what, "a") as file:
         file.write(payload["name"])
 
 def describe(payload, folder, progress):
-    import torch
     note(payload, "order")
     print("said by", payload["name"])
     (folder / "results").mkdir(exist_ok=True)

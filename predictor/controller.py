@@ -233,10 +233,16 @@ class FreezeController:
                 f"look() was given a {type(loss).__name__} for the loss: give a function from a batch to its loss, "
                 "lambda batch: loss_fn(model(batch[0]), batch[1])"
             )
-        resumed = self._waiting_state is not None and self._waiting_state["step"]
-        if not self.policy.wants_look or self._step or resumed:
+        if not self.wants_look:
             return None
         return self._timed(lambda: self._start_with_look(batches, loss, _others))
+
+    @property
+    def wants_look(self) -> bool:
+        """Whether `look` looks: the policy wants it, it could change something, and the training has not begun."""
+        resumed = self._waiting_state is not None and self._waiting_state["step"]
+        asked = self.policy.wants_look and self.policy.worth_a_look(self.total_steps)
+        return bool(asked and not self._step and not resumed)
 
     def step(self) -> FreezeEvent | None:
         """Call after `optimizer.step()` and before `zero_grad()`. Returns what changed, if anything did."""

@@ -96,7 +96,7 @@ class TrainerCallbackBase:
         """
         controller = self.controller
         assert controller is not None, "the training has started"
-        if not controller.policy.wants_look or controller.view.step:
+        if not controller.wants_look:
             return
         own = getattr(loader, "base_dataloader", loader)  # in Accelerate's, which counts batches and epochs
         if not isinstance(own, DataLoader) or isinstance(own.dataset, IterableDataset):

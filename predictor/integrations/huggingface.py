@@ -137,7 +137,7 @@ class FreezeCallback(TrainerCallbackBase, TrainerCallback, ExportableState):  # 
         if self._ids is not None:
             self.cache = FeatureCache(self.controller, memory_gb=self._memory_gb)
             self._argument = IdsArgument(self.cache, self.controller, self._ids)
-        if self.controller.policy.wants_look:
+        if self.controller.wants_look:
             kwargs["model"].train()  # as the Trainer does before each step; a pretrained one may be in evaluation mode
             trainer = _owner_in_calls(lambda it: hasattr(it, "compute_loss") and hasattr(it, "callback_handler"))
             self._look(kwargs.get("train_dataloader"), partial(_loss, trainer, kwargs["model"]), trainer)

@@ -71,6 +71,9 @@ class PrefixModel:
     """By feature; one that is not named has none."""
     allowances: tuple[tuple[float, float], ...] = ()
     """Rising pairs: a risk in percentage points of accuracy, and the predicted cost that a prefix may have for that."""
+    fewest_steps: int = 0
+    """Optimizer steps of the shortest training that it was fitted to. In a shorter one no prefix may freeze: there the
+    same prefix costs several times as much, which nothing that is known before the first step tells."""
 
     def costs(self, look: FirstLook, planned: Planned) -> Floats:
         """cost_F: percentage points of accuracy that each prefix of 1 to L layers costs. It never falls."""
@@ -89,13 +92,16 @@ class PrefixModel:
         return float(np.interp(risk, risks, costs))
 
     def choose(self, look: FirstLook, planned: Planned, risk: float) -> int:
-        """How many layers freeze before the first step; 0 for none, as where the weights have learned nothing yet.
+        """How many layers freeze before the first step; 0 for none, as where the weights have learned nothing yet, or
+        the training is shorter than `fewest_steps`.
 
         Args:
             look: what the first batches' gradients say.
             planned: what is known of the training.
             risk: percentage points of accuracy that may be lost.
         """
+        if planned.steps < self.fewest_steps:
+            return 0
         return min(look.learned, largest(self.costs(look, planned), self.allowance(risk)))
 
     def as_dict(self) -> dict[str, Any]:
@@ -104,6 +110,7 @@ class PrefixModel:
             "intercept": self.intercept,
             "weights": dict(self.weights),
             "allowances": [list(pair) for pair in self.allowances],
+            "fewest_steps": self.fewest_steps,
         }
 
     @classmethod
@@ -112,7 +119,7 @@ class PrefixModel:
         try:
             weights = {str(name): float(weight) for name, weight in content["weights"].items()}
             allowances = tuple((float(risk), float(cost)) for risk, cost in content["allowances"])
-            model = cls(float(content["intercept"]), weights, allowances)
+            model = cls(float(content["intercept"]), weights, allowances, int(content.get("fewest_steps", 0)))
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise UsageError(f"no prefix model ({error})") from error
         numbers: Sequence[float] = [model.intercept, *weights.values(), *sum(allowances, ())]

@@ -101,6 +101,10 @@ class FreezePolicy(ABC):
         _warn_of_thaws()
         self.unfreezes = value
 
+    def worth_a_look(self, total_steps: int) -> bool:
+        """Whether a look can change anything in a training of so many optimizer steps, where it `wants_look`."""
+        return True
+
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         """Called once, before the first step.
 

@@ -47,7 +47,8 @@ class SmartFRZPolicy(FreezePolicy):
         (`predictor.model.decision`). The threshold is then that of a prefix that saves a whole step.
         Before the first step, where the training shows its first batches (`FreezeController.look`), a second model
         predicts from their gradients what each prefix would cost if it froze at once (`predictor.model.first_prefix`).
-        The largest whose cost is allowed for the risk freezes, or none.
+        The largest whose cost is allowed for the risk freezes, or none. In a training of fewer steps than any that it
+        has learned from it freezes none: where each step still counts, every frozen layer costs more.
     Signal: the motion of the weights, their distance from the start, gradient times motion, learning rate, progress and
         depth (`predictor.model.history`).
     Differs: the paper's predictor sees raw weights alone, which in our measurements does not carry over to another
@@ -118,6 +119,10 @@ class SmartFRZPolicy(FreezePolicy):
     def wants_look(self) -> bool:  # type: ignore[override]  # weights may be loaded until it is asked
         """Whether it can say which prefix may freeze before the first step: not from scratch."""
         return self._first_prefix is not None and has_learned(self._layers)
+
+    def worth_a_look(self, total_steps: int) -> bool:
+        """Whether the training is as long as those that the prefix model has learned from."""
+        return self._first_prefix is not None and total_steps >= self._first_prefix.fewest_steps
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         """Draw the positions of the sampled weights, and begin a new history."""

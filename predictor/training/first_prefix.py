@@ -51,7 +51,7 @@ def fit_first_prefix(runs: Sequence[FirstPrefixes]) -> tuple[PrefixModel, dict[s
     without = {family: _line([run for run in runs if run.family != family]) for family in families}
     predicted = predict_unseen(runs, {family: PrefixModel(*line) for family, line in without.items()})
     allowances = tuple((risk, _allowance(risk, predicted)) for risk in RISKS)
-    model = PrefixModel(*_line(runs), allowances)
+    model = PrefixModel(*_line(runs), allowances, min(run.planned.steps for run in runs))
     return model, _card(predicted, model)
 
 
@@ -135,6 +135,7 @@ def _card(predicted: Sequence[_Predicted], model: PrefixModel) -> dict[str, Any]
     families = [each.run.family for each in predicted]
     return {
         "runs": len(predicted),
+        "fewest_steps": model.fewest_steps,
         "families": {family: families.count(family) for family in sorted(set(families))},
         "replays": [dict(zip(("risk", "points", "flops"), each, strict=True)) for each in replays],
     }

@@ -78,8 +78,14 @@ def test_where_nothing_is_allowed_nothing_freezes():
     assert PrefixModel(-20.0, {"share": 1.0}, ((0.5, 0.0),)).choose(LOOK, PLANNED, 2.0) == 0
 
 
+def test_in_a_training_shorter_than_any_that_it_knows_nothing_freezes():
+    model = PrefixModel(-20.0, {"share": 1.0}, ((0.5, 10.0),), fewest_steps=PLANNED.steps)
+    assert model.choose(LOOK, PLANNED, 0.5) == len(LOOK.size_L)
+    assert model.choose(LOOK, replace(PLANNED, steps=PLANNED.steps - 1), 0.5) == 0
+
+
 def test_it_travels_as_json():
-    model = PrefixModel(0.5, {"share": 1.0, "motion": 0.25}, ((0.5, 1.0), (1.0, 2.0)))
+    model = PrefixModel(0.5, {"share": 1.0, "motion": 0.25}, ((0.5, 1.0), (1.0, 2.0)), 220)
     assert PrefixModel.from_dict(model.as_dict()) == model
 
 
@@ -93,6 +99,8 @@ def test_it_travels_as_json():
         {"allowances": [[1.0, 2.0], [0.5, 1.0]]},
         {"allowances": 3},
         {"allowances": None},
+        {"fewest_steps": "many"},
+        {"fewest_steps": math.inf},
     ],
 )
 def test_content_that_is_no_model_is_refused(change):

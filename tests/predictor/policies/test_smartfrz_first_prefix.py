@@ -14,6 +14,7 @@ from predictor.policies.smartfrz import SHIPPED
 
 CHEAP = PrefixModel(-20.0, {"share": 1.0}, ((0.5, 1.0), (2.0, 4.0)))
 """Every prefix costs next to nothing."""
+STEPS = 100
 DEAR = replace(CHEAP, intercept=20.0)
 
 
@@ -37,7 +38,7 @@ def started(tmp_path, learned, optimizer=torch.optim.SGD, look=True, pretrained=
     save_predictor(path, replace(load_predictor(SHIPPED), prefix=learned))
     model = network(pretrained)
     policy = make_policy("smartfrz", predictor=path, **options)
-    controller = FreezeController(model, optimizer(model.parameters(), lr=0.1), policy, total_steps=100, say=None)
+    controller = FreezeController(model, optimizer(model.parameters(), lr=0.1), policy, total_steps=STEPS, say=None)
     assert not controller.frozen or "front" in options
     if look:
         controller.look(batches(), lambda batch: F.cross_entropy(model(batch[0]), batch[1]))
@@ -71,6 +72,15 @@ def test_from_scratch_nothing_freezes(tmp_path):
     controller = started(tmp_path, CHEAP, pretrained=False)
     assert controller.frozen == frozenset()
     assert controller.looked == 0  # nor is anything paid
+
+
+def test_in_a_short_training_it_does_not_look(tmp_path):
+    """That would cost two steps."""
+    assert started(tmp_path, replace(CHEAP, fewest_steps=STEPS)).frozen == {0, 1}
+    controller = started(tmp_path, replace(CHEAP, fewest_steps=STEPS + 1))
+    assert not controller.wants_look
+    assert controller.frozen == frozenset()
+    assert controller.looked == 0
 
 
 def test_without_a_look_nothing_freezes(tmp_path):

@@ -18,7 +18,7 @@ def run(family, number, scale=4.9):
     flat = (1.0,) * 10
     look = FirstLook(8, tuple(signal + noise), tuple(noise), flat, flat, flat, flat, (100,) * 10)
     share = signal.cumsum() / signal.sum()
-    planned = Planned(100, (0.1,) * 10, adaptive=family in "ab")
+    planned = Planned(95 + number, (0.1,) * 10, adaptive=family in "ab")
     step_F = np.linspace(1, 0.3, 11)
     return FirstPrefixes(family, family, look, planned, np.arange(1, 11), scale * share, step_F)
 
@@ -34,6 +34,7 @@ def test_it_finds_the_rule_that_made_the_costs():
     assert predicted[clear] == pytest.approx(true[clear], rel=0.25)
     assert model.weights["share"] == pytest.approx(1, abs=0.15)
     assert card["runs"] == 24
+    assert model.fewest_steps == card["fewest_steps"] == 95
     assert card["families"] == dict.fromkeys("abcd", 6)
 
 

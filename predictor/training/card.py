@@ -117,8 +117,8 @@ def first_prefix_text(card: Any) -> str:
         for row in (replays[:_MOST_ROWS] if isinstance(replays, list) else ())
     ]
     return (
-        f"Frozen before the first step: what {text(at(figures, 'runs'))} runs would have lost, and what a step would have\n"
-        "cost without a cache. Each family by a model that was fitted to the others.\n"
+        f"Frozen before the first step: what {text(at(figures, 'runs'))} runs would have lost, and what a step would\n"
+        "have cost without a cache. Each family by a model that was fitted to the others.\n"
         f"Runs: {families}\n"
         f"{table(('risk (pp)', 'pp lost', 'FLOPs'), rows)}\n"
         f"In trainings of fewer than {text(at(figures, 'fewest_steps'))} steps no layer freezes before the first one."

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from collect.jobs.engine import Event, Job, Report
 from collect.jobs.process import THREAD_SETTINGS
 from collect.jobs.ray_cluster import connected, import_ray, refuse_open_cluster
@@ -28,6 +30,7 @@ from predictor.errors import FileFault, UsageError
 from predictor.shared.files import held, written_whole
 
 _SECONDS_TO_FETCH = 120.0
+_SECONDS_TO_HANG_UP = 5.0
 _SECONDS_TO_LOCK = 5.0
 """The process of an attempt that died on this machine may hold its lock a moment longer."""
 _DECISIVE = ("SMARTFRZ_", "ATEN_", "ONEDNN_", "DNNL_", "MKL_", "KMP_", "OMP_", "CUBLAS_", "NVIDIA_TF32", "TORCH_")
@@ -71,7 +74,7 @@ class RayEngine:
         with tempfile.TemporaryDirectory(prefix="smartfrz-code-") as code:
             copy_code(Path(code), {job.target.partition(":")[0] for job in jobs}, [folder])
             with connected(self.address, Path(code)) as context, _token(folder, self.looks_for_shared) as token:
-                print(_introduction(context, self), flush=True)
+                tqdm.write(_introduction(context, self))  # above a bar, where there is one
                 _Driver(self, folder, token, log, report).run(jobs)
 
 
@@ -124,6 +127,7 @@ class _Driver:
         finally:
             for under_way in self._under_way.values():
                 under_way.release()
+        self._hang_up()
 
     def _submit(self, job: Job, gpus: float | None = None) -> None:
         """Give a job to Ray. gpus: more than the others get."""
@@ -154,7 +158,14 @@ class _Driver:
         under_way.task.future().add_done_callback(lambda done: self._news.put((job, done)))
 
     def _listen(self) -> None:
-        self._mailbox.receive.remote().future().add_done_callback(lambda done: self._news.put((None, done)))
+        self._listening = self._mailbox.receive.remote().future()
+        self._listening.add_done_callback(lambda done: self._news.put((None, done)))
+
+    def _hang_up(self) -> None:
+        """Have the mailbox answer once more: Ray complains of a question that is still open when the driver leaves."""
+        self._mailbox.send.remote({})
+        with contextlib.suppress(Exception):  # all jobs have ended
+            self._listening.result(timeout=_SECONDS_TO_HANG_UP)
 
     def _messages(self, news: Any) -> list[dict[str, Any]]:
         try:

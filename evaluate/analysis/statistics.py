@@ -142,6 +142,11 @@ def overall(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.workload is None] or list(rows)
 
 
+def percentage_points(share: float) -> str:
+    """A share of all samples, such as a margin, in percentage points."""
+    return f"{share * 100:g} percentage point{'' if share == 0.01 else 's'}"
+
+
 def cheapest(results: Results, rows: Sequence[Row]) -> str:
     """What the suite shows, in one sentence: the fastest policy that is shown to be as accurate as the baseline and
     faster.
@@ -149,7 +154,7 @@ def cheapest(results: Results, rows: Sequence[Row]) -> str:
     One whose mean is larger still, with an interval that reaches to 1, is not shown to be faster at all.
     """
     suite = results.suite
-    within = f"as accurate as {suite.baseline} within {suite.margin * 100:g} percentage points"
+    within = f"as accurate as {suite.baseline} within {percentage_points(suite.margin)}"
     good = [(row.policy, row.speedup) for row in overall(rows) if row.verdict == AS_ACCURATE and row.speedup]
     if not good:
         return f"No policy is shown to be {within}."

@@ -4,7 +4,15 @@ from collections.abc import Sequence
 from textwrap import fill
 
 from evaluate.analysis.compute_multiplier import Multiplier, compute_multipliers, full_training_lengths
-from evaluate.analysis.statistics import AS_ACCURATE, LESS_ACCURATE, Row, cheapest, compare, overall
+from evaluate.analysis.statistics import (
+    AS_ACCURATE,
+    LESS_ACCURATE,
+    Row,
+    cheapest,
+    compare,
+    overall,
+    percentage_points,
+)
 from evaluate.report import format as write
 from evaluate.trials.records import Results
 
@@ -25,7 +33,7 @@ def headline(results: Results, rows: Sequence[Row]) -> list[str]:
     compared = [(row, found) for row, found in known if found is not None and row.policy != results.suite.baseline]
     if not compared:
         return [cheapest(results, rows)]
-    within = f"as accurate as {results.suite.baseline} within {write.percentage_points(results.suite.margin)}"
+    within = f"as accurate as {results.suite.baseline} within {percentage_points(results.suite.margin)}"
     good = [(row, found) for row, found in compared if row.verdict == AS_ACCURATE]
     shown = [(row, found) for row, found in good if found.value.low > 1 and not found.at_most]
     if not good:

@@ -11,11 +11,6 @@ from evaluate.trials.records import Results
 _WIDEST_LABEL = 60
 
 
-def percentage_points(share: float) -> str:
-    """A share of all samples, such as a margin, in percentage points."""
-    return f"{share * 100:g} percentage point{'' if share == 0.01 else 's'}"
-
-
 def difference(value: Estimate) -> str:
     """An accuracy difference in percentage points, with its interval."""
     return f"{value.mean * 100:+.2f}" + _interval(value, 100, 2, "+")

@@ -14,8 +14,8 @@ from matplotlib.transforms import Bbox
 from evaluate.analysis.area import LOSS
 from evaluate.analysis.families import MANY, colour_indices
 from evaluate.analysis.pareto import unbeaten
-from evaluate.analysis.statistics import Row, overall
-from evaluate.report.format import percentage_points, shortened
+from evaluate.analysis.statistics import Row, overall, percentage_points
+from evaluate.report.format import shortened
 from evaluate.report.labels import Label, label_points
 from evaluate.report.svg import BAND, INK, Plot, colour, drawn, marker
 from evaluate.trials.records import COST_AXES, Results

@@ -73,7 +73,7 @@ class PrefixModel:
     """Rising pairs: a risk in percentage points of accuracy, and the predicted cost that a prefix may have for that."""
     fewest_steps: int = 0
     """Optimizer steps of the shortest training that it was fitted to. In a shorter one no prefix may freeze: there the
-    same prefix costs several times as much, which nothing that is known before the first step tells."""
+    same prefix may cost several times as much, which nothing that is known before the first step tells."""
 
     def costs(self, look: FirstLook, planned: Planned) -> Floats:
         """cost_F: percentage points of accuracy that each prefix of 1 to L layers costs. It never falls."""

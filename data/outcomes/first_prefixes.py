@@ -1,12 +1,11 @@
 """What prefixes cost that froze before the first step, and what the first batches' gradients said: runs to fit on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from data.outcomes.accuracy_cost import accuracy_costs
 from data.outcomes.records import Outcome
 from predictor.errors import UsageError
 from predictor.model.first_look import LEARNED, FirstLook
-from predictor.model.first_prefix import Planned
 from predictor.training.first_prefix import FirstPrefixes
 
 _COMMAND = "`python -m collect gather outcomes --points 0`"
@@ -32,14 +31,7 @@ def first_prefixes(outcomes: Iterable[Outcome]) -> list[FirstPrefixes]:
                 continue
             size_F = cost.prefix_F[1:]
             paid_F = cost.cost([0])[0][size_F - 1]
-            planned = _planned(run, len(look.size_L))
-            runs.append(FirstPrefixes(run.workload, run.family, look, planned, size_F, paid_F, cost.flops()))
+            runs.append(FirstPrefixes(run.workload, run.family, look, run.total_steps, size_F, paid_F, cost.flops()))
     if not runs:
         raise UsageError(f"no run has prefixes frozen from step 0 and a look at its first batches: see {_COMMAND}")
     return runs
-
-
-def _planned(run: Outcome, layers: int) -> Planned:
-    recipe = run.facts["config"]["recipe"]
-    rates: Sequence[float] = (recipe["lr"],) * layers
-    return Planned(run.total_steps, tuple(rates), recipe["optimizer"] != "sgd")

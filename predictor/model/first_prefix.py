@@ -22,44 +22,26 @@ _LARGEST = 20.0
 """A logarithm beyond which every cost is too much, and its exponential may overflow."""
 
 
-@dataclass(frozen=True)
-class Planned:
-    """What is known of a training before its first step."""
+def features(look: FirstLook) -> dict[str, Floats]:
+    """What the prefix model may see, by name: of each prefix of 1 to L layers.
 
-    steps: int
-    """Optimizer steps of the whole training."""
-    lr_L: tuple[float, ...]
-    """The highest learning rate of each layer."""
-    adaptive: bool
-    """Whether the optimizer scales each weight's step by its own gradients, as Adam does."""
-
-
-def features(look: FirstLook, planned: Planned) -> dict[str, Floats]:
-    """What the prefix model sees, by name: of each prefix of 1 to L layers.
-
-    - `share`: the logarithm of the prefix's share of all layers' signal (`FirstLook.signal_L`).
-    - `motion`: the logarithm of how far the optimizer would move its weights if all steps went the same way, over their
-      size. Under an adaptive optimizer each weight moves by the learning rate in a step.
-    - `agreement`: the logarithm of its signal over its noise: how far batches agree.
-    - `depth`: its share of the layers.
-    - `adaptive`: whether the optimizer is.
+    - `gradient`: the logarithm of the prefix's share of all layers' gradient, by the L1 norm of the mean gradient.
+    - `share`, `agreement`: what files of earlier versions use. The logarithm of the prefix's share of the signal, which
+      is that norm less the noise's (`FirstLook.signal_L`), and of its signal over its noise.
     """
-    signal_L, noise_L = np.asarray(look.signal_L), np.asarray(look.noise_l1_L)
-    lr_L, size_L, weight_L = np.asarray(planned.lr_L), np.asarray(look.size_L), np.asarray(look.weight_l1_L)
-    moved_L = lr_L * (size_L if planned.adaptive else signal_L) * planned.steps
-    signal_F, count = signal_L.cumsum(), len(signal_L)
+    mean_F, signal_F, noise_F = (np.cumsum(each) for each in (look.mean_l1_L, look.signal_L, look.noise_l1_L))
     return {
+        "gradient": np.log(np.maximum(mean_F / max(mean_F[-1], _TINY), _TINY)),
         "share": np.log(np.maximum(signal_F / max(signal_F[-1], _TINY), _TINY)),
-        "motion": np.log(moved_L.cumsum() / np.maximum(weight_L.cumsum(), _TINY) + _TINY),
-        "agreement": np.log(signal_F / np.maximum(noise_L.cumsum(), _TINY) + 0.02),
-        "depth": np.arange(1, count + 1) / count,
-        "adaptive": np.full(count, float(planned.adaptive)),
+        "agreement": np.log(signal_F / np.maximum(noise_F, _TINY) + 0.02),
     }
 
 
 @dataclass(frozen=True)
 class PrefixModel:
     """A line through the logarithm of the accuracy cost of freezing a prefix before the first step.
+
+    Up to a few percentage points, the cost is about five of them times the prefix's share of the gradient.
 
     log(min(cost, MOST_COST) + COST_FLOOR) = intercept + sum of weights times `features`. Ridge regression makes it
     (`predictor.training.first_prefix`). What a prefix saves is not weighed against it: that was tried, in proportion
@@ -73,11 +55,11 @@ class PrefixModel:
     """Rising pairs: a risk in percentage points of accuracy, and the predicted cost that a prefix may have for that."""
     fewest_steps: int = 0
     """Optimizer steps of the shortest training that it was fitted to. In a shorter one no prefix may freeze: there the
-    same prefix may cost several times as much, which nothing that is known before the first step tells."""
+    same prefix costs more."""
 
-    def costs(self, look: FirstLook, planned: Planned) -> Floats:
+    def costs(self, look: FirstLook) -> Floats:
         """cost_F: percentage points of accuracy that each prefix of 1 to L layers costs. It never falls."""
-        known = features(look, planned)
+        known = features(look)
         line = self.intercept + sum(
             (weight * known[name] for name, weight in self.weights.items()), np.zeros(len(look.size_L))
         )
@@ -91,18 +73,18 @@ class PrefixModel:
         risks, costs = zip(*self.allowances, strict=True)
         return float(np.interp(risk, risks, costs))
 
-    def choose(self, look: FirstLook, planned: Planned, risk: float) -> int:
+    def choose(self, look: FirstLook, steps: int, risk: float) -> int:
         """How many layers freeze before the first step; 0 for none, as where the weights have learned nothing yet, or
         the training is shorter than `fewest_steps`.
 
         Args:
             look: what the first batches' gradients say.
-            planned: what is known of the training.
+            steps: optimizer steps of the whole training.
             risk: percentage points of accuracy that may be lost.
         """
-        if planned.steps < self.fewest_steps:
+        if steps < self.fewest_steps or not any(look.mean_l1_L):
             return 0
-        return min(look.learned, largest(self.costs(look, planned), self.allowance(risk)))
+        return min(look.learned, largest(self.costs(look), self.allowance(risk)))
 
     def as_dict(self) -> dict[str, Any]:
         """The model as JSON."""
@@ -134,5 +116,5 @@ def largest(cost_F: Floats, allowed: float) -> int:
     return int(np.searchsorted(cost_F, allowed, side="right")) if allowed > 0 else 0
 
 
-FEATURES = ("share", "motion", "agreement", "depth", "adaptive")
+FEATURES = ("gradient", "share", "agreement")
 """The names that `features` returns."""

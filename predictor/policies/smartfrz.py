@@ -20,7 +20,6 @@ from predictor.model.config import CLOCK
 from predictor.model.decision import Floats, largest_prefix, saved_by
 from predictor.model.features import tokens
 from predictor.model.file import PredictorFile, load_predictor
-from predictor.model.first_prefix import Planned
 from predictor.model.history import LayerHistory
 from predictor.model.sampling import LayerSampler
 from predictor.policies.base import FreezePolicy, View
@@ -46,9 +45,10 @@ class SmartFRZPolicy(FreezePolicy):
         what freezing costs, as the shipped one has, a prefix needs a higher probability the less it saves
         (`predictor.model.decision`). The threshold is then that of a prefix that saves a whole step.
         Before the first step, where the training shows its first batches (`FreezeController.look`), a second model
-        predicts from their gradients what each prefix would cost if it froze at once (`predictor.model.first_prefix`).
-        The largest whose cost is allowed for the risk freezes, or none. In a training of fewer steps than any that it
-        has learned from it freezes none: where each step still counts, every frozen layer costs more.
+        predicts from each prefix's share of the gradient what it would cost if it froze at once
+        (`predictor.model.first_prefix`). The largest whose cost is allowed for the risk freezes, or none. In a training
+        of fewer steps than any that it has learned from it freezes none: where each step still counts, every frozen
+        layer costs more.
     Signal: the motion of the weights, their distance from the start, gradient times motion, learning rate, progress and
         depth (`predictor.model.history`).
     Differs: the paper's predictor sees raw weights alone, which in our measurements does not carry over to another
@@ -186,11 +186,9 @@ class SmartFRZPolicy(FreezePolicy):
         """How many layers freeze before the first step."""
         if self.front is not None:
             return round(self.front * len(view.layers))
-        rates = self._named_rates()
-        if self._first_prefix is None or view.look is None or min(rates) <= 0 or not any(view.look.signal_L):
+        if self._first_prefix is None or view.look is None:
             return 0
-        planned = Planned(view.total_steps, tuple(rates), _is_adaptive(self._optimizer))
-        return self._first_prefix.choose(view.look, planned, self._risk)
+        return self._first_prefix.choose(view.look, view.total_steps, self._risk)
 
     def _take_snapshot(self, view: View) -> bool:
         """Add a snapshot to the history, and say whether it is evidence."""
@@ -308,11 +306,6 @@ class SmartFRZPolicy(FreezePolicy):
 def _rate(lr: Any) -> float:
     """A learning rate. An optimizer that finds its own, as Adafactor, may have None: then it is taken for constant."""
     return float(lr) if isinstance(lr, int | float) and math.isfinite(lr) else 1.0
-
-
-def _is_adaptive(optimizer: Optimizer) -> bool:
-    """Whether an optimizer scales each weight's step by its own gradients: those have a term `eps`, or betas."""
-    return any(name in optimizer.param_groups[0] for name in ("eps", "betas"))
 
 
 def _known(lr: Any) -> float:

@@ -9,12 +9,12 @@ import numpy.typing as npt
 
 from predictor.errors import UsageError
 from predictor.model.first_look import FirstLook
-from predictor.model.first_prefix import COST_FLOOR, MOST_COST, Planned, PrefixModel, features, largest
+from predictor.model.first_prefix import COST_FLOOR, MOST_COST, PrefixModel, features, largest
 from predictor.training.thresholds import RISKS
 
 Floats = npt.NDArray[np.float64]
-USED = ("share", "agreement")
-"""The features that it is fitted to. The others of `predictor.model.first_prefix.features` were no help beside them."""
+USED = ("gradient",)
+"""The features that it is fitted to: see `predictor.model.first_prefix.features`."""
 _RIDGE = 3.0
 _SPENT = 0.5
 """The share of a risk that may be spent before the first step. The rest is for what freezes later."""
@@ -28,7 +28,8 @@ class FirstPrefixes:
     workload: str
     family: str
     look: FirstLook
-    planned: Planned
+    steps: int
+    """Optimizer steps of its training."""
     size_F: npt.NDArray[np.int64]
     """Layers in each prefix that was tried, rising."""
     cost_F: Floats
@@ -51,7 +52,7 @@ def fit_first_prefix(runs: Sequence[FirstPrefixes]) -> tuple[PrefixModel, dict[s
     without = {family: _line([run for run in runs if run.family != family]) for family in families}
     predicted = predict_unseen(runs, {family: PrefixModel(*line) for family, line in without.items()})
     allowances = tuple((risk, _allowance(risk, predicted)) for risk in RISKS)
-    model = PrefixModel(*_line(runs), allowances, min(run.planned.steps for run in runs))
+    model = PrefixModel(*_line(runs), allowances, min(run.steps for run in runs))
     return model, _card(predicted, model)
 
 
@@ -72,7 +73,7 @@ def _line(runs: Sequence[FirstPrefixes]) -> tuple[float, dict[str, float]]:
 
 
 def _inputs(runs: Iterable[FirstPrefixes]) -> Floats:
-    known = [(run, features(run.look, run.planned)) for run in runs]
+    known = [(run, features(run.look)) for run in runs]
     return np.concatenate([np.stack([each[name][run.size_F - 1] for name in USED], axis=1) for run, each in known])
 
 
@@ -108,7 +109,7 @@ def _allowance(risk: float, predicted: Sequence[_Predicted]) -> float:
 
 def predict_unseen(runs: Sequence[FirstPrefixes], unseen: dict[str, PrefixModel]) -> list[_Predicted]:
     """Each run as the model without its family sees it."""
-    return [_Predicted(run, unseen[run.family].costs(run.look, run.planned)) for run in runs]
+    return [_Predicted(run, unseen[run.family].costs(run.look)) for run in runs]
 
 
 def replay(predicted: Sequence[_Predicted], allowed: float) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from predictor.model.file import load_predictor, save_predictor
 from predictor.model.first_prefix import PrefixModel
 from predictor.policies.smartfrz import SHIPPED
 
-CHEAP = PrefixModel(-20.0, {"share": 1.0}, ((0.5, 1.0), (2.0, 4.0)))
+CHEAP = PrefixModel(-20.0, {"gradient": 1.0}, ((0.5, 1.0), (2.0, 4.0)))
 """Every prefix costs next to nothing."""
 STEPS = 100
 DEAR = replace(CHEAP, intercept=20.0)
@@ -88,17 +88,14 @@ def test_without_a_look_nothing_freezes(tmp_path):
 
 
 def test_a_higher_risk_freezes_more(tmp_path):
-    grows = PrefixModel(0.0, {"depth": 1.0}, ((0.5, 0.0), (2.0, 10.0)))
+    grows = PrefixModel(0.0, {"gradient": 1.0}, ((0.5, 0.0), (2.0, 10.0)))
     assert started(tmp_path, grows).frozen == frozenset()
     assert started(tmp_path, grows, risk=2.0).frozen == {0, 1}
 
 
-def test_an_optimizer_that_finds_its_rate_by_itself_is_none_to_predict_for(tmp_path):
-    controller = started(tmp_path, CHEAP, look=False)
-    controller._optimizers[0].param_groups[0].update(lr=None, initial_lr=None)
-    controller.policy._started_G = [0.0]
-    controller.look(batches(), lambda batch: F.cross_entropy(controller.model(batch[0]), batch[1]))
-    assert controller.frozen == frozenset()
+def test_a_file_of_an_earlier_version_chooses_by_what_it_has_learned_from(tmp_path):
+    earlier = {"intercept": -20.0, "weights": {"share": 1.0, "agreement": -0.5}, "allowances": [[0.5, 1.0]]}
+    assert started(tmp_path, PrefixModel.from_dict(earlier)).frozen == {0, 1}
 
 
 def test_it_goes_on_behind_the_prefix_and_a_resumed_training_keeps_it(tmp_path):

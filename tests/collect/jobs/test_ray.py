@@ -262,14 +262,19 @@ def test_nobody_without_the_token(cluster: Cluster, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "order").exists()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_jobs_end_with_their_driver(cluster: Cluster, tmp_path: Path, sent: signal.Signals) -> None:
-    driver = start_jobs(cluster, tmp_path, {}, "linger")
-    pid = tmp_path / "out" / "pid-a"
-    wait_for(lambda: pid.exists() and bool(pid.read_text()), driver, SECONDS)
-    driver.send_signal(sent)
-    driver.wait(SECONDS)
-    wait_for(lambda: not running(int(pid.read_text())), seconds=SECONDS)
+def test_jobs_end_with_their_driver(cluster: Cluster, tmp_path: Path) -> None:
+    """Whether it is killed or interrupted."""
+    drivers = {}
+    for sent in (signal.SIGKILL, signal.SIGINT):
+        folder = tmp_path / sent.name
+        folder.mkdir()
+        drivers[sent] = start_jobs(cluster, folder, {"slots": 1}, "linger"), folder / "out" / "pid-a"
+    for sent, (driver, pid) in drivers.items():
+        wait_for(lambda pid=pid: pid.exists() and bool(pid.read_text()), driver, SECONDS)
+        driver.send_signal(sent)
+    for driver, pid in drivers.values():
+        driver.wait(SECONDS)
+        wait_for(lambda pid=pid: not running(int(pid.read_text())), seconds=SECONDS)
 
 
 @pytest.mark.usefixtures("doomed")

@@ -59,11 +59,12 @@ class _Kind:
 
 _KINDS = (
     _Kind("standard", "from scratch", ("smartfrz", "smartfrz, stop")),
-    _Kind("finetune", "fine-tuning", ("smartfrz", "smartfrz, front 0.4, cached")),
-    _Kind("confirm", "fine-tuning, seeds kept back", ("smartfrz, stop", "smartfrz, front 0.4, cached, stop")),
+    _Kind("pretrained", "fine-tuning", ("smartfrz", "smartfrz, cached")),
+    _Kind("finetune", "fine-tuning, short", ("smartfrz", "smartfrz, front 0.4, cached")),
+    _Kind("confirm", "fine-tuning, short, seeds kept back", ("smartfrz, stop", "smartfrz, front 0.4, cached, stop")),
     _Kind("converged", "to convergence", ("smartfrz, risk 0.25, cached, stop", "smartfrz, cached, stop")),
 )
-_DRAWN = ("standard", "finetune", "converged")
+_DRAWN = ("standard", "finetune", "pretrained", "converged")
 
 
 def publish(picture: Path = PICTURE) -> str:
@@ -160,16 +161,16 @@ def _picture(results: Mapping[str, Results]) -> str:
         handles, labels = grid[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=len(_SERIES), frameon=False, columnspacing=1.4)
         figure.supxlabel("cost of the training, % of full training's FLOPs", y=0.12, fontsize="medium")
-        figure.subplots_adjust(left=0.085, right=0.985, top=0.91, bottom=0.25, wspace=0.08)
+        figure.subplots_adjust(left=0.085, right=0.985, top=0.87, bottom=0.25, wspace=0.08)
 
     title = "Accuracy over training cost: SmartFRZ, training for fewer steps, fixed schedules and other methods"
-    return standalone(drawn(3.5, draw, title, width=9.6))
+    return standalone(drawn(3.7, draw, title, width=9.6))
 
 
 def _panel(axes: Axes, title: str, results: Results) -> None:
     networks, seeds = len(results.workloads), len(results.suite.seeds)
-    axes.set_title(f"{title.capitalize()}: {networks} networks, {seeds} seeds")
-    axes.set(xlim=(27, 103), xticks=(30, 40, 50, 60, 70, 80, 90, 100))
+    axes.set_title(f"{title.capitalize()}\n{networks} networks, {seeds} seeds")
+    axes.set(xlim=(27, 103), xticks=(40, 60, 80, 100))
     axes.axhline(0, color=FAINT, linewidth=1.2, zorder=0)
     for series, rows in zip(_SERIES, _split(results), strict=True):
         _draw_series(axes, series, rows)

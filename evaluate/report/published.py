@@ -36,6 +36,7 @@ _NAMES = {
     "smartfrz": "SmartFRZ",
     "smartfrz, stop": "SmartFRZ, early stop",
     "smartfrz, cached": "SmartFRZ, feature cache",
+    "smartfrz, risk 1, cached": "SmartFRZ at risk 1, feature cache",
     "smartfrz, front 0.4, cached": "SmartFRZ, first 40 % frozen from the start, feature cache",
     "smartfrz, front 0.4, cached, stop": "SmartFRZ, first 40 % frozen from the start, feature cache, early stop",
     "smartfrz, risk 0.25, cached, stop": "SmartFRZ at risk 0.25, feature cache, early stop",
@@ -59,7 +60,7 @@ class _Kind:
 
 _KINDS = (
     _Kind("standard", "from scratch", ("smartfrz", "smartfrz, stop")),
-    _Kind("pretrained", "fine-tuning", ("smartfrz", "smartfrz, cached")),
+    _Kind("pretrained", "fine-tuning", ("smartfrz", "smartfrz, cached", "smartfrz, risk 1, cached")),
     _Kind("finetune", "fine-tuning, short", ("smartfrz", "smartfrz, front 0.4, cached")),
     _Kind("confirm", "fine-tuning, short, seeds kept back", ("smartfrz, stop", "smartfrz, front 0.4, cached, stop")),
     _Kind("converged", "to convergence", ("smartfrz, risk 0.25, cached, stop", "smartfrz, cached, stop")),

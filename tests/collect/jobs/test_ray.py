@@ -245,7 +245,7 @@ def test_a_search_on_the_cluster_is_that_of_one_machine(
     """To the last bit, with one trial at a time."""
     monkeypatch.setattr("predictor.training.plots.study", lambda *_: [])
     quick = ["--epochs", "1", "--epoch-windows", "256", "--device", "cpu", "--folds", "3", "--held-out", "none"]
-    command = ["tune", "--data", str(write_trajectories()), "--trials", "3", *quick]
+    command = ["tune", "--data", str(write_trajectories()), "--trials", "2", *quick]
     there = ["--engine", "ray", "--address", cluster.address, "--slots", "1", "--out", str(tmp_path / "there")]
     driver = start(cluster, "from predictor.__main__ import main\nmain()", tmp_path, *command, *there)
     assert driver.wait(SECONDS) == 0, printed(tmp_path)

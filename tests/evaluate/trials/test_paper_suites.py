@@ -83,4 +83,4 @@ def test_the_features_of_pairs_of_texts_are_kept_as_they_were(disk: Path) -> Non
         losses.append([row["test_loss"] for row in training.curve])
     assert sum(hooks[1].hits.values()) == 24  # all but the first pass over eight pairs
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert len(set(losses[0])) == 4
+    assert losses[0][0] != losses[0][-1]  # the head trains; under a rate that ends at zero the last epochs may be alike

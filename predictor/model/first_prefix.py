@@ -31,10 +31,18 @@ def features(look: FirstLook) -> dict[str, Floats]:
     """
     mean_F, signal_F, noise_F = (np.cumsum(each) for each in (look.mean_l1_L, look.signal_L, look.noise_l1_L))
     return {
-        "gradient": np.log(np.maximum(mean_F / max(mean_F[-1], _TINY), _TINY)),
-        "share": np.log(np.maximum(signal_F / max(signal_F[-1], _TINY), _TINY)),
+        "gradient": _log_share(mean_F),
+        "share": _log_share(signal_F),
         "agreement": np.log(signal_F / np.maximum(noise_F, _TINY) + 0.02),
     }
+
+
+def _log_share(sum_F: Floats) -> Floats:
+    """The logarithm of each sum over the last one. Where all are 0 nothing is known: then each counts as the whole."""
+    if not sum_F[-1] > 0:
+        return np.zeros(len(sum_F))
+    share: Floats = np.log(np.maximum(sum_F / sum_F[-1], _TINY))
+    return share
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class PrefixModel:
             steps: optimizer steps of the whole training.
             risk: percentage points of accuracy that may be lost.
         """
-        if steps < self.fewest_steps or not any(look.mean_l1_L):
+        if steps < self.fewest_steps:
             return 0
         return min(look.learned, largest(self.costs(look), self.allowance(risk)))
 

@@ -47,10 +47,13 @@ def test_the_choice_by_hand():
     assert [model.choose(LOOK, STEPS, risk) for risk in (0.5, 0.75, 1.0, 1.5, 2.0)] == [1, 1, 2, 3, 3]
 
 
-def test_where_no_layer_has_a_gradient_nothing_is_known():
-    assert (
-        PrefixModel(-20.0, {"gradient": 1.0}, ((0.5, 10.0),)).choose(replace(LOOK, mean_l1_L=(0.0,) * 3), 50, 0.5) == 0
-    )
+@pytest.mark.parametrize("name", ["gradient", "share"])
+def test_where_no_layer_has_a_gradient_each_prefix_costs_as_much_as_all(name):
+    """Nothing is known then, and nothing freezes that would not freeze with all layers."""
+    nothing = replace(LOOK, mean_l1_L=(0.0,) * 3)
+    model = PrefixModel(math.log(5.0), {name: 1.0}, ((0.5, 1.0),))
+    assert model.costs(nothing) == pytest.approx([5 - COST_FLOOR] * 3)
+    assert model.choose(nothing, STEPS, 0.5) == 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,17 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 # A shell starts what it puts in the background deaf to Ctrl-C, and programs that tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def forget_own_modules(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Forget the modules that a test wrote and imported: the next one may write another of the same name."""
+    folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    yield
+    for name, module in list(sys.modules.items()) if folder else ():
+        origin = getattr(getattr(module, "__spec__", None), "origin", None)
+        if isinstance(origin, str) and Path(origin).is_relative_to(folder):
+            del sys.modules[name]
 
 
 class ToyNet(nn.Module):

@@ -1,7 +1,6 @@
 """Each policy's rule on cases worked out by hand."""
 
 import importlib
-import sys
 
 import pytest
 from torch import nn
@@ -130,8 +129,7 @@ def own_module(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
-    yield "own_policies"
-    sys.modules.pop("own_policies", None)
+    return "own_policies"
 
 
 def test_a_policy_of_the_users_own(own_module):

@@ -40,7 +40,7 @@ class Cluster:
             "RAY_health_check_period_ms": "1000",  # a node that is killed is found out soon
             # On a busy machine all takes longer.
             "RAY_agent_register_timeout_ms": "600000",
-            "RAY_worker_register_timeout_seconds": "600",
+            "RAY_worker_register_timeout_seconds": "120",
         }
         self._names: dict[int, str] = {}
         self._nodes: list[subprocess.Popen[bytes]] = []
@@ -59,7 +59,9 @@ class Cluster:
 
     def add_node(self, name: str, cpus: int = 1) -> subprocess.Popen[bytes]:
         """Start a node with 1 GB to give to jobs, which find its name in the variable NODE."""
-        self._start(name, [f"--address={self.address}", f"--num-cpus={cpus}", "--memory=1000000000"], NODE=name)
+        # In a shared folder one node may find another's half of the sent code, and its worker dies.
+        own = ["--memory=1000000000", f"--temp-dir={self.folder / name}"]
+        self._start(name, [f"--address={self.address}", f"--num-cpus={cpus}", *own], NODE=name)
         self._names[self._nodes[-1].pid] = name
         return self._nodes[-1]
 

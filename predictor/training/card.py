@@ -116,10 +116,11 @@ def first_prefix_text(card: Any) -> str:
         (text(at(row, "risk")), figure(at(row, "points")), percent(at(row, "flops")))
         for row in (replays[:_MOST_ROWS] if isinstance(replays, list) else ())
     ]
+    fitted = text(at(figures, "runs"))
     return (
-        f"Frozen before the first step: what {text(at(figures, 'runs'))} runs would have lost, and what a step would\n"
-        "have cost without a cache. Each family by a model that was fitted to the others.\n"
-        f"Runs: {families}\n"
+        f"Frozen before the first step, fitted to {fitted} runs: {families}.\n"
+        f"What {text(at(figures, 'replayed') or fitted)} of them would have lost, and what a step would have cost\n"
+        "without a cache; in the others no prefix may freeze. Each family by a model that was fitted to the others.\n"
         f"{table(('risk (pp)', 'pp lost', 'FLOPs'), rows)}\n"
         f"In trainings of fewer than {text(at(figures, 'fewest_steps'))} steps no layer freezes before the first one."
     )

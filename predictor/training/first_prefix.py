@@ -1,5 +1,6 @@
 """Fits the model of what a prefix costs that freezes before the first step, and what may be risked with it."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,10 @@ USED = ("gradient",)
 """The features that it is fitted to: see `predictor.model.first_prefix.features`."""
 _RIDGE = 3.0
 _SPENT = 0.5
-"""The share of a risk that may be spent before the first step. The rest is for what freezes later."""
+"""The share of a risk that may be spent before the first step. What freezes later takes the other half."""
+_UNSURE = np.geomspace(1 / 1.5, 1.5, 5)
+"""Factors by which the predictions may be off. Without them, a prefix that costs ten times what was predicted may lie
+just beyond what is allowed; then families left out of the choice lost more than their risk."""
 _ALLOWANCES = np.geomspace(0.01, 100, 400)
 
 
@@ -41,19 +45,23 @@ class FirstPrefixes:
 def fit_first_prefix(runs: Sequence[FirstPrefixes]) -> tuple[PrefixModel, dict[str, Any]]:
     """Fit the model to runs. Returns it and what a card says about it.
 
-    Its error and what may be risked come from families that it was not fitted to, each left out in turn.
+    What may be risked comes from families that it was not fitted to, each left out in turn, and from those of their
+    runs in which a prefix may freeze at all: in the others the first layer has learned nothing yet.
 
     Raises:
-        UsageError: the runs are of fewer than two families.
+        UsageError: the runs are of fewer than two families, or no prefix may freeze in any.
     """
     families = sorted({run.family for run in runs})
     if len(families) < 2:
         raise UsageError(f"{len(runs)} runs of {len(families)} families: a family is left out in turn, so give two")
     without = {family: _line([run for run in runs if run.family != family]) for family in families}
     predicted = predict_unseen(runs, {family: PrefixModel(*line) for family, line in without.items()})
+    predicted = [each for each in predicted if each.most]
+    if not predicted:
+        raise UsageError(f"of {len(runs)} runs none has a first layer that has learned something: give pretrained ones")
     allowances = tuple((risk, _allowance(risk, predicted)) for risk in RISKS)
     model = PrefixModel(*_line(runs), allowances, min(run.steps for run in runs))
-    return model, _card(predicted, model)
+    return model, _card(runs, predicted, model)
 
 
 def _line(runs: Sequence[FirstPrefixes]) -> tuple[float, dict[str, float]]:
@@ -96,9 +104,14 @@ class _Predicted:
     cost_L: Floats
     """The predicted cost of the prefix up to each layer."""
 
+    @property
+    def most(self) -> int:
+        """How many layers may freeze at the most: see `FirstLook.learned`."""
+        return self.run.look.learned if self.run.look.evidence_L else len(self.cost_L)
+
     def freezes(self, allowed: float) -> int:
         """How many layers freeze, if a prefix may cost so much."""
-        return largest(self.cost_L, allowed)
+        return min(self.most, largest(self.cost_L, allowed))
 
 
 def _allowance(risk: float, predicted: Sequence[_Predicted]) -> float:
@@ -115,12 +128,12 @@ def predict_unseen(runs: Sequence[FirstPrefixes], unseen: dict[str, PrefixModel]
 def replay(predicted: Sequence[_Predicted], allowed: float) -> tuple[float, float]:
     """Percentage points lost and the FLOPs of a step, if each run freezes what may cost so much.
 
-    Means over families of their runs' means.
+    Means over families of their runs' means, and over predictions that are off by a factor.
     """
     lost: dict[str, list[float]] = {}
     left: dict[str, list[float]] = {}
-    for each in predicted:
-        run, size = each.run, each.freezes(allowed)
+    for each, factor in itertools.product(predicted, _UNSURE.tolist()):
+        run, size = each.run, each.freezes(allowed * factor)
         sizes, costs = np.append(0, run.size_F), np.append(0.0, run.cost_F)
         lost.setdefault(run.family, []).append(float(np.interp(size, sizes, costs)))
         left.setdefault(run.family, []).append(float(run.step_F[size]))
@@ -131,11 +144,12 @@ def _mean_of_means(by_family: dict[str, list[float]]) -> float:
     return float(np.mean([np.mean(values) for values in by_family.values()]))
 
 
-def _card(predicted: Sequence[_Predicted], model: PrefixModel) -> dict[str, Any]:
+def _card(runs: Sequence[FirstPrefixes], predicted: Sequence[_Predicted], model: PrefixModel) -> dict[str, Any]:
     replays = [(risk, *replay(predicted, allowed)) for risk, allowed in model.allowances]
-    families = [each.run.family for each in predicted]
+    families = [run.family for run in runs]
     return {
-        "runs": len(predicted),
+        "runs": len(runs),
+        "replayed": len(predicted),
         "fewest_steps": model.fewest_steps,
         "families": {family: families.count(family) for family in sorted(set(families))},
         "replays": [dict(zip(("risk", "points", "flops"), each, strict=True)) for each in replays],

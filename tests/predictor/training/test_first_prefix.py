@@ -1,5 +1,7 @@
 """Fitting what a prefix costs that freezes before the first step, on runs whose cost is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -52,12 +54,33 @@ def test_the_replay_by_hand():
     model, _ = fit_first_prefix(RUNS)
     first, second = predict_unseen([one, other], {"a": model, "c": PrefixModel(100.0)})
     assert first.cost_L == pytest.approx(model.costs(one.look))
-    allowed = float(first.cost_L[4])
+    allowed = float(first.cost_L[4:6].mean())
     assert first.freezes(allowed) == 5
+    # The predictions may be off by half: five factors, evenly spread in their logarithm.
+    sizes = [first.freezes(allowed * 1.5**power) for power in (-1, -0.5, 0, 0.5, 1)]
+    assert sizes[0] < sizes[2] == 5 < sizes[-1]
     lost, left = replay([first, second], allowed)
-    assert lost == pytest.approx(one.cost_F[4] / 2)
-    assert left == pytest.approx((one.step_F[5] + 1) / 2)
+    assert lost == pytest.approx(np.mean([one.cost_F[size - 1] for size in sizes]) / 2)
+    assert left == pytest.approx((np.mean([one.step_F[size] for size in sizes]) + 1) / 2)
     assert replay([first, second], 0.0) == (0.0, 1.0)
+
+
+def with_evidence(each, *evidence):
+    return replace(each, look=replace(each.look, evidence_L=evidence))
+
+
+def test_only_what_may_freeze_counts_in_what_may_be_risked():
+    """A layer that has learned nothing ends the prefix; runs whose first layer has learned nothing are left out."""
+    half = with_evidence(RUNS[0], *[50.0] * 5, *[0.0] * 5)
+    (first,) = predict_unseen([half], {"a": PrefixModel(-9.0)})
+    assert first.freezes(100.0) == 5
+
+    random = [with_evidence(run(family, 9, scale=40.0), *[0.0] * 10) for family in "abcd"]
+    model, card = fit_first_prefix(RUNS + random)
+    assert (card["runs"], card["replayed"]) == (28, 24)
+    with pytest.raises(UsageError, match="of 4 runs none has a first layer that has learned something"):
+        fit_first_prefix(random)
+    assert replay(predict_unseen(random, dict.fromkeys("abcd", model)), 100.0) == (0.0, 1.0)
 
 
 def test_one_family_is_too_few():

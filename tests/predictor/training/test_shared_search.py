@@ -96,20 +96,12 @@ def results(workers):
     return found
 
 
-def one_killed_at_work(start, storage, others):
-    """A worker that is killed in its trial, when others have begun. The study is made by whoever comes first."""
-    killed = start(storage, "hangs", 6)
-    study = joined(storage)
-    wait_for(lambda: runs_trial_of(study, killed), killed)  # before the others can take all trials
-    others = [start(storage, "works", 6) for _ in range(others)]
-    wait_for(lambda: len(finished(study)) > 0, killed)
-    killed.kill()
-    return study, killed, others
-
-
 def test_four_workers_of_whom_one_is_killed_end_with_just_the_trials_asked_for(postgres_server, start):
     storage = postgres_server.database()
-    study, killed, others = one_killed_at_work(start, storage, others=3)
+    killed, *others = [start(storage, does, 6) for does in ("hangs", "works", "works", "works")]
+    study = joined(storage)  # whoever of the five comes first makes it
+    wait_for(lambda: runs_trial_of(study, killed), killed)
+    killed.kill()
     found = results(others)
     assert len(set(found)) == 1
     number, params, value, count = json.loads(found[0])
@@ -123,7 +115,12 @@ def test_four_workers_of_whom_one_is_killed_end_with_just_the_trials_asked_for(p
 
 def test_two_workers_share_a_journal_file(tmp_path, start):
     storage = str(tmp_path / "study.journal")
-    study, _, others = one_killed_at_work(start, storage, others=2)
+    killed = start(storage, "hangs", 6)
+    study = joined(storage)  # whoever of both comes first makes it
+    wait_for(lambda: runs_trial_of(study, killed), killed)  # before the others can take all trials
+    others = [start(storage, "works", 6) for _ in range(2)]
+    wait_for(lambda: len(finished(study)) > 0, killed)
+    killed.kill()
     assert len(set(results(others))) == 1
     assert states(study)["COMPLETE"] == 6
     assert "RUNNING" not in states(study)

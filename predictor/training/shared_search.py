@@ -100,12 +100,17 @@ def give_up(study: "optuna.Study", number: int) -> bool:
     """Mark a running trial as failed. False if it has ended, or another worker did so. Its settings are tried again."""
     from optuna.trial import TrialState
 
+    trial, *later = study.get_trials(deepcopy=False)[number:]
+    if trial.state != TrialState.RUNNING:
+        return False
+    # Settings that were asked for wait before the place is free: it may be the last one.
+    asked = trial.system_attrs.get("fixed_params")
+    if asked is not None and all(each.system_attrs.get("fixed_params") != asked for each in later):
+        study.enqueue_trial(asked)
     try:
-        trial = study.tell(number, state=TrialState.FAIL)
+        study.tell(number, state=TrialState.FAIL)
     except _ENDED:
         return False
-    if "fixed_params" in trial.system_attrs:
-        study.enqueue_trial(trial.system_attrs["fixed_params"])
     return True
 
 

@@ -53,9 +53,14 @@ class Cluster:
             port = free.getsockname()[1]
         head = ["--head", f"--port={port}", "--include-dashboard=false", "--num-cpus=0", f"--temp-dir={self.folder}"]
         log = self._start("head", head)
-        found = re.search(rf"\S+:{port}", re.sub(r"\x1b\[\d+m|'", " ", log.read_text()))
+
+        def printed() -> re.Match[str] | None:
+            return re.search(rf"address='(\S+:{port})'", re.sub(r"\x1b\[\d+m", "", log.read_text()))
+
+        wait_for(lambda: printed() is not None, seconds=SECONDS)  # some lines after "runtime started"
+        found = printed()
         assert found
-        self.address = found[0].rpartition("=")[2]
+        self.address = found[1]
 
     def add_node(self, name: str, cpus: int = 1) -> subprocess.Popen[bytes]:
         """Start a node with 1 GB to give to jobs, which find its name in the variable NODE."""

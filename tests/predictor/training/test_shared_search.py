@@ -191,6 +191,22 @@ def test_a_trial_is_given_up_once(study):
     assert states(study) == {"FAIL": 1, "WAITING": 1}
 
 
+def test_settings_that_were_asked_for_wait_before_the_place_of_a_trial_given_up_is_free(study, monkeypatch):
+    number, tell, seen = study.ask().number, study.tell, []
+
+    def killed(*args, **kwargs):
+        seen.append(states(study))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "tell", killed)
+    with pytest.raises(KeyboardInterrupt):
+        give_up(study, number)
+    assert seen == [{"RUNNING": 1, "WAITING": 1}]
+    monkeypatch.setattr(study, "tell", tell)
+    assert give_up(study, number)  # another worker, which puts nothing back a second time
+    assert states(study) == {"FAIL": 1, "WAITING": 1}
+
+
 def test_a_worker_that_beats_is_never_given_up_and_one_that_stops_is(study):
     alive, dead = shared_search._Heart(study), shared_search._Heart(study)
     alive.trial, dead.trial = study.ask(), study.ask()

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from predictor.policies import make_policy as make_policy
     from predictor.policies.base import FreezePolicy as FreezePolicy
     from predictor.policies.base import View as View
-    from predictor.probing import ProbedHead as ProbedHead
-    from predictor.probing import probe_head as probe_head
+    from predictor.probing.probe import ProbedHead as ProbedHead
+    from predictor.probing.probe import probe_head as probe_head
     from predictor.sieving import SieveSampler as SieveSampler
 
 _HOME = {
@@ -31,12 +31,12 @@ _HOME = {
     "FreezeEvent": "predictor.freezing.event",
     "FreezePolicy": "predictor.policies.base",
     "Layer": "predictor.layers.layer",
-    "ProbedHead": "predictor.probing",
+    "ProbedHead": "predictor.probing.probe",
     "SieveSampler": "predictor.sieving",
     "View": "predictor.policies.base",
     "layers_of": "predictor.layers.layer",
     "make_policy": "predictor.policies",
-    "probe_head": "predictor.probing",
+    "probe_head": "predictor.probing.probe",
     "release": "predictor.freezing.freeze",
 }
 __all__ = list(_HOME)

@@ -10,7 +10,7 @@ from torch import Tensor
 from collect.training.loop import Hook, Training
 from evaluate.trials.flops import StepFlops
 from evaluate.trials.freezing import CacheHook
-from predictor.probing import ProbedHead, probe_head
+from predictor.probing.probe import ProbedHead, probe_head
 
 
 class ProbeHook(Hook):

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
-from predictor import FeatureCache, FreezeController, make_policy, probe_head, probing
+from predictor import FeatureCache, FreezeController, make_policy, probe_head
 from predictor.errors import UsageError
+from predictor.probing import regression
 from tests.second_device import second_device
 
 FEATURES, CLASSES = 12, 3
@@ -79,7 +80,7 @@ def test_the_fit_is_the_minimum_of_its_loss():
     """At the minimum, the mean gradient of the cross entropy is minus the penalty times the weights."""
     _, y = samples()
     fit_x = torch.randn(200, FEATURES, generator=torch.Generator().manual_seed(3))
-    fit = probing._Fit(fit_x, y[:200], CLASSES, bias=True)
+    fit = regression.Regression(fit_x, y[:200], CLASSES, bias=True)
     fit.fit(0.01)
     weight = fit._weight_CF.detach()
     logits = nn.functional.linear(fit._x_NF, weight, fit._bias_C.detach())
@@ -92,7 +93,7 @@ def test_the_fit_is_the_minimum_of_its_loss():
 
 
 def test_a_fifth_of_each_class_is_held_out():
-    held = probing._held_out(torch.tensor([0] * 10 + [1] * 15 + [2] * 2))
+    held = regression.held_out(torch.tensor([0] * 10 + [1] * 15 + [2] * 2))
     assert held.nonzero().flatten().tolist() == [2, 7, 12, 17, 22]
 
 

@@ -1,0 +1,1 @@
+"""A linear head fitted to the pretrained features before the first step."""

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     flags = _parser().parse_args(arguments)
     if getattr(flags, "settings", None):
-        from predictor.training.tune import settings_flags
+        from predictor.training.tuned_settings import settings_flags
 
         # The user's own flags come last, and so override those of the file.
         arguments = [arguments[0], *settings_flags(flags.settings), *arguments[1:]]
@@ -133,7 +133,7 @@ def _train(flags: argparse.Namespace) -> None:
     from predictor.training.config import CKA_LABEL_FLAGS, OUTCOME_LABEL_FLAG, FitConfig
     from predictor.training.continued import continued
     from predictor.training.train import TrainingData, train
-    from predictor.training.tune import check_settings
+    from predictor.training.tuned_settings import check_settings
 
     if flags.out.suffix != _OUT.suffix:
         raise UsageError(f"--out {flags.out}: name a file that ends in {_OUT.suffix}")
@@ -189,7 +189,8 @@ def _tune(flags: argparse.Namespace) -> None:
     from collect.search.task_source import TaskSource
     from predictor.training import plots
     from predictor.training.config import FitConfig, TuneConfig
-    from predictor.training.tune import BEST_FILE, describe, tune
+    from predictor.training.tune import tune
+    from predictor.training.tuned_settings import BEST_FILE, describe
 
     config, settings = cli.from_flags(TuneConfig, flags), cli.from_flags(FitConfig, flags)
     options = job_options(flags)

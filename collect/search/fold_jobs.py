@@ -13,10 +13,10 @@ from collect.search.task_source import TaskSource
 from predictor.errors import DivergedError, UsageError
 from predictor.model.config import PredictorConfig
 from predictor.training.config import FitConfig
+from predictor.training.search_task import Choice, SearchTask
 from predictor.training.trials_elsewhere import Fold, Take
-from predictor.training.tune import Choice, Task
 
-_known: dict[str, Task] = {}
+_known: dict[str, SearchTask] = {}
 """The task of this process's last job, by its fingerprint. To read it for each fold would take longer than the fold."""
 
 
@@ -88,7 +88,7 @@ def score_fold(payload: dict[str, Any], folder: Path, progress: object) -> dict[
         return {"fault": str(error)}
 
 
-def _task(payload: dict[str, Any], folder: Path) -> Task:
+def _task(payload: dict[str, Any], folder: Path) -> SearchTask:
     fingerprint = payload["fingerprint"]
     if fingerprint not in _known:
         _known.clear()

@@ -8,8 +8,8 @@ from typing import Any
 from data.dataset.windows import Rule, outcome_rule, relabelled, windows_from
 from data.trajectories.labels import LabelRule
 from predictor.training.config import FitConfig, TuneConfig
+from predictor.training.search_task import SearchTask
 from predictor.training.splits import HeldOut
-from predictor.training.tune import Task
 
 _LEARN_THRESHOLDS = (0.95, 0.97, 0.99)
 _NARROWEST = 3
@@ -18,7 +18,7 @@ _NARROWEST = 3
 
 @dataclass(frozen=True)
 class TaskSource:
-    """What makes a `Task`."""
+    """What makes a `SearchTask`."""
 
     data: tuple[str, ...]
     """Trajectory files or gather folders."""
@@ -31,13 +31,13 @@ class TaskSource:
     config: TuneConfig
     settings: FitConfig
 
-    def read(self) -> Task:
+    def read(self) -> SearchTask:
         """Read the files. Raises UsageError as `windows_from` does."""
         if self.outcomes:
             rule: Rule = outcome_rule(self._paths(self.outcomes), self.tolerance, self.held_out)
             windows = windows_from(self._paths(self.data), _NARROWEST, rule, self.held_out)
             labels = {"tolerance": self.tolerance}
-            return Task({self.tolerance: windows}, self.tolerance, labels, self.config, self.settings)
+            return SearchTask({self.tolerance: windows}, self.tolerance, labels, self.config, self.settings)
         own = self.label_threshold
         windows = windows_from(self._paths(self.data), _NARROWEST, LabelRule(own, self.label_dip), self.held_out)
         others = {
@@ -46,7 +46,7 @@ class TaskSource:
             if threshold != own
         }
         labels = {"label_threshold": own, "label_dip": self.label_dip}
-        return Task({own: windows, **others}, own, labels, self.config, self.settings)
+        return SearchTask({own: windows, **others}, own, labels, self.config, self.settings)
 
     @property
     def files(self) -> dict[str, str]:

@@ -17,9 +17,9 @@ from predictor.__main__ import main
 from predictor.errors import UsageError
 from predictor.model.config import PredictorConfig
 from predictor.training.config import FitConfig, TuneConfig
+from predictor.training.search_task import Choice
 from predictor.training.splits import HeldOut
 from predictor.training.trials_elsewhere import Fold
-from predictor.training.tune import Choice
 from tests.collect.inline import InlineEngine
 from tests.predictor.conftest import write_trajectories  # noqa: F401
 from tests.processes import wait_for

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from predictor.__main__ import main
 from predictor.errors import UsageError
-from predictor.training import shared_search, tune
+from predictor.training import search_task, shared_search
 from predictor.training.shared_search import best_trial, finished, give_up, run_trials
 from predictor.training.study_storage import STORAGE_VARIABLE, SharedStudy
 from tests.postgres import PASSWORD, USER
@@ -310,10 +310,10 @@ def test_another_search_space_is_another_study(make_windows, monkeypatch):
 
         windows = make_windows(each=3)
         labels = {"label_threshold": 0.98}
-        task = tune.Task({0.98: windows}, 0.98, labels, TuneConfig(folds=3), FitConfig(device="cpu"))
-        return tune._identity(task)
+        task = search_task.SearchTask({0.98: windows}, 0.98, labels, TuneConfig(folds=3), FitConfig(device="cpu"))
+        return search_task.search_identity(task)
 
     before = identity()
     assert before == identity()
-    monkeypatch.setattr(tune, "_WEIGHTS", (16, 32))
+    monkeypatch.setattr(search_task, "_WEIGHTS", (16, 32))
     assert before != identity()

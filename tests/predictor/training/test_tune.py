@@ -24,8 +24,10 @@ from predictor.shared.tracking import start_tracker
 from predictor.training import plots
 from predictor.training.config import FitConfig, TuneConfig
 from predictor.training.dataset import WindowSet
+from predictor.training.search_task import Choice, SearchTask, suggest
 from predictor.training.splits import split_by_run
-from predictor.training.tune import Choice, Task, settings_flags, suggest, tune
+from predictor.training.tune import tune
+from predictor.training.tuned_settings import settings_flags
 
 CHECKOUT = Path(__file__).parents[3]
 FIT = FitConfig(epochs=1, device="cpu", epoch_windows=256)
@@ -34,7 +36,9 @@ CHOICE = Choice(PredictorConfig(window=6, weights=32, hidden=16, key=8), FIT, 0.
 
 
 def task_of(windows, **config):
-    return Task({0.98: windows, 0.95: windows}, 0.98, LABELS, TuneConfig(**{"trials": 2, "folds": 3, **config}), FIT)
+    return SearchTask(
+        {0.98: windows, 0.95: windows}, 0.98, LABELS, TuneConfig(**{"trials": 2, "folds": 3, **config}), FIT
+    )
 
 
 def states(folder):
@@ -71,7 +75,7 @@ def test_a_study_ends_with_as_many_trials_as_asked_and_goes_on(make_windows, tmp
 def test_train_has_the_split_and_the_epochs_of_the_study_unless_a_flag_says_otherwise(make_windows, tmp_path):
     windows = make_windows(each=3)
     fixed = replace(FIT, epochs=2, patience=1, epoch_windows=300, validation=0.25, test=0.3, split_seed=7)
-    task = Task({0.98: windows}, 0.98, LABELS, TuneConfig(trials=1, folds=3), fixed)
+    task = SearchTask({0.98: windows}, 0.98, LABELS, TuneConfig(trials=1, folds=3), fixed)
     tune(task, tmp_path, progress=False)
     found = given(*settings_flags(tmp_path / "best.json"))
     for name in ("epochs", "patience", "epoch_windows", "validation", "test", "split_seed"):
@@ -115,7 +119,7 @@ def test_a_fold_is_scored_on_families_that_were_not_trained_on(make_windows):
 def test_windows_of_any_width_are_scored_at_the_same_snapshots(make_windows, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "predictor.training.tune.auroc", lambda labels, probability: seen.append(labels.tolist()) or 0.5
+        "predictor.training.search_task.auroc", lambda labels, probability: seen.append(labels.tolist()) or 0.5
     )
     task = task_of(make_windows(each=3))
     for window in (3, 12):
@@ -241,7 +245,7 @@ def test_a_study_that_another_program_holds_is_named_with_the_cure(begun, make_w
     tune(task_of(windows), tmp_path, progress=False)
     other = sqlite3.connect(tmp_path / "study.db", timeout=30, isolation_level=None)
     if begun:  # the file is locked while a trial is under way
-        monkeypatch.setattr(Task, "scores", lambda *_: other.execute("BEGIN EXCLUSIVE"))
+        monkeypatch.setattr(SearchTask, "scores", lambda *_: other.execute("BEGIN EXCLUSIVE"))
     else:
         other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(FileFault, match=r"study.db: another program holds .*locked.* start again"):

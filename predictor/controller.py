@@ -13,22 +13,12 @@ from torch.optim import Optimizer
 from predictor.errors import UsageError
 from predictor.freezing.compiled import CompiledCode
 from predictor.freezing.event import FreezeEvent
-from predictor.freezing.freeze import (
-    GradientGuard,
-    freeze,
-    is_at_rest,
-    settle_containers,
-    settle_observers,
-    trains,
-    unfreeze,
-    warn_of_leftover_freezing,
-)
-from predictor.freezing.frozen_weights import FrozenWeights
+from predictor.freezing.freeze import is_at_rest, warn_of_leftover_freezing
 from predictor.freezing.learning_rates import LayerRates
 from predictor.freezing.messages import FreezeReporter
-from predictor.freezing.optimizer_state import begin_again
 from predictor.freezing.timeline import Timeline
-from predictor.freezing.wrappers import GradientWatch, follow, refuse_capture, refuse_unfit, without_sync
+from predictor.freezing.upkeep import Upkeep
+from predictor.freezing.wrappers import GradientWatch, follow, refuse_unfit, without_sync
 from predictor.layers.first_pass import FirstPass
 from predictor.layers.isolated_pass import shown
 from predictor.layers.layer import Layer, first_layers
@@ -41,11 +31,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.figure import Figure
-
-_MOST_STEPS_UNCHECKED = 100
-"""Steps after which the controller looks at the frozen layers at the latest."""
-_CHECKS = 20
-"""How often it does so in a training that is too short for that."""
 
 
 class FreezeController:
@@ -132,21 +117,14 @@ class FreezeController:
         self.agree: Callable[[frozenset[int], int], frozenset[int]] = _own_answer
         self._planned: frozenset[int] = frozenset()  # what the policy wants frozen; frozen unless in a dry run
         warn_of_leftover_freezing(self.layers)
-        self._opened: set[int] = set()  # by the user, since the step before
-        self._given_back: set[int] = set()  # all that the user has opened since they were frozen
         self._step = 0
         self._next_wake = 0
-        self._next_check = 0
-        self._check_every = max(1, min(_MOST_STEPS_UNCHECKED, total_steps // _CHECKS))
-        self._weights = FrozenWeights()
-        self._warned_of_motion = False
+        self._upkeep = Upkeep(self.model, self._optimizers, self.layers, total_steps, self._wake)
         self._compiled = CompiledCode(model, total_steps)
         self._listeners: list[Callable[[FreezeEvent], None]] = [self._compiled.forget]
-        self._moved: list[Callable[[], None]] = []
-        self._guard = GradientGuard(self._on_dropped_gradient, self._on_opened)
         self._watch = GradientWatch(self.layers, self._optimizers)
         self._reporter = FreezeReporter(model, self.layers, say, whole=layers is None, dry_run=dry_run)
-        self._warned_of_reset = self._warned_of_overrun = self._summarized = False
+        self._warned_of_overrun = self._summarized = False
         self._waiting_state: dict[str, Any] | None = None  # one that was loaded before the layers were known
         self._first_pass: FirstPass | None = None
         if not seen:
@@ -177,7 +155,7 @@ class FreezeController:
         With `layers` that are a part of the model it is about these; the others still train.
         """
         all_frozen = 0 < len(self.layers) == len(self.frozen) and not self.policy.unfreezes
-        return all_frozen and bool(self.history) and self.history[-1].step > 0 and not self._guard.whole_layer_rests
+        return all_frozen and bool(self.history) and self.history[-1].step > 0 and not self._upkeep.whole_layer_rests
 
     @property
     def view(self) -> View:
@@ -261,7 +239,7 @@ class FreezeController:
 
     def on_moved(self, callback: Callable[[], None]) -> None:
         """Call `callback` where the user's code had switched frozen layers back on, so that they may have moved."""
-        self._moved.append(callback)
+        self._upkeep.moved.append(callback)
 
     def report_no_look(self, reason: str) -> None:
         """Say in one line why there is no look at the first batches."""
@@ -282,7 +260,7 @@ class FreezeController:
             "frozen": sorted(self._planned),
             "history": [event.as_dict() for event in self.history],
             "policy": self.policy.state_dict(),
-            **({"given_back": sorted(self._given_back)} if self._given_back else {}),
+            **({"given_back": sorted(self._upkeep.given_back)} if self._upkeep.given_back else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -311,7 +289,7 @@ class FreezeController:
             )
         self._step = state["step"]
         self._next_wake = 0
-        self._given_back = set(state.get("given_back", ()))
+        self._upkeep.given_back = set(state.get("given_back", ()))
         self.history = [FreezeEvent.from_dict(event) for event in state["history"]]
         if self._planned != frozenset(state["frozen"]):
             self._change(frozenset(state["frozen"]))
@@ -323,7 +301,7 @@ class FreezeController:
         if self._first_pass is not None:
             self._first_pass.close()
         self._reporter.close()
-        self._guard.close()
+        self._upkeep.close()
         if self._rates is not None:
             self._rates.close()
         self.policy.close()
@@ -345,7 +323,7 @@ class FreezeController:
     def _rate_factors(self) -> dict[int, float]:
         # The policy's own time of a layer that the user has opened is over: its rate there would be zero.
         rates = self.policy.rates(self.view)
-        return {index: factor for index, factor in rates.items() if index not in self._given_back}
+        return {index: factor for index, factor in rates.items() if index not in self._upkeep.given_back}
 
     def _start_with_look(
         self, batches: Iterable[Any], loss: Callable[[Any], Tensor], others: Sequence[object]
@@ -404,7 +382,7 @@ class FreezeController:
         if _described(layers) != _described(self.layers):
             if not self._looking:
                 self._undo_start()
-            self.layers = layers
+            self.layers = self._upkeep.layers = layers
             self._watch = GradientWatch(layers, self._optimizers)
             self._reporter.use(layers)
             if not self._looking:
@@ -439,20 +417,18 @@ class FreezeController:
                 "training that goes on. Give the optimizer steps of all epochs: len(loader) * epochs // accumulation",
                 stacklevel=4,
             )
-        given_back = self._give_back_opened()
-        if self._step >= self._next_check:
-            self._next_check = self._step + self._check_every
-            self._freeze_again()
-            self._check_frozen_weights()
+        opened = self._upkeep.take_back(self._step, self.frozen)
+        given_back = self._change(self.frozen - opened, record=True) if opened else None
+        self._upkeep.check(self._step, self.frozen)
         self._reporter.notice_opened()
         view = self.view
         if self._watch.watching:
             self._watch.check(_training(view))
         self.policy.observe(view)
         event = self._decide() if self.policy.due(self._step, self.total_steps) else None
-        self._opened.clear()
+        self._upkeep.opened.clear()
         if self._step >= self.total_steps:
-            self._guard.close()  # what a model is used for after its training is the user's
+            self._upkeep.close()  # what a model is used for after its training is the user's
             self._summarize()
         self._next_wake = self._step + 1 if self._busy else self._next_due()
         return event or given_back
@@ -460,9 +436,7 @@ class FreezeController:
     @property
     def _busy(self) -> bool:
         """Whether there is something to do at each step, besides deciding where that is due."""
-        # No gradient tells of a layer that is opened while its outputs come from a cache.
-        skipped = bool(self._moved) and self._guard.resting
-        return self._observing or self._watch.watching or self._reporter.busy or skipped
+        return self._observing or self._watch.watching or self._reporter.busy or self._upkeep.needs_each_step
 
     def _next_due(self) -> int:
         """The next step at which a decision is due, or an earlier one where that is far off.
@@ -470,7 +444,7 @@ class FreezeController:
         The last step of the training and the first behind it are never skipped.
         """
         step = self._step + 1
-        far = max(step, self._next_check)
+        far = max(step, self._upkeep.next_check)
         if step <= self.total_steps + 1:
             far = min(far, max(step, self.total_steps))
         while step < far and not self.policy.due(step, self.total_steps):
@@ -488,7 +462,7 @@ class FreezeController:
         if not (self.dry_run or self.policy.unfreezes):
             wanted = self._compiled.hold_back(wanted, self._planned, self._step)
         wanted = self.agree(wanted, len(self.layers))
-        wanted -= self._opened if self.policy.refreezes else self._given_back
+        wanted -= self._upkeep.opened if self.policy.refreezes else self._upkeep.given_back
         if wanted == self._planned:
             return None
         return self._change(wanted, record=True)
@@ -503,7 +477,7 @@ class FreezeController:
         )
         before = self._planned
         if not self.dry_run:
-            self._apply(event)
+            self._upkeep.change(event.froze, event.unfroze, event.frozen, self._step)
         self._planned = wanted
         self._watch.start(_training(self.view))
         if record:
@@ -513,83 +487,15 @@ class FreezeController:
             listener(event)
         return event
 
-    def _apply(self, event: FreezeEvent) -> None:
-        # Before the first step an optimizer's state can only be one that was loaded to resume, and what the policy
-        # froze so early may be unfrozen by the controller's own state, which is loaded next.
-        optimizers = self._optimizers if self._step else ()
-        for index in event.froze:
-            self._guard.guard(index, self.layers[index])
-            freeze(self.layers[index], optimizers, self.model)
-        self._guard.leave(event.unfroze)
-        unfreeze([self.layers[index] for index in event.unfroze], self.model)
-        begin_again(self._optimizers, [self.layers[index] for index in event.unfroze])
-        settle_containers(self.model, self.layers, event.frozen)
-        self._weights.keep(parameter for index in event.frozen for parameter in self.layers[index].parameters())
-        self._next_check = self._step + self._check_every
-
     def _summarize(self) -> None:
         """Report once what a dry run would have done."""
         if self.dry_run and self._step and not self._summarized:
             self._summarized = True
             self._reporter.say(self.timeline.dry_run_summary())
 
-    def _on_dropped_gradient(self, index: int) -> None:
-        """A frozen layer had got a gradient. It is gone; the next step freezes the layer again."""
-        self._next_wake = self._next_check = 0
-        self._guard.hold_before_passes(self.model)
-        self._warn_of_reset(index)
-
-    def _on_opened(self, index: int) -> None:
-        """The user has opened a frozen layer that had been held still. The next step gives it back."""
-        self._opened.add(index)
+    def _wake(self) -> None:
+        """Have the next step look at everything."""
         self._next_wake = 0
-
-    def _give_back_opened(self) -> FreezeEvent | None:
-        """Unfreeze the layers that the user has opened: what the user froze and unfreezes is the user's."""
-        if self._moved or self._step >= self._next_check:
-            self._opened.update(filter(self._guard.opened, self.frozen))
-        opened = self._opened & self.frozen
-        if not opened:
-            return None
-        self._given_back |= opened
-        return self._change(self.frozen - opened, record=True)
-
-    def _freeze_again(self) -> None:
-        """Freeze again what the user's code has switched back on, and inform what keeps its outputs."""
-        if self.frozen:
-            settle_observers(self.model)
-        reset = [index for index in sorted(self.frozen) if _may_move(self.layers[index])]
-        for index in reset:
-            freeze(self.layers[index], self._optimizers, self.model)
-            self._warn_of_reset(index)
-        for callback in self._moved if reset else ():
-            callback()
-
-    def _check_frozen_weights(self) -> None:
-        """Warn where frozen weights move without a gradient, and inform what keeps their outputs."""
-        refuse_capture()
-        if not self._weights.moved():
-            return
-        for callback in self._moved:
-            callback()
-        if not self._warned_of_motion:
-            self._warned_of_motion = True
-            warnings.warn(
-                f"frozen weights have moved before step {self._step}, though no optimizer has a gradient of them: a "
-                "CUDA graph replays what was captured before they froze, or something writes to their .data. Capture "
-                "the graph again after each change: controller.on_change(lambda event: capture())",
-                stacklevel=5,
-            )
-
-    def _warn_of_reset(self, index: int) -> None:
-        if self._warned_of_reset:
-            return
-        self._warned_of_reset = True
-        warnings.warn(
-            f"something switched frozen layer {index} ({self.layers[index].name}) back on; it is frozen again. Look "
-            "for requires_grad_(True) in the training loop, or call controller.release() to train frozen layers",
-            stacklevel=6,  # the loop, from a step; somewhere in the backward pass, from a hook
-        )
 
     def _check_optimizers(self) -> None:
         held = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
@@ -609,11 +515,6 @@ class FreezeController:
             return action()
         finally:
             self.seconds += time.perf_counter() - start
-
-
-def _may_move(layer: Layer) -> bool:
-    """Whether an optimizer could move a frozen layer, or has."""
-    return any(map(trains, layer.parameters()))
 
 
 def _training(view: View) -> tuple[int, ...]:

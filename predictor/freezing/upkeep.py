@@ -1,0 +1,169 @@
+"""Keeping frozen layers frozen: what the user's code switches back on, opens for itself, or moves all the same."""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from predictor.freezing.freeze import (
+    GradientGuard,
+    freeze,
+    settle_containers,
+    settle_observers,
+    trains,
+    unfreeze,
+)
+from predictor.freezing.frozen_weights import FrozenWeights
+from predictor.freezing.optimizer_state import begin_again
+from predictor.freezing.wrappers import refuse_capture
+from predictor.layers.layer import Layer
+
+_MOST_STEPS_UNCHECKED = 100
+"""Steps after which the frozen layers are looked at at the latest."""
+_CHECKS = 20
+"""How often they are in a training that is too short for that."""
+
+
+class Upkeep:
+    """Freezes and unfreezes layers, and looks after those that are frozen.
+
+    Args:
+        model: the model itself.
+        optimizers: all of the training's.
+        layers: those that may freeze. Others may be set later, while none is frozen.
+        total_steps: optimizer steps of the whole training.
+        wake: called where something is to be done at the next step. Held weakly.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        layers: tuple[Layer, ...],
+        total_steps: int,
+        wake: Callable[[], None],
+    ) -> None:
+        self.layers = layers
+        self.opened: set[int] = set()
+        """Layers that the user has opened since the step before."""
+        self.given_back: set[int] = set()
+        """All that the user has opened since they were frozen."""
+        self.moved: list[Callable[[], None]] = []
+        """Called where frozen layers may have moved."""
+        self.next_check = 0
+        """The step at which the frozen layers are looked at, also where nothing tells of a change."""
+        self._model, self._optimizers = model, optimizers
+        self._every = max(1, min(_MOST_STEPS_UNCHECKED, total_steps // _CHECKS))
+        self._wake: weakref.WeakMethod[Callable[[], None]] = weakref.WeakMethod(wake)
+        self._guard = GradientGuard(self._on_dropped_gradient, self._on_opened)
+        self._weights = FrozenWeights()
+        self._warned_of_motion = self._warned_of_reset = False
+
+    def change(self, froze: Iterable[int], unfroze: Sequence[int], frozen: Sequence[int], step: int) -> None:
+        """Freeze and unfreeze layers.
+
+        Args:
+            froze: indices in `layers` of those that freeze.
+            unfroze: of those that unfreeze.
+            frozen: of all that are frozen then.
+            step: optimizer steps so far.
+        """
+        # Before the first step an optimizer's state can only be one that was loaded to resume, and what the policy
+        # froze so early may be unfrozen by the controller's own state, which is loaded next.
+        optimizers = self._optimizers if step else ()
+        for index in froze:
+            self._guard.guard(index, self.layers[index])
+            freeze(self.layers[index], optimizers, self._model)
+        self._guard.leave(unfroze)
+        unfreeze([self.layers[index] for index in unfroze], self._model)
+        begin_again(self._optimizers, [self.layers[index] for index in unfroze])
+        settle_containers(self._model, self.layers, frozen)
+        self._weights.keep(parameter for index in frozen for parameter in self.layers[index].parameters())
+        self.next_check = step + self._every
+
+    @property
+    def whole_layer_rests(self) -> bool:
+        """Whether the user held one of the frozen layers still as a whole when it froze."""
+        return self._guard.whole_layer_rests
+
+    @property
+    def needs_each_step(self) -> bool:
+        """Whether `take_back` has to be called at each step: no gradient tells of a layer that is opened while its
+        outputs come from a cache.
+        """
+        return bool(self.moved) and self._guard.resting
+
+    def take_back(self, step: int, frozen: frozenset[int]) -> frozenset[int]:
+        """The frozen layers that the user has opened: what the user froze and unfreezes is the user's."""
+        if self.moved or step >= self.next_check:
+            self.opened.update(filter(self._guard.opened, frozen))
+        taken = frozen & self.opened
+        self.given_back |= taken
+        return taken
+
+    def check(self, step: int, frozen: frozenset[int]) -> None:
+        """Freeze again what was switched back on, and see whether frozen weights move, where that is due."""
+        if step < self.next_check:
+            return
+        self.next_check = step + self._every
+        self._freeze_again(frozen)
+        self._check_weights(step)
+
+    def close(self) -> None:
+        """Guard nothing any more. Layers stay as they are."""
+        self._guard.close()
+
+    def _on_dropped_gradient(self, index: int) -> None:
+        """A frozen layer had got a gradient. It is gone; the next step freezes the layer again."""
+        self.next_check = 0
+        self._call_wake()
+        self._guard.hold_before_passes(self._model)
+        self._warn_of_reset(index)
+
+    def _on_opened(self, index: int) -> None:
+        """The user has opened a frozen layer that had been held still. The next step gives it back."""
+        self.opened.add(index)
+        self._call_wake()
+
+    def _call_wake(self) -> None:
+        if (wake := self._wake()) is not None:
+            wake()
+
+    def _freeze_again(self, frozen: frozenset[int]) -> None:
+        """Freeze again what the user's code has switched back on, and inform what keeps its outputs."""
+        if frozen:
+            settle_observers(self._model)
+        reset = [index for index in sorted(frozen) if any(map(trains, self.layers[index].parameters()))]
+        for index in reset:
+            freeze(self.layers[index], self._optimizers, self._model)
+            self._warn_of_reset(index)
+        for callback in self.moved if reset else ():
+            callback()
+
+    def _check_weights(self, step: int) -> None:
+        """Warn where frozen weights move without a gradient, and inform what keeps their outputs."""
+        refuse_capture()
+        if not self._weights.moved():
+            return
+        for callback in self.moved:
+            callback()
+        if not self._warned_of_motion:
+            self._warned_of_motion = True
+            warnings.warn(
+                f"frozen weights have moved before step {step}, though no optimizer has a gradient of them: a "
+                "CUDA graph replays what was captured before they froze, or something writes to their .data. Capture "
+                "the graph again after each change: controller.on_change(lambda event: capture())",
+                stacklevel=6,
+            )
+
+    def _warn_of_reset(self, index: int) -> None:
+        if self._warned_of_reset:
+            return
+        self._warned_of_reset = True
+        warnings.warn(
+            f"something switched frozen layer {index} ({self.layers[index].name}) back on; it is frozen again. Look "
+            "for requires_grad_(True) in the training loop, or call controller.release() to train frozen layers",
+            stacklevel=7,  # the loop, from a step; somewhere in the backward pass, from a hook
+        )

@@ -17,12 +17,11 @@ from predictor.cache.arguments import (
     Arguments,
     Fingerprints,
     Ids,
-    Layout,
     changed,
     checked_ids,
     named_twice,
-    same_values,
 )
+from predictor.cache.call_kind import CallKind
 from predictor.cache.compression import CompressedStore, Compression, precision_for
 from predictor.cache.cut_points import uncompiled
 from predictor.cache.cut_search import Search, close, find_again, find_cut, prefix_outputs, repeated
@@ -141,11 +140,7 @@ class FeatureCache:
         self._compression = compression
         self._exact = check_inputs and compression is None  # kept features are those that a pass would give again
         self._levels = Levels()
-        self._layout: Layout = ()
-        self._kind: list[Any] = []  # of the arguments whose features are kept
-        self._shared: list[Any] | None = None  # the arguments of the model that all of these samples share
-        self._shared_too: list[Any] = []  # the last other values of theirs that give the same features
-        self._shared_not: list[Any] = []  # and the last ones that do not
+        self._call_kind = CallKind()
         self._pending: list[dict[str, Any]] = []  # states of levels whose cuts the next pass will show
         self._stale = True
         self._prints = Fingerprints()
@@ -153,7 +148,6 @@ class FeatureCache:
         self._following: Tensor | Iterable[int] | None = None
         self._open: list[tuple[object, int]] = []  # the batches under way, with their threads: the innermost counts
         self._begun = False
-        self._mode: list[Any] = []  # of autocast, when features were kept
         self._restarts = self._hits_then = 0
         self._suspected = False  # that weights have been written to
         self._questions: list[tuple[str, Tensor]] = []
@@ -279,9 +273,7 @@ class FeatureCache:
             "misses": self.misses,
             "reason": self.reason,
             "stale": self._stale,
-            "kind": self._kind,
-            "layout": list(self._layout),
-            "shared": self._shared,
+            **self._call_kind.state_dict(),
             "prints": "exact",
             "levels": levels,
         }
@@ -290,8 +282,8 @@ class FeatureCache:
         """Go on from `state_dict`'s result; call it after the controller's."""
         self.clear()
         self.hits, self.misses = state["hits"], state["misses"]
-        self.reason, self._stale, self._kind = state["reason"], state["stale"], state["kind"]
-        self._layout, self._shared = tuple(state.get("layout", ())), state.get("shared")
+        self.reason, self._stale = state["reason"], state["stale"]
+        self._call_kind.load_state_dict(state)
         if self._check_inputs and state.get("prints") != "exact":
             self._stale = True  # of an earlier version, whose fingerprints say too little: its features are kept anew
         else:
@@ -362,7 +354,7 @@ class FeatureCache:
         if not self._levels:
             return None
         self.reason = ""
-        prints = self._prints(arguments, self._layout)
+        prints = self._prints(arguments, self._call_kind.layout)
         if self._check_inputs and (twice := named_twice(numbers, prints)):
             self._give_up(twice)
             return None
@@ -462,7 +454,7 @@ class FeatureCache:
 
     def _agree(self, level: Level, ids: list[int], prints: Tensor, arguments: Arguments, indices: list[int]) -> bool:
         """Whether the prefix gives what the level holds of these samples; else the cache is off."""
-        outputs = prefix_outputs(self._model, level.cut, arguments.rows(self._layout, indices), modes=True)
+        outputs = prefix_outputs(self._model, level.cut, arguments.rows(self._call_kind.layout, indices), modes=True)
         agrees, fault = level.agrees(ids, outputs, _taken(prints, indices))
         if fault:
             self._switch_off(fault)
@@ -483,37 +475,18 @@ class FeatureCache:
             return "a batch of one sample cannot show whether features depend on other samples"
         if not self._levels and not self._pending:
             return ""
-        if self._pending and not self._layout:  # a state that does not hold it
-            self._layout = next(iter(arguments.layouts(batch)), ())
-        if self._levels and self._mode != self._autocast():
-            return "autocast is switched on or off, unlike when features were kept"
-        if len(arguments.leaves) != len(self._layout):
-            return "the model is called with another number of arguments than when features were kept"
-        found = arguments.samples(self._layout)
-        if found != {batch} or arguments.kind(self._layout) != self._kind:
-            return "inputs of another shape than the first batch's, as by padding"
-        shared = arguments.shared(self._layout)
-        if self._shared is None:
-            self._shared = _own(shared)
-        if same_values(shared, self._shared) or same_values(shared, self._shared_too):
-            return ""
-        if not self._levels:
-            return "an argument of the model has another value than when features were kept"
-        if not same_values(shared, self._shared_not) and self._same_features(batch, arguments):
-            self._shared_too = _own(shared)
-            return ""
-        self._shared_not = _own(shared)
-        return "features depend on an argument of the model that has another value than when they were kept"
+        same_features = partial(self._same_features, batch, arguments) if self._levels else None
+        return self._call_kind.why_other(self._model, arguments, batch, same_features, loaded=not self._levels)
 
-    def _same_features(self, batch: int, arguments: Arguments) -> bool:
+    def _same_features(self, batch: int, arguments: Arguments, then: Sequence[Any]) -> bool:
         """Whether some samples' features are the same with the shared arguments of now and those of then."""
         some = list(range(min(_TRIED, batch)))
-        inputs = (arguments.rows(self._layout, some, shared) for shared in (None, self._shared))
+        inputs = (arguments.rows(self._call_kind.layout, some, shared) for shared in (None, then))
         try:
-            now, then = (prefix_outputs(self._model, self._levels[-1].cut, each) for each in inputs)
+            now, before = (prefix_outputs(self._model, self._levels[-1].cut, each) for each in inputs)
         except Exception:
             return False  # a length, say, that goes with the other
-        return close(now, then, repeated)
+        return close(now, before, repeated)
 
     def _wants_a_cut(self, batch: int) -> bool:
         if not self._stale or batch < 2:
@@ -540,7 +513,7 @@ class FeatureCache:
         with ExitStack() as stack:
             if below is not None and not self._replay(stack, below, some, prints):
                 return None
-            outputs = prefix_outputs(self._model, level.cut, arguments.rows(self._layout, indices))
+            outputs = prefix_outputs(self._model, level.cut, arguments.rows(self._call_kind.layout, indices))
             level.keep(some, outputs, prints)
         if level not in self._levels or not level.store.holds(ids):
             return None  # they could not be kept
@@ -588,16 +561,12 @@ class FeatureCache:
             share = _DEVICE_BYTES_ELSEWHERE
         return max(0, share - self._levels.device_bytes)
 
-    def _autocast(self) -> list[Any]:
-        kinds = sorted({"cpu", *(weight.device.type for weight in self._model.parameters())} - {"meta"})
-        return [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds]
-
     def _precision(self, frozen: frozenset[int]) -> Precision:
         return precision_for(frozen, len(self._controller.layers), self._compression)
 
     def _find_cut(self, batch: int, arguments: Arguments) -> None:
         """Take the cut that skips most among those that change nothing."""
-        layouts = [self._layout] if self._levels else arguments.layouts(batch)
+        layouts = [self._call_kind.layout] if self._levels else arguments.layouts(batch)
         self._stale = False
         if not layouts:
             shapes = arguments.shapes
@@ -612,9 +581,7 @@ class FeatureCache:
             self._give_up(found.reason)
             return
         if not self._levels:
-            self._mode = self._autocast()
-            self._layout, self._kind = found.layout, arguments.kind(found.layout)
-            self._shared, self._shared_too, self._shared_not = _own(arguments.shared(found.layout)), [], []
+            self._call_kind.begin(self._model, arguments, found.layout)
         if not self._levels or self._levels[-1].cut.names != found.cut.names:  # else it grew, but the cut stays
             self._levels.add(self._level_at(found, self._controller.frozen))
             found.cut.forget_values()
@@ -632,9 +599,10 @@ class FeatureCache:
 
         Raises UsageError where the pass has no such calls, as that of another model.
         """
-        pending, self._pending, self._mode = self._pending, [], self._autocast()
+        pending, self._pending = self._pending, []
+        self._call_kind.note_autocast(self._model)
         for state in pending:
-            found = find_again(self._model, arguments, batch, self._layout, state["given"], state["skipped"])
+            found = find_again(self._model, arguments, batch, self._call_kind.layout, state["given"], state["skipped"])
             if found.cut is None:
                 self._give_up(found.reason)
                 return
@@ -664,11 +632,6 @@ def _evaluates(model: nn.Module) -> bool:
 
 def _taken(prints: Tensor, indices: list[int]) -> Tensor:
     return prints.index_select(0, index_of(indices, prints.device))
-
-
-def _own(values: list[Any]) -> list[Any]:
-    """Copies of arguments, for the caller may write to them."""
-    return [each.detach().clone() if isinstance(each, Tensor) else each for each in values]
 
 
 def _called_part(model: nn.Module, part: nn.Module | None) -> nn.Module:

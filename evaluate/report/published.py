@@ -63,7 +63,7 @@ _KINDS = (
     _Kind("pretrained", "fine-tuning", ("smartfrz", "smartfrz, cached", "smartfrz, risk 1, cached")),
     _Kind("finetune", "fine-tuning, short", ("smartfrz", "smartfrz, front 0.4, cached")),
     _Kind("confirm", "fine-tuning, short, seeds kept back", ("smartfrz, stop", "smartfrz, front 0.4, cached, stop")),
-    _Kind("converged", "to convergence", ("smartfrz, risk 0.25, cached, stop", "smartfrz, cached, stop")),
+    _Kind("converged", "to convergence", ("smartfrz, cached", "smartfrz, risk 0.25, cached, stop")),
 )
 _DRAWN = ("standard", "finetune", "pretrained", "converged")
 

@@ -63,8 +63,9 @@ class AutoRGNPolicy(FreezePolicy):
         self._layers: Sequence[Layer] = ()
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
-        """Keep the layers."""
+        """Keep the layers, and begin anew."""
         self._layers = layers
+        self._sums, self._weights = {}, {}
 
     @torch.no_grad()
     def observe(self, view: View) -> None:

@@ -81,6 +81,18 @@ class EgeriaPolicy(FreezePolicy):
         """Losses that the line is fitted to; half of it once layers have been unfrozen."""
         self._whole_window = window
         self._checks = SampleSpec(snapshots=checks)
+        self._begin()
+
+    def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
+        """Keep the model, and begin anew. Raises UsageError for a sharded one."""
+        refuse_sharded(model, "egeria")
+        self._model = model
+        self._optimizer = optimizer
+        self._taker = BatchTaker(model)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.window = self._whole_window
         self._reference: QuantizedReference | None = None
         self._done = 0  # checks, that which made the first reference among them
         self._layer = -1  # the first active layer, which is measured
@@ -91,13 +103,6 @@ class EgeriaPolicy(FreezePolicy):
         self._rate = 0.0  # at the last step
         self._rate_then: float | None = None  # when the first of the layers frozen now froze
         self.passes: Counter[int] = Counter()
-
-    def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
-        """Keep the model. Raises UsageError for a sharded one."""
-        refuse_sharded(model, "egeria")
-        self._model = model
-        self._optimizer = optimizer
-        self._taker = BatchTaker(model)
 
     def observe(self, view: View) -> None:
         """Check the first active layer where that is due, and wait for the next step's batch where it will be."""

@@ -54,18 +54,22 @@ class SimFreezePolicy(FreezePolicy):
         self.patience = patience
         self.prefix = prefix
         self._checks = SampleSpec(snapshots=checks)
+        self._begin()
+
+    def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
+        """Begin anew, and wait for the first batch. Raises UsageError for a sharded model."""
+        refuse_sharded(model, "simfreeze")
+        self._begin()
+        self._model = model
+        self._taker = BatchTaker(model)
+        self._taker.wait()
+
+    def _begin(self) -> None:
         self._probe: Batch | None = None
         self._last: dict[int, Tensor] = {}  # triangle_P of each layer that was active at the last check
         self._calm: dict[int, int] = {}  # checks in a row at which a layer was similar to itself
         self.passes: Counter[int] = Counter()
         self._silent: list[int] = []  # layers that had no similarity at the last check
-
-    def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
-        """Wait for the first batch. Raises UsageError for a sharded model."""
-        refuse_sharded(model, "simfreeze")
-        self._model = model
-        self._taker = BatchTaker(model)
-        self._taker.wait()
 
     def observe(self, view: View) -> None:
         """Take the first batch, or check all active layers where that is due."""

@@ -16,6 +16,7 @@ from predictor.freezing.event import FreezeEvent
 from predictor.freezing.freeze import is_at_rest, warn_of_leftover_freezing
 from predictor.freezing.learning_rates import LayerRates
 from predictor.freezing.messages import FreezeReporter
+from predictor.freezing.optimizers import as_optimizers, joint
 from predictor.freezing.timeline import Timeline
 from predictor.freezing.upkeep import Upkeep
 from predictor.freezing.wrappers import GradientWatch, follow, refuse_unfit, without_sync
@@ -95,7 +96,7 @@ class FreezeController:
         dry_run: bool = False,
     ) -> None:
         total_steps = _whole(total_steps)
-        self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self._optimizers = as_optimizers(optimizer)
         refuse_unfit(model, self._optimizers)
         self.model = unwrapped(model)
         """The model itself, without what is wrapped around it."""
@@ -316,7 +317,7 @@ class FreezeController:
 
     def _bind(self) -> None:
         policy = self.policy
-        policy.bind(self.model, self._optimizers[0], self.layers)
+        policy.bind(self.model, joint(self._optimizers, self.layers), self.layers)
         if type(policy).rates is not FreezePolicy.rates and not self.dry_run:  # otherwise not even a hook
             self._rates = LayerRates(self.layers, self._optimizers, self._rate_factors, self._timed)
 

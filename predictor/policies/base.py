@@ -110,7 +110,8 @@ class FreezePolicy(ABC):
 
         Args:
             model: the model itself, without what is wrapped around it.
-            optimizer: the first of the training's optimizers.
+            optimizer: the training's. Of several, an object with the parameter groups of all, in which those of the
+                optimizer that holds most of the layers come first.
             layers: those that may freeze, front to back.
         """
 

@@ -1,6 +1,7 @@
 """SmartFRZ: an attention model predicts from the motion of each layer's weights whether the layer may freeze."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from predictor.errors import UsageError
 from predictor.freezing.learning_rates import innermost
+from predictor.freezing.optimizers import optimizers_of
 from predictor.layers.flops import LayerFlops
 from predictor.layers.layer import Layer
 from predictor.model.config import CLOCK
@@ -110,10 +112,10 @@ class SmartFRZPolicy(FreezePolicy):
         self._loaded: dict[str, Any] = {}  # the state of a history that is not made yet
         self._votes: dict[int, int] = {}  # by active layer: consecutive decisions at which it was found ready
         self._sampler: LayerSampler | None = None
-        self._steps = 0  # optimizer steps since the newest decision
+        self._steps: Counter[int] = Counter()  # since the newest decision, by optimizer
         self._decided = 0  # the step of that decision
-        self._rates: list[Any] = []  # of the newest of them, by parameter group
-        self._lr_hook: RemovableHandle | None = None
+        self._rates: dict[int, list[Any]] = {}  # of the newest of them, by optimizer and parameter group
+        self._lr_hooks: list[RemovableHandle] = []
 
     @property
     def wants_look(self) -> bool:  # type: ignore[override]  # weights may be loaded until it is asked
@@ -127,11 +129,11 @@ class SmartFRZPolicy(FreezePolicy):
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         """Draw the positions of the sampled weights, and begin a new history."""
         self.close()
-        self._optimizer = optimizer
         self._layers = layers
-        self._steps, self._decided, self._rates = 0, 0, []
-        self._started_G = [_known(group.get("lr")) for group in optimizer.param_groups]
-        self._lr_hook = innermost(optimizer).register_step_post_hook(self._note_rates)
+        self._steps, self._decided, self._rates = Counter(), 0, {}
+        self._optimizers = list(map(innermost, optimizers_of(optimizer)))
+        self._started = [[_known(group.get("lr")) for group in each.param_groups] for each in self._optimizers]
+        self._lr_hooks = [each.register_step_post_hook(self._note_rates) for each in self._optimizers]
         self._sampler = LayerSampler(layers, self._spec)
         self._history = None
         self._loaded = {}
@@ -173,14 +175,14 @@ class SmartFRZPolicy(FreezePolicy):
             self._sampler.load_state_dict(state)
 
     def close(self) -> None:
-        """Remove the hook from the optimizer."""
-        if self._lr_hook is not None:
-            self._lr_hook.remove()
-        self._lr_hook = None
+        """Remove the hooks from the optimizers."""
+        for hook in self._lr_hooks:
+            hook.remove()
+        self._lr_hooks = []
 
     def __getstate__(self) -> dict[str, Any]:
         # A hook's handle refers to all hooks of the optimizer, and some of those cannot be copied.
-        return {**self.__dict__, "_lr_hook": None}
+        return {**self.__dict__, "_lr_hooks": []}
 
     def _size_before_first_step(self, view: View) -> int:
         """How many layers freeze before the first step."""
@@ -200,8 +202,8 @@ class SmartFRZPolicy(FreezePolicy):
         weights_LK = to_host([sampler.sample(index) for index in range(len(view.layers))])
         if opened:
             history.restart(opened, weights_LK, sampler.sizes_L)
-        skipped = self._steps < view.step - self._decided
-        self._steps, self._decided = 0, view.step
+        skipped = max(self._steps.values(), default=0) < view.step - self._decided
+        self._steps, self._decided = Counter(), view.step
         norm_L, lr_L = self._read_norms_and_rates(view)
         evidence = history.update(view.step, lr_L, weights_LK, norm_L, view.frozen, view.resting)
         history.wait_for_rise(self._named_rates())
@@ -219,16 +221,19 @@ class SmartFRZPolicy(FreezePolicy):
 
     def _note_rates(self, optimizer: Optimizer, *_: object) -> None:
         """Keep the rates of the step just taken: in some loops the schedule has gone on when `decide` is called."""
-        self._steps += 1
+        self._steps[id(optimizer)] += 1
         rates = [group.get("lr") for group in optimizer.param_groups]
         # A tensor is overwritten, and reading it waits for the device.
-        self._rates = [lr.clone() if isinstance(lr, Tensor) else lr for lr in rates]
+        self._rates[id(optimizer)] = [lr.clone() if isinstance(lr, Tensor) else lr for lr in rates]
 
     def _read_norms_and_rates(self, view: View) -> tuple[Tensor, list[float]]:
         """norm_L of the gradients, and lr_L: with one synchronization, rates on the device included."""
-        groups = self._optimizer.param_groups
-        rates = self._rates or [group.get("lr") for group in groups]
-        self._rates = []
+        groups, rates = [], []
+        for optimizer in self._optimizers:
+            noted = self._rates.get(id(optimizer)) or [group.get("lr") for group in optimizer.param_groups]
+            rates += noted
+            groups += optimizer.param_groups[: len(noted)]  # others have been added since
+        self._rates = {}
         norms = gradient_norms_of(view.layers) if self._uses_gradients and view.active else []
         rates = [float(lr) if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr for lr in rates]
         on_device = [lr.detach().float().reshape(()) for lr in rates if isinstance(lr, Tensor)]
@@ -238,14 +243,16 @@ class SmartFRZPolicy(FreezePolicy):
         lr_G = [_rate(next(tensors) if isinstance(lr, Tensor) else lr) for lr in rates]
         if len(set(lr_G)) == 1:
             return norm_L, lr_G[:1] * len(view.layers)
-        group_L = group_of_layers(self._layers, groups[: len(lr_G)])
+        group_L = group_of_layers(self._layers, groups)
         return norm_L, [max(lr_G) if group is None else lr_G[group] for group in group_L]
 
     def _named_rates(self) -> list[float]:
         """lr_L: the highest rate that the optimizer was made with or its schedule names, as far as it is known."""
-        groups = self._optimizer.param_groups
-        named_G = [max(_known(group.get("initial_lr")), _known(group.get("max_lr"))) for group in groups]
-        named_G = [max(pair) for pair in zip_longest(named_G, self._started_G, fillvalue=0.0)]
+        groups, named_G = [], []
+        for optimizer, started in zip(self._optimizers, self._started, strict=True):
+            groups += optimizer.param_groups
+            named = (max(_known(each.get("initial_lr")), _known(each.get("max_lr"))) for each in optimizer.param_groups)
+            named_G += [max(pair) for pair in zip_longest(named, started, fillvalue=0.0)]
         return [0.0 if group is None else named_G[group] for group in group_of_layers(self._layers, groups)]
 
     @property

@@ -135,6 +135,41 @@ def test_weights_of_every_kind_train_without_an_error_or_a_warning(name, policy_
     assert training.model.head.weight.requires_grad
 
 
+@pytest.mark.parametrize("name", [*POLICIES, "autorgn, rgn"])
+def test_a_policy_that_was_used_before_begins_anew(name, policy_of, make_toy):
+    used, unused = (make_policy("autorgn") if name == "autorgn, rgn" else policy_of(name) for _ in range(2))
+    Training(make_toy(), used).run(STEPS).controller.close()
+    again, fresh = (Training(make_toy(seed=5), policy).run(STEPS) for policy in (used, unused))
+    assert again.controller.history == fresh.controller.history
+    assert equal(again.weights(), fresh.weights())
+    assert again.controller.policy.passes == fresh.controller.policy.passes
+
+
+def with_two_optimizers(model, policy, body_first):
+    """A training whose body has an optimizer and a falling rate of its own."""
+    body, head = (torch.optim.SGD(part.parameters(), 0.05, momentum=0.9) for part in (model.body, model.head))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(body, STEPS // 3)
+    pair = [body, head] if body_first else [head, body]
+    controller = FreezeController(model, pair, policy, total_steps=STEPS, say=None)
+    for step in range(STEPS):
+        torch.manual_seed(1000 + step)
+        F.cross_entropy(model(torch.randn(8, 1, 8, 8)), torch.randint(3, (8,))).backward()
+        for optimizer in pair:
+            optimizer.step()
+        controller.step()
+        schedule.step()
+        for optimizer in pair:
+            optimizer.zero_grad()
+    return controller.history, model.state_dict()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_order_of_several_optimizers_does_not_matter(name, policy_of, make_toy):
+    first, other = (with_two_optimizers(make_toy(), policy_of(name), body_first) for body_first in (True, False))
+    assert first[0] == other[0]
+    assert equal(first[1], other[1])
+
+
 def gradients_of(training):
     return {name: None if p.grad is None else p.grad.clone() for name, p in training.model.named_parameters()}
 

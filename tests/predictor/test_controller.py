@@ -143,6 +143,30 @@ def test_several_optimizers_are_taken(make_toy):
     assert controller.frozen == {0}
 
 
+class Noam:
+    """A learning rate schedule around an optimizer, as in many a transformer's training loop."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+@pytest.mark.parametrize(
+    ("wrap", "named"),
+    [
+        (Noam, "Noam"),
+        (lambda optimizer: {"body": optimizer}, "dict"),
+        (lambda optimizer: [optimizer, None], "NoneType"),
+        (lambda optimizer: None, "NoneType"),
+        (lambda optimizer: [], "no optimizer"),
+    ],
+)
+def test_what_is_no_optimizer_is_refused_by_its_type(make_toy, wrap, named):
+    model = make_toy()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(UsageError, match=f"{named}.*give a torch.optim.Optimizer"):
+        FreezeController(model, wrap(optimizer), make_policy("none"), total_steps=1)
+
+
 def test_what_user_code_switches_on_is_frozen_again_before_it_moves_and_said_once(make_toy):
     model = make_toy()
     optimizer, controller = start(model, make_policy("static", layers=1), total_steps=9)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from predictor.freezing.optimizers import optimizers_of
 from predictor.layers.layer import Layer
 
 
@@ -21,7 +22,7 @@ class OwnRates:
 
     def __init__(self, optimizer: Optimizer, layers: Sequence[Layer], lr: float | None = None) -> None:
         self._optimizer, self._layers, self._lr = optimizer, layers, lr
-        self._known = 0  # parameter groups that were seen
+        self._known: list[int] = []  # parameter groups that were seen, of each optimizer
         self._groups = [0] * len(layers)
         self.start_L = [0.0] * len(layers)
         """The rate at which each layer starts."""
@@ -29,20 +30,23 @@ class OwnRates:
 
     def factors(self, indices: Iterable[int], rate: Callable[[int], float]) -> Mapping[int, float]:
         """Each layer's `rate(index)` as a multiple of the scheduled rate, by index. Left out where that is zero."""
-        if len(self._optimizer.param_groups) != self._known:
+        if self._counts() != self._known:
             self._take_groups()
         scheduled = [float(self._optimizer.param_groups[group]["lr"]) for group in self._groups]
         return {index: rate(index) / scheduled[index] for index in indices if scheduled[index] > 0}
 
     def _take_groups(self) -> None:
         """Find the layers' groups: at the start all, later those whose group was added since."""
-        groups = self._optimizer.param_groups
-        known, self._known = self._known, len(groups)
+        groups, counts = self._optimizer.param_groups, self._counts()
+        known, self._known = self._known or [0] * len(counts), counts
+        is_new = [number >= seen for count, seen in zip(counts, known, strict=True) for number in range(count)]
         for index, group in enumerate(group_of_layers(self._layers, groups)):
-            number = group or 0
-            if number >= known:
-                self._groups[index] = number
+            number = self._groups[index] = group or 0
+            if is_new[number]:
                 self.start_L[index] = _start_of(groups[number]) if self._lr is None else self._lr
+
+    def _counts(self) -> list[int]:
+        return [len(each.param_groups) for each in optimizers_of(self._optimizer)]
 
 
 def _start_of(group: dict[str, Any]) -> float:

@@ -404,7 +404,7 @@ def test_the_predictor_gets_the_windows_of_the_active_layers(make_predictor_file
     assert features_BWF[:, 0, 1].tolist() == [0.5, 1.0]
     seen = []
     policy._model.register_forward_hook(lambda model, inputs, output: seen.append(inputs[0]))
-    grow(policy._optimizer.param_groups[0]["params"])
+    grow(policy._optimizers[0].param_groups[0]["params"])
     policy.decide(View(layers_of(nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))), frozenset({0}), 6, 12))
     assert [tokens.shape for tokens in seen] == [(2, 2, policy._model.config.width)]
 

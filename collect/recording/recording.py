@@ -27,6 +27,7 @@ from data.trajectories.trajectory import Trajectory
 from data.trajectories.writer import write_runs
 from predictor.errors import FileFault, UsageError
 from predictor.freezing.learning_rates import innermost
+from predictor.freezing.optimizers import as_optimizers, joint, optimizers_of
 from predictor.layers.layer import Layer, layers_of
 from predictor.layers.parts import unwrapped
 from predictor.layers.tensors import copied
@@ -62,7 +63,7 @@ class Recording:
 
     Args:
         model: any module, as the loop calls it.
-        optimizer: one or several; the first one's first learning rate is recorded.
+        optimizer: one or several; the first learning rate of the one that holds most of the layers is recorded.
         total_steps: optimizer steps of the whole training.
         out: a folder, for `OUT/runs/ID.h5`, or the path of a new file that ends in .h5.
         probe: a batch of the model's inputs, of the same kind as in the loop: a tensor, a tuple of inputs, a dict of
@@ -109,12 +110,13 @@ class Recording:
         total_steps = _count(total_steps)
         _refuse_unfit(self._out, self.path, replace)
         self._probe, self._call_probe = ProbeBatch(probe), call
-        network, first = unwrapped(model), optimizer if isinstance(optimizer, Optimizer) else next(iter(optimizer))
+        network = unwrapped(model)
         if call is None:
             self._probe.fit(network)
         self.layers = tuple(self._layers_of(network) if layers is None else layers)
         """The layers that are recorded, front to back."""
-        self._watched = _Watched(network, self.layers, innermost(first), total_steps, self._probe)
+        main = innermost(optimizers_of(joint(as_optimizers(optimizer), self.layers))[0])
+        self._watched = _Watched(network, self.layers, main, total_steps, self._probe)
         self._recorder = Recorder(sampling)
         self._similarity = CKARecorder(sampling, ProbeSpec(samples=len(self._probe)), call=self._call)
         kind = type(network).__name__
@@ -122,7 +124,7 @@ class Recording:
             "workload": workload or kind,
             "family": family or kind,
             "source": source,
-            "recipe": {"optimizer": type(innermost(first)).__name__, "lr": self._watched.lr, **(recipe or {})},
+            "recipe": {"optimizer": type(main).__name__, "lr": self._watched.lr, **(recipe or {})},
             "seed": torch.initial_seed() if seed is None else seed,
             "sampling": asdict(sampling),
             "probe": asdict(self._similarity.probe),

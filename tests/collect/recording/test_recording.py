@@ -347,9 +347,11 @@ def test_under_autocast_the_call_says_so(tmp_path: Path) -> None:
     assert set(seen) == {torch.bfloat16}
 
 
-def test_wrapped_models_and_several_optimizers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [1, -1])
+def test_wrapped_models_and_several_optimizers_in_any_order(tmp_path: Path, order: int) -> None:
     net = TinyNet()
-    optimizers = [torch.optim.SGD(part.parameters(), lr=rate) for part, rate in ((net.conv, 0.1), (net.head, 0.2))]
+    parts = ((net.conv, 0.1), (net.head, 0.2))
+    optimizers = [torch.optim.SGD(part.parameters(), lr=rate) for part, rate in parts][::order]
     recording = Recording(
         torch.compile(nn.DataParallel(net), backend="eager"), optimizers, total_steps=2, out=tmp_path, probe=PROBE
     )

@@ -23,6 +23,7 @@ from predictor.freezing.wrappers import GradientWatch, follow, refuse_unfit, wit
 from predictor.layers.first_pass import FirstPass
 from predictor.layers.isolated_pass import shown
 from predictor.layers.layer import Layer, first_layers
+from predictor.layers.members import may_be_of, members_of, refuse_other_layers, stored_layers
 from predictor.layers.parts import unwrapped
 from predictor.model.first_look import FirstLook
 from predictor.policies.base import FreezePolicy, View
@@ -104,6 +105,7 @@ class FreezeController:
         """The model as the loop calls it."""
         self.policy = policy
         self.layers, seen = first_layers(model, self._optimizers) if layers is None else (tuple(layers), True)
+        self._layers_given = layers is not None
         self.total_steps = total_steps
         self.dry_run = dry_run
         self.history: list[FreezeEvent] = []
@@ -258,6 +260,7 @@ class FreezeController:
             "step": self._step,
             "total_steps": self.total_steps,
             "layers": [layer.name for layer in self.layers],
+            "members": members_of(self.model, self.layers),
             "frozen": sorted(self._planned),
             "history": [event.as_dict() for event in self.history],
             "policy": self.policy.state_dict(),
@@ -268,26 +271,31 @@ class FreezeController:
         """Go on from a state of `state_dict`: freeze and unfreeze layers to match. In any order with the optimizer's.
 
         Raises:
-            UsageError: the state is of a model with other layers, or of a training of another length.
+            UsageError: the state is of other layers, by their names or parameters, or of a training of another length.
         """
-        names = [layer.name for layer in self.layers]
-        if self._first_pass is not None and state["layers"] != names and self._first_pass.may_show(state["layers"]):
-            self._waiting_state = state  # of the layers that the first pass will show
-            return
-        if self._first_pass is not None and state["step"] and state["layers"] == names:
-            self._first_pass.close()  # a training goes on with the layers that it has
-            self._first_pass = None
-        if state["layers"] != names:
-            odd = next((pair for pair in zip(state["layers"], names, strict=False) if pair[0] != pair[1]), None)
-            raise UsageError(
-                f"this state is of a model with {len(state['layers'])} layers, here are {len(names)}"
-                + (f"; the first that differs: {odd[0]!r} there, {odd[1]!r} here" if odd else "")
-            )
         if state["total_steps"] != self.total_steps:
             raise UsageError(
                 f"this state is of a training of {state['total_steps']} steps, and total_steps={self.total_steps}: "
                 "make the controller with the former, or start a new training: what froze was right for that length"
             )
+        self._waiting_state = None
+        watching = self._first_pass is not None and self._first_pass.watching
+        # A state of before the first step may be of layers that no pass had shown.
+        says_more = not self._layers_given and (state["step"] or watching)
+        layers = stored_layers(self.model, state) if says_more else None
+        if layers is None and watching and may_be_of(self.model, state["layers"]):
+            self._waiting_state = state  # of the layers that the first pass will show
+            return
+        if layers is not None:
+            self._settle_layers(layers)
+        self._go_on_from(state)
+
+    def _go_on_from(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the layers that there are. Raises UsageError for one of others."""
+        refuse_other_layers(self.model, self.layers, state)
+        if self._first_pass is not None and state["step"]:
+            self._first_pass.close()  # a training goes on with the layers that it has
+            self._first_pass = None
         self._step = state["step"]
         self._next_wake = 0
         self._upkeep.given_back = set(state.get("given_back", ()))
@@ -393,7 +401,7 @@ class FreezeController:
         state = self._waiting_state
         if state is not None and state["layers"] == [layer.name for layer in layers]:
             self._waiting_state = None
-            self.load_state_dict(state)
+            self._go_on_from(state)
 
     def _end_first_pass(self) -> None:
         """Take what the first step has shown of the layers. Raises UsageError for a state that is of other layers."""
@@ -403,7 +411,7 @@ class FreezeController:
         self._first_pass = None
         if self._waiting_state is not None:
             self._waiting_state = None
-            self.load_state_dict(waiting or {})
+            self._go_on_from(waiting or {})
         if waiting is not None:
             self._step = waiting["step"] + 1
 

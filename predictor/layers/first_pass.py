@@ -54,11 +54,10 @@ class FirstPass:
         self._compiled: list[tuple[nn.Module, Callable[..., Any] | None]] = []
         self._ours = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
-    def may_show(self, names: Sequence[str]) -> bool:
-        """Whether layers with these names may be what the first pass will show: by their parts."""
-        return {part for name in names for part in name.split("+")} <= {
-            part for name in parts_of(self._model).values() for part in name.split("+")
-        }
+    @property
+    def watching(self) -> bool:
+        """Whether it may still show other layers."""
+        return bool(self._handles)
 
     def close(self) -> None:
         """Watch no more."""

@@ -345,6 +345,143 @@ def test_state_of_another_model_or_length_is_refused(make_toy):
         controller.load_state_dict({**state, "total_steps": 7})
 
 
+class Block(nn.Module):
+    """Two linear layers and two norms, defined in one order and used in another."""
+
+    def __init__(self, defined, used, kind=nn.LayerNorm):
+        super().__init__()
+        self.used = used
+        for name in defined:
+            self.add_module(name, kind(8) if name.startswith("norm") else nn.Linear(8, 8))
+
+    def forward(self, x):
+        inner = x
+        for name in self.used:
+            inner = getattr(self, name)(inner)
+        return x + inner
+
+
+def encoder():
+    return nn.TransformerEncoderLayer(8, 2, 8, dropout=0.1)
+
+
+BLOCKS = {
+    "transformer": encoder,
+    "norms in front and first": lambda: Block(["norm1", "norm2", "one", "two"], ["norm1", "one", "norm2", "two"]),
+    "norms in front and last": lambda: Block(["one", "two", "norm1", "norm2"], ["norm1", "one", "norm2", "two"]),
+    "norms behind and last": lambda: Block(["one", "two", "norm1", "norm2"], ["one", "norm1", "two", "norm2"]),
+    "norms with statistics": lambda: Block(
+        ["one", "two", "norm1", "norm2"], ["one", "norm1", "two", "norm2"], nn.BatchNorm1d
+    ),
+}
+
+
+def of_blocks(make):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), make(), make(), nn.Linear(8, 3))
+
+
+def held(controller):
+    """What each layer holds, by name."""
+    parts = [*controller.model.named_parameters(), *controller.model.named_modules()]
+    name_of = {id(part): name for name, part in parts}
+    return [{name_of[id(part)] for part in (*layer.own, *layer.modules)} for layer in controller.layers]
+
+
+def resumed_from(state, optimizer, weights, make, policy, **options):
+    model = make()
+    model.load_state_dict(weights)
+    again, controller = start(model, policy, **options)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    controller.load_state_dict(copy.deepcopy(state))
+    return model, again, controller
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_resumed_training_freezes_the_same_parameters_where_names_alone_do_not_tell_them(block):
+    model, answers = of_blocks(BLOCKS[block]), {2: {0, 1}}
+    optimizer, controller = start(model, Script(answers), total_steps=6, say=None)
+    as_defined = [layer.name for layer in controller.layers], held(controller)
+    for _ in range(3):
+        step(model, optimizer, controller)
+    assert as_defined[0] == [layer.name for layer in controller.layers]
+    assert as_defined[1] != held(controller)
+    state, weights = controller.state_dict(), copy.deepcopy(model.state_dict())
+    twin, again, resumed = resumed_from(
+        state, optimizer, weights, lambda: of_blocks(BLOCKS[block]), Script(answers), total_steps=6, say=None
+    )
+    assert held(resumed) == held(controller)
+    assert resumed.state_dict() == state
+    for _ in range(3):
+        step(model, optimizer, controller)
+        step(twin, again, resumed)
+        assert held(resumed) == held(controller)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), twin.parameters(), strict=True))
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in twin.parameters()]
+
+
+class ByTurns(nn.Module):
+    """Calls its last part in front of the others in every second pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.turned = True
+
+    def forward(self, x):
+        x = x.flatten(1)[:, :8]
+        self.turned = not self.turned
+        return self.head(self.one(self.two(x)) if self.turned else self.two(self.one(x)))
+
+
+def test_a_resumed_training_keeps_its_layers_whatever_its_first_pass_shows():
+    torch.manual_seed(0)
+    model = ByTurns()
+    optimizer, controller = start(model, Script({1: {0}}), total_steps=6, say=None)
+    step(model, optimizer, controller)
+    again = ByTurns()
+    again.turned = False
+    optimizer, resumed = start(again, Script({}), total_steps=6, say=None)
+    resumed.load_state_dict(controller.state_dict())
+    step(again, optimizer, resumed)
+    assert [layer.name for layer in resumed.layers] == [layer.name for layer in controller.layers] == ["one", "two"]
+    assert not again.one.weight.requires_grad
+
+
+def test_a_state_of_before_that_has_names_alone_waits_for_the_first_pass():
+    model = of_blocks(encoder)
+    optimizer, controller = start(model, Script({1: {0, 1}}), say=None)
+    step(model, optimizer, controller)
+    state = controller.state_dict()
+    del state["members"]
+    twin = of_blocks(encoder)
+    resumed = start(twin, Script({}), say=None)[1]
+    resumed.load_state_dict(state)
+    twin(X)
+    assert resumed.frozen == {0, 1}
+    assert held(resumed) == held(controller)
+
+
+def test_a_state_of_before_the_first_step_leaves_the_layers_that_a_pass_has_shown():
+    model = of_blocks(encoder)
+    optimizer, controller = start(model, Script({}), say=None)
+    state = controller.state_dict()
+    step(model, optimizer, controller)
+    shown = held(controller)
+    controller.load_state_dict(state)
+    assert held(controller) == shown
+
+
+def test_a_state_of_layers_that_hold_other_parameters_than_those_given_is_refused():
+    model = of_blocks(encoder)
+    optimizer, controller = start(model, Script({}), say=None)
+    step(model, optimizer, controller)
+    twin = of_blocks(encoder)
+    given = start(twin, Script({}), layers=layers_of(twin), say=None)[1]
+    with pytest.raises(UsageError, match=r"'2\.norm1\.weight' belongs to '2\.self_attn' there.*layers="):
+        given.load_state_dict(controller.state_dict())
+
+
 def test_loading_unfreezes_what_the_state_does_not_freeze_and_keeps_loaded_momentum(make_toy):
     model = make_toy()
     optimizer, controller = start(model, Script({0: {0}, 1: ()}))

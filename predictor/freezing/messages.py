@@ -1,6 +1,6 @@
 """What is reported at each freeze: what froze, what a step costs now, and where steps wait for their inputs."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -93,6 +93,25 @@ class FreezeReporter:
         if self._uncounted and self._counting is None:
             self._counting = on_forward(_network_in(self._model), self._count)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the layers cost, and the names of the parameters that did not train when that was counted.
+
+        A batch of another shape costs otherwise, and a resumed training would count its own first one.
+        """
+        if self.flops is None:
+            return {}
+        untrained = [name for name, parameter in self._named_parameters() if id(parameter) not in self._trained]
+        return {"flops": self.flops.as_dict(), "untrained": untrained}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what a state says, if it says it, and count no more."""
+        if "flops" not in state:
+            return
+        self._stop_counting()
+        self.flops, self._uncounted, self._counts_anew = LayerFlops.from_dict(state["flops"]), False, False
+        untrained = set(state["untrained"])
+        self._trained |= {id(parameter) for name, parameter in self._named_parameters() if name not in untrained}
+
     def notice_opened(self) -> None:
         """Count anew where the user has opened what was held still when FLOPs were counted."""
         if self.flops is not None and not _training_now(self._model) <= self._trained:
@@ -180,6 +199,9 @@ class FreezeReporter:
         if self._counting is not None:
             self._counting.remove()
             self._counting, self._uncounted = None, False
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return unwrapped(self._model).named_parameters()
 
     def _line(self, event: FreezeEvent, before: frozenset[int], finished: bool) -> str:
         changes = [

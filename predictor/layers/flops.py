@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
@@ -90,6 +90,18 @@ class LayerFlops:
     def share(self, frozen: frozenset[int]) -> float:
         """The cost of a step with these layers frozen, as a share of a full step's, from 0 to 1."""
         return self.step(frozen) / max(self.step(frozenset()), 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As numbers and lists, for a state."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return values | {"resting": sorted(self.resting), "recomputed": list(map(list, self.recomputed))}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LayerFlops":
+        """From what `as_dict` gave."""
+        lists = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        resting, recomputed = frozenset(values["resting"]), tuple((last, flops) for last, flops in values["recomputed"])
+        return cls(**lists | {"resting": resting, "recomputed": recomputed})
 
     def _weighted(self, index: int) -> int:
         return self.forward_L[index] - self.weightless_L[index]

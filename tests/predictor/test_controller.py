@@ -482,6 +482,68 @@ def test_a_state_of_layers_that_hold_other_parameters_than_those_given_is_refuse
         given.load_state_dict(controller.state_dict())
 
 
+class Words(nn.Module):
+    """Takes texts of any length, which cost otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.encoder, self.head = nn.Embedding(9, 8), encoder(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.words(x)).mean(1))
+
+
+class Counted(Script):
+    """Notes what a step costs, and nothing else."""
+
+    wants_flops = True
+
+    def observe(self, view):
+        self.observed.append(view.flops)
+
+
+def read(model, optimizer, controller, length):
+    F.cross_entropy(model(torch.arange(6 * length).reshape(6, length) % 9), Y).backward()
+    optimizer.step()
+    controller.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("opened", [None, 1, 3])
+def test_costs_stay_those_of_the_unbroken_training_though_the_next_batch_is_of_another_shape(opened, tmp_path):
+    def made():
+        model = Words()
+        model.words.requires_grad_(opened is None)
+        return model, *start(model, Counted({}), total_steps=8, say=None)
+
+    def go_on(model, optimizer, controller, steps):
+        for number in steps:
+            if number == opened:
+                model.words.requires_grad_(True)
+            read(model, optimizer, controller, 2 + 3 * number)
+
+    training = made()
+    go_on(*training, range(5))
+    torch.save(training[2].state_dict(), tmp_path / "state.pt")
+    resumed = made()
+    resumed[2].load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert resumed[2].view.flops == training[2].view.flops
+    if opened is not None:
+        resumed[0].words.requires_grad_(True)  # by the user's code, as at each start of an epoch
+    for each in (training, resumed):
+        go_on(*each, range(5, 8))
+    assert resumed[2].policy.observed == training[2].policy.observed[5:]
+
+
+def test_a_state_without_costs_has_them_counted(make_toy):
+    state = start(make_toy(), Script({}))[1].state_dict()
+    assert not state.pop("costs")
+    optimizer, controller = start(model := make_toy(), Counted({}))
+    controller.load_state_dict(state | {"step": 1})
+    step(model, optimizer, controller)
+    assert controller.view.flops is not None
+
+
 def test_loading_unfreezes_what_the_state_does_not_freeze_and_keeps_loaded_momentum(make_toy):
     model = make_toy()
     optimizer, controller = start(model, Script({0: {0}, 1: ()}))

@@ -265,6 +265,7 @@ class FreezeController:
             "history": [event.as_dict() for event in self.history],
             "policy": self.policy.state_dict(),
             "costs": self._reporter.state_dict(),
+            "compiled": self._compiled.state_dict(),
             **({"given_back": sorted(self._upkeep.given_back)} if self._upkeep.given_back else {}),
         }
 
@@ -301,6 +302,7 @@ class FreezeController:
         self._next_wake = 0
         self._upkeep.given_back = set(state.get("given_back", ()))
         self._reporter.load_state_dict(state.get("costs", {}))
+        self._compiled.load_state_dict(state.get("compiled", {}))
         self.history = [FreezeEvent.from_dict(event) for event in state["history"]]
         if self._planned != frozenset(state["frozen"]):
             self._change(frozenset(state["frozen"]))

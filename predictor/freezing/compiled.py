@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import CodeType
 from typing import Any
 
@@ -60,6 +60,15 @@ class CompiledCode:
     def begin_anew(self) -> None:
         """Count changes from the start: those so far are undone."""
         self._changed_at, self._kept_back = None, frozenset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """When the frozen set last changed, and what is kept back since then."""
+        return {"changed_at": self._changed_at, "kept_back": sorted(self._kept_back)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what a state says, if it says it."""
+        if state:
+            self._changed_at, self._kept_back = state["changed_at"], frozenset(state["kept_back"])
 
     def hold_back(self, wanted: frozenset[int], frozen: frozenset[int], step: int) -> frozenset[int]:
         """What may be frozen now of what a policy wants, which never unfreezes: nothing more soon after a change.

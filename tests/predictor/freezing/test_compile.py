@@ -242,6 +242,33 @@ def test_a_compiled_model_is_not_compiled_at_every_step(make_toy):
     assert frozen == {True: [1, 1, 1, 3, 3], False: [1, 2, 3, 3, 3]}
 
 
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_resumed_training_changes_when_the_unbroken_one_does(stop, make_toy):
+    answers = {1: {0}, 2: {0, 1}}  # the second change is kept back until three steps after the first
+
+    def run(called, optimizer, controller, steps):
+        frozen = []
+        for _ in range(steps):
+            F.cross_entropy(called(X), Y).backward()
+            optimizer.step()
+            controller.step()
+            optimizer.zero_grad()
+            frozen.append(controller.frozen)
+        return frozen
+
+    def made():
+        net = make_toy()
+        called = torch.compile(net, backend="eager")
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        return called, optimizer, FreezeController(called, optimizer, Script(answers), total_steps=60, say=None)
+
+    unbroken, first, resumed = made(), made(), made()
+    whole, before = run(*unbroken, 5), run(*first, stop)
+    resumed[2].load_state_dict(first[2].state_dict())
+    assert before + run(*resumed, 5 - stop) == whole
+    assert resumed[2].history == unbroken[2].history
+
+
 def test_captured_graphs_of_compiled_code_are_dropped_with_it(make_toy, monkeypatch):
     dropped = []
     trees = SimpleNamespace(

@@ -34,6 +34,15 @@ class ExecutionOrder:
     without_gradients: frozenset[nn.Module] = field(default=frozenset())
     """Parts that compute only where no gradients are recorded."""
 
+    def without(self, modules: Collection[nn.Module]) -> "ExecutionOrder":
+        """The order without all that is in some modules, as if they were never used."""
+        first, last = ({p: t for p, t in uses.items() if p not in modules} for uses in (self.first, self.last))
+        ids = {id(parameter) for module in modules for parameter in module.parameters()}
+        parameters = {number: moment for number, moment in self.parameters.items() if number not in ids}
+        return ExecutionOrder(
+            first, last, parameters, self.ends.intersection(first), self.without_gradients - set(modules)
+        )
+
     def then(self, other: "ExecutionOrder") -> "ExecutionOrder":
         """Put another order behind this one. What both use is first used in this one."""
         after = 1 + max((*self.first.values(), *self.last.values(), *self.parameters.values()), default=0)
@@ -110,13 +119,23 @@ def order_of_call(
         flow = _traced(model, inside, called.forward, *few, gradients=True)
     except Exception:
         return order
-    held_still = {
-        part
-        for part in flow.without_gradients
-        if holds_weight(part) and not any(p.requires_grad or id(p) in ours for p in part.parameters())
-    }
-    first, last = ({p: t for p, t in uses.items() if p not in held_still} for uses in (order.first, order.last))
-    return ExecutionOrder(first, last, order.parameters, flow.ends.intersection(first))
+    return ExecutionOrder(order.first, order.last, order.parameters, flow.ends).without(_bystanders(called, flow, ours))
+
+
+def at_rest(module: nn.Module, ours: Collection[int]) -> bool:
+    """Whether the user holds all parameters of a module still. ours: ids of those that are frozen by a controller."""
+    return not any(parameter.requires_grad or id(parameter) in ours for parameter in module.parameters())
+
+
+def _bystanders(model: nn.Module, flow: ExecutionOrder, ours: Collection[int]) -> set[nn.Module]:
+    """Networks that the user holds still and that run without gradients alone, as a teacher, with all inside them."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        inside = [part for part in module.modules() if part in flow.first]
+        has_parameters = any(True for _ in module.parameters())
+        if inside and has_parameters and flow.without_gradients.issuperset(inside) and at_rest(module, ours):
+            found.update(module.modules())
+    return found
 
 
 def _traced(
@@ -190,6 +209,8 @@ class _UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         now = next(self._clock)
         self._first.setdefault(part, now)
         self._last[part] = now
+        if torch.is_grad_enabled() and not holds_weight(part):
+            self._with_gradients.add(part)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and record what it uses and what it returns."""
@@ -199,6 +220,8 @@ class _UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in inputs:
             if id(tensor) in self._known:
                 self._parameters.setdefault(id(tensor), now)
+                if torch.is_grad_enabled():
+                    self._with_gradients.update(p for p in self._holders.get(id(tensor), ()) if not holds_weight(p))
         results = list(tensors_in(result))
         self._follow(inputs, results)
         if func is torch.ops.aten.detach.default:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from predictor.errors import UsageError
-from predictor.layers.execution_order import ExecutionOrder, definition_order, order_of_call
+from predictor.layers.execution_order import ExecutionOrder, at_rest, definition_order, order_of_call
 from predictor.layers.grouping import networks_in
 from predictor.layers.isolated_pass import hidden
 from predictor.layers.layer import Layer, layers_in_order, with_networks_ends
@@ -47,6 +47,7 @@ class FirstPass:
         self._optimizers, self._hidden = optimizers, hidden
         self._take: weakref.WeakMethod[Take] = weakref.WeakMethod(take)
         self._orders: dict[nn.Module, ExecutionOrder] = {}  # of each module that the loop calls
+        self._with_gradients: set[nn.Module] = set()  # those that it has called with gradients
         self._running: nn.Module | None = None
         self._given: list[tuple[nn.Module, Any]] = []  # what modules returned, as nodes of the graph of gradients
         self._used: dict[int, Any] = {}  # the nodes behind what modules were called with, held for their ids
@@ -133,6 +134,8 @@ class FirstPass:
             self._hand_over(order)
 
     def _see_a_part(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            self._with_gradients.add(module)
         if any(module in set(called.modules()) for called in self._orders if called is not module):
             return  # whose order has been seen
         if module not in self._orders:
@@ -141,7 +144,7 @@ class FirstPass:
             self._orders[module] = order
             if len(self._orders) == 1 and self._model is self._called_model:
                 # What has not been called yet: the last part of each network may be a head.
-                self._hand_over(order.then(self._unseen(module)), final=False)
+                self._hand_over(self._taking_part(module, order).then(self._unseen(module)), final=False)
         self._follow([tensor.grad_fn for tensor in tensors_in((args, kwargs)) if tensor.grad_fn is not None])
 
     def _after(self, module: nn.Module, output: object) -> None:
@@ -172,10 +175,18 @@ class FirstPass:
             )
             return None
 
+    def _taking_part(self, module: nn.Module, order: ExecutionOrder) -> ExecutionOrder:
+        """The order of a module, empty for one that the user holds still and the loop calls without gradients alone.
+
+        Such as a teacher. What is pretrained and at rest is called without gradients too, while it is evaluated.
+        """
+        bystander = module not in self._with_gradients and at_rest(module, self._ours)
+        return order.without(set(module.modules())) if bystander else order
+
     def _unseen(self, called: nn.Module) -> ExecutionOrder:
-        """The order of definition of all that is not inside a module, with an end for each network of it."""
+        """The order of definition of what trains and is not inside a module, with an end for each network of it."""
         inside = set(called.modules())
-        parts = [p for p in parts_of(self._model) if p not in inside and any(True for _ in p.parameters())]
+        parts = [p for p in parts_of(self._model) if p not in inside and not at_rest(p, self._ours)]
         order = definition_order(self._model, parts)
         weights = filter(None, ([p for p in parts if p in own and holds_weight(p)] for own in self._beside(called)))
         return ExecutionOrder(order.first, order.last, order.parameters, frozenset(own[-1] for own in weights))
@@ -198,6 +209,7 @@ class FirstPass:
         unused = {module for module, node in self._given if id(node) not in self._used}
         with_outputs = {module for module, _ in self._given}
         for module, own in self._orders.items():
+            own = self._taking_part(module, own)
             fed = module in with_outputs - unused
             order = order.then(ExecutionOrder(own.first, own.last, own.parameters, frozenset() if fed else own.ends))
         return order

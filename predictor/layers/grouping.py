@@ -64,7 +64,7 @@ def group_into_layers(
     timeline = _Timeline(
         [*((order.first[group[0]], index_of[group[0]]) for group in groups), *((end, _HEAD) for end in ends)]
     )
-    index_of_part = _assign_parts(parts, order, timeline, dict.fromkeys([*starts, *declared], _HEAD) | index_of)
+    index_of_part = _assign_parts(model, parts, order, timeline, dict.fromkeys([*starts, *declared], _HEAD) | index_of)
     index_of_parameter = _assign_parameters(model, order, timeline, index_of_part)
     modules = _modules_of(model, parts, order, index_of_part, index_of_parameter, len(layers))
     return [
@@ -138,19 +138,41 @@ class _Timeline:
 
 
 def _assign_parts(
-    parts: Iterable[nn.Module], order: ExecutionOrder, timeline: _Timeline, fixed: dict[nn.Module, int]
+    model: nn.Module,
+    parts: Iterable[nn.Module],
+    order: ExecutionOrder,
+    timeline: _Timeline,
+    fixed: dict[nn.Module, int],
 ) -> dict[nn.Module, int]:
-    """The layer index of every part, without unused parts that hold parameters. fixed: indices that are known."""
+    """The layer index of every part, without unused parts that hold parameters or are in a network of such alone.
+
+    Args:
+        model: the model.
+        parts: its parts, in the order of definition.
+        order: when they are used.
+        timeline: when layers begin.
+        fixed: indices that are known.
+    """
     index_of_part = dict(fixed)
+    unused = _in_unused_networks(model, order)
     before = 0
     for part in parts:
         bare = not any(True for _ in part.parameters())
         if part in order.first:
             index_of_part.setdefault(part, timeline.at(order.last[part] if bare else order.first[part]))
-        elif bare:
+        elif bare and part not in unused:
             index_of_part[part] = before
         before = index_of_part.get(part, before)
     return index_of_part
+
+
+def _in_unused_networks(model: nn.Module, order: ExecutionOrder) -> set[nn.Module]:
+    """What is inside modules that hold parameters and of which nothing is used, such as a teacher's dropout."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        if any(True for _ in module.parameters()) and order.first.keys().isdisjoint(module.modules()):
+            found.update(module.modules())
+    return found
 
 
 def _assign_parameters(

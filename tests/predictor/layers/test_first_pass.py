@@ -138,8 +138,132 @@ def test_nor_where_the_loop_calls_both(teacher_first):
         return F.mse_loss(model.student(X), wanted)
 
     layers, moved = train(Distilled(teacher_first), loss_of)
-    assert set(layers) >= {"student.0", "student.2"}
+    assert layers == ["student.0", "student.2"]
     assert moved == {"student.4"}
+
+
+class Encoder(nn.Module):
+    """With all that an evaluation mode would change, and a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(6))
+        self.body = nn.Sequential(nn.Dropout(0.1), nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.1))
+        self.last = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False))
+
+    def forward(self, x):
+        return self.last(self.body(x + self.token))
+
+
+class Momentum(nn.Module):
+    """A network beside an average of itself, as BYOL, MoCo and Mean Teacher have it."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.student, self.teacher, self.head = Encoder(), Encoder().requires_grad_(False), nn.Linear(4, 4)
+        self.order = order
+
+    @torch.no_grad()
+    def follow(self):
+        for ours, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            ours.data = ours.data * 0.9 + theirs.data * 0.1
+
+    @torch.no_grad()
+    def taught(self, x):
+        if self.order == "it follows in the pass":
+            self.follow()
+        return self.teacher(x)
+
+    def forward(self, x):
+        if self.order == "teacher first":
+            wanted = self.taught(x)
+            return F.mse_loss(self.head(self.student(x)), wanted)
+        features = self.student(x)
+        if self.order == "teacher last":
+            return F.mse_loss(self.head(features), self.taught(x))
+        wanted = self.taught(x)
+        return F.mse_loss(self.head(features), wanted)
+
+
+class TaughtAside(Momentum):
+    def forward(self, x):
+        return self.head(self.student(x))
+
+
+class TaughtByTheLoop(Momentum):
+    def forward(self, x):
+        raise AssertionError("the loop calls what is inside")
+
+
+def train_beside_a_teacher(model, loss_of):
+    """Train with all layers frozen from the start, while the teacher follows without an operator that writes to it."""
+    optimizers = sgd(model)
+    policy = make_policy("static", share=1.0)
+    controller = FreezeController(model, optimizers, policy, total_steps=30, say=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(12):
+            loss_of(model).backward()
+            optimizers[0].step()
+            controller.step()
+            optimizers[0].zero_grad()
+            model.follow()
+            model.train()
+            assert all(module.training for module in model.teacher.modules())
+            assert not model.student.body[2].training
+    assert model.teacher.body[2].num_batches_tracked == 12
+    return {id(module) for layer in controller.layers for module in layer.modules}, controller
+
+
+TEACHERS = ["teacher first", "teacher last", "between", "it follows in the pass"]
+
+
+@pytest.mark.parametrize("order", TEACHERS)
+def test_a_teacher_goes_on_as_it_is_when_its_student_freezes(order):
+    model = Momentum(order)
+    modules, controller = train_beside_a_teacher(model, lambda model: model(X))
+    assert [layer.name for layer in controller.layers] == ["student.body.1", "student.last.0"]
+    assert modules.isdisjoint(map(id, model.teacher.modules()))
+    assert {id(p) for layer in controller.layers for p in layer.own} == set(map(id, model.student.parameters()))
+
+
+@pytest.mark.parametrize("teacher_first", [True, False])
+def test_so_does_one_that_the_loop_calls(teacher_first):
+    def loss_of(model):
+        wanted = model.taught(X) if teacher_first else None
+        answer = model.head(model.student(X))
+        return F.mse_loss(answer, model.taught(X) if wanted is None else wanted)
+
+    model = TaughtByTheLoop("")
+    modules, controller = train_beside_a_teacher(model, loss_of)
+    assert [layer.name for layer in controller.layers] == ["student.body.1", "student.last.0"]
+    assert modules.isdisjoint(map(id, model.teacher.modules()))
+
+
+def test_so_does_one_that_the_first_pass_does_not_run():
+    model = TaughtAside("")
+    modules, _ = train_beside_a_teacher(model, lambda model: F.mse_loss(model(X), model.taught(X)))
+    assert modules.isdisjoint(map(id, model.teacher.modules()))
+
+
+class Pretrained(nn.Module):
+    """The loop calls its parts. The body is at rest until it is opened."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = network(6, 5, 5).requires_grad_(False), network(5, 4, 3)
+
+
+def test_what_is_at_rest_and_evaluated_before_the_training_has_its_layers():
+    model = Pretrained()
+    optimizers = sgd(model)
+    controller = FreezeController(model, optimizers, make_policy("none"), total_steps=4, say=None)
+    with torch.no_grad():
+        model.head(model.body(X))
+    model.head(model.body(X)).sum().backward()
+    optimizers[0].step()
+    controller.step()
+    assert "body.0" in [layer.name for layer in controller.layers]
 
 
 class Adversarial(nn.Module):

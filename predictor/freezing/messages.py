@@ -182,6 +182,12 @@ class FreezeReporter:
         self._data_wait.stop()
 
     def _count(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        own = {id(parameter) for parameter in self._model.parameters()}
+        if not own.issuperset(id(parameter) for layer in self._layers for parameter in layer.parameters()):
+            # As in `torch.func.functional_call`. A later call may be another.
+            self._why_not = "the model does not hold its layers' parameters while it is called"
+            return
+        self._why_not = ""
         self._stop_counting()
         model = unwrapped(_network_in(self._model))
         if model is not self._model and "forward" in vars(model):

@@ -30,7 +30,8 @@ class FirstPass:
     put together at the first step, in the order in which they were called. The ends of a module whose outputs all went
     into other modules are then no heads.
 
-    A module is run on copies of a few samples (see `order_of_call`) right before the training runs it. Make it before
+    A module is run on copies of a few samples (see `order_of_call`) right before the training runs it. A call with
+    tensors in place of the model's parameters (`torch.func.functional_call`) shows nothing. Make it before
     anything is frozen that the user does not hold still, and call `watch` after all others have registered their hooks:
     the hook that was registered last runs first.
 
@@ -53,6 +54,7 @@ class FirstPass:
         self._used: dict[int, Any] = {}  # the nodes behind what modules were called with, held for their ids
         self._handles: list[RemovableHandle] = []
         self._compiled: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+        self._own = {id(parameter) for parameter in model.parameters()}
         self._ours = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
     @property
@@ -112,6 +114,8 @@ class FirstPass:
         if self._take() is None:
             self.close()
             return
+        if not self._holds_its_own():
+            return
         self._running = module
         # Only now: a cache takes forward hooks in what it skips for those of a user who wants to see each pass.
         self._handles.append(module.register_forward_hook(_Hook(self._after).post, always_call=True))
@@ -119,6 +123,15 @@ class FirstPass:
             self._see_the_whole(args, kwargs)
         else:
             self._see_a_part(module, args, kwargs)
+
+    def _holds_its_own(self) -> bool:
+        """Whether the model's parameters are its own in this call, and not lent to it by `torch.func.functional_call`.
+
+        One that has replaced another since then, as in a new head, is in an optimizer.
+        """
+        now = {id(parameter) for parameter in self._model.parameters()}
+        groups = [group["params"] for optimizer in self._optimizers for group in optimizer.param_groups]
+        return now <= self._own or now <= self._own.union(id(parameter) for group in groups for parameter in group)
 
     def _before_compiled(self, module: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
         """Stands in for what `module.compile()` made, for one call."""

@@ -468,6 +468,65 @@ def test_a_first_pass_in_an_evaluation_shows_the_layers_too():
     assert [layer.name for layer in controller.layers] == ["body.0", "body.2"]
 
 
+def averages(model):
+    """Other tensors than the model's parameters, by their names."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def fast_weights(model):
+    return {name: tensor.requires_grad_() for name, tensor in averages(model).items() if name.startswith("body")}
+
+
+def other_parameters(model):
+    return dict(copy.deepcopy(model).named_parameters())
+
+
+@pytest.mark.parametrize("lent", [averages, fast_weights, other_parameters])
+def test_a_call_with_tensors_in_place_of_the_parameters_shows_nothing(lent):
+    model, said = HeadFirst(), []
+    optimizers = sgd(model)
+    policy = make_policy("static", share=1.0)
+    controller = FreezeController(model, optimizers, policy, total_steps=4, say=said.append)
+    torch.func.functional_call(model, lent(model), (X,))
+    F.cross_entropy(model(X), Y).backward()
+    optimizers[0].step()
+    controller.step()
+    assert [layer.name for layer in controller.layers] == ["body.0", "body.2"]
+    assert not any(parameter.requires_grad for parameter in model.body.parameters())
+    assert "a step takes" in said[0]
+    assert "100% of a full" not in said[0]
+
+
+@pytest.mark.filterwarnings("ignore:HeadFirst was not seen to run")
+def test_where_all_calls_are_such_the_layers_are_as_defined():
+    model, said = HeadFirst(), []
+    optimizers = sgd(model)
+    policy = make_policy("static", layers=1)
+    controller = FreezeController(model, optimizers, policy, total_steps=4, say=said.append)
+
+    def loss_of(weights):
+        return F.cross_entropy(torch.func.functional_call(model, weights, (X,)), Y)
+
+    gradients = torch.func.grad(loss_of)(dict(model.named_parameters()))
+    for name, parameter in model.body.named_parameters():
+        parameter.grad = gradients[f"body.{name}"]
+    optimizers[0].step()
+    controller.step()
+    assert [layer.name for layer in controller.layers] == ["head", "body.0"]
+    assert not model.head.weight.requires_grad
+    assert said[1].startswith("FLOPs are not reported: the model does not hold its layers' parameters")
+
+
+def test_a_head_that_was_put_in_after_the_controller_was_made_is_seen():
+    model = HeadFirst()
+    optimizers = sgd(model)
+    controller = FreezeController(model, optimizers, make_policy("none"), total_steps=4, say=None)
+    model.head = nn.Linear(5, 3)
+    optimizers[0].add_param_group({"params": model.head.parameters()})
+    model(X)
+    assert [layer.name for layer in controller.layers] == ["body.0", "body.2"]
+
+
 def test_afterwards_nothing_is_left_in_the_model():
     model = HeadFirst()
     optimizers = sgd(model)

@@ -24,6 +24,10 @@ _LARGEST = 2**28
 """Elements of a result from which nothing is computed: 1 GB in float32, which attention without fusion exceeds."""
 
 
+_RECURRENT = ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")
+"""Operators that compute a recurrent layer as a whole. PyTorch's table of operators lacks them."""
+
+
 @dataclass(frozen=True)
 class LayerFlops:
     """Multiplications and additions of one forward pass on one batch, by layer.
@@ -274,6 +278,10 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if count is not None:
             flops = int(count(*args, **kwargs, out_val=result))
             self._add(flops, bool(weights), inputs, factors)
+        elif func._opname in _RECURRENT:
+            for flops in _recurrent_products(args):
+                self._add(flops, True, inputs, factors)
+                inputs = inputs.with_(factors)  # the next product is one with the state, or with a layer's output
         if tensors and len(weights) == len(tensors):  # a transposed or cast weight is still a weight
             self._made_of_weights.update({id(tensor): tensor for tensor in results})
         behind = inputs.with_(own)
@@ -359,6 +367,12 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rows = left.shape if func._overloadpacket is aten.embedding else left.shape[:-1]
         if rows.numel() * right.shape[-1] > _LARGEST:
             raise _TooLarge
+
+
+def _recurrent_products(args: Any) -> list[int]:
+    """FLOPs of the products with each matrix of a recurrent layer, over all samples and steps of time."""
+    rows = args[0].numel() // max(args[0].shape[-1], 1)
+    return [2 * rows * weight.numel() for weight in tensors_in(args[1:3]) if weight.dim() == 2]
 
 
 def _checkpointed_part() -> FrameType | None:

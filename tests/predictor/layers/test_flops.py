@@ -199,6 +199,61 @@ def test_a_step_costs_what_its_gradients_flow_through(case, count):
     assert flops.step(frozenset(range(min(count, len(layers))))) == counter.get_total_flops()
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Linear(6, 8), nn.Linear(5, 2)
+        self.net = kind(8, 5, batch_first=True, **options)
+
+    def forward(self, x):
+        return self.head(self.net(self.embed(x))[0][..., :5])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}, {"bias": False}])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
+def test_a_recurrent_layer_costs_its_products_also_where_one_operator_computes_it(kind, options, count):
+    model, x = Recurrent(kind, **options), torch.ones(3, 7, 6)
+    layers = layers_of(model, x)
+    flops = count_flops(model, layers, (x,), {})
+    products = sum(2 * 3 * 7 * weight.numel() for weight in model.net.parameters() if weight.dim() == 2)
+    assert flops.forward_L == (2 * 3 * 7 * 6 * 8, products)
+    with torch.backends.mkldnn.flags(enabled=False):  # computed one by one
+        assert count_flops(model, layers, (x,), {}) == flops
+        for layer in layers[:count]:
+            freeze(layer)
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+    # The state before the first step is a constant, and the other direction has an entry of its own.
+    spared = 2 * 3 * 5 * sum(len(w) for name, w in model.net.named_parameters() if "weight_hh" in name)
+    spared += 2 * 3 * 7 * 8 * len(model.net.weight_ih_l0) if options.get("bidirectional") else 0
+    assert 0 <= flops.step(frozenset(range(count))) - counter.get_total_flops() <= spared
+
+
+class OnGpu(nn.Module):
+    """Calls what a GPU computes a recurrent layer with, on tensors without memory."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.head = net, nn.Linear(5, 2, device="meta")
+
+    def forward(self, x):
+        state, weights = x.new_empty(2, len(x), 5), [*self.net.parameters()]
+        options = (False, 0.0, True, False, [], None)
+        return self.head(torch._cudnn_rnn(x, weights, 4, None, state, state, 2, 5, 0, 2, *options)[0])
+
+
+def test_so_it_does_on_a_gpu():
+    net = nn.LSTM(8, 5, num_layers=2, device="meta")
+    model, x = OnGpu(net), torch.empty(7, 3, 8, device="meta")
+    flops = count_flops(model, layers_of(model, patterns=["net"]), (x,), {})
+    products = [2 * 3 * 7 * weight.numel() for weight in net.parameters() if weight.dim() == 2]
+    assert flops.forward_L == (sum(products),)
+    assert flops.entry_L == (products[0],)
+
+
 class Attention(nn.Module):
     """Attention without fusion, whose scores take 16 GB for the inputs below. It keeps what it saw last."""
 

@@ -55,8 +55,9 @@ class FreezeController:
     **What your code switches back on.** A `requires_grad_(True)` on a frozen layer does nothing until a gradient
     arrives. Where the layer trained until it froze, that gradient is dropped in the backward pass, so that no optimizer
     moves the layer, with one warning; the next `step` freezes the layer again and calls the callbacks of `on_moved`.
-    A `.grad` that is set by hand is noticed within a twentieth of the training and 100 steps; the layer may have moved
-    by then. To train frozen layers again, call `release`.
+    A `.grad` that is set by hand in each step, as zeros for missing gradients, is dropped before the optimizer's step,
+    with one warning. Where that begins only later it is noticed within a twentieth of the training and 100 steps; the
+    layer may have moved by then. To train frozen layers again, call `release`.
 
     **What your code holds still** is yours. A layer in which nothing requires a gradient is at rest. If a policy
     freezes it all the same and you open it later, it trains at once, the controller unfreezes it, and a policy by the

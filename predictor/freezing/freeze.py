@@ -11,7 +11,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -128,6 +128,11 @@ def is_frozen(layer: Layer) -> bool:
     return not any(parameter.requires_grad for parameter in layer.parameters())
 
 
+def is_on(parameter: Tensor) -> bool:
+    """Whether an optimizer may move a parameter."""
+    return parameter.requires_grad or parameter.grad is not None
+
+
 def trains(parameter: Tensor) -> bool:
     """Whether a parameter moves, or has in this step: some loops switch a network off and on within a step."""
     return parameter.requires_grad or parameter.grad is not None
@@ -198,6 +203,18 @@ class GradientGuard:
             if not self.opened(index):
                 for parameter in trained:
                     parameter.requires_grad_(False)
+
+    def drop_gradients(self, but: Collection[int]) -> list[int]:
+        """Drop the gradients of all guarded layers but those that the user has opened. Returns which had any."""
+        had = []
+        for index, trained in self._trained.items():
+            if index in but or self.opened(index):
+                continue
+            parameters = [parameter for parameter in (*trained, *self._resting[index]) if parameter.grad is not None]
+            for parameter in parameters:
+                parameter.grad = None
+            had += [index] if parameters else []
+        return had
 
     def leave(self, indices: Iterable[int]) -> None:
         """Guard these layers no more."""

@@ -3,19 +3,23 @@
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from predictor.freezing.freeze import (
     GradientGuard,
     freeze,
+    is_frozen,
+    is_on,
     settle_containers,
     settle_observers,
-    trains,
     unfreeze,
 )
 from predictor.freezing.frozen_weights import FrozenWeights
+from predictor.freezing.learning_rates import innermost
 from predictor.freezing.optimizer_state import begin_again
 from predictor.freezing.wrappers import refuse_capture
 from predictor.layers.layer import Layer
@@ -59,7 +63,10 @@ class Upkeep:
         self._wake: weakref.WeakMethod[Callable[[], None]] = weakref.WeakMethod(wake)
         self._guard = GradientGuard(self._on_dropped_gradient, self._on_opened)
         self._weights = FrozenWeights()
-        self._warned_of_motion = self._warned_of_reset = False
+        self._warned_of_motion = self._warned_of_reset = self._warned_of_set = False
+        self._before_steps: list[RemovableHandle] = []  # on the optimizers, while gradients may be set by hand
+        self._stepped = False  # whether they were called since a layer froze
+        self._sets_gradients = False  # whether the user's code has set one of a frozen layer
 
     def change(self, froze: Iterable[int], unfroze: Sequence[int], frozen: Sequence[int], step: int) -> None:
         """Freeze and unfreeze layers.
@@ -82,6 +89,8 @@ class Upkeep:
         settle_containers(self._model, self.layers, frozen)
         self._weights.keep(parameter for index in frozen for parameter in self.layers[index].parameters())
         self.next_check = step + self._every
+        if froze:
+            self._look_before_steps()
 
     @property
     def whole_layer_rests(self) -> bool:
@@ -105,6 +114,8 @@ class Upkeep:
 
     def check(self, step: int, frozen: frozenset[int]) -> None:
         """Freeze again what was switched back on, and see whether frozen weights move, where that is due."""
+        if self._stepped and not self._sets_gradients:
+            self._leave_steps()
         if step < self.next_check:
             return
         self.next_check = step + self._every
@@ -114,6 +125,7 @@ class Upkeep:
     def close(self) -> None:
         """Guard nothing any more. Layers stay as they are."""
         self._guard.close()
+        self._leave_steps()
 
     def _on_dropped_gradient(self, index: int) -> None:
         """A frozen layer had got a gradient. It is gone; the next step freezes the layer again."""
@@ -127,6 +139,29 @@ class Upkeep:
         self.opened.add(index)
         self._call_wake()
 
+    def _look_before_steps(self) -> None:
+        """Look before the next optimizer step, and before all others where need be, for gradients set by hand."""
+        self._stepped = False
+        if not self._before_steps:
+            drop = partial(_call, weakref.WeakMethod(self._drop_set_gradients))
+            own = map(innermost, self._optimizers)
+            hooked = [
+                one for one in own if hasattr(one, "_optimizer_step_pre_hooks")
+            ]  # some call no `super().__init__`
+            self._before_steps = [one.register_step_pre_hook(drop) for one in hooked]
+
+    def _leave_steps(self) -> None:
+        for handle in self._before_steps:
+            handle.remove()
+        self._before_steps = []
+
+    def _drop_set_gradients(self) -> None:
+        """Drop what is there as gradients of frozen layers, before an optimizer moves them by it."""
+        self._stepped = True
+        for index in self._guard.drop_gradients(but=self.opened):
+            self._sets_gradients = True
+            self._warn_of_set_gradient(index, stacklevel=5)
+
     def _call_wake(self) -> None:
         if (wake := self._wake()) is not None:
             wake()
@@ -135,10 +170,15 @@ class Upkeep:
         """Freeze again what the user's code has switched back on, and inform what keeps its outputs."""
         if frozen:
             settle_observers(self._model)
-        reset = [index for index in sorted(frozen) if any(map(trains, self.layers[index].parameters()))]
+        reset = [index for index in sorted(frozen) if any(map(is_on, self.layers[index].parameters()))]
         for index in reset:
+            if is_frozen(self.layers[index]):  # so no backward pass has made these gradients
+                self._sets_gradients = True
+                self._look_before_steps()
+                self._warn_of_set_gradient(index, stacklevel=7)
+            else:
+                self._warn_of_reset(index)
             freeze(self.layers[index], self._optimizers, self._model)
-            self._warn_of_reset(index)
         for callback in self.moved if reset else ():
             callback()
 
@@ -167,3 +207,19 @@ class Upkeep:
             "for requires_grad_(True) in the training loop, or call controller.release() to train frozen layers",
             stacklevel=7,  # the loop, from a step; somewhere in the backward pass, from a hook
         )
+
+    def _warn_of_set_gradient(self, index: int, stacklevel: int) -> None:
+        if self._warned_of_set:
+            return
+        self._warned_of_set = True
+        warnings.warn(
+            f"something sets .grad of frozen layer {index} ({self.layers[index].name}) by hand, as code that averages "
+            "or combines gradients and makes zeros of missing ones; from here on it is dropped before each optimizer "
+            "step. Leave out parameters that require no gradient, or call controller.release() to train frozen layers",
+            stacklevel=stacklevel,
+        )
+
+
+def _call(method: "weakref.WeakMethod[Callable[[], None]]", *_: object) -> None:
+    if (own := method()) is not None:
+        own()

@@ -251,6 +251,85 @@ def test_a_generator_that_trains_in_every_fifth_step_is_no_lost_gradient():
     assert controller.frozen == {0}
 
 
+def average_by_hand(model, loss):
+    """As all-reduce is often written by hand: each process needs a gradient of each parameter."""
+    loss().backward()
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def combine_tasks(model, loss):
+    """As PCGrad and the like are written."""
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        loss().backward()
+        gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()])
+    for parameter, first, second in zip(model.parameters(), *gradients, strict=True):
+        parameter.grad = first + second
+
+
+def ones(model, loss):
+    """As estimated gradients are set."""
+    loss().backward()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+
+def step_by_hand(model, optimizer, controller, make):
+    make(model, lambda: F.cross_entropy(model(X), Y))
+    optimizer.step()
+    controller.step()
+    optimizer.zero_grad()
+
+
+def with_decay(model, policy):
+    """Decay moves a weight whose gradient is zero."""
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1)
+    return optimizer, FreezeController(model, optimizer, policy, total_steps=40, say=None)
+
+
+@pytest.mark.parametrize("make", [average_by_hand, combine_tasks, ones])
+def test_gradients_that_are_set_by_hand_move_no_frozen_layer(make):
+    model = network()
+    optimizer, controller = with_decay(model, After(2, {0, 1}))
+    for _ in range(2):
+        step_by_hand(model, optimizer, controller, make)
+    before = [parameter.detach().clone() for parameter in model[:2].parameters()]
+    with pytest.warns(UserWarning, match=r"sets .grad of frozen layer 0 .* by hand") as said:
+        for _ in range(20):
+            step_by_hand(model, optimizer, controller, make)
+    assert len(said) == 1
+    assert all(map(torch.equal, before, model[:2].parameters()))
+    assert not any(parameter in optimizer.state for parameter in model[:2].parameters())
+    controller.release()
+    step_by_hand(model, optimizer, controller, make)
+    assert not torch.equal(before[0], model[0][0].weight)
+
+
+def test_gradients_that_are_set_by_hand_only_later_move_a_frozen_layer_no_more_once_they_are_noticed():
+    model = network()
+    optimizer, controller = with_decay(model, After(2, {0}))
+    for _ in range(10):
+        step(model, optimizer, controller)
+    with pytest.warns(UserWarning, match=r"sets .grad of frozen layer 0 .* by hand"):
+        for _ in range(3):
+            step_by_hand(model, optimizer, controller, average_by_hand)
+    before = model[0][0].weight.detach().clone()
+    for _ in range(20):
+        step_by_hand(model, optimizer, controller, average_by_hand)
+    assert torch.equal(before, model[0][0].weight)
+
+
+def test_where_no_gradient_is_set_by_hand_no_optimizer_keeps_a_hook():
+    model = network()
+    optimizer, controller = with_decay(model, After(2, {0, 1}))
+    for _ in range(6):
+        step(model, optimizer, controller)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
 def test_norms_that_no_optimizer_holds_yet_are_no_error_beside_weights_that_rest():
     model = network()
     model[0][0].requires_grad_(False)

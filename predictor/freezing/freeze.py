@@ -134,8 +134,11 @@ def is_on(parameter: Tensor) -> bool:
 
 
 def trains(parameter: Tensor) -> bool:
-    """Whether a parameter moves, or has in this step: some loops switch a network off and on within a step."""
-    return parameter.requires_grad or parameter.grad is not None
+    """Whether a parameter moves, or has in this step: some loops switch a network off and on within a step.
+
+    Zeros are no gradient. `zero_grad(set_to_none=False)` leaves them to what the user has closed, for good.
+    """
+    return parameter.requires_grad or (parameter.grad is not None and not _is_zero(parameter.grad))
 
 
 def is_at_rest(layer: Layer) -> bool:
@@ -239,6 +242,13 @@ def _hook(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableH
     handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     parameter.requires_grad_(required)
     return handle
+
+
+def _is_zero(gradient: Tensor) -> bool:
+    """Whether a gradient is zero, as far as one process can tell."""
+    if gradient.is_sparse:
+        return not gradient._nnz()
+    return not hasattr(gradient, "to_local") and not gradient.any()
 
 
 def _can_train(parameter: nn.Parameter) -> bool:

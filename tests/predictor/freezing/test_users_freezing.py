@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from predictor import FeatureCache, FreezeController, FreezePolicy, layers_of, make_policy
+from tests.predictor.scripted import Script
 
 X = torch.linspace(-1, 1, 16 * 8).reshape(16, 8)
 Y = torch.arange(16) % 2
@@ -106,6 +107,52 @@ def test_a_layer_opened_and_closed_between_two_steps_stays_frozen():
     model[0].requires_grad_(False)
     step(model, optimizer, controller)
     assert controller.frozen == {0, 1}
+
+
+def zeros_kept(model, optimizer, controller):
+    """A step of a loop that fills gradients with zeros, and leaves them to what is closed afterwards."""
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+    controller.step()
+    optimizer.zero_grad(set_to_none=False)
+
+
+def zeros_set(model, optimizer, controller):
+    """A step of a loop that makes zeros of missing gradients."""
+    step_by_hand(model, optimizer, controller, average_by_hand)
+
+
+@pytest.mark.parametrize("train", [zeros_kept, zeros_set])
+def test_what_the_user_closes_in_mid_training_is_at_rest_though_its_gradient_is_zeros(train):
+    model, policy = network(), After(99, ())
+    optimizer, controller = start(model, policy)
+    for number in range(4):
+        if number == 2:
+            model[0].requires_grad_(False)
+        train(model, optimizer, controller)
+    assert policy.resting == [set(), set(), set(), {0}, {0}]
+
+
+@pytest.mark.filterwarnings("ignore:something sets .grad")
+@pytest.mark.parametrize("train", [zeros_kept, zeros_set])
+@pytest.mark.parametrize("closed", ["layer", "weight"])
+def test_no_release_and_no_policy_opens_what_the_user_closed_where_gradients_are_zeros(closed, train):
+    model = network()
+    optimizer, controller = start(model, Script({6: {0, 1}, 9: {1}}))
+    resting = model[0] if closed == "layer" else model[0][0].weight
+    for number in range(12):
+        if number == 3:
+            resting.requires_grad_(False)
+        if number == 7:  # it is frozen, and momentum moves it no more
+            before = model[0][0].weight.detach().clone()
+        train(model, optimizer, controller)
+    assert controller.frozen == {1}
+    controller.release()
+    assert not model[0][0].weight.requires_grad
+    assert model[0][0].bias.requires_grad == (closed == "weight")
+    assert trains(model[1])
+    if train is zeros_kept:
+        assert torch.equal(before, model[0][0].weight)
 
 
 @pytest.mark.parametrize("when", [0, 3])
@@ -277,11 +324,12 @@ def ones(model, loss):
         parameter.grad = torch.ones_like(parameter)
 
 
-def step_by_hand(model, optimizer, controller, make):
-    make(model, lambda: F.cross_entropy(model(X), Y))
-    optimizer.step()
-    controller.step()
-    optimizer.zero_grad()
+def step_by_hand(model, optimizer, controller, make, steps=1):
+    for _ in range(steps):
+        make(model, lambda: F.cross_entropy(model(X), Y))
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
 
 
 def with_decay(model, policy):
@@ -294,12 +342,10 @@ def with_decay(model, policy):
 def test_gradients_that_are_set_by_hand_move_no_frozen_layer(make):
     model = network()
     optimizer, controller = with_decay(model, After(2, {0, 1}))
-    for _ in range(2):
-        step_by_hand(model, optimizer, controller, make)
+    step_by_hand(model, optimizer, controller, make, steps=2)
     before = [parameter.detach().clone() for parameter in model[:2].parameters()]
     with pytest.warns(UserWarning, match=r"sets .grad of frozen layer 0 .* by hand") as said:
-        for _ in range(20):
-            step_by_hand(model, optimizer, controller, make)
+        step_by_hand(model, optimizer, controller, make, steps=20)
     assert len(said) == 1
     assert all(map(torch.equal, before, model[:2].parameters()))
     assert not any(parameter in optimizer.state for parameter in model[:2].parameters())
@@ -314,12 +360,23 @@ def test_gradients_that_are_set_by_hand_only_later_move_a_frozen_layer_no_more_o
     for _ in range(10):
         step(model, optimizer, controller)
     with pytest.warns(UserWarning, match=r"sets .grad of frozen layer 0 .* by hand"):
-        for _ in range(3):
-            step_by_hand(model, optimizer, controller, average_by_hand)
+        step_by_hand(model, optimizer, controller, average_by_hand, steps=3)
     before = model[0][0].weight.detach().clone()
-    for _ in range(20):
-        step_by_hand(model, optimizer, controller, average_by_hand)
+    step_by_hand(model, optimizer, controller, average_by_hand, steps=20)
     assert torch.equal(before, model[0][0].weight)
+
+
+def test_gradients_that_are_set_by_hand_move_what_the_user_has_opened():
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer, controller = with_decay(model, After(2, {0, 1}))
+    with pytest.warns(UserWarning, match=r"sets .grad of frozen layer 0 .* by hand"):
+        step_by_hand(model, optimizer, controller, average_by_hand, steps=6)
+    model[0].requires_grad_(True)
+    before = [model[index][0].weight.detach().clone() for index in (0, 1)]
+    step_by_hand(model, optimizer, controller, average_by_hand)
+    assert [torch.equal(old, model[index][0].weight) for index, old in enumerate(before)] == [False, True]
+    assert controller.frozen == {1}
 
 
 def test_where_no_gradient_is_set_by_hand_no_optimizer_keeps_a_hook():

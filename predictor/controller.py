@@ -316,6 +316,7 @@ class FreezeController:
             self._first_pass.close()
         self._reporter.close()
         self._upkeep.close()
+        self._watch.close()
         if self._rates is not None:
             self._rates.close()
         self.policy.close()

@@ -13,19 +13,24 @@
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from predictor.errors import UsageError
+from predictor.freezing.messages import on_forward
 from predictor.layers.layer import Layer
 
 if TYPE_CHECKING:
@@ -44,7 +49,7 @@ _REENTRANT = (
     "use_reentrant=False"
 )
 _PATIENCE = 3
-"""Steps without gradients after which they count as lost. A layer that is left out at random may miss some."""
+"""Steps without gradients after which they count as lost."""
 
 
 class Followed(Protocol):
@@ -189,6 +194,8 @@ class GradientWatch:
 
     Reentrant checkpointing inside a `forward` cannot be seen from outside. Its effect can: the first layer behind the
     frozen ones has no gradient any more, while the head has. Without this check that layer would silently stand still.
+    A layer may have none for other reasons: it is left out at random, its branch is not in use, it is detached. So from
+    the first step without a gradient on it has to be seen to run inside an autograd function too.
     """
 
     def __init__(self, layers: Sequence[Layer], optimizers: Sequence[Optimizer]) -> None:
@@ -197,6 +204,8 @@ class GradientWatch:
         self._had: frozenset[int] = frozenset()
         self._left = 0
         self._missed = 0
+        self._inside = False  # whether the layer ran inside an autograd function
+        self._handles: list[RemovableHandle] = []
 
     @property
     def watching(self) -> bool:
@@ -208,12 +217,20 @@ class GradientWatch:
         self._had = frozenset(filter(self._has_gradient, active))
         self._left = _PATIENCE
         self._missed = 0
+        self._inside = False
+        self.close()
+
+    def close(self) -> None:
+        """Remove what looks at a layer that has missed its gradient."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def check(self, active: Sequence[int]) -> None:
         """Call after each step, before gradients are cleared.
 
         Raises:
-            UsageError: gradients have stayed away for some steps.
+            UsageError: gradients have stayed away for some steps, and the layer runs inside an autograd function.
         """
         if not self._left or not active:
             return
@@ -224,11 +241,18 @@ class GradientWatch:
         self._left -= 1
         known = first in self._had or not any(map(self._has_gradient, active))
         self._missed += known and self._trains(first) and not self._has_gradient(first)
-        if self._missed == _PATIENCE:
+        if self._missed and not self._handles:
+            self._handles = [on_forward(module, self._see_call) for module in self._layers[first].modules]
+        if not self._left:
+            self.close()
+        if self._missed == _PATIENCE and self._inside:
             raise UsageError(
                 f"no gradient has reached layer {first} ({self._layers[first].name}), which trains, in the {_PATIENCE} "
                 f"steps since the layers frozen now were frozen: {_REENTRANT}"
             )
+
+    def _see_call(self, *_: object) -> None:
+        self._inside = self._inside or _is_inside_function()
 
     def _holds(self, optimizer: Optimizer, index: int) -> bool:
         own = set(map(id, self._layers[index].parameters()))
@@ -239,6 +263,17 @@ class GradientWatch:
 
     def _trains(self, index: int) -> bool:
         return any(parameter.requires_grad for parameter in self._layers[index].parameters())
+
+
+def _is_inside_function() -> bool:
+    """Whether this is called from the forward pass of an autograd function, where no graph is recorded."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and isinstance(frame.f_locals.get(next(iter(code.co_varnames), "")), FunctionCtx):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _wrappers(model: nn.Module) -> Iterator[nn.Module]:

@@ -115,6 +115,40 @@ def test_a_layer_that_is_left_out_now_and_then_is_not_taken_to_be_lost():
     train(model, {2: {0}})
 
 
+def left_out(block, x):
+    """As LayerDrop leaves a block out at random, and as a branch that another task uses."""
+    return x
+
+
+def detached(block, x):
+    """As a loop keeps a backbone from training in its first epochs, or a generator in a discriminator's step."""
+    return block(x).detach()
+
+
+def without_gradients(block, x):
+    with torch.no_grad():
+        return block(x)
+
+
+@pytest.mark.parametrize("run", [left_out, detached, without_gradients])
+@pytest.mark.parametrize("frozen_at", [0, 2])
+def test_a_layer_without_gradients_for_some_steps_is_not_taken_to_be_lost(run, frozen_at):
+    model = Blocks()
+    optimizer, controller = start(model, {frozen_at: {0}}, total_steps=12)
+    for number in range(12):
+        before = model.blocks[1][0].weight.detach().clone()
+        model.run = lambda block, x, number=number: (
+            run(block, x) if block is model.blocks[1] and 2 <= number < 9 else block(x)
+        )
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+    assert controller.frozen == {0}
+    assert not torch.equal(before, model.blocks[1][0].weight)
+    assert not model.blocks[1][0]._forward_pre_hooks
+
+
 def test_a_layer_that_the_user_froze_is_not_taken_to_be_lost():
     model = Blocks()
     model.blocks[1].requires_grad_(False)

@@ -267,6 +267,7 @@ class FreezeController:
             "policy": self.policy.state_dict(),
             "costs": self._reporter.state_dict(),
             "compiled": self._compiled.state_dict(),
+            **({} if self.dry_run else {"held_still": self._upkeep.held_still}),
             **({"given_back": sorted(self._upkeep.given_back)} if self._upkeep.given_back else {}),
         }
 
@@ -305,8 +306,13 @@ class FreezeController:
         self._reporter.load_state_dict(state.get("costs", {}))
         self._compiled.load_state_dict(state.get("compiled", {}))
         self.history = [FreezeEvent.from_dict(event) for event in state["history"]]
-        if self._planned != frozenset(state["frozen"]):
-            self._change(frozenset(state["frozen"]))
+        frozen, held_still = frozenset(state["frozen"]), state.get("held_still")
+        if held_still is not None and not self.dry_run:
+            if self._planned and held_still != self._upkeep.held_still:
+                self._change(frozenset())
+            self._upkeep.hold_still(frozen - self._planned, set(held_still))
+        if self._planned != frozen:
+            self._change(frozen)
         self.policy.load_state_dict(state["policy"])
 
     def close(self) -> None:

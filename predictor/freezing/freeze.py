@@ -181,6 +181,10 @@ class GradientGuard:
         """Whether the user has opened a layer: something in it requires a gradient that did not when it froze."""
         return any(parameter.requires_grad for parameter in self._resting.get(index, ()))
 
+    def held_still(self, index: int) -> list[nn.Parameter]:
+        """What the user held still of a layer when it froze."""
+        return self._resting[index]
+
     @property
     def resting(self) -> bool:
         """Whether there is something that the user may open."""

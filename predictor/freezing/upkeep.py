@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
 from torch import nn
@@ -63,6 +63,7 @@ class Upkeep:
         self._wake: weakref.WeakMethod[Callable[[], None]] = weakref.WeakMethod(wake)
         self._guard = GradientGuard(self._on_dropped_gradient, self._on_opened)
         self._weights = FrozenWeights()
+        self._held_still: dict[int, list[nn.Parameter]] = {}
         self._warned_of_motion = self._warned_of_reset = self._warned_of_set = False
         self._before_steps: list[RemovableHandle] = []  # on the optimizers, while gradients may be set by hand
         self._stepped = False  # whether they were called since a layer froze
@@ -82,8 +83,11 @@ class Upkeep:
         optimizers = self._optimizers if step else ()
         for index in froze:
             self._guard.guard(index, self.layers[index])
+            self._held_still[index] = self._guard.held_still(index)
             freeze(self.layers[index], optimizers, self._model)
         self._guard.leave(unfroze)
+        for index in unfroze:
+            del self._held_still[index]
         unfreeze([self.layers[index] for index in unfroze], self._model)
         begin_again(self._optimizers, [self.layers[index] for index in unfroze])
         settle_containers(self._model, self.layers, frozen)
@@ -91,6 +95,27 @@ class Upkeep:
         self.next_check = step + self._every
         if froze:
             self._look_before_steps()
+
+    @property
+    def held_still(self) -> list[str]:
+        """The names of what the user held still of the frozen layers when they froze."""
+        held = {id(parameter) for parameters in self._held_still.values() for parameter in parameters}
+        return [name for name, parameter in self._model.named_parameters() if id(parameter) in held]
+
+    def hold_still(self, indices: Iterable[int], held_still: Collection[str]) -> None:
+        """Have of layers that are about to freeze stand still what did so in the training of a state, and nothing else.
+
+        Args:
+            indices: indices in `layers`.
+            held_still: what `held_still` was there.
+        """
+        held = {id(parameter) for name, parameter in self._model.named_parameters() if name in held_still}
+        for parameter in (parameter for index in indices for parameter in self.layers[index].parameters()):
+            if id(parameter) in held:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            elif parameter.is_floating_point() or parameter.is_complex():
+                parameter.requires_grad_(True)
 
     @property
     def whole_layer_rests(self) -> bool:

@@ -1,5 +1,6 @@
 """What the user freezes and unfreezes is the user's: loops that do, as people write them."""
 
+import copy
 import warnings
 
 import pytest
@@ -97,6 +98,105 @@ def test_what_was_opened_stays_open_after_a_resume():
     resumed.load_state_dict(controller.state_dict())
     step(fresh, optimizer, resumed)
     assert resumed.frozen == {1}
+
+
+class ByScript(FreezePolicy):
+    """Freezes what is written down for a step, and unfreezes all else."""
+
+    unfreezes = True
+
+    def __init__(self, answers):
+        self.answers = answers
+
+    def decide(self, view):
+        return frozenset(self.answers.get(view.step, view.frozen))
+
+
+def closes_a_layer(model, number):
+    if number >= 2:
+        model[0].requires_grad_(False)
+
+
+def closes_a_layer_once(model, number):
+    if number == 2:
+        model[0].requires_grad_(False)
+
+
+def closes_a_part(model, number):
+    if number >= 2:
+        model[0][0].weight.requires_grad_(False)
+
+
+def opens_a_layer(model, number):
+    model[0].requires_grad_(number >= 2)
+
+
+def opens_a_layer_once(model, number):
+    if number in (0, 2):
+        model[0].requires_grad_(number == 2)
+
+
+USERS = [closes_a_layer, closes_a_layer_once, closes_a_part, opens_a_layer, opens_a_layer_once]
+AT_START = {0: {0, 1}, 2: (), 4: {0, 1}}
+LATER = {4: {0, 1}}
+
+
+@pytest.mark.filterwarnings("ignore:something switched frozen layer 0")
+@pytest.mark.parametrize("answers", [AT_START, LATER])
+@pytest.mark.parametrize("users", USERS)
+def test_what_was_held_still_when_its_layer_froze_is_so_after_a_resume(users, answers):
+    answers = answers | {7: {1}}
+
+    def go_on(model, optimizer, controller, numbers):
+        for number in numbers:
+            if number % 2 == 0:  # at the start of each epoch
+                users(model, number)
+            torch.manual_seed(number)
+            step(model, optimizer, controller)
+
+    unbroken, first = ((model := network(), *start(model, ByScript(answers))) for _ in range(2))
+    go_on(*unbroken, range(12))
+    go_on(*first, range(6))
+    model = network()
+    if users in (opens_a_layer, opens_a_layer_once):
+        users(model, 0)  # as at the start
+    resumed = model, *start(model, ByScript(answers))
+    for each, former in zip(resumed, first, strict=True):
+        each.load_state_dict(copy.deepcopy(former.state_dict()))
+    assert resumed[2].state_dict() == first[2].state_dict()
+    go_on(*resumed, range(6, 12))
+    assert resumed[2].history == unbroken[2].history
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in unbroken[0].parameters()]
+    assert all(torch.equal(one, other) for one, other in zip(unbroken[0].parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("steps", [6, 20])
+def test_a_release_after_a_resume_opens_what_trained_and_nothing_else(steps):
+    model = network()
+    optimizer, controller = start(model, After(4, {0, 1}))
+    for number in range(steps):
+        if number == 2:
+            model[0].requires_grad_(False)
+        step(model, optimizer, controller)
+    fresh = network()
+    resumed = start(fresh, After(4, {0, 1}))[1]
+    resumed.load_state_dict(controller.state_dict())
+    resumed.release()
+    assert rests(fresh[0])
+    assert trains(fresh[1])
+
+
+@pytest.mark.parametrize("dry", [0, 1])
+def test_a_state_of_or_for_a_dry_run_opens_and_closes_nothing(dry):
+    first, second = network(), network()
+    first[0].requires_grad_(False)
+    second[1].requires_grad_(False)
+    (_, one), (_, other) = (
+        start(model, After(0, {0, 1}), dry_run=number == dry) for number, model in enumerate((first, second))
+    )
+    other.load_state_dict(one.state_dict())
+    other.release()
+    assert [trains(second[index]) for index in range(2)] == [True, False]
 
 
 def test_a_layer_opened_and_closed_between_two_steps_stays_frozen():

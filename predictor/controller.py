@@ -274,6 +274,9 @@ class FreezeController:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state of `state_dict`: freeze and unfreeze layers to match. In any order with the optimizer's.
 
+        Only `set_state_dict` and `set_optimizer_state_dict` of torch.distributed.checkpoint have to come after it: they
+        want optimizer state of all that requires a gradient, and frozen layers have none.
+
         Raises:
             UsageError: the state is of other layers, by their names or parameters, or of a training of another length.
         """

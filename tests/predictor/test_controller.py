@@ -8,6 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn import functional as F
 
 from predictor import FreezeController, FreezeEvent, FreezePolicy, Layer, layers_of, make_policy
@@ -564,6 +570,24 @@ def test_loading_unfreezes_what_the_state_does_not_freeze_and_keeps_loaded_momen
     step(model, optimizer, controller)
     step(twin, fresh, resumed)
     assert model.body[0].weight.allclose(twin.body[0].weight)
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_distributed_checkpoints_of_an_optimizer_load_after_the_controllers_state(stop, make_toy):
+    answers = {0: {2}, 1: {0, 1}, 3: {1}}
+    model, twin = make_toy(), make_toy(seed=1)
+    optimizer, controller = start(model, Script(answers), total_steps=6)
+    for _ in range(stop):
+        step(model, optimizer, controller)
+    again, resumed = start(twin, Script(answers), total_steps=6)
+    states = copy.deepcopy((get_model_state_dict(model), get_optimizer_state_dict(model, optimizer)))
+    resumed.load_state_dict(controller.state_dict())
+    set_model_state_dict(twin, states[0])
+    set_optimizer_state_dict(twin, again, states[1])
+    for _ in range(6 - stop):
+        step(model, optimizer, controller)
+        step(twin, again, resumed)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def test_time_spent_is_counted(make_toy):

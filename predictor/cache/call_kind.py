@@ -23,16 +23,20 @@ class CallKind:
         self._shared_too: list[Any] = []  # the last other values of theirs that give the same features
         self._shared_not: list[Any] = []  # and the last ones that do not
         self._autocast: list[Any] = []
+        self._precisions: list[str] | None = None  # of autocast when features were kept; None where a state lacks it
 
     def begin(self, model: nn.Module, arguments: Arguments, layout: Layout) -> None:
         """Take the kind of this call, with which features begin to be kept."""
         self.layout, self._kinds = layout, arguments.kind(layout)
         self._shared, self._shared_too, self._shared_not = _own(arguments.shared(layout)), [], []
-        self.note_autocast(model)
-
-    def note_autocast(self, model: nn.Module) -> None:
-        """Take autocast as it is now."""
         self._autocast = _autocast(model)
+        self._precisions = _precisions(self._autocast)
+
+    def note_autocast(self, model: nn.Module) -> bool:
+        """Take autocast as it is now. Returns whether a loaded state's features were kept in the same precision."""
+        before, self._autocast = self._precisions, _autocast(model)
+        self._precisions = _precisions(self._autocast)
+        return before is None or before == self._precisions
 
     def why_other(
         self, model: nn.Module, arguments: Arguments, batch: int, same_features: SameFeatures | None, loaded: bool
@@ -68,17 +72,23 @@ class CallKind:
         return "features depend on an argument of the model that has another value than when they were kept"
 
     def state_dict(self) -> dict[str, Any]:
-        """All but autocast, which is taken anew: numbers, strings, tensors, lists of them."""
-        return {"kind": self._kinds, "layout": list(self.layout), "shared": self._shared}
+        """Numbers, strings, tensors, lists of them. Of autocast its precision, which is the same on all devices."""
+        layout, precisions = list(self.layout), self._precisions
+        return {"kind": self._kinds, "layout": layout, "shared": self._shared, "autocast": precisions}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the kind that a state holds."""
         self._kinds, self.layout, self._shared = state["kind"], tuple(state.get("layout", ())), state.get("shared")
+        self._precisions = state.get("autocast")
 
 
 def _autocast(model: nn.Module) -> list[Any]:
     kinds = sorted({"cpu", *(weight.device.type for weight in model.parameters())} - {"meta"})
     return [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds]
+
+
+def _precisions(autocast: list[Any]) -> list[str]:
+    return sorted({str(dtype) for dtype in autocast if dtype is not None})
 
 
 def _own(values: list[Any]) -> list[Any]:

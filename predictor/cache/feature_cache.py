@@ -597,10 +597,14 @@ class FeatureCache:
     def _take_up(self, batch: int, arguments: Arguments) -> None:
         """Make the levels of a loaded state, whose cuts are among the calls of a pass.
 
+        Where the state is of another precision of autocast, features are kept anew.
+
         Raises UsageError where the pass has no such calls, as that of another model.
         """
         pending, self._pending = self._pending, []
-        self._call_kind.note_autocast(self._model)
+        if not self._call_kind.note_autocast(self._model):
+            self.clear()
+            return
         for state in pending:
             found = find_again(self._model, arguments, batch, self._call_kind.layout, state["given"], state["skipped"])
             if found.cut is None:

@@ -57,6 +57,39 @@ def train(loader, half, cached):
     return model, cache, losses, workers
 
 
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+def test_features_of_another_precision_are_not_used_after_a_resume(before, after):
+    def run_all(model, cache, half):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return run(model, cache, torch.arange(12))
+
+    model = chain()
+    run_all(model, cache := cached(model), before)
+    other = chain()
+    resumed = cached(other)
+    resumed.load_state_dict(cache.state_dict())
+    resumed.load_state_dict(resumed.state_dict())  # also before it has seen a batch
+    with torch.autocast("cpu", torch.bfloat16, enabled=after):
+        alone = chain()(X)
+    assert torch.equal(run_all(other, resumed, after), alone)
+    assert resumed.hits == (before == after)
+    assert torch.equal(run_all(other, resumed, after), alone)
+    assert resumed.hits == 1 + (before == after)
+
+
+def test_a_state_that_does_not_tell_the_precision_is_taken_as_it_is():
+    model = chain()
+    run(model, cache := cached(model), torch.arange(12))
+    state = cache.state_dict()
+    del state["autocast"]
+    other = chain()
+    resumed = cached(other)
+    resumed.load_state_dict(state)
+    run(other, resumed, torch.arange(12))
+    assert resumed.hits == 1
+
+
 @pytest.mark.parametrize(("workers", "half"), [(2, True), (0, False)])
 def test_batches_from_worker_processes(workers, half):
     def loader():

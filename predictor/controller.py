@@ -331,11 +331,14 @@ class FreezeController:
         self.policy.close()
 
     def release(self) -> None:
-        """Let the frozen layers train again, after the last step: what trained when they froze. All else stays.
+        """Let the frozen layers train again: what trained when they froze. All else stays.
 
-        What is wrapped around the model, a cache and all listeners are informed. Take states, the cache's too, before.
+        Call it after the last step, or in mid-training: then these layers are as those that the user has opened, and no
+        policy by the clock freezes them again. What is wrapped around the model, a cache and all listeners are
+        informed. Take states, the cache's too, before.
         """
         if self._planned:
+            self._upkeep.given_back |= self.frozen
             self._change(frozenset())
 
     def _bind(self) -> None:

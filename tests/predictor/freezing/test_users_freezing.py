@@ -269,6 +269,33 @@ def test_a_release_opens_what_the_controller_froze_and_nothing_else(when):
     assert trains(model[1])
 
 
+@pytest.mark.parametrize("name", ["static", "linear", "schedule", "autofreeze", "pipetransformer", "lisa"])
+def test_no_policy_by_the_clock_freezes_again_what_is_released_in_mid_training(name):
+    model = network(5)
+    optimizer, controller = start(model, make_policy(name, **({"every": 5} if name == "lisa" else {})), total_steps=40)
+    for _ in range(30):
+        step(model, optimizer, controller)
+    released = controller.frozen
+    assert released
+    controller.release()
+    for _ in range(10):
+        step(model, optimizer, controller)
+        assert not controller.frozen & released
+
+
+def test_what_is_released_in_mid_training_stays_open_after_a_resume():
+    model = network()
+    optimizer, controller = start(model, After(2, {0, 1}))
+    for _ in range(5):
+        step(model, optimizer, controller)
+    controller.release()
+    fresh = network()
+    optimizer, resumed = start(fresh, After(2, {0, 1}))
+    resumed.load_state_dict(controller.state_dict())
+    step(fresh, optimizer, resumed)
+    assert resumed.frozen == frozenset()
+
+
 def test_a_release_opens_what_the_user_had_opened_before_it_froze():
     model = network()
     model[0].requires_grad_(False)

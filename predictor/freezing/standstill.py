@@ -111,7 +111,7 @@ def forget_trained(modules: Iterable[nn.Module], parameters: set[int] | None = N
     for module in modules:
         record = module.__dict__.get(_RECORD, {})
         for name in list(record.get("trained", ())):
-            parameter = dict(module._parameters.items()).get(name)  # a scripted module has no more than items
+            parameter = _named(module, name)
             if parameters is None or id(parameter) in parameters:
                 record["trained"] = [other for other in record["trained"] if other != name]
                 if parameter is not None:
@@ -120,6 +120,13 @@ def forget_trained(modules: Iterable[nn.Module], parameters: set[int] | None = N
             del record["trained"]
         if not record:
             module.__dict__.pop(_RECORD, None)
+
+
+def _named(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that had this name, also where pruning or spectral norm has come or gone since."""
+    held = dict(module._parameters.items())  # a scripted module has no more than items
+    names = (name, f"{name}_orig", name.removesuffix("_orig"))
+    return next((held[other] for other in names if held.get(other) is not None), None)
 
 
 def users_train(module: nn.Module) -> Callable[..., Any] | None:

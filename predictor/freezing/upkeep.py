@@ -16,6 +16,7 @@ from predictor.freezing.freeze import (
     is_on,
     settle_containers,
     settle_observers,
+    trains,
     unfreeze,
 )
 from predictor.freezing.frozen_weights import FrozenWeights
@@ -64,6 +65,7 @@ class Upkeep:
         self._guard = GradientGuard(self._on_dropped_gradient, self._on_opened)
         self._weights = FrozenWeights()
         self._held_still: dict[int, list[nn.Parameter]] = {}
+        self._trained: dict[int, list[nn.Parameter]] = {}  # until they froze; modules may come to hold them otherwise
         self._warned_of_motion = self._warned_of_reset = self._warned_of_set = False
         self._before_steps: list[RemovableHandle] = []  # on the optimizers, while gradients may be set by hand
         self._stepped = False  # whether they were called since a layer froze
@@ -84,11 +86,14 @@ class Upkeep:
         for index in froze:
             self._guard.guard(index, self.layers[index])
             self._held_still[index] = self._guard.held_still(index)
+            self._trained[index] = list(filter(trains, self.layers[index].parameters()))
             freeze(self.layers[index], optimizers, self._model)
         self._guard.leave(unfroze)
         for index in unfroze:
             del self._held_still[index]
         unfreeze([self.layers[index] for index in unfroze], self._model)
+        for parameter in (parameter for index in unfroze for parameter in self._trained.pop(index, ())):
+            parameter.requires_grad_(True)
         begin_again(self._optimizers, [self.layers[index] for index in unfroze])
         settle_containers(self._model, self.layers, frozen)
         self._weights.keep(parameter for index in frozen for parameter in self.layers[index].parameters())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from predictor import FreezeController, layers_of, make_policy, release
@@ -366,3 +367,46 @@ def test_timms_averages_of_a_frozen_model_are_in_evaluation_mode_as_ever():
         assert not any(module.training for module in average.module.modules())
         update_bn(batches(), average.module)
         assert not torch.equal(average.module[1].running_mean, model[1].running_mean)
+
+
+def prune_weights(module):
+    prune.l1_unstructured(module, "weight", 0.5)
+
+
+def keep_sparse(module):
+    """As torch.ao's sparsifiers do."""
+    parametrize.register_parametrization(module, "weight", nn.Identity())
+
+
+CHANGED = {
+    "pruned": (None, prune_weights),
+    "pruned for good": (prune_weights, lambda module: prune.remove(module, "weight")),
+    "normed": (None, nn.utils.spectral_norm),
+    "normed no more": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+    "parametrized": (None, keep_sparse),
+    "parametrized no more": (keep_sparse, lambda module: parametrize.remove_parametrizations(module, "weight")),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+@pytest.mark.filterwarnings("ignore:frozen weights have moved")  # pruning for good writes zeros to them
+def test_a_frozen_layer_whose_weight_gets_another_name_trains_again(kind):
+    before, change = CHANGED[kind]
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    if before:
+        before(model[0])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    controller = FreezeController(model, optimizer, Script({1: {0}}), total_steps=3, say=None)
+    for step in range(3):
+        if step == 2:
+            change(model[0])
+        model(torch.ones(4, 8)).sum().backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+    copied = copy.deepcopy(model) if "parametrized" not in kind else None
+    controller.release()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    if copied:
+        release(copied)
+        assert all(parameter.requires_grad for parameter in copied.parameters())

@@ -447,6 +447,8 @@ class FreezeController:
         opened = self._upkeep.take_back(self._step, self.frozen)
         given_back = self._change(self.frozen - opened, record=True) if opened else None
         self._upkeep.check(self._step, self.frozen)
+        if self._rates is not None:
+            self._rates.check()
         self._reporter.notice_opened()
         view = self.view
         if self._watch.watching:

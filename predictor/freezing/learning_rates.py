@@ -1,5 +1,6 @@
 """Learning rates by layer, for any optimizer whose step is proportional to its learning rate."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,9 @@ class LayerRates:
     weight decay included. It is not for LBFGS, nor for optimizers that choose their own rate. Weights of 16 bits round
     the step twice. Where a GradScaler skips a step, nothing is multiplied.
 
+    An optimizer whose `step` is not called by itself, as where one for sharpness-aware minimization (SAM) steps another
+    inside it, cannot be followed; `check` warns of it.
+
     The cost is a copy of those layers' weights during the optimizer's step, and nothing while every factor is 1.
 
     Args:
@@ -55,6 +59,8 @@ class LayerRates:
         self._ask = ask
         self._timed = timed
         self._before: dict[int, list[_Before]] = {}
+        self._called = False  # by an optimizer's step
+        self._versions: list[int] = []
         self._handles = []
         for number, optimizer in enumerate(map(innermost, optimizers)):
             self._handles += [
@@ -69,7 +75,25 @@ class LayerRates:
         self._handles = []
         self._before = {}
 
+    def check(self) -> None:
+        """Warn, once, where weights have moved since the last call of this and no optimizer's step was seen."""
+        if self._called:
+            return
+        # By more than steps: a GradScaler may have skipped all so far.
+        versions = [parameter._version for layer in self._layers for parameter in layer.parameters()]
+        moved = bool(self._versions) and versions != self._versions
+        self._versions = versions
+        if moved:
+            self._called = True
+            warnings.warn(
+                "weights move and no optimizer given to the controller is stepped, so that the policy's learning rates "
+                "are not applied: one of them may step another inside it, as for sharpness-aware minimization (SAM). "
+                "Give the controller that one, FreezeController(model, optimizer.base_optimizer, ...)",
+                stacklevel=5,
+            )
+
     def _before_step(self, number: int, held: "_Held", *_: Any) -> None:
+        self._called = True
         self._timed(partial(self._copy, number, held))
 
     def _after_step(self, number: int, *_: Any) -> None:

@@ -234,3 +234,63 @@ def test_accelerates_optimizer_is_followed_to_the_one_inside(make_toy):
     outer.step()
     assert torch.equal(before[0], model.body[0].weight)
     assert not torch.equal(before[1], model.body[3].weight)
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """SAM as it is mostly written: it climbs, and then its base optimizer steps from where it was."""
+
+    def __init__(self, parameters, **options):
+        super().__init__(parameters, options)
+        self.base_optimizer = torch.optim.SGD(self.param_groups, **options)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def climb(self):
+        self.before = [(p, p.clone()) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter, _ in self.before:
+            parameter.add_(parameter.grad, alpha=0.01)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def descend(self):
+        for parameter, before in self.before:
+            parameter.copy_(before)
+        self.base_optimizer.step()
+
+
+def train_sharpness_aware(model, outer, controller, steps=4):
+    for step in range(steps):
+        backward(model, step)
+        outer.climb()
+        backward(model, step)
+        outer.descend()
+        controller.step()
+        outer.zero_grad()
+
+
+def test_an_optimizer_that_steps_another_inside_it_is_warned_of(make_toy):
+    model = make_toy()
+    outer = SharpnessAware(model.parameters(), lr=0.1)
+    controller = FreezeController(model, outer, Factors({0: 0.0}), total_steps=STEPS, say=None)
+    with pytest.warns(UserWarning, match=r"learning rates are not applied.*optimizer\.base_optimizer") as said:
+        train_sharpness_aware(model, outer, controller)
+    assert len(said) == 1
+
+
+def test_the_optimizer_inside_another_takes_rates(make_toy):
+    model = make_toy()
+    outer = SharpnessAware(model.parameters(), lr=0.1)
+    controller = FreezeController(model, outer.base_optimizer, Factors({0: 0.0}), total_steps=STEPS, say=None)
+    before = [model.body[index].weight.detach().clone() for index in (0, 3)]
+    train_sharpness_aware(model, outer, controller)
+    assert torch.equal(before[0], model.body[0].weight)
+    assert not torch.equal(before[1], model.body[3].weight)
+
+
+def test_steps_that_a_grad_scaler_skips_at_first_are_no_reason_to_warn(make_toy):
+    model = make_toy()
+    _, controller = controlled(model, Factors({0: 0.5}))
+    for step in range(4):
+        backward(model, step)
+        controller.step()
+        model.zero_grad()

@@ -123,6 +123,9 @@ def count_flops(
 ) -> LayerFlops:
     """Run `model` once on these inputs, and count its FLOPs.
 
+    It runs in the modes that its modules are in, since some heads and losses are computed in training alone. Where that
+    leaves layers out, as LayerDrop does at random, or fails, it runs in evaluation mode.
+
     The model is left as it was (see `isolated`). Where a frozen prefix ends inside a block, a side branch that starts
     there is counted as if it needed its input's gradient, which it does not: under one percent in a ResNet.
 
@@ -163,11 +166,33 @@ def _counted(
     inputs: tuple[tuple[Any, ...], dict[str, Any]],
     without_memory: bool = False,
 ) -> LayerFlops:
-    counter = _Counter(layers, model, trained, none_is_too_large=without_memory)
+    in_evaluation, in_training = (_Counter(layers, model, trained, without_memory) for _ in range(2))
+    try:
+        _run(in_training, model, inputs, without_memory, as_in_training=True)
+    except _TooLarge:
+        raise
+    except Exception:  # seen again, unless evaluation mode does without what failed
+        _run(in_evaluation, model, inputs, without_memory)
+        return in_evaluation.flops(layers)
+    if in_training.left_out:
+        _run(in_evaluation, model, inputs, without_memory)
+        if in_evaluation.left_out < in_training.left_out:
+            return in_evaluation.flops(layers)
+    return in_training.flops(layers)
+
+
+def _run(
+    counter: "_Counter",
+    model: nn.Module,
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    without_memory: bool,
+    as_in_training: bool = False,
+) -> None:
     # Transformers' layers checkpoint in training mode only.
     checkpointing = [m for m in model.modules() if m.training and getattr(m, "gradient_checkpointing", False) is True]
     # The table of known operators lacks the CPU's fused attention; its plain form has the same products.
-    with isolated(model), counter.finally_forgetting(), sdpa_kernel(SDPBackend.MATH):
+    passing = isolated(model, as_in_training=as_in_training)
+    with passing, torch.no_grad(), counter.finally_forgetting(), sdpa_kernel(SDPBackend.MATH):
         for module in checkpointing:
             module.training = True
         if without_memory:
@@ -179,7 +204,6 @@ def _counted(
             args, kwargs = converted(inputs, _alike)
             with counter:
                 model.forward(*args, **kwargs)  # not the hooks on the model itself, which are the training's
-    return counter.flops(layers)
 
 
 def _alike(tensor: Tensor) -> Tensor:
@@ -245,6 +269,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._recomputed: list[list[int]] = []
         self._last = 0
         self._reaches: int | None = None
+        self.left_out = set(range(len(layers)))
+        """Indices of the layers of which nothing has run."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and count it."""
@@ -266,6 +292,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weights = [tensor for tensor in tensors if id(tensor) in self._owner or id(tensor) in self._made_of_weights]
         for tensor in weights:
             self._now = self._owner.get(id(tensor), self._now)
+            self.left_out.discard(self._now)
         inputs, own, factors = _NOTHING, _NOTHING, _NOTHING
         for tensor in tensors:
             if id(tensor) in self._owner or id(tensor) in self._made_of_weights:

@@ -173,6 +173,20 @@ class OnlyBiases(nn.Module):
         return self.head(self.body(x))
 
 
+class Auxiliary(nn.Module):
+    """A second head, in training alone; in evaluation more inputs, as test-time augmentation has them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+        self.aside, self.head = nn.Linear(8, 30), nn.Linear(8, 2)
+
+    def forward(self, x):
+        features = self.body(x if self.training else torch.cat([x, -x]))
+        return torch.cat([self.head(features), self.aside(features)], 1) if self.training else self.head(features)
+
+
 FLOWS = {
     "tied": (Tied, torch.arange(5)),
     "taught": (Taught, torch.ones(2, 8)),
@@ -181,6 +195,7 @@ FLOWS = {
     "checkpointed": (Checkpointed, torch.ones(2, 8)),
     "checkpointed in training": (CheckpointedInTraining, torch.ones(2, 8)),
     "biases": (OnlyBiases, torch.ones(2, 8)),
+    "a head in training": (Auxiliary, torch.ones(2, 8)),
 }
 
 
@@ -197,6 +212,32 @@ def test_a_step_costs_what_its_gradients_flow_through(case, count):
     with FlopCounterMode(display=False) as counter:
         model(x).sum().backward()
     assert flops.step(frozenset(range(min(count, len(layers))))) == counter.get_total_flops()
+
+
+class Dropping(nn.Module):
+    """Leaves all blocks out at random, or refuses to train without gradients."""
+
+    def __init__(self, refuses):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks, self.head = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), nn.Linear(8, 2)
+        self.refuses = refuses
+
+    def forward(self, x):
+        if self.refuses and self.training and not torch.is_grad_enabled():
+            raise RuntimeError("not without gradients")
+        for block in self.blocks:
+            x = x if self.training and torch.rand(()) < 1 else block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_layers_that_a_training_leaves_out_at_random_count_all_the_same(refuses):
+    model, x = Dropping(refuses), torch.ones(2, 8)
+    layers = layers_of(model, x)
+    flops = count_flops(model, layers, (x,), {})
+    assert flops == count_flops(model.eval(), layers, (x,), {})
+    assert flops.forward_L == (2 * 2 * 8 * 8,) * 3
 
 
 class Recurrent(nn.Module):

@@ -106,9 +106,11 @@ class FirstPass:
             self._handles.append(module.register_forward_pre_hook(before.pre, with_kwargs=True, prepend=True))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        whole = module is self._called_model or module is self._model
+        if self._running is not None and (whole or module is self._running) and not hidden():
+            self._leave()  # a call that was interrupted, after which no hook runs
         if self._running is not None or not self._handles or hidden():
             return
-        whole = module is self._called_model or module is self._model
         if whole and self._called_model is not self._model and "forward" in vars(self._model):
             return  # Lightning redirects this call into another method, which will call modules
         if self._take() is None:
@@ -119,10 +121,14 @@ class FirstPass:
         self._running = module
         # Only now: a cache takes forward hooks in what it skips for those of a user who wants to see each pass.
         self._handles.append(module.register_forward_hook(_Hook(self._after).post, always_call=True))
-        if whole:
-            self._see_the_whole(args, kwargs)
-        else:
-            self._see_a_part(module, args, kwargs)
+        try:
+            if whole:
+                self._see_the_whole(args, kwargs)
+            else:
+                self._see_a_part(module, args, kwargs)
+        except BaseException:  # such as KeyboardInterrupt
+            self._leave()
+            raise
 
     def _holds_its_own(self) -> bool:
         """Whether the model's parameters are its own in this call, and not lent to it by `torch.func.functional_call`.
@@ -162,10 +168,15 @@ class FirstPass:
 
     def _after(self, module: nn.Module, output: object) -> None:
         if module is self._running and not hidden():
-            self._running = None
             if self._handles:
-                self._handles.pop().remove()
                 self._given += [(module, t.grad_fn) for t in tensors_in(output) if t.grad_fn is not None]
+            self._leave()
+
+    def _leave(self) -> None:
+        """End the call that was seen last, whose hook was registered last."""
+        self._running = None
+        if self._handles:
+            self._handles.pop().remove()
 
     def _follow(self, nodes: list[Any]) -> None:
         """Note all nodes that lead to these."""

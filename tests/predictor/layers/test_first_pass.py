@@ -527,6 +527,46 @@ def test_a_head_that_was_put_in_after_the_controller_was_made_is_seen():
     assert [layer.name for layer in controller.layers] == ["body.0", "body.2"]
 
 
+class Interrupted(nn.Module):
+    """Defined from back to front, and interrupted in one of its passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.second, self.first = nn.Linear(5, 3), nn.Linear(5, 5), nn.Linear(6, 5)
+        self.before = iter(())  # an iterator, since what a pass of ours takes from one is not brought back
+
+    def forward(self, x):
+        if next(self.before, None) == 0:
+            raise KeyboardInterrupt
+        return self.head(self.second(self.first(x)))
+
+
+class Encoder(nn.Module):
+    """Is interrupted in a part that the loop calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.coder = nn.Linear(3, 3), Interrupted()
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_first_pass_that_was_interrupted_shows_the_layers_when_it_is_made_again(number, parts):
+    model = Encoder() if parts else Interrupted()
+    inner = model.coder if parts else model
+    loss = (lambda: model.head(model.coder(X)).sum()) if parts else (lambda: model(X).sum())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    controller = FreezeController(model, optimizer, make_policy("static", share=1.0), total_steps=4, say=None)
+    inner.before = iter(range(number, -1, -1))
+    with pytest.raises(KeyboardInterrupt):
+        loss()
+    loss().backward()
+    optimizer.step()
+    controller.step()
+    names = [layer.name for layer in controller.layers]
+    assert names == (["coder.first", "coder.second", "coder.head"] if parts else ["first", "second"])
+
+
 def test_afterwards_nothing_is_left_in_the_model():
     model = HeadFirst()
     optimizers = sgd(model)

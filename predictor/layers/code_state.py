@@ -13,6 +13,7 @@ _CLEAN = sys.stdlib_module_names | {
     "lightning",
     "numpy",
     "peft",
+    "predictor",
     "pytorch_lightning",
     "timm",
     "torch",
@@ -30,44 +31,46 @@ Keep = Callable[[Any], Callable[[], object] | None]
 """Returns what restores the content of a value; None for what cannot change."""
 
 
-def restores_of_code(model: nn.Module, keep: Keep) -> list[Callable[[], object]]:
+def restores_of_code(model: nn.Module, keep: Keep, more: list[Any]) -> list[Callable[[], object] | None]:
     """What restores the variables that the code of a model's own classes names, as they are now.
 
-    Followed are the methods of its modules' classes and the user's hooks, and the functions, classes and
-    objects that they name. Not followed is what has no Python code.
+    Followed are the methods of its modules' classes, the user's hooks and what `more` has, and the functions, classes
+    and objects that they name. Not followed is what has no Python code.
 
     Args:
         model: the model.
         keep: makes what restores the content of one value.
+        more: further functions and classes, to which `keep` adds those that it finds.
     """
-    restores: list[Callable[[], object]] = []
-    variables: dict[tuple[int, str], tuple[Any, str, Any]] = {}
-    for holder, name, value in _variables_of(model):
-        variables.setdefault((id(holder), name), (holder, name, value))
-    for holder, name, value in variables.values():
+    restores: list[Callable[[], object] | None] = []
+    variables: dict[tuple[int, str], tuple[Any, str, Any]] = {}  # held, so that no other holder gets the same id
+    for holder, name, value in _variables_of(model, more):
+        if (id(holder), name) in variables:
+            continue
+        variables[id(holder), name] = holder, name, value
         if isinstance(value, _CACHE):
             restores.append(functools.partial(_clear_if_grown, value, value.cache_info().currsize))
-        elif not callable(value) and not isinstance(value, ModuleType):
-            restores.append(functools.partial(_bind_again, holder, name, value))
-            if restore := keep(value):
-                restores.append(restore)
+        elif not isinstance(value, (FunctionType, type, ModuleType)):
+            restores += [functools.partial(_bind_again, holder, name, value), keep(value)]
     return restores
 
 
-def _variables_of(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
+def _variables_of(model: nn.Module, more: list[Any]) -> Iterator[tuple[Any, str, Any]]:
     """(holder, name, value) of each variable that the code names."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__ if not _is_clean(cls)}
     stack: list[Any] = [code for cls in classes for code in _code_in(cls)]
-    stack += [own for module in model.modules() for own in vars(module).values() if isinstance(own, FunctionType)]
     owners: dict[int, list[Any]] = {}  # of a hook that is a method, its object, by the id of its function
     for hook in _hooks_of(model):
-        if isinstance(hook, functools.partial):
-            yield from (([value], "", value) for value in (*hook.args, *hook.keywords.values()))
+        yield [hook], "", hook
         for function, owner in _calls_of(hook):
             stack.append(function)
             owners.setdefault(id(function), []).extend(owner)
     seen = set[int]()
-    while stack and len(seen) < _MOST:
+    while (stack or more) and len(seen) < _MOST:
+        if not stack:
+            added = more.pop()
+            stack += [code for each in getattr(added, "__mro__", [added]) for code in _code_in(each)]
+            continue
         function = stack.pop()
         if id(function) in seen or _is_clean(function):
             continue

@@ -2,11 +2,9 @@
 
 import random
 import sys
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from predictor.layers.code_state import restores_of_code
+from predictor.layers.contents import Contents
 from predictor.layers.hook_tables import restored_hooks
 from predictor.layers.tensors import number_of, tensors_in
 
@@ -32,7 +31,8 @@ def isolated(
     these are what they were: every module's mode, every buffer and parameter (the object and its content), what modules
     keep in plain attributes, and the state of the random generators (Python's, NumPy's, torch's on the CPU and on the
     model's devices). The same holds for what the model's code keeps in its classes, in global variables and in caches:
-    numbers, tensors, lists, dicts and `functools.lru_cache`. Nothing waits for a GPU.
+    numbers, tensors, lists, dicts and `functools.lru_cache`. Networks and other objects that the model, its code or
+    `others` hold are restored like the model; they keep their modes. Nothing waits for a GPU.
 
     The caller gives the pass copies of the inputs (`predictor.layers.tensors.copied`). Forward hooks run, since many
     are part of a model (weight norm, pruning, adapters). What they keep is brought back like what the model's code
@@ -44,25 +44,23 @@ def isolated(
             parameters, but nothing that a backward pass needs.
         gradients: record gradients in evaluation mode, for `torch.autograd.grad`, which leaves `.grad` alone. Random
             generators go on from where they are.
-        others: further objects, such as a data loader's sampler, whose attributes are restored like those of modules.
+        others: further objects that are restored with all that they hold, such as a data loader, or a function that
+            computes a loss.
     """
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"}
-    others = [each for each in others if hasattr(each, "__dict__")]
-    contents = _Contents(model, others)
     with ExitStack() as stack:
-        stack.enter_context(restored_hooks(model))
         stack.callback(_isolated.reset, _isolated.set(True))
         stack.callback(_shown.reset, _shown.set(False))
         stack.enter_context(_restored_modes(model, evaluation=not as_in_training))
-        stack.enter_context(_restored_attributes([*model.modules(), *others], contents))
-        stack.enter_context(_restored_code(model, contents))
-        stack.enter_context(_restored_buffers(model))
+        contents = stack.enter_context(_restored_contents(model, others))
+        stack.enter_context(restored_hooks(contents.modules))
+        stack.enter_context(_restored_buffers(contents.modules))
         stack.enter_context(_restored_random_state(devices, seeded=not gradients))
         stack.enter_context(_eager_part_by_part())
         stack.enter_context(_no_autocast_cache())
         recording = torch.enable_grad() if gradients else torch.no_grad()
         stack.enter_context(_all_requiring_gradients(model) if as_in_training else recording)
-        stack.enter_context(_restored_parameters(model, contents.tensors))
+        stack.enter_context(_restored_parameters(contents.modules, contents.tensors))
         yield
 
 
@@ -106,9 +104,9 @@ def _restored_modes(model: nn.Module, evaluation: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _restored_buffers(model: nn.Module) -> Iterator[None]:
-    tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    contents = [(b, b.detach().clone()) for b in model.buffers() if _can_be_written(b)]
+def _restored_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    tables = [(module._buffers, dict(module._buffers)) for module in modules]
+    contents = [(b, b.detach().clone()) for b in _all_of(before for _, before in tables) if _can_be_written(b)]
     try:
         yield
     finally:
@@ -121,16 +119,16 @@ def _restored_buffers(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _restored_parameters(model: nn.Module, others: Iterable[Tensor]) -> Iterator[None]:
+def _restored_parameters(modules: Iterable[nn.Module], others: Iterable[Tensor]) -> Iterator[None]:
     """Restore parameters and others that a pass writes to, as one with a momentum encoder does. Only those are copied.
 
     Args:
-        model: the model.
+        modules: those whose parameters they are.
         others: tensors that are no parameters.
     """
-    tables = [(module._parameters, dict(module._parameters)) for module in model.modules()]
+    tables = [(module._parameters, dict(module._parameters)) for module in modules]
     # FSDP's and meta tensors have no memory here that could be compared.
-    plain = [p for p in model.parameters() if type(p.data) is Tensor and _can_be_written(p)]
+    plain = [p for p in _all_of(own for _, own in tables) if type(p.data) is Tensor and _can_be_written(p)]
     data = [(parameter, parameter.data) for parameter in plain]
     keeper = _WriteKeeper([*plain, *filter(_can_be_written, others)])
     try:
@@ -231,88 +229,28 @@ def _eager_part_by_part() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_SEARCHED = 1000
-"""Containers with more than this many items are not searched for tensors."""
-_DEPTH = 4
-_CONTAINERS = (list, deque, set, dict, OrderedDict, defaultdict, Counter)
-
-
 @contextmanager
-def _restored_attributes(owners: Sequence[object], contents: "_Contents") -> Iterator[None]:
-    """Restore what modules and others keep in plain attributes: the objects, and what is in tensors and containers."""
-    tables = [(owner.__dict__, dict(owner.__dict__)) for owner in owners]
-    values = (v for _, before in tables for name, v in before.items() if name not in _OF_EVERY_MODULE)
-    restores = [restore for value in values if (restore := contents.restore_of(value))]
+def _restored_contents(model: nn.Module, others: Iterable[object]) -> Iterator[Contents]:
+    """Restore what modules and others hold, and what the model's code keeps outside its modules."""
+    contents = Contents()
+    found = [contents.restore_of(model), *(contents.restore_of(each, given=True) for each in others)]
+    found += restores_of_code(model, contents.restore_of, contents.code)
     try:
-        yield
+        yield contents
     finally:
-        for table, before in tables:
-            for name in table.keys() - before.keys():
-                del table[name]
-            table.update(before)
-        for restore in restores:
+        for restore in filter(None, found):
             restore()
 
 
-@contextmanager
-def _restored_code(model: nn.Module, contents: "_Contents") -> Iterator[None]:
-    """Restore what the model's code keeps outside its modules."""
-    restores = restores_of_code(model, contents.restore_of)
-    try:
-        yield
-    finally:
-        for restore in restores:
-            restore()
-
-
-class _Contents:
-    """Makes what restores the content of values, of each once.
-
-    Objects are looked into whose classes are of the packages that the model's are of. Others, such as a trainer that a
-    module refers to, are no part of it.
-    """
-
-    def __init__(self, model: nn.Module, others: Iterable[object]) -> None:
-        self.tensors: list[Tensor] = []
-        """Those found, which are restored where a pass writes to them."""
-        self._packages = {_package(cls) for owner in (*model.modules(), *others) for cls in type(owner).__mro__}
-        self._packages -= {"torch", "lightning", "pytorch_lightning", *sys.stdlib_module_names}
-        self._packages |= {"__main__", "transformers"}  # whose caches of keys and values are in other people's modules
-        self._seen: dict[int, object] = {}  # held, so that no other value gets the same id
-
-    def restore_of(self, value: Any, depth: int = _DEPTH) -> Callable[[], object] | None:
-        """What restores a value's content; None for what cannot change or is of another kind."""
-        if value is None or isinstance(value, (bool, int, float, str, type)) or id(value) in self._seen:
-            return None
-        self._seen[id(value)] = value
-        if isinstance(value, Tensor):
-            self.tensors += [] if isinstance(value, nn.Parameter) else [value]
-            return None
-        if isinstance(value, torch.Generator):
-            return partial(value.set_state, value.get_state())
-        if isinstance(value, random.Random):
-            return partial(value.setstate, value.getstate())
-        if hasattr(value, "bit_generator"):  # NumPy's
-            return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
-        if not isinstance(value, tuple) and type(value) not in _CONTAINERS:
-            own = vars(value) if hasattr(value, "__dict__") and not callable(value) else None
-            value = own if isinstance(own, dict) and _package(type(value)) in self._packages else None
-        if value is None:
-            return None
-        items = (value.values() if isinstance(value, dict) else value) if depth and len(value) <= _SEARCHED else ()
-        inner = [restore for each in [*items] if (restore := self.restore_of(each, depth - 1))]
-        held = value if isinstance(value, tuple) else value.copy()
-        return partial(_refill, value, held, inner) if inner or not isinstance(value, tuple) else None
-
-
-def _package(cls: type) -> str:
-    return cls.__module__.partition(".")[0]
+def _all_of(tables: Iterable[dict[str, Any]]) -> Iterable[Any]:
+    """The tensors in tables of modules, each once."""
+    return {id(tensor): tensor for table in tables for tensor in table.values() if tensor is not None}.values()
 
 
 def _can_be_written(tensor: Tensor) -> bool:
-    overlaps = tensor.layout == torch.strided and 0 in tensor.stride() and tensor.numel() > 1  # made by `expand`
-    return tensor.layout == torch.strided and not overlaps and not tensor.is_meta and not tensor.is_inference()
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta or tensor.is_inference():
+        return False
+    return 0 not in tensor.stride() or tensor.numel() <= 1  # made by `expand`
 
 
 def _write_back(tensor: Tensor, content: Tensor) -> None:
@@ -320,14 +258,3 @@ def _write_back(tensor: Tensor, content: Tensor) -> None:
     # needs the tensor does not take it for changed.
     if tensor.shape == content.shape:
         tensor.data.copy_(content)
-
-
-def _refill(value: Any, held: Any, inner: list[Callable[[], object]]) -> None:
-    if not isinstance(value, tuple):
-        value.clear()
-    if isinstance(value, set | dict):
-        value.update(held)
-    elif not isinstance(value, tuple):
-        value.extend(held)
-    for restore in inner:
-        restore()

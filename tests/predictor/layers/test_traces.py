@@ -2,16 +2,19 @@
 
 import functools
 import random
-from collections import deque
+import weakref
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from threading import Lock
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from predictor import FreezeController, make_policy
+from predictor import FreezeController, FreezePolicy, make_policy
+from predictor.layers import contents
 from predictor.layers.isolated_pass import isolated
 from predictor.layers.tensors import copied, few_samples, tensors_anywhere_in
 
@@ -227,3 +230,171 @@ def test_a_count_in_an_object_of_a_hook_stays():
     with isolated(model):
         model(torch.randn(6, 4))
     assert (extractor.calls, extractor.last, extractor.outputs) == (0, None, [])
+
+
+class Helper:
+    """Draws, counts and runs a network that is no part of the model."""
+
+    def __init__(self):
+        self.drawn = np.random.RandomState(0), np.random.default_rng(0), np.random.PCG64(0)
+        self.counts, self.calls, self.outputs = np.zeros(2), 0, []
+        self.network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.network.averages = {"mean": torch.zeros(4)}
+
+    def __call__(self, x):
+        self.calls += 1
+        self.counts += 1
+        self.drawn[0].rand(), self.drawn[1].random(), self.drawn[2].random_raw()
+        with torch.no_grad():
+            self.outputs.append(self.network(x))
+            self.network[0].weight.mul_(0.9)
+            self.network.averages["mean"].add_(1)
+        self.network.called = True
+        return x + float(self.calls)
+
+    def state(self):
+        drawn = str(self.drawn[0].get_state()), str(self.drawn[1].bit_generator.state), str(self.drawn[2].state)
+        tensors = [*self.network.state_dict().values(), *self.network.averages.values()]
+        kept = self.calls, self.counts.tolist(), len(self.outputs), hasattr(self.network, "called")
+        return drawn, [tensor.tolist() for tensor in tensors], kept, [part.training for part in self.network.modules()]
+
+
+class Slotted:
+    """Has no dictionary of attributes."""
+
+    __slots__ = ("helper", "passes", "unset")
+
+    def __init__(self, helper):
+        self.helper, self.passes = helper, 0
+
+    def __call__(self, x):
+        self.passes += 1
+        return self.helper(x) + self.passes
+
+    def __eq__(self, other):
+        return self.passes == other
+
+
+class Registry(dict):
+    """A container of the user's own."""
+
+
+class Refusing(OrderedDict):
+    """Takes nothing, as diffusers' configurations."""
+
+    def __setitem__(self, name, value):
+        raise TypeError("it is frozen")
+
+
+class HelperOfAPackage(Helper):
+    """Of a package that the model is not of."""
+
+
+HelperOfAPackage.__module__ = "elsewhere.noise"
+GLOBAL = []
+
+
+def by_a_global_name(held, x):
+    return GLOBAL[0](x)
+
+
+def called(held, x):
+    return held(x)
+
+
+HELD = {
+    "an attribute": (lambda helper: helper, called),
+    "in a list": (lambda helper: [helper], lambda held, x: held[0](x)),
+    "in a container of the user's": (lambda helper: Registry(noise=helper), lambda held, x: held["noise"](x)),
+    "in a namespace": (lambda helper: SimpleNamespace(noise=helper), lambda held, x: held.noise(x)),
+    "in slots": (Slotted, called),
+    "a bound method": (lambda helper: helper.__call__, called),
+    "a partial": (lambda helper: functools.partial(called, helper), called),
+    "in a closure": (lambda helper: lambda x: helper(x), called),
+    "a default": (lambda helper: lambda x, helper=helper: helper(x), called),
+    "a global name": (lambda helper: GLOBAL.append(helper), by_a_global_name),
+}
+
+
+class Helped(nn.Module):
+    """Has a helper."""
+
+    def __init__(self, held, call):
+        super().__init__()
+        self.held, self.call = held, call
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.body(self.call(self.held, x)))
+
+
+@pytest.mark.parametrize("as_in_training", [False, True])
+@pytest.mark.parametrize("kind", [Helper, HelperOfAPackage])
+@pytest.mark.parametrize("held", HELD)
+def test_a_helper_of_the_models_is_afterwards_as_it_was(held, kind, as_in_training):
+    GLOBAL.clear()
+    helper = kind()
+    hold, call = HELD[held]
+    model = Helped(hold(helper), call)
+    before = helper.state()
+    with isolated(model, as_in_training=as_in_training):
+        model(torch.randn(4, 4))
+        assert helper.state() != before
+    assert helper.state() == before
+    assert not isinstance(model.held, Slotted) or model.held == 0
+
+
+@pytest.mark.parametrize("method", ["keep", "pass_on"])
+def test_what_a_hooks_object_keeps_by_another_method_is_taken_back(method):
+    class Passing(Extractor):
+        def pass_on(self, *given):
+            self.keep(*given)
+
+    extractor, model = Passing(), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    model[0].register_forward_hook(getattr(extractor, method))
+    with isolated(model):
+        model(torch.randn(6, 4))
+    assert (extractor.calls, extractor.last, extractor.outputs) == (0, None, [])
+
+
+def test_hooks_that_a_network_beside_the_model_installs_are_taken_away():
+    helper = Helper()
+    model = Helped([helper.network], lambda held, x: held[0].register_forward_hook(called) and x)
+    with isolated(model):
+        model(torch.ones(2, 4))
+    assert not helper.network._forward_hooks
+
+
+def test_what_cannot_be_brought_back_is_left_alone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model.random, model.gone = random.SystemRandom(), [weakref.proxy(Helper())]
+    model.config = Refusing()
+    OrderedDict.__setitem__(model.config, "size", 4)
+    with isolated(model):
+        model(torch.ones(2, 4))
+        OrderedDict.__setitem__(model.config, "size", 5)
+    assert dict(model.config) == {"size": 4}
+
+
+def test_large_arrays_are_not_copied(monkeypatch):
+    monkeypatch.setattr(contents, "_ARRAY_BYTES", 100)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model.large, model.small = np.zeros(20), np.zeros(10)
+    with isolated(model):
+        model.large += 1
+        model.small += 1
+    assert (model.large.max(), model.small.max()) == (1, 0)
+
+
+def test_what_the_users_own_policy_notes_lasts():
+    class Noting(FreezePolicy):
+        notes = ()
+
+        def decide(self, view):
+            return frozenset()
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model.policy = Noting()
+    with isolated(model):
+        model.policy.notes = ("seen",)
+    assert model.policy.notes == ("seen",)

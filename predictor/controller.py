@@ -191,8 +191,8 @@ class FreezeController:
 
         Call it before the loop, after states were loaded. It takes a quarter of the samples of each of 8 batches, at
         least 4, forward and backward, in evaluation mode. Afterwards model, `.grad`, statistics, modes, the random
-        generators of Python, NumPy and torch, and the loader's own are what they were. For that time it keeps two more
-        copies of all weights that train.
+        generators of Python, NumPy and torch, the loader's own, and what `loss` uses are what they were. For that time
+        it keeps two more copies of all weights that train.
 
         Batches stay whole whose samples cannot be told (tensors and lists of different lengths), and all of them where
         `loss` raises an error on a part. Under several processes each looks at its own, and the first decides.

@@ -51,7 +51,8 @@ class FeatureCollector:
             raise Unfit("the model is sharded (FSDP2): call probe_head before fully_shard")
         features, labels = [], []
         # With gradients: a FeatureCache takes a pass without them for a test.
-        with isolated(self._model, gradients=True), _once(loader) as iterator:
+        others = [loader, self._unpack]
+        with isolated(self._model, gradients=True, others=others), _closed_after(iter(loader)) as iterator:
             for batch in iterator:
                 inputs, y_B = self._unpack(batch)
                 _check_labels(y_B)
@@ -155,20 +156,12 @@ def _unpacked(batch: Any) -> tuple[Any, Tensor]:
 
 
 @contextmanager
-def _once(loader: Iterable[Any]) -> Iterator[Iterator[Any]]:
-    """An iterator over a loader, after which the loader's generators are as they were."""
-    batches = getattr(loader, "batch_sampler", None)
-    owners = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
-    generators = [getattr(owner, "generator", None) for owner in owners]
-    states = [(each, each.get_state()) for each in generators if isinstance(each, torch.Generator)]
-    iterator = iter(loader)
+def _closed_after(iterator: Iterator[Any]) -> Iterator[Iterator[Any]]:
     try:
         yield iterator
     finally:
         if isinstance(iterator, Generator):
             iterator.close()  # now, not when it is collected: it may be inside `cache.batch`
-        for generator, state in states:
-            generator.set_state(state)
 
 
 @contextmanager

@@ -92,8 +92,8 @@ def probe_head(
     Args:
         model: the model, with or without what is wrapped around it.
         loader: the training's batches, without random augmentation if possible: (inputs, labels), (input, input,
-            labels), or a dict with "labels" whose other entries are named inputs. It is iterated over once; a sampler
-            that counts its epochs, such as SieveSampler, counts this one.
+            labels), or a dict with "labels" whose other entries are named inputs. It is iterated over once, and is
+            afterwards as it was: a sampler that counts its epochs, such as SieveSampler, does not count this one.
         head: the linear layer's name, or that of a module with it; by default it is found.
         unpack: makes inputs and labels of a batch, where batches have another form.
         samples: the number of samples after which the pass ends. Their features stay in memory until the fit is done.

@@ -1,15 +1,17 @@
 """The first look: what a policy gets to see of the first batches, and that it leaves no trace."""
 
 import random
+from functools import partial
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
-from predictor import FreezeController, FreezePolicy
+from predictor import FreezeController, FreezePolicy, SieveSampler
 from predictor.errors import UsageError
 
 X = torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -156,15 +158,16 @@ def test_the_training_draws_the_same_numbers_as_without_a_look(make_toy, own, wo
 
 
 def test_the_look_is_at_the_batches_that_the_training_begins_with(make_toy):
-    model, seen = make_toy(), []
+    model, kept = make_toy(), SimpleQueue()  # a list would be brought back
     loader = loader_of()
     _, controller = start(model)
 
     def loss(batch):
-        seen.append(batch[0].clone())
+        kept.put(batch[0].clone())
         return loss_of(model)(batch)
 
     controller.look(loader, loss)
+    seen = [kept.get() for _ in range(kept.qsize())]
     assert all(torch.equal(then, x[:4]) for then, (x, _) in zip(seen[-8:], loader, strict=True))
     assert all(torch.equal(then, seen[-8]) for then in seen[:-8])
 
@@ -244,14 +247,14 @@ def test_losses_that_cannot_be_looked_at_are_refused(make_toy, wrong):
 def test_of_a_batch_a_quarter_is_looked_at(make_toy):
     model = make_toy()
     _, controller = start(model)
-    sizes = []
+    sizes = SimpleQueue()
 
     def loss(batch):
-        sizes.append(len(batch[0]))
+        sizes.put(len(batch[0]))
         return loss_of(model)(batch)
 
     controller.look(loader_of(batch_size=24), loss)
-    assert set(sizes) == {6}
+    assert {sizes.get() for _ in range(sizes.qsize())} == {6}
     assert controller.looked == 2 * 0.25
 
 
@@ -343,3 +346,154 @@ def test_a_state_that_waits_for_the_first_pass_counts_where_a_step_was_done(step
     resumed.step()
     assert resumed.frozen == {0}
     assert resumed.view.step == steps + 1
+
+
+class Centred(nn.Module):
+    """A loss with a state, as DINO's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner, self.calls, self.log, self.sums = [model], 0, [], np.zeros(3)
+        self.register_buffer("centre", torch.zeros(3))
+        self.critic = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+    def forward(self, batch):
+        logits = self.inner[0](batch[0])
+        self.calls += 1
+        self.log.append(logits.detach())
+        self.sums += 1
+        self.centre.mul_(0.9).add_(logits.detach().mean(0))
+        return F.cross_entropy(logits - self.centre, batch[1]) - self.critic(logits).mean()
+
+    def state(self):
+        tensors = {name: tensor.tolist() for name, tensor in self.state_dict().items()}
+        return tensors, self.calls, len(self.log), self.sums.tolist(), [part.training for part in self.modules()]
+
+
+class Trainer:
+    """Holds what computes the loss."""
+
+    def __init__(self, criterion):
+        self.criterion = criterion
+
+    def loss(self, batch):
+        return self.computed(batch)
+
+    def computed(self, batch):
+        return self.criterion(batch)
+
+    def __call__(self, batch):
+        return self.computed(batch)
+
+
+def closure_over(trainer):
+    return lambda batch: trainer.loss(batch)
+
+
+LOSSES = {
+    "a module": lambda criterion: criterion,
+    "a closure": lambda criterion: lambda batch: criterion(batch),
+    "a method": lambda criterion: Trainer(criterion).loss,
+    "an object": lambda criterion: Trainer(criterion),
+    "a partial": lambda criterion: partial(lambda to, batch: to(batch), criterion),
+    "a closure over an object": lambda criterion: closure_over(Trainer(criterion)),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_what_the_loss_uses_is_afterwards_as_it_was(make_toy, kind):
+    model = make_toy()
+    criterion = Centred(model)
+    _, controller = start(model)
+    before = criterion.state()
+    controller.look(loader_of(), LOSSES[kind](criterion))
+    assert controller.looked > 5
+    assert criterion.state() == before
+
+
+class Noise:
+    """A transform that draws by itself."""
+
+    def __init__(self, kind):
+        self.random = kind(0)
+
+    def __call__(self, x):
+        return x + float(self.random.standard_normal())
+
+    def state(self):
+        return str(self.random.get_state() if hasattr(self.random, "get_state") else self.random.bit_generator.state)
+
+
+class NoiseOfAPackage(Noise):
+    """Of another package than the data set."""
+
+
+NoiseOfAPackage.__module__ = "elsewhere.noise"
+
+
+class Noisy(Dataset):
+    """Samples under a transform."""
+
+    def __init__(self, transform):
+        self.transform, self.seen = transform, np.zeros(len(X))
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, index):
+        self.seen[index] += 1
+        return self.transform(X[index]), Y[index]
+
+
+class Wrapped:
+    """A loader around another one, as for a device."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        yield from self.loader
+
+
+def generated(loader):
+    """Batches from a generator."""
+    yield from loader
+
+
+TRANSFORMS = {
+    "an object": lambda noise: noise,
+    "a function": lambda noise: lambda x: noise(x),
+    "a method": lambda noise: noise.__call__,
+}
+
+
+@pytest.mark.parametrize("within", [lambda data: data, lambda data: ConcatDataset([Subset(data, range(48))])])
+@pytest.mark.parametrize("random_kind", [np.random.RandomState, np.random.default_rng])
+@pytest.mark.parametrize("noise_kind", [Noise, NoiseOfAPackage])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_generators_of_the_data_are_where_they_were(make_toy, transform, noise_kind, random_kind, within):
+    noise, model = noise_kind(random_kind), make_toy()
+    data = Noisy(TRANSFORMS[transform](noise))
+    before = noise.state()
+    _, controller = start(model)
+    looked_at(model, controller, DataLoader(within(data), batch_size=6))
+    assert controller.looked > 5
+    assert noise.state() == before
+    assert data.seen.sum() == 0
+
+
+@pytest.mark.parametrize("wrap", [lambda loader: loader, Wrapped, lambda loader: Wrapped(Wrapped(loader)), generated])
+@pytest.mark.parametrize("order", ["generator", "sieve"])
+def test_the_training_gets_the_samples_in_the_order_that_it_would_have_got(make_toy, order, wrap):
+    orders = []
+    for looks in (False, True):
+        own = {"shuffle": True, "generator": torch.Generator().manual_seed(5)}
+        seed_all()
+        loader = loader_of(**(own if order == "generator" else {"shuffle": None, "sampler": SieveSampler(len(X))}))
+        model = make_toy()
+        _, controller = start(model)
+        if looks:
+            looked_at(model, controller, wrap(loader))
+            assert controller.looked > 4
+        orders.append([y.tolist() for _ in range(2) for _, y in wrap(loader)])
+    assert orders[0] == orders[1]

@@ -3,6 +3,7 @@
 import copy
 from collections import UserDict
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed as dist
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
-from predictor import FeatureCache, FreezeController, make_policy, probe_head
+from predictor import FeatureCache, FreezeController, SieveSampler, make_policy, probe_head
 from predictor.errors import UsageError
 from predictor.probing import regression
 from tests.second_device import second_device
@@ -192,6 +193,59 @@ def test_the_loaders_own_generator_stands_where_it_stood():
     state = generator.get_state()
     assert probe_head(net(), loader).probed
     assert torch.equal(generator.get_state(), state)
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Numbered samples with noise from a generator of its own."""
+
+    def __init__(self):
+        (self.x, self.y), self.random = samples(), np.random.RandomState(0)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return index, self.x[index] + float(self.random.rand()), self.y[index]
+
+
+class Wrapped:
+    """A loader around another one, as for a device."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        yield from self.loader
+
+
+def generated(loader):
+    yield from loader
+
+
+LOADERS = {
+    "its generator": lambda: {"shuffle": True, "generator": torch.Generator().manual_seed(4)},
+    "a sampler that counts": lambda: {"sampler": SieveSampler(300)},
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda loader: loader, Wrapped, generated])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_the_training_gets_the_samples_that_it_would_have_got(kind, wrap):
+    given = []
+    for probes in (False, True):
+        model = net()
+        torch.manual_seed(2)
+        loader = torch.utils.data.DataLoader(Noisy(), batch_size=50, **LOADERS[kind]())
+        if probes:
+            probe_head(model, wrap(loader), unpack=lambda batch: (batch[1], batch[2]), samples=120)
+        given.append([(ids.tolist(), x.tolist()) for _ in range(2) for ids, x, _ in loader])
+    assert given[0] == given[1]
+
+
+def test_what_unpack_keeps_is_taken_back():
+    seen = []
+    probe_head(net(), batches(*samples()), unpack=lambda batch: seen.append(1) or batch)
+    assert not seen
 
 
 def test_a_pass_that_ends_early_leaves_the_batch_it_is_in():

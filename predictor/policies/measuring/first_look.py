@@ -45,9 +45,9 @@ def look_at(
     Args:
         model: the model, as it is called.
         layers: those that are looked at, or what returns them once the first loss is there.
-        batches: opened in here. A DataLoader's samplers and data set are left as they were, too.
-        loss: from a batch to its loss.
-        others: further objects that are left as they were, such as what computes the loss.
+        batches: opened in here. The loader's samplers and data set are left as they were, too.
+        loss: from a batch to its loss. What it uses is left as it was.
+        others: further objects that are left as they were.
         around: makes a context for computing a loss, given which part of the batch it is of.
         why_not: takes the reason where there is no look.
 
@@ -60,7 +60,7 @@ def look_at(
     """
     try:
         _refuse_unfit(model)
-        with isolated(model, gradients=True, others=_parts_of(batches, *others)), _without_cudnn_for_rnns(model):
+        with isolated(model, gradients=True, others=[batches, loss, *others]), _without_cudnn_for_rnns(model):
             return _sums_of(layers, batches, loss, around).look()
     except (_NoLook, torch.OutOfMemoryError) as error:
         if why_not is not None:
@@ -182,18 +182,6 @@ def _without_cudnn_for_rnns(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.enabled = enabled
-
-
-def _parts_of(*loaders: object) -> list[object]:
-    """Loaders and what they load with, each of which may have a random generator or another state of its own."""
-    found: list[object] = []
-    stack = [*loaders]
-    while stack:
-        part = stack.pop()
-        if part is not None and not any(part is each for each in found):
-            found.append(part)
-            stack += [getattr(part, name, None) for name in ("dataset", "batch_sampler", "sampler", "collate_fn")]
-    return found
 
 
 def _l1(values: Sequence[Tensor], device: torch.device) -> Tensor:

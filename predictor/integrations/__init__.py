@@ -102,10 +102,8 @@ class TrainerCallbackBase:
         if not isinstance(own, DataLoader) or isinstance(own.dataset, IterableDataset):
             controller.report_no_look(f"{type(own).__name__} is no DataLoader over numbered samples, to begin again")
             return
-        fresh = copy.copy(own)
-        vars(fresh).update(persistent_workers=False, _iterator=None)
         try:
-            controller.look(fresh, loss, _others=others)
+            controller.look(own, loss, _others=others)
         except Exception as error:  # the model's or the data's, as where only training gives a loss
             controller.report_no_look(reason_of(error))
 

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from predictor.errors import UsageError
 from predictor.layers.isolated_pass import isolated
+from predictor.layers.loaders import beside_the_training
 from predictor.layers.tensors import converted, tensors_anywhere_in
 
 Unpack = Callable[[Any], tuple[Any, Tensor]]
@@ -51,6 +52,7 @@ class FeatureCollector:
             raise Unfit("the model is sharded (FSDP2): call probe_head before fully_shard")
         features, labels = [], []
         # With gradients: a FeatureCache takes a pass without them for a test.
+        loader = beside_the_training(loader)
         others = [loader, self._unpack]
         with isolated(self._model, gradients=True, others=others), _closed_after(iter(loader)) as iterator:
             for batch in iterator:

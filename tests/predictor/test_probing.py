@@ -225,6 +225,7 @@ def generated(loader):
 LOADERS = {
     "its generator": lambda: {"shuffle": True, "generator": torch.Generator().manual_seed(4)},
     "a sampler that counts": lambda: {"sampler": SieveSampler(300)},
+    "workers that stay": lambda: {"shuffle": True, "num_workers": 1, "persistent_workers": True},
 }
 
 

@@ -12,6 +12,7 @@ from predictor.errors import UsageError
 from predictor.layers.batch import part_of
 from predictor.layers.isolated_pass import isolated
 from predictor.layers.layer import Layer
+from predictor.layers.loaders import beside_the_training
 from predictor.model.first_look import FirstLook
 from predictor.policies.measuring.gradients import real_of, to_host
 from predictor.policies.measuring.learned import evidence_of
@@ -60,6 +61,7 @@ def look_at(
     """
     try:
         _refuse_unfit(model)
+        batches = beside_the_training(batches)
         with isolated(model, gradients=True, others=[batches, loss, *others]), _without_cudnn_for_rnns(model):
             return _sums_of(layers, batches, loss, around).look()
     except (_NoLook, torch.OutOfMemoryError) as error:

@@ -1,6 +1,6 @@
 """Finding where to cut a model: passes in evaluation mode that leave no trace, and what they prove."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -81,11 +81,16 @@ def find_again(
 
 
 def prefix_outputs(
-    model: nn.Module, cut: Cut, inputs: tuple[tuple[Any, ...], dict[str, Any]], modes: bool = False
+    model: nn.Module,
+    cut: Cut,
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    modes: bool = False,
+    attributes: Iterable[tuple[dict[str, Any], str, Any]] = (),
 ) -> list[Any]:
     """Run the model up to the cut and no further. Returns what the given calls return.
 
-    modes: leave modules in the modes that they are in; by default they are in evaluation mode.
+    modes: leave modules in the modes that they are in; by default they are in evaluation mode. attributes: other values
+    for attributes of modules, each with the module's `vars` and a name.
     """
     outputs: dict[int, Any] = {}
 
@@ -102,6 +107,8 @@ def prefix_outputs(
     with traceless(model), ExitStack() as hooks:
         for module in training:
             module.training = True
+        for table, name, value in attributes:
+            table[name] = value
         for index, call in enumerate(cut.given):
             hooks.callback(call.module.register_forward_hook(at_call(call.nth, note(index))).remove)
         with suppress(_Enough):

@@ -31,7 +31,7 @@ from predictor.cache.levels import LEFT_OUT, Level, Levels
 from predictor.cache.payoff import Payoff, Timing, clock_for
 from predictor.cache.prefetch import ReadAhead, moved_beside, with_next
 from predictor.cache.store import FeatureStore, Precision, index_of
-from predictor.cache.watch import Watch
+from predictor.cache.watch import Attribute, StandIn, Watch
 from predictor.controller import FreezeController
 from predictor.errors import UsageError
 from predictor.freezing.event import FreezeEvent
@@ -69,10 +69,10 @@ class FeatureCache:
     leads to them; and a pass from the cut gives the model's outputs and leaves the same tensors in its modules. Of the
     cuts for which that holds, the one that skips most is used. Where there is none the cache is off, and `reason` says
     why. The first batch that would skip the prefix runs it once more, to see that its features are still the same. So
-    do two samples at the second hit, the fourth and so on, in each epoch, and when a mode, a buffer or an attribute of
-    a module in front has changed. A batch runs as if there was no cache where its arguments have other shapes than the
-    first batch's, where an argument that all samples share has another value and features depend on it, under another
-    autocast, and where gradients of the model's inputs are wanted.
+    do two samples at the second hit, the fourth and so on, and in each epoch. When a mode, a buffer or an attribute of
+    a module in front has another value, each sample does once. A batch runs as if there was no cache where its
+    arguments have other shapes than the first batch's, where an argument that all samples share has another value and
+    features depend on it, under another autocast, and where gradients of the model's inputs are wanted.
 
     A prefix that grows is filled from the features at the old cut, not from the inputs. A prefix that shrinks forgets
     all. To find a cut takes passes forward, so a prefix that grows keeps its cut until another one pays
@@ -335,7 +335,7 @@ class FeatureCache:
         if not (self._levels or self._pending or self._stale):
             return None  # off
         numbers = self._answered(ids)
-        odd = self._inspect()
+        written = self._inspect()
         if self._adaptive and self.hits % _PAYOFF_EVERY == 0 and (lost := self._payoff.lost()):
             self._give_up(f"it does not pay: {lost}")
         if not (self._levels or self._pending or self._stale):
@@ -353,6 +353,7 @@ class FeatureCache:
             self._find_cut(len(ids), arguments)
         if not self._levels:
             return None
+        self._note_changes(written, arguments, len(ids))
         self.reason = ""
         prints = self._prints(arguments, self._call_kind.layout)
         if self._check_inputs and (twice := named_twice(numbers, prints)):
@@ -360,11 +361,11 @@ class FeatureCache:
             return None
         known = self._known(numbers)
         if known is None:
-            known = self._completed(numbers, prints, arguments, odd)
-        elif not self._checked(known, numbers, prints, arguments, odd):
+            known = self._completed(numbers, prints, arguments, written)
+        elif not self._checked(known, numbers, prints, arguments, written):
             return None
         elif known is not self._levels[-1]:
-            known = self._completed(numbers, prints, arguments, odd) or known
+            known = self._completed(numbers, prints, arguments, written) or known
         if not self._levels:
             return None
         if known is not None and not self._replay(
@@ -374,8 +375,6 @@ class FeatureCache:
         if known is self._levels[-1]:
             self._levels.use_newest()
         else:
-            for level in self._levels:
-                level.unsure = level.unsure or odd
             stack.enter_context(self._levels[-1].kept(self._model, numbers, prints, timing))
         if known is not None:
             self._deferred.ask(self._questions)
@@ -394,8 +393,8 @@ class FeatureCache:
         return ids.tolist() if isinstance(ids, Tensor) else ids
 
     def _inspect(self) -> bool:
-        """Whether something may be other than when features were kept, so that they are to be checked."""
-        suspected, self._suspected, odd = self._suspected, False, False
+        """Whether weights or buffers may have been written to, though weights are what they were."""
+        suspected, self._suspected, written = self._suspected, False, False
         for level in self._levels:
             watch, differ = level.watch, level.watch.norms_differ()
             self._questions += [(_WEIGHTS, each) for each in differ if each.device.type != "cpu"]
@@ -409,8 +408,43 @@ class FeatureCache:
             if watch.replaced or (touched and watch.moved):
                 self._begin_again(suspected)
                 return False
-            odd = odd or touched or watch.odd
-        return odd
+            written = written or touched
+        return written
+
+    def _note_changes(self, written: bool, arguments: Arguments, batch: int) -> None:
+        """See what else has changed. Samples that have features are then to be seen again, each before it is used."""
+        for level in self._levels:
+            watch = level.watch
+            if not written and not watch.odd:
+                continue
+            if not self._check_inputs:
+                watch.renew()
+                continue
+            if perhaps := watch.perhaps_unread():
+                watch.note_unread(perhaps, self._unread(level, perhaps, arguments, batch))
+            if names := watch.changes(written):
+                level.changed(names)
+                watch.renew_state()
+
+    def _unread(self, level: Level, perhaps: list[Attribute], arguments: Arguments, batch: int) -> list[Attribute]:
+        """Of some attributes those that nothing in front of the cut reads: stand-ins for them change no feature."""
+
+        def features(value: Any, some: list[Attribute]) -> list[Any]:
+            inputs = arguments.rows(self._call_kind.layout, list(range(batch)))
+            values = [StandIn(each.kind) if value is StandIn else value for each in some]
+            changed = [(each.table, each.name, new) for each, new in zip(some, values, strict=True)]
+            return prefix_outputs(self._model, level.cut, inputs, modes=True, attributes=changed)
+
+        def are_unread(some: list[Attribute]) -> bool:
+            others = [each for each in some if each.kind not in (int, float)]  # one may ask whether these are None
+            trials = [(StandIn, some), *((value, others) for value in (None, True, False) if others)]
+            try:
+                return all(close(now, features(*trial), repeated) for trial in trials)
+            except Exception:
+                return False
+
+        now = features(None, [])
+        return perhaps if are_unread(perhaps) else [each for each in perhaps if are_unread([each])]
 
     def _begin_again(self, used: bool) -> None:
         """Forget all features: the prefix has other weights now. used: whether a batch has been trained on old ones."""
@@ -426,31 +460,32 @@ class FeatureCache:
         if self._restarts > _RESTARTS:
             self._give_up("the frozen prefix's weights are written to again and again")
 
-    def _checked(self, level: Level, ids: list[int], prints: Tensor, arguments: Arguments, odd: bool) -> bool:
+    def _checked(self, level: Level, ids: list[int], prints: Tensor, arguments: Arguments, written: bool) -> bool:
         """Whether features that the level holds may be used.
 
-        Now and then, and where something is odd, the prefix is run to see.
+        Now and then, and where something has changed, the prefix is run to see.
         """
         if not self._check_inputs:
-            if odd:
-                self._accept()
             return True
         absent = set(level.store.absent(ids))
         held = [index for index in range(len(ids)) if index not in absent]
-        count = max(level.due_for_a_check([ids[index] for index in held]), _TRIED if odd else 0)
-        if not count:
+        due = level.due_for_a_check([ids[index] for index in held])
+        if name := level.changes_too_often:
+            self._give_up(
+                f"{name} changes so often that kept features are checked as often as they are used: keep a value that "
+                "features do not depend on outside of the model"
+            )
+            return False
+        some = [held[index] for index in due] or (held[:_TRIED] if written else [])
+        if not some:
             return True
-        some = held[:count]
         if not self._agree(level, [ids[index] for index in some], prints, arguments, some):
             return False
-        if odd:
-            self._accept()
-        level.unsure = level.unsure and count < len(held)
+        level.note_seen(ids[index] for index in some)
+        if written:
+            for each in self._levels:
+                each.watch.renew()
         return True
-
-    def _accept(self) -> None:
-        for level in self._levels:
-            level.watch.accept()
 
     def _agree(self, level: Level, ids: list[int], prints: Tensor, arguments: Arguments, indices: list[int]) -> bool:
         """Whether the prefix gives what the level holds of these samples; else the cache is off."""
@@ -502,14 +537,15 @@ class FeatureCache:
         """Whether a pass may begin from what is kept. A pass from rounded features proves nothing of a new cut."""
         return self._exact or not self._levels or self._levels[-1].proved
 
-    def _completed(self, ids: list[int], prints: Tensor, arguments: Arguments, odd: bool) -> Level | None:
+    def _completed(self, ids: list[int], prints: Tensor, arguments: Arguments, written: bool) -> Level | None:
         """The furthest level that holds most of these samples, after the prefix has been run on the others."""
         level = self._levels.holding_most(ids) if self._completes and self._usable else None
         indices = [] if level is None else level.store.absent(ids)
-        if level is None or not indices or not self._checked(level, ids, prints, arguments, odd):
+        if level is None or not indices or not self._checked(level, ids, prints, arguments, written):
             return None
         some, prints = [ids[index] for index in indices], _taken(prints, indices)
         below = self._levels.holding(some, before=level)
+        below = below if below is not None and below.sure_of(some) else None
         with ExitStack() as stack:
             if below is not None and not self._replay(stack, below, some, prints):
                 return None

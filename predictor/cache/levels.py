@@ -26,6 +26,8 @@ _COARSE = {"full": 0.0, "half": 2e-3, "int8": 2e-2}
 """By what share of the largest number kept features may be off."""
 _TRIED = 2
 """Samples on which features are checked after a while."""
+_ROUNDS = 2
+"""How often all samples may be checked in a row, without a batch between that needs it no more."""
 LEFT_OUT = "parts of the frozen prefix are left out of some passes in training, as by LayerDrop"
 _DRAWS = (
     "the frozen prefix may give other features in training than in evaluation, and in each pass: random numbers are "
@@ -64,8 +66,9 @@ class Level:
         self._uses = 0
         self._expected = expected
         self._give_up = give_up
-        self.unsure = False
-        """Whether samples may have been stored while something was not what it was."""
+        self._sure: set[int] | None = None  # samples seen since something has changed; None where nothing has
+        self._changed = ""
+        self._in_doubt = 0  # samples in a row of batches that were checked since something had changed
         self._seen: set[int] = set()
         self._shown = False  # whether a pass has shown which weights the features hang on
 
@@ -74,20 +77,43 @@ class Level:
         """Whether a pass in training has given the features that one in evaluation mode gave."""
         return not self._expected
 
-    def due_for_a_check(self, ids: Sequence[int]) -> int:
-        """Count a pass that is to begin here. On how many samples to check its features.
+    def changed(self, names: Sequence[str]) -> None:
+        """What has these names is not what it was: each sample is to be seen again before it is used."""
+        self._sure, self._changed = set(), names[0]
 
-        On all of the first batch, which are together for the first time. Then on a few: at powers of two, so seldom
-        soon, and where samples begin to come once more, as in a new epoch.
+    def sure_of(self, ids: Iterable[int]) -> bool:
+        """Whether these samples have been seen since something changed."""
+        return self._sure is None or self._sure.issuperset(ids)
+
+    def due_for_a_check(self, ids: Sequence[int]) -> list[int]:
+        """Count a pass that is to begin here. On which samples to check its features: their indices.
+
+        On all of the first batch, which are together for the first time. On those that have not been seen since
+        something changed. Else on a few: at powers of two, so seldom soon, and where samples begin to come once more,
+        as in a new epoch.
         """
         self._uses += 1
         again = 2 * len(self._seen) >= len(self.store) and not self._seen.isdisjoint(ids)
         if again:
             self._seen.clear()
         self._seen.update(ids)
-        if self._uses == 1 or self.unsure:
-            return len(ids)
-        return min(_TRIED, len(ids)) if again or self._uses & (self._uses - 1) == 0 else 0
+        sure = ids if self._sure is None else self._sure
+        in_doubt = [] if sure is ids else [index for index, i in enumerate(ids) if i not in sure]
+        self._in_doubt = self._in_doubt + len(in_doubt) if in_doubt else 0
+        if self._uses == 1 or in_doubt:
+            return in_doubt or list(range(len(ids)))
+        return list(range(min(_TRIED, len(ids)))) if again or self._uses & (self._uses - 1) == 0 else []
+
+    @property
+    def changes_too_often(self) -> str:
+        """The name of what changes so often that features are checked as often as they are used; or empty."""
+        return self._changed if self._in_doubt > _ROUNDS * len(self.store) else ""
+
+    def note_seen(self, ids: Iterable[int]) -> None:
+        """Features of these samples are those of now."""
+        if self._sure is not None:
+            self._sure.update(ids)
+            self._sure = None if len(self._sure) >= len(self.store) else self._sure
 
     def agrees(self, ids: list[int], outputs: list[Any], prints_B: Tensor) -> tuple[bool, str]:
         """Whether the store holds what the calls at the cut returned for these samples, but for rounding.
@@ -154,6 +180,8 @@ class Level:
             self.store.put(ids, [*rows, prints_B])
         except (OSError, RuntimeError, MemoryError) as error:  # the disk, the GPU or the memory is full
             self._give_up(f"features could not be kept: {getattr(error, 'strerror', None) or error}")
+            return
+        self.note_seen(ids)
 
     def _trained(self, model: nn.Module, outputs: dict[int, Any]) -> str:
         """Why features must not be kept: weights that train lead to them. Empty where none do."""
@@ -188,6 +216,7 @@ class Level:
         self.store.load_state_dict(state["store"])
         self.used, self._uses = state["used"], state.get("uses", 0)
         self._expected = []
+        self._sure = set()  # what features depend on may be other than when they were kept
 
 
 class Levels(list[Level]):

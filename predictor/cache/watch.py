@@ -1,7 +1,8 @@
 """What features depend on besides their sample: weights, buffers, modes, plain attributes and hooks of the modules."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -13,8 +14,8 @@ from predictor.cache.hooks import is_watched, number_of_hooks
 _READ = 1 << 12
 """How many numbers of a weight are read with each batch, for writes that PyTorch does not count (`weight.data`)."""
 _MOST_ITEMS = 64
-_HARMLESS = 4
-"""After so many changes of an attribute that changed no feature it is not looked at any more."""
+_WAITED_FOR = 4
+"""After so many writes to a buffer on a GPU that left it as it was, nobody waits to compare it any more."""
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Names of the attributes that every module has."""
 _COMPARED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -24,12 +25,15 @@ _Key: TypeAlias = "tuple[int, str]"
 class Held(NamedTuple):
     """A weight or a buffer, as it was."""
 
+    owner: str
     table: Mapping[str, Tensor | None]
     name: str
     tensor: Tensor
     version: int
     address: int
     kind: tuple[torch.dtype, torch.device]
+    content: Tensor | None
+    """A copy of a buffer; None for a weight."""
 
     @property
     def key(self) -> _Key:
@@ -44,10 +48,23 @@ class Held(NamedTuple):
             return True
         return bool((now._version, _address(now), (now.dtype, now.device)) != (self.version, self.address, self.kind))
 
+    @property
+    def differs(self) -> bool:
+        """Whether a buffer holds other numbers now, for which a GPU is waited for."""
+        now, then = self.table.get(self.name), self.content
+        if now is None or then is None or (now.shape, now.dtype, now.device) != (then.shape, then.dtype, then.device):
+            return True
+        try:
+            return not torch.equal(now, then)
+        except RuntimeError:  # there are kinds of tensors that cannot be compared
+            return True
+
 
 class Attribute(NamedTuple):
     """A plain attribute or a global name, as it was."""
 
+    owner: str
+    is_global: bool
     table: dict[str, Any]
     name: str
     value: Any
@@ -60,9 +77,9 @@ class Attribute(NamedTuple):
         return id(self.table), self.name
 
     @property
-    def counts(self) -> bool:
-        """Whether it is a number or the like, by which a schedule may go: it is looked at each time."""
-        return isinstance(self.value, CONSTANTS)
+    def kind(self) -> type:
+        """The type of what it is now."""
+        return type(self.table.get(self.name))
 
     @property
     def differs(self) -> bool:
@@ -71,6 +88,29 @@ class Attribute(NamedTuple):
         if now is self.value:
             return self.content is not None and bool(_content(now) != self.content)
         return bool(_content(now, constants=True) != _content(self.value, constants=True))
+
+
+class StandIn:
+    """Stands in for an attribute of this kind, to see whether anything reads it: one may count on, and nothing else."""
+
+    def __init__(self, kind: type) -> None:
+        self._kind = kind
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """For `isinstance`. Not of other kinds, such as a tensor, which torch would then take it for."""
+        return self._kind if self._kind in CONSTANTS else StandIn
+
+    def __add__(self, other: object) -> "StandIn":
+        return self if isinstance(other, int | float) else NotImplemented
+
+    __radd__ = __sub__ = __add__
+
+    def __bool__(self) -> bool:
+        raise TypeError
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError
 
 
 class Watch:
@@ -82,25 +122,30 @@ class Watch:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(dict.fromkeys(modules))
-        self._harmless: Counter[_Key] = Counter()
+        self._unread: set[_Key] = set()
+        self._read: set[_Key] = set()
+        self._as_before: Counter[_Key] = Counter()
         self.renew()
 
     def renew(self) -> None:
         """Take everything as it is now."""
-        self._weights = list(_held(module._parameters for module in self._modules))
-        buffers = _held(module._buffers for module in self._modules)
-        self._buffers = [held for held in buffers if self._harmless[held.key] < _HARMLESS]
+        self._weights = list(_held(self._modules, "_parameters"))
         self._sums = _sums([held.tensor for held in self._weights])
+        self._parts = [(module._modules, tuple(map(id, module._modules.values()))) for module in self._modules]
+        self._hooks = sum(map(number_of_hooks, self._modules))
+        self.renew_state()
+
+    def renew_state(self) -> None:
+        """Take all but weights, modules and hooks as it is now."""
+        self._buffers = list(_held(self._modules, "_buffers"))
         self._heads = [
             head
             for held in (*self._weights, *self._buffers)
             if held.tensor.dtype in _COMPARED and (head := _head(held.tensor)) is not None
         ]
         self._norms = self.norms()
-        self._modes = [(module, module.training, len(vars(module))) for module in self._modules]
-        self._parts = [(module._modules, tuple(map(id, module._modules.values()))) for module in self._modules]
-        self._hooks = sum(map(number_of_hooks, self._modules))
-        self._attributes = [each for each in _attributes(self._modules) if self._harmless[each.key] < _HARMLESS]
+        self._modes = [(module, module.training, _names_in(module)) for module in self._modules]
+        self._attributes = list(_attributes(self._modules, self._unread))
 
     def norms(self) -> list[Tensor]:
         """The norms of what is read of each weight and buffer, one tensor a device."""
@@ -136,25 +181,54 @@ class Watch:
         An average of weights that stands in for them while a model is tested writes to them, and they come back as they
         were.
         """
-        now = list(_held(module._parameters for module in self._modules))
+        now = list(_held(self._modules, "_parameters"))
         if [(held.name, held.kind) for held in now] != [(held.name, held.kind) for held in self._weights]:
             return True
         return _sums([held.tensor for held in now]) != self._sums
 
     @property
     def odd(self) -> bool:
-        """Whether something else is not what it was, which may or may not change features."""
+        """Whether something else may not be what it was."""
         return (
-            any(module.training != mode or len(vars(module)) != names for module, mode, names in self._modes)
-            or any(held.touched for held in self._buffers)
+            any(module.training != mode or _names_in(module) != names for module, mode, names in self._modes)
+            or any(map(self._may_differ, self._buffers))
             or any(each.differs for each in self._attributes)
         )
 
-    def accept(self) -> None:
-        """Take what is not what it was as harmless: features are the same."""
-        self._harmless.update(each.key for each in self._attributes if each.differs and not each.counts)
-        self._harmless.update(held.key for held in self._buffers if held.touched)
-        self.renew()
+    def changes(self, written: bool) -> list[str]:
+        """Names of what has another value than it had, weights aside. written: look at all buffers."""
+        names = [
+            f"{type(module).__name__}'s {'mode' if module.training != mode else 'attributes'}"
+            for module, mode, count in self._modes
+            if module.training != mode or _names_in(module) != count
+        ]
+        for held in self._buffers:
+            if (written or self._may_differ(held)) and held.differs:
+                names.append(f"{held.owner}.{held.name}")
+            elif held.touched:
+                self._as_before[held.key] += 1
+        return names + [f"{each.owner}.{each.name}" for each in self._attributes if each.differs]
+
+    def perhaps_unread(self) -> list[Attribute]:
+        """Attributes that have another value, which no other one has too: whether anything reads them is to be seen."""
+        values = [each.table.get(each.name) for each in self._attributes]
+
+        def alone(value: Any) -> bool:
+            return isinstance(value, CONSTANTS) or sum(value is other for other in values) == 1
+
+        asked = [each for each in self._attributes if not each.is_global and each.key not in self._read]
+        return [each for each in asked if each.differs and each.name in each.table and alone(each.table[each.name])]
+
+    def note_unread(self, perhaps: Iterable[Attribute], unread: Iterable[Attribute]) -> None:
+        """Note which attributes nothing in front reads. They are not looked at any more."""
+        self._unread.update(each.key for each in unread)
+        self._read.update({each.key for each in perhaps} - self._unread)
+        self._attributes = [each for each in self._attributes if each.key not in self._unread]
+
+    def _may_differ(self, held: Held) -> bool:
+        """Whether a buffer is to be compared with what it was."""
+        there = held.tensor.device.type != "cpu" and held.table.get(held.name) is held.tensor
+        return held.touched and not (there and self._as_before[held.key] >= _WAITED_FOR)
 
     def hooked(self) -> str:
         """The name of a hook of the user's that was added since; empty where there is none."""
@@ -163,11 +237,19 @@ class Watch:
         return next((type(module).__name__ for module in self._modules[1:] if is_watched(module)), "")
 
 
-def _held(tables: Iterable[Mapping[str, Tensor | None]]) -> Iterator[Held]:
-    for table in tables:
+def _held(modules: Iterable[nn.Module], kind: str) -> Iterator[Held]:
+    for module in modules:
+        table: Mapping[str, Tensor | None] = getattr(module, kind)
         for name, tensor in table.items():
             if tensor is not None and not tensor.is_inference():
-                yield Held(table, name, tensor, tensor._version, _address(tensor), (tensor.dtype, tensor.device))
+                marks = tensor._version, _address(tensor), (tensor.dtype, tensor.device)
+                content = tensor.detach().clone() if kind == "_buffers" else None
+                yield Held(type(module).__name__, table, name, tensor, *marks, content)
+
+
+def _names_in(module: nn.Module) -> int:
+    """How many attributes and buffers a module has."""
+    return len(vars(module)) + sum(buffer is not None for buffer in module._buffers.values())
 
 
 def _address(tensor: Tensor) -> int:
@@ -217,13 +299,14 @@ def read(numbers: list[Tensor]) -> list[float]:
     return [found[index] for index in range(len(numbers))]
 
 
-def _attributes(modules: Iterable[nn.Module]) -> Iterator[Attribute]:
+def _attributes(modules: Iterable[nn.Module], unread: Container[_Key]) -> Iterator[Attribute]:
     """What modules keep in plain attributes, and the global names that their `forward` reads."""
     seen: set[int] = set()  # such as a configuration that all modules share
     for module in modules:
-        for name, value in vars(module).items():
-            if name not in OF_EVERY_MODULE:
-                yield Attribute(vars(module), name, value, None if id(value) in seen else _content(value))
+        table, owner = vars(module), type(module).__name__
+        for name, value in table.items():
+            if name not in OF_EVERY_MODULE and (id(table), name) not in unread:
+                yield Attribute(owner, False, table, name, value, None if id(value) in seen else _content(value))
                 seen.add(id(value))
         if id(type(module)) not in seen and not type(module).__module__.startswith("torch."):
             yield from _globals(type(module))
@@ -234,8 +317,9 @@ def _globals(kind: type[nn.Module]) -> Iterator[Attribute]:
     code, names = getattr(kind.forward, "__code__", None), getattr(kind.forward, "__globals__", {})
     for name in () if code is None else code.co_names:
         value = names.get(name)
-        if value is not None and isinstance(value, CONSTANTS):
-            yield Attribute(names, name, value, None)
+        content = None if isinstance(value, ModuleType | list) else _content(value)  # a list is mostly a log
+        if content is not None or (value is not None and isinstance(value, CONSTANTS)):
+            yield Attribute(kind.__module__, True, names, name, value, content)
 
 
 def _content(value: Any, depth: int = 2, constants: bool = False) -> Any:

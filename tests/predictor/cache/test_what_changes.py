@@ -13,6 +13,7 @@ from torch.nn.functional import mse_loss
 
 from predictor import FeatureCache, FreezeController, make_policy
 from predictor.errors import UsageError
+from tests.predictor.scripted import Script
 
 SAMPLES, SIZE = 24, 6
 generator = torch.Generator().manual_seed(0)
@@ -149,6 +150,234 @@ class Scheduled(nn.Module):
 
 def test_a_setting_that_changes_within_an_epoch():
     assert "a state that changes" in check(Scheduled).reason
+
+
+class Log(list):
+    """A list that a pass beside the training does not bring back: only plain lists are."""
+
+
+ROWS_RUN = Log()
+
+
+class Traced(nn.Linear):
+    """Notes on how many samples it is run."""
+
+    def forward(self, x):
+        ROWS_RUN.append(len(x))
+        return super().forward(x)
+
+
+class Amount:
+    """An object of a module's, with a setting."""
+
+    value = 0.0
+
+
+SHARED = {"value": 0.0}
+AMOUNT = Amount()
+
+
+class Seldom(nn.Module):
+    """Features of two samples depend on an amount, which lies in one of many places."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.network, self.read = network(Traced(4, 8)), read
+        self.register_buffer("level", torch.zeros(()))
+        self.amount, self.table, self.items, self.object = 0.0, {"value": 0.0}, [0.0], Amount()
+        self.tensor = torch.zeros(())
+
+    def forward(self, x):
+        shared = {"dict": SHARED["value"], "object": AMOUNT.value}
+        amount = shared[self.read] if isinstance(self.read, str) else self.read(self)
+        return self.network(x * (1 - amount * (x[:, :1] > LARGE)))
+
+
+LARGE = float(ROWS[:, 0].sort().values[-3])
+PLACES = {
+    lambda model: model.level: lambda model, value: model.level.fill_(value),
+    lambda model: model.level + 0: lambda model, value: model.register_buffer("level", torch.tensor(value)),
+    lambda model: model.amount: lambda model, value: setattr(model, "amount", value),
+    lambda model: model.table["value"]: lambda model, value: model.table.update(value=value),
+    lambda model: model.items[0]: lambda model, value: model.items.__setitem__(0, value),
+    lambda model: model.object.value: lambda model, value: setattr(model.object, "value", value),
+    lambda model: model.tensor: lambda model, value: model.tensor.fill_(value),
+    lambda model: model.tensor + 0: lambda model, value: setattr(model, "tensor", torch.tensor(value)),
+    lambda model: getattr(model, "later", 0.0): lambda model, value: setattr(model, "later", value),
+    "dict": lambda model, value: SHARED.update(value=value),
+    "object": lambda model, value: setattr(AMOUNT, "value", value),
+}
+"""How an amount is read, and how it is set."""
+
+
+@pytest.mark.parametrize("amounts", [[0, 0, 0.5, 0.5], [0, 0.1, 0.2, 0.3], [0, 0, 1e-9, 2e-9, 3e-9, 0.5]])
+@pytest.mark.parametrize("read", PLACES)
+def test_a_value_on_which_features_of_few_samples_depend(read, amounts):
+    cache = check(
+        lambda: Seldom(read), lambda model, epoch: PLACES[read](model, float(amounts[epoch])), epochs=len(amounts)
+    )
+    assert "a state that changes" in cache.reason or "changes so often" in cache.reason
+
+
+class Flagged(nn.Module):
+    """Asks of an attribute what it is, for features of two samples, and reads no number from it."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.network, self.ask, self.value = network(), ask, None
+
+    def forward(self, x):
+        return self.network(x * (1 + bool(self.ask(self)) * (x[:, :1] > LARGE)))
+
+
+@pytest.mark.parametrize(
+    ("ask", "values"),
+    [
+        (lambda model: model.value is None, [ROWS, TARGET, ROWS + 1, None]),
+        (lambda model: model.value is None, ["one", "two", "three", None]),
+        (lambda model: model.value is True, [False, None, False, True]),
+        (lambda model: model.value is False, [True, None, True, False]),
+        (lambda model: not model.value, [[1], [1, 2], [1, 2, 3], []]),
+        (lambda model: model.value == "fast", ["slow", "slower", "slow", "fast"]),
+        (lambda model: model.value in (1, 2), [3, 4, 5, 1]),
+        (lambda model: model.value + 1 > 3, [0, 1, 2, 3]),
+        (lambda model: isinstance(model.value, int) and model.value > 2, [0, 1, 2, 3]),
+    ],
+)
+def test_an_attribute_that_is_asked_for_what_it_is(ask, values):
+    cache = check(lambda: Flagged(ask), lambda model, epoch: setattr(model, "value", values[epoch]))
+    assert cache.reason
+
+
+class Busy(nn.Module):
+    """Has a value that changes with every batch, and on which no feature depends."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.network, self.act = network(Traced(4, 8)), act
+        self.passes, self.last, self.task = 0, None, ""
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(3))
+
+    def forward(self, x):
+        self.act(self, x)
+        return self.network(x)
+
+
+def counts(model, x):
+    model.passes += 1
+
+
+def keeps_a_tensor(model, x):
+    model.last = x
+
+
+def names_its_task(model, x):
+    model.task = f"task {float(x.sum()):.3f}"
+
+
+def counts_in_a_buffer(model, x):
+    model.count += 1
+
+
+def keeps_a_mean(model, x):
+    model.count.lerp_(x.detach().mean(), 0.1)
+
+
+def counts_and_asks(model, x):
+    model.passes += 1
+    assert model.passes > 0
+
+
+def writes_what_was_there(model, x):
+    model.scale.fill_(1.0)
+
+
+def replaces_by_what_was_there(model, x):
+    model.scale = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    "act", [counts, keeps_a_tensor, names_its_task, writes_what_was_there, replaces_by_what_was_there]
+)
+def test_a_value_that_changes_with_every_batch_costs_little_where_nothing_reads_it(act):
+    ROWS_RUN.clear()
+    cache = check(lambda: Busy(act), epochs=12)
+    assert (cache.reason, cache.hits) == ("", 44)
+    without = 12 * SAMPLES
+    assert sum(ROWS_RUN) - without < 6 * SAMPLES  # the first epoch, the search and a few checks
+
+
+@pytest.mark.parametrize("act", [counts_in_a_buffer, keeps_a_mean, counts_and_asks])
+def test_a_value_that_changes_with_every_batch_and_may_be_read_switches_the_cache_off_soon(act):
+    cache = check(lambda: Busy(act), epochs=6)
+    assert "changes so often" in cache.reason
+    assert ("Busy.passes" if act is counts_and_asks else "Busy.count") in cache.reason
+    assert cache.hits == 8  # two epochs
+
+
+def test_a_value_that_changes_with_every_batch_in_the_loop_and_not_in_the_model():
+    def loss_of(model, ids, x):
+        model.passes, model.last = model.passes + 1, x
+        return plain_loss(model, ids, x)
+
+    cache = check(lambda: Busy(lambda *_: None), loss_of=loss_of, epochs=6)
+    assert (cache.reason, cache.hits) == ("", 20)
+
+
+def test_after_a_change_each_sample_is_seen_once_more():
+    def rows_of_the_prefix(change):
+        ROWS_RUN.clear()
+        cache = check(lambda: Busy(lambda *_: None), in_epoch(3, change), epochs=8)
+        assert (cache.reason, cache.hits) == ("", 28)
+        return sum(ROWS_RUN)
+
+    without = rows_of_the_prefix(lambda model: None)
+    few = 2  # at the second hit and so on, and with a new epoch: some of these checks are spared
+    assert SAMPLES - 2 * few <= rows_of_the_prefix(lambda model: model.count.fill_(5.0)) - without <= SAMPLES
+
+
+def test_a_change_in_each_of_the_first_epochs_does_not_switch_the_cache_off():
+    def warms_up(model, epoch):
+        model.count.fill_(min(epoch, 2))
+
+    cache = check(lambda: Busy(lambda *_: None), warms_up, epochs=6)
+    assert (cache.reason, cache.hits) == ("", 20)
+
+
+def test_a_prefix_that_grows_is_not_filled_from_features_that_were_not_seen_since_a_change():
+    model = Seldom(lambda model: model.amount)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    controller = FreezeController(model, optimizer, Script({0: {0}, 5: {0, 1}}), total_steps=999, say=None)
+    cache = FeatureCache(controller)
+    order = ROWS[:, 0].argsort()  # the two samples that depend on the amount come last
+    for step in range(9):
+        model.amount = 0.5 * (step > 5)
+        ids = order[:18] if step == 6 else order
+        with cache.batch(ids):
+            output = model(ROWS[ids])
+        assert torch.allclose(output, model(ROWS[ids]), atol=1e-5)
+        controller.step()
+
+
+def test_a_value_that_is_another_one_when_a_training_is_continued():
+    def trained(amount, state=None):
+        model = Seldom(lambda model: model.amount)
+        model.amount = amount
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        policy = make_policy("static", layers=1)
+        cache = FeatureCache(FreezeController(model, optimizer, policy, total_steps=99, say=None))
+        if state is not None:
+            model.load_state_dict(state[0])
+            cache.load_state_dict(state[1])
+        for _ in range(2):
+            for ids, x in plain_batches(0):
+                with cache.batch(ids):
+                    output = model(x)
+                assert torch.allclose(output, model(x), atol=1e-5)
+        return model.state_dict(), cache.state_dict()
+
+    assert "a state that changes" in trained(0.5, trained(0.0))[1]["reason"]
 
 
 @pytest.mark.parametrize("act", [with_mode("norm"), with_mode("drop"), lambda model: model[0].shift.data.add_(1.0)])

@@ -541,7 +541,7 @@ class Interrupted(nn.Module):
         return self.head(self.second(self.first(x)))
 
 
-class Encoder(nn.Module):
+class WithParts(nn.Module):
     """Is interrupted in a part that the loop calls."""
 
     def __init__(self):
@@ -552,7 +552,7 @@ class Encoder(nn.Module):
 @pytest.mark.parametrize("number", [0, 1, 2])
 @pytest.mark.parametrize("parts", [False, True])
 def test_a_first_pass_that_was_interrupted_shows_the_layers_when_it_is_made_again(number, parts):
-    model = Encoder() if parts else Interrupted()
+    model = WithParts() if parts else Interrupted()
     inner = model.coder if parts else model
     loss = (lambda: model.head(model.coder(X)).sum()) if parts else (lambda: model(X).sum())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

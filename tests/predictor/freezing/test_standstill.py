@@ -117,6 +117,18 @@ def test_hooks_that_look_at_the_mode_of_a_plain_module_go_on():
     assert not torch.equal(model.train()[0](x), model.eval()[0](x))
 
 
+def test_dropout_is_switched_on_for_a_validation_by_its_flag_or_in_a_copy():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 2))
+    freeze_all(model)
+    x = torch.ones(4, 8)
+    model.eval()[1].train()
+    assert not model[1].training
+    assert copy.deepcopy(model)[1].train().training
+    model[1].training = True
+    assert not torch.equal(model(x), model(x))
+    assert not model.train()[1].training
+
+
 class Normalizing(nn.Module):
     """Keeps statistics of its own, as custom normalizations do."""
 

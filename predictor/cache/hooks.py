@@ -7,8 +7,18 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as everywhere
 
-_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "lightning", "pytorch_lightning", "predictor")
-"""Whose hooks may miss a pass: they move tensors or switch gradients on, and keep nothing that they see."""
+_LIBRARIES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "lightning",
+    "pytorch_lightning",
+    "predictor",
+    "contextlib",
+)
+"""Whose hooks may miss a pass: they move tensors or switch gradients on, and keep nothing that they see. Those of
+contextlib are what is left of this library's hooks in a copy."""
 _OBSERVERS = ("torch.ao", "torch.quantization")
 """Parts of them whose hooks keep statistics."""
 _looking: list[nn.Module] = []

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -15,6 +14,7 @@ from predictor.layers.flops import LayerFlops, count_flops
 from predictor.layers.isolated_pass import hidden
 from predictor.layers.layer import Layer
 from predictor.layers.parts import unwrapped
+from predictor.layers.pass_hook import FormerHook, PassHook
 
 _TIMED_STEPS = 20
 """Steps after a change over which the wait before forward passes is measured."""
@@ -249,27 +249,17 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {first}"[:_LONGEST_REASON].rstrip(": ")
 
 
-class _Hook:
-    """A forward pre-hook that does nothing in a copied or pickled model, and takes nothing along."""
-
-    def __init__(self, callback: Callable[[tuple[Any, ...], Mapping[str, Any]], None]) -> None:
-        self._callback = callback
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        # A hook that is removed during the call that it belongs to gets no named inputs.
-        if not torch.compiler.is_compiling() and not hidden():
-            self._callback(args, kwargs or {})
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (_ignore,)
-
-
 def on_forward(model: nn.Module, callback: Callable[[tuple[Any, ...], Mapping[str, Any]], None]) -> RemovableHandle:
     """Call `callback` with the inputs of each forward pass, until the handle is removed.
 
     Before all other hooks, and not in the library's own passes but those that show what the training's are like.
     """
-    return model.register_forward_pre_hook(_Hook(callback), with_kwargs=True, prepend=True)
+
+    def seen(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+        if not hidden():
+            callback(args, kwargs or {})
+
+    return model.register_forward_pre_hook(PassHook(seen), with_kwargs=True, prepend=True)
 
 
 def _network_in(model: nn.Module) -> nn.Module:
@@ -286,13 +276,13 @@ def _training_now(model: nn.Module) -> set[int]:
     return {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
 
-def _ignore(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Does nothing."""
-
-
 def _are_several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _is_first() -> bool:
     return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+
+
+_Hook = _ignore = FormerHook
+"""In models that an earlier version has saved."""

@@ -17,6 +17,7 @@ from predictor.layers.grouping import networks_in
 from predictor.layers.isolated_pass import hidden
 from predictor.layers.layer import Layer, layers_in_order, with_networks_ends
 from predictor.layers.parts import holds_weight, parts_of, unwrapped
+from predictor.layers.pass_hook import FormerHook, PassHook
 from predictor.layers.tensors import tensors_in
 
 Take = Callable[[tuple[Layer, ...]], None]
@@ -102,14 +103,14 @@ class FirstPass:
             self._compiled.append((module, module._compiled_call_impl))
             module._compiled_call_impl = partial(self._before_compiled, module, module._compiled_call_impl)
         for module in modules:
-            before = _Hook(self._before)
-            self._handles.append(module.register_forward_pre_hook(before.pre, with_kwargs=True, prepend=True))
+            before = PassHook(self._before)
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
         whole = module is self._called_model or module is self._model
         if self._running is not None and (whole or module is self._running) and not hidden():
             self._leave()  # a call that was interrupted, after which no hook runs
-        if self._running is not None or not self._handles or hidden():
+        if kwargs is None or self._running is not None or not self._handles or hidden():
             return
         if whole and self._called_model is not self._model and "forward" in vars(self._model):
             return  # Lightning redirects this call into another method, which will call modules
@@ -120,7 +121,7 @@ class FirstPass:
             return
         self._running = module
         # Only now: a cache takes forward hooks in what it skips for those of a user who wants to see each pass.
-        self._handles.append(module.register_forward_hook(_Hook(self._after).post, always_call=True))
+        self._handles.append(module.register_forward_hook(PassHook(self._after), always_call=True))
         try:
             if whole:
                 self._see_the_whole(args, kwargs)
@@ -166,7 +167,7 @@ class FirstPass:
                 self._hand_over(self._taking_part(module, order).then(self._unseen(module)), final=False)
         self._follow([tensor.grad_fn for tensor in tensors_in((args, kwargs)) if tensor.grad_fn is not None])
 
-    def _after(self, module: nn.Module, output: object) -> None:
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         if module is self._running and not hidden():
             if self._handles:
                 self._given += [(module, t.grad_fn) for t in tensors_in(output) if t.grad_fn is not None]
@@ -263,21 +264,5 @@ class FirstPass:
             )
 
 
-class _Hook:
-    """A forward hook that does nothing in a copied or pickled model, and takes nothing along."""
-
-    def __init__(self, callback: Callable[..., None] | None = None) -> None:
-        self._callback = callback
-
-    def pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        """Before a call. kwargs: None where another hook has removed this one during the same call."""
-        if self._callback is not None and kwargs is not None and not torch.compiler.is_compiling():
-            self._callback(module, args, kwargs)
-
-    def post(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        """After a call; output: None where it raised an error."""
-        if self._callback is not None and not torch.compiler.is_compiling():
-            self._callback(module, output)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, ()
+_Hook = FormerHook
+"""In models that an earlier version has saved."""

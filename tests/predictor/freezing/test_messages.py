@@ -141,6 +141,53 @@ def test_a_model_can_be_copied_while_it_is_watched(copied, make_toy):
     assert torch.equal(twin.eval()(X), copy.deepcopy(model).eval()(X))
 
 
+def test_a_saved_model_does_not_ask_for_the_library():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = FreezeController(model, optimizer, Script({2: {0}}), total_steps=60, say=lambda line: None)
+    for step in range(5):
+        written = pickle.dumps(model)
+        assert b"predictor" not in written, step
+        loaded = pickle.loads(written)
+        assert torch.equal(loaded(X[:, 0, 0]), model(X[:, 0, 0]))
+        F.cross_entropy(model(X[:, 0, 0]), Y).backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        b"c__builtin__\ngetattr\n(cpredictor.layers.first_pass\n_Hook\n(tRVpre\ntR.",
+        b"cpredictor.freezing.messages\n_Hook\n(cpredictor.freezing.messages\n_ignore\ntR.",
+    ],
+)
+def test_a_model_that_an_earlier_version_saved_can_be_loaded(written):
+    model = torch.nn.Linear(4, 3)
+    model.register_forward_pre_hook(pickle.loads(written), with_kwargs=True)
+    assert model(torch.ones(2, 4)).shape == (2, 3)
+    assert b"predictor" not in pickle.dumps(copy.deepcopy(model))
+
+
+def test_a_cache_goes_on_in_a_copy_of_a_watched_model(make_toy):
+    model = make_toy()
+    FreezeController(model, torch.optim.SGD(model.parameters()), Script({}), total_steps=3, say=print)
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    policy = make_policy("static", layers=2)
+    controller = FreezeController(twin, optimizer, policy, total_steps=3, say=None)
+    cache = FeatureCache(controller)
+    for _ in range(3):
+        with cache.batch(range(6)):
+            loss = F.cross_entropy(twin(X), Y)
+        loss.backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+    assert (cache.hits, cache.misses) == (2, 1)
+
+
 class Slow(torch.utils.data.Dataset):
     """Three samples, each of which takes some time to load."""
 

@@ -701,6 +701,32 @@ def test_a_head_can_be_named():
     assert names == ["student.0", "student.2"]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("record", [torch.fx.symbolic_trace, lambda model: torch.jit.trace(model, X)])
+def test_a_model_can_be_recorded_before_the_first_step_and_after_a_freeze(record):
+    model = HeadFirst()
+    optimizers = sgd(model)
+    policy = make_policy("static", share=0.5)
+    controller = FreezeController(model, optimizers, policy, total_steps=4, say=lambda line: None)
+    for _ in range(3):
+        assert torch.equal(record(model)(X.flip(0)), copy.deepcopy(model)(X.flip(0)))
+        F.cross_entropy(model(X), Y).backward()
+        optimizers[0].step()
+        controller.step()
+        optimizers[0].zero_grad()
+    assert [layer.name for layer in controller.layers] == ["body.0", "body.2"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_torch_script_names_the_cure():
+    model = HeadFirst()
+    controller = FreezeController(model, sgd(model), make_policy("none"), total_steps=4, say=None)
+    with pytest.raises(AttributeError, match=r"before the controller is made, or after its close\(\)"):
+        torch.jit.script(model)
+    controller.close()
+    assert torch.equal(torch.jit.script(model)(X), model(X))
+
+
 @pytest.mark.parametrize("head", ["nothing.*", "student.1", []])
 def test_a_head_that_names_nothing_is_refused(head):
     with pytest.raises(UsageError, match="head="):

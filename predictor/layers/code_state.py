@@ -102,6 +102,12 @@ def _hooks_of(model: nn.Module) -> Iterator[Any]:
         yield from (hook for hook in hooks.values() if not _is_ours(hook))
 
 
+def users_hooks_before(module: nn.Module) -> list[tuple[Callable[..., Any], bool]]:
+    """The user's hooks before a module's call, each with whether it takes named inputs."""
+    named = module._forward_pre_hooks_with_kwargs
+    return [(hook, number in named) for number, hook in module._forward_pre_hooks.items() if not _is_ours(hook)]
+
+
 def _calls_of(hook: Any) -> Iterator[tuple[FunctionType, list[Any]]]:
     """The functions that a hook runs, each with the object that it is a method of."""
     if isinstance(hook, functools.partial):

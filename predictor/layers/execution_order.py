@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch.jit import ScriptModule
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from predictor.layers.code_state import users_hooks_before
 from predictor.layers.isolated_pass import isolated
 from predictor.layers.parts import holds_weight
 from predictor.layers.tensors import Storages, copied, few_samples, number_of, tensors_anywhere_in, tensors_in
@@ -94,7 +96,8 @@ def order_of_call(
 
     In evaluation mode all layers compute, also those that a training leaves out at random. What gradients flow through
     is seen in a second pass, in the modes that the modules are in: a detector computes its losses in training alone, a
-    teacher takes part without gradients. Hooks on `called` itself do not run, which are the training's.
+    teacher takes part without gradients. Hooks on `called` itself do not run, which are the training's, unless it
+    cannot run without those of the user that come before it: they may make its inputs.
 
     Args:
         model: the model.
@@ -109,17 +112,35 @@ def order_of_call(
     """
     own = set(called.modules())
     inside = tuple(part for part in parts if part in own)
+    call: Callable[..., object] = called.forward
     try:
         few = few_samples((args, dict(kwargs)))
-        order = _traced(model, inside, called.forward, *few)
+        order = _traced(model, inside, call, *few)
     except Exception:
         few = args, dict(kwargs)
-        order = _traced(model, inside, called.forward, *few)
+        try:
+            order = _traced(model, inside, call, *few)
+        except Exception:
+            if not any(users_hooks_before(called)):
+                raise
+            call = partial(_called_with_hooks, called)
+            order = _traced(model, inside, call, *few)
     try:
-        flow = _traced(model, inside, called.forward, *few, gradients=True)
+        flow = _traced(model, inside, call, *few, gradients=True)
     except Exception:
         return order
     return ExecutionOrder(order.first, order.last, order.parameters, flow.ends).without(_bystanders(called, flow, ours))
+
+
+def _called_with_hooks(module: nn.Module, *args: Any, **kwargs: Any) -> object:
+    """Call a module as torch does, with the user's hooks alone, and of these with those before the call."""
+    for hook, with_kwargs in users_hooks_before(module):
+        made = hook(module, args, kwargs) if with_kwargs else hook(module, args)
+        if made is not None and with_kwargs:
+            args, kwargs = made
+        elif made is not None:
+            args = made if isinstance(made, tuple) else (made,)
+    return module.forward(*args, **kwargs)
 
 
 def at_rest(module: nn.Module, ours: Collection[int]) -> bool:

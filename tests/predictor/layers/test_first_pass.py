@@ -658,6 +658,20 @@ def test_where_few_samples_do_not_do_all_are_taken():
     assert train(Odd(), lambda model: F.cross_entropy(model(X), Y))[0] == ["body.0", "body.2"]
 
 
+@pytest.mark.parametrize("with_kwargs", [False, True])
+def test_hooks_of_the_user_that_make_the_inputs_run_where_it_does_not_do_without(with_kwargs):
+    def convert(module, args, kwargs=None):
+        made = tuple(each.float() for each in args)
+        return (made, kwargs) if with_kwargs else made[0]
+
+    model = HeadFirst()
+    model.register_forward_pre_hook(convert, with_kwargs=with_kwargs)
+    images = (X * 100).to(torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert train(model, lambda model: F.cross_entropy(model(images), Y)) == (["body.0", "body.2"], {"head"})
+
+
 class Once(HeadFirst):
     """Cannot be run twice."""
 

@@ -1,5 +1,7 @@
 """A small chain that counts the calls of its layers, and running it beside a feature cache."""
 
+from queue import SimpleQueue
+
 import torch
 from torch import nn
 
@@ -9,8 +11,21 @@ X = torch.linspace(-1, 1, 12 * 64).reshape(12, 1, 8, 8).sin()
 Y = torch.arange(12) % 3
 
 
-class _Seen(list):
-    """A list that a pass beside the training does not bring back: only plain lists are."""
+class _Seen:
+    """A list that a pass beside the training does not bring back."""
+
+    def __init__(self):
+        self._items = SimpleQueue()
+        self.append = self._items.put
+
+    def __iter__(self):
+        items = self.clear()
+        for item in items:
+            self.append(item)
+        return iter(items)
+
+    def clear(self):
+        return [self._items.get() for _ in range(self._items.qsize())]
 
 
 COMPUTED = _Seen()

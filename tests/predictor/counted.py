@@ -11,7 +11,7 @@ X = torch.linspace(-1, 1, 12 * 64).reshape(12, 1, 8, 8).sin()
 Y = torch.arange(12) % 3
 
 
-class _Seen:
+class Notes:
     """A list that a pass beside the training does not bring back."""
 
     def __init__(self):
@@ -28,7 +28,7 @@ class _Seen:
         return [self._items.get() for _ in range(self._items.qsize())]
 
 
-COMPUTED = _Seen()
+COMPUTED = Notes()
 """Each layer that has computed something, and on how many samples, in every pass."""
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import mse_loss
 
 from predictor import FeatureCache, FreezeController, make_policy
 from predictor.errors import UsageError
+from tests.predictor.counted import Notes
 from tests.predictor.scripted import Script
 
 SAMPLES, SIZE = 24, 6
@@ -152,11 +153,7 @@ def test_a_setting_that_changes_within_an_epoch():
     assert "a state that changes" in check(Scheduled).reason
 
 
-class Log(list):
-    """A list that a pass beside the training does not bring back: only plain lists are."""
-
-
-ROWS_RUN = Log()
+ROWS_RUN = Notes()
 
 
 class Traced(nn.Linear):

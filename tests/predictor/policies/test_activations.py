@@ -9,17 +9,14 @@ from torch import nn
 from predictor.layers.layer import layers_of
 from predictor.policies.measuring.activations import Batch, BatchTaker, outputs_of
 from predictor.policies.measuring.quantized import QuantizedReference
+from tests.predictor.counted import Notes
 
 
 def of_all(layers):
     return dict(enumerate(layers))
 
 
-class Passes(list):
-    """Not a plain list, which a pass beside the training leaves as it was."""
-
-
-PASSES = Passes()
+PASSES = Notes()
 
 
 class Shortcut(nn.Module):
@@ -107,7 +104,7 @@ def test_outputs_are_those_before_others_write_over_them_and_beside_no_shortcut(
     PASSES.clear()
     x = torch.randn(5, 4)
     found = outputs_of(model, of_all(layers), Batch((), {"x": x}, ""))
-    assert PASSES == ["begun"]  # the head did not run
+    assert list(PASSES) == ["begun"]  # the head did not run
     first = model.first(x)
     assert torch.equal(found[0], first)
     assert torch.equal(found[1], model.second(first.relu()))

@@ -60,7 +60,7 @@ def _variables_of(model: nn.Module, more: list[Any]) -> Iterator[tuple[Any, str,
     classes = {cls for module in model.modules() for cls in type(module).__mro__ if not _is_clean(cls)}
     stack: list[Any] = [code for cls in classes for code in _code_in(cls)]
     owners: dict[int, list[Any]] = {}  # of a hook that is a method, its object, by the id of its function
-    for hook in _hooks_of(model):
+    for hook in users_hooks(model):
         yield [hook], "", hook
         for function, owner in _calls_of(hook):
             stack.append(function)
@@ -92,7 +92,7 @@ def _variables_of(model: nn.Module, more: list[Any]) -> Iterator[tuple[Any, str,
             yield [default], "", default
 
 
-def _hooks_of(model: nn.Module) -> Iterator[Any]:
+def users_hooks(model: nn.Module) -> Iterator[Any]:
     """The user's hooks on the passes of a model's modules, of all modules, and on the gradients of its parameters."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     tables = [getattr(module, kind, None) for module in model.modules() for kind in kinds]

@@ -1,11 +1,20 @@
 """What a value holds, and what brings it back after a pass: in objects, containers, networks and generators."""
 
+import argparse
 import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import BuiltinMethodType, FunctionType, GeneratorType, MemberDescriptorType, MethodType, ModuleType
+from types import (
+    BuiltinMethodType,
+    FunctionType,
+    GeneratorType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any, TypeAlias
 from weakref import ProxyTypes
 
@@ -29,18 +38,31 @@ _ARRAY_BYTES = 1 << 26
 _DICTS: tuple[Any, ...] = (OrderedDict, dict)
 _CONTAINERS: tuple[Any, ...] = (*_DICTS, list, set, deque)
 _UNCHANGING = (bool, int, float, complex, str, bytes, type, ModuleType)
-_LEFT_ALONE = (sys.stdlib_module_names - {"argparse", "collections", "types"}) | {
-    *("accelerate", "lightning", "lightning_fabric", "numpy", "predictor", "pytorch_lightning", "ray", "torch"),
+_LEFT_ALONE = sys.stdlib_module_names | {
+    *("", "accelerate", "lightning", "lightning_fabric", "numpy", "predictor", "pytorch_lightning", "ray", "torch"),
     *("aim", "clearml", "comet_ml", "mlflow", "neptune", "swanlab", "tensorboard", "tensorboardX", "wandb"),
-} - {"__main__"}
+}
 """Packages whose objects are not looked into: trainers, and trackers with threads of their own, are no part of a model.
 The standard library's namespaces and containers are."""
+_NAMESPACES = (argparse.Namespace, SimpleNamespace)
 
 
 class Contents:
-    """Makes what restores the content of values, of each once."""
+    """Makes what restores the content of values, of each once.
 
-    def __init__(self) -> None:
+    Looked into are the attributes of the model, the loss and the loader, and those of objects in them. Of what code
+    names, in closures and global variables, only objects of the packages that the model's classes, the loss and the
+    loader are of: others, such as a trainer, are no part of it, and may have threads whose messages would be lost.
+
+    Args:
+        model: the model.
+        others: what else is in use, such as a loss and a loader.
+    """
+
+    def __init__(self, model: nn.Module, others: Iterable[object]) -> None:
+        owners = [*model.modules(), *others]
+        self._packages = {_package(kind) for owner in owners for kind in (owner, *type(owner).__mro__)} - _LEFT_ALONE
+        self._packages |= {"__main__", "transformers"}  # whose caches of keys and values are in other people's modules
         self.tensors: list[Tensor] = []
         """Tensors that were found and are no parameters."""
         self.modules: dict[nn.Module, None] = {}
@@ -50,12 +72,13 @@ class Contents:
         self._seen: dict[int, object] = {}  # held, so that no other value gets the same id
         self._bytes_left = _ARRAY_BYTES
 
-    def restore_of(self, value: Any, depth: int = _DEPTH, given: bool = False) -> Restore:
+    def restore_of(self, value: Any, depth: int = _DEPTH, attribute: bool = False, given: bool = False) -> Restore:
         """What restores a value's content; None for what cannot change or is of another kind.
 
         Args:
             value: anything.
             depth: so deep values inside it are looked at.
+            attribute: whether it is reached by attributes, and not by what code names.
             given: look into it, whatever it is an object of.
         """
         kind = type(value)
@@ -70,19 +93,31 @@ class Contents:
         if isinstance(value, nn.Module):
             return self._of_network(value)
         if isinstance(value, FunctionType):
-            self.code.append(value)
+            self.code += [value] if self._knows(_package(value), attribute) else []
             return None
         if isinstance(value, (MethodType, BuiltinMethodType)):
-            self.code += [value.__func__] if isinstance(value, MethodType) else []
-            return self.restore_of(value.__self__, depth)
+            if isinstance(value, MethodType):
+                self.restore_of(value.__func__, depth, attribute)
+            return self.restore_of(value.__self__, depth, attribute)
         if isinstance(value, partial):
-            return self._of_all((value.func, *value.args, *value.keywords.values()), depth)
+            return self._of_all((value.func, *value.args, *value.keywords.values()), depth, attribute)
         if isinstance(value, GeneratorType):
-            return self._of_all(_variables_of(value), depth)
-        return self._of_generator_or_array(value) or self._of_object(value, depth, given or _is_looked_into(kind))
+            return self._of_all(_variables_of(value), depth, attribute)
+        inside = given or self._looks_into(kind, attribute)
+        return self._of_generator_or_array(value) or self._of_object(value, depth, inside, attribute)
 
-    def _of_all(self, values: Iterable[Any], depth: int) -> Restore:
-        return _together([self.restore_of(each, depth - 1) for each in values] if depth else [])
+    def _looks_into(self, kind: type, attribute: bool) -> bool:
+        if issubclass(kind, (DataLoader, Dataset, Sampler, SampleQueue)) or kind in _NAMESPACES:
+            return True
+        # A user's own class of ours, such as a policy or a cache, notes what is to last.
+        ours = any(_package(each) == "predictor" for each in kind.__mro__)
+        return not ours and self._knows(_package(kind), attribute) and not issubclass(kind, Optimizer)
+
+    def _knows(self, package: str, attribute: bool) -> bool:
+        return package not in _LEFT_ALONE if attribute else package in self._packages
+
+    def _of_all(self, values: Iterable[Any], depth: int, attribute: bool) -> Restore:
+        return _together([self.restore_of(each, depth - 1, attribute) for each in values] if depth else [])
 
     def _of_network(self, network: nn.Module) -> Restore:
         """Of a module with all inside it."""
@@ -90,14 +125,14 @@ class Contents:
         self.modules.update(dict.fromkeys(new))
         self._seen.update({id(module): module for module in new})
         self.code += dict.fromkeys(map(type, new))
-        return _together([self._of_attributes(module, _DEPTH) for module in new])
+        return _together([self._of_attributes(module, _DEPTH, attribute=True) for module in new])
 
-    def _of_attributes(self, owner: Any, depth: int) -> Restore:
+    def _of_attributes(self, owner: Any, depth: int, attribute: bool) -> Restore:
         table = vars(owner)
         before = dict(table)
         skipped = _OF_EVERY_MODULE if isinstance(owner, nn.Module) else ()
         values = [value for name, value in before.items() if name not in skipped]
-        return _together([partial(_put_back, table, before), self._of_all(values, depth)])
+        return _together([partial(_put_back, table, before), self._of_all(values, depth, attribute)])
 
     def _of_generator_or_array(self, value: Any) -> Restore:
         numpy = sys.modules.get("numpy")
@@ -118,7 +153,7 @@ class Contents:
             return partial(_write_to_array, value, value.copy())
         return None
 
-    def _of_object(self, value: Any, depth: int, inside: bool) -> Restore:
+    def _of_object(self, value: Any, depth: int, inside: bool, attribute: bool) -> Restore:
         """Of a container, and of an object with attributes, where it is looked into."""
         restores: list[Restore] = []
         kind = next((each for each in _CONTAINERS if isinstance(value, each)), tuple)
@@ -126,23 +161,19 @@ class Contents:
             items = _items_of(value, kind)
             restores += [partial(_refill, value, kind, items)] if kind is not tuple else []
             if len(value) <= _SEARCHED:
-                restores.append(self._of_all(items[1::2] if kind in _DICTS else items, depth))
+                restores.append(self._of_all(items[1::2] if kind in _DICTS else items, depth, attribute))
         if inside:
             self.code.append(type(value))
             slots = [(slot, slot.__get__(value)) for slot in _slots_of(type(value)) if _is_set(slot, value)]
             restores += [partial(_put_in_slot, value, *each) for each in slots]
-            restores.append(self._of_all((each for _, each in slots), depth))
+            restores.append(self._of_all((each for _, each in slots), depth, attribute))
             if isinstance(getattr(value, "__dict__", None), dict):
-                restores.append(self._of_attributes(value, depth))
+                restores.append(self._of_attributes(value, depth, attribute))
         return _together(restores)
 
 
-def _is_looked_into(kind: type) -> bool:
-    if issubclass(kind, (DataLoader, Dataset, Sampler, SampleQueue)):
-        return True
-    # A user's own class of ours, such as a policy or a cache, notes what is to last.
-    ours = any(each.__module__.startswith("predictor.") for each in kind.__mro__)
-    return not ours and kind.__module__.partition(".")[0] not in _LEFT_ALONE and not issubclass(kind, Optimizer)
+def _package(value: Any) -> str:
+    return str(getattr(value, "__module__", None) or "").partition(".")[0]
 
 
 def _variables_of(generator: "GeneratorType[Any, Any, Any]") -> list[Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from predictor.layers.code_state import restores_of_code
+from predictor.layers.code_state import restores_of_code, users_hooks
 from predictor.layers.contents import Contents
 from predictor.layers.hook_tables import restored_hooks
 from predictor.layers.tensors import number_of, tensors_in
@@ -232,8 +232,8 @@ def _eager_part_by_part() -> Iterator[None]:
 @contextmanager
 def _restored_contents(model: nn.Module, others: Iterable[object]) -> Iterator[Contents]:
     """Restore what modules and others hold, and what the model's code keeps outside its modules."""
-    contents = Contents()
-    found = [contents.restore_of(model), *(contents.restore_of(each, given=True) for each in others)]
+    contents = Contents(model, [*others, *users_hooks(model)])
+    found = [contents.restore_of(each, attribute=True, given=True) for each in (model, *others)]
     found += restores_of_code(model, contents.restore_of, contents.code)
     try:
         yield contents

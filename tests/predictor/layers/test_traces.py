@@ -328,9 +328,15 @@ class Helped(nn.Module):
         return self.head(self.body(self.call(self.held, x)))
 
 
+NAMED = ("in a closure", "a default", "a global name")
+"""Not attributes. There only what is of the model's own package is looked into."""
+
+
 @pytest.mark.parametrize("as_in_training", [False, True])
-@pytest.mark.parametrize("kind", [Helper, HelperOfAPackage])
-@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize(
+    ("held", "kind"),
+    [(held, kind) for held in HELD for kind in (Helper, HelperOfAPackage) if kind is Helper or held not in NAMED],
+)
 def test_a_helper_of_the_models_is_afterwards_as_it_was(held, kind, as_in_training):
     GLOBAL.clear()
     helper = kind()
@@ -342,6 +348,18 @@ def test_a_helper_of_the_models_is_afterwards_as_it_was(held, kind, as_in_traini
         assert helper.state() != before
     assert helper.state() == before
     assert not isinstance(model.held, Slotted) or model.held == 0
+
+
+@pytest.mark.parametrize("held", NAMED)
+def test_what_code_names_of_other_packages_is_left_alone_since_threads_may_use_it(held):
+    GLOBAL.clear()
+    helper = HelperOfAPackage()
+    hold, call = HELD[held]
+    model = Helped(hold(helper), call)
+    with isolated(model):
+        model(torch.randn(4, 4))
+        after = helper.state()
+    assert helper.state() == after
 
 
 @pytest.mark.parametrize("method", ["keep", "pass_on"])

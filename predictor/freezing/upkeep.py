@@ -175,10 +175,9 @@ class Upkeep:
         if not self._before_steps:
             drop = partial(_call, weakref.WeakMethod(self._drop_set_gradients))
             own = map(innermost, self._optimizers)
-            hooked = [
-                one for one in own if hasattr(one, "_optimizer_step_pre_hooks")
-            ]  # some call no `super().__init__`
-            self._before_steps = [one.register_step_pre_hook(drop) for one in hooked]
+            # Some call no `super().__init__`.
+            hooked = [each for each in own if hasattr(each, "_optimizer_step_pre_hooks")]
+            self._before_steps = [each.register_step_pre_hook(drop) for each in hooked]
 
     def _leave_steps(self) -> None:
         for handle in self._before_steps:

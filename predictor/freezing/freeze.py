@@ -10,15 +10,11 @@
 """
 
 import warnings
-import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from predictor.freezing.messages import on_forward
 from predictor.freezing.standstill import forget_trained, hold, is_held, note_trained, unhold, users_train
 from predictor.layers.layer import Layer
 
@@ -128,11 +124,6 @@ def is_frozen(layer: Layer) -> bool:
     return not any(parameter.requires_grad for parameter in layer.parameters())
 
 
-def is_on(parameter: Tensor) -> bool:
-    """Whether an optimizer may move a parameter."""
-    return parameter.requires_grad or parameter.grad is not None
-
-
 def trains(parameter: Tensor) -> bool:
     """Whether a parameter moves, or has in this step: some loops switch a network off and on within a step.
 
@@ -146,137 +137,11 @@ def is_at_rest(layer: Layer) -> bool:
     return not any(map(trains, layer.parameters()))
 
 
-class GradientGuard:
-    """Watches the gradients of frozen parameters. A step in which none arrives costs nothing.
-
-    Each parameter has a hook that runs in the backward pass once a gradient has been accumulated for it, which takes a
-    `requires_grad_(True)` in the user's code. A parameter that trained until it froze may not move: the hook drops that
-    gradient before any optimizer sees it. A parameter that the user had held still is the user's to open: its gradient
-    stays, and the layer with it.
-
-    Args:
-        dropped: called with a layer's index at each gradient that was dropped.
-        opened: called with the index of a layer that the user has opened, at each gradient. Both are held weakly: when
-            their owner is gone, so is the guard, and the parameters are the user's again.
-    """
-
-    def __init__(self, dropped: Callable[[int], None], opened: Callable[[int], None]) -> None:
-        self._dropped: weakref.WeakMethod[Callable[[int], None]] = weakref.WeakMethod(dropped)
-        self._opened: weakref.WeakMethod[Callable[[int], None]] = weakref.WeakMethod(opened)
-        self._handles: dict[int, list[RemovableHandle]] = {}
-        self._resting: dict[int, list[nn.Parameter]] = {}
-        self._trained: dict[int, list[nn.Parameter]] = {}
-        self._before_pass: RemovableHandle | None = None
-
-    def guard(self, index: int, layer: Layer) -> None:
-        """Guard a layer that is about to freeze."""
-        resting = self._resting[index] = [parameter for parameter in layer.parameters() if not trains(parameter)]
-        drop = partial(_drop_gradient, self._dropped, self._opened, index, resting)
-        note = partial(_note_opening, self._opened, index)
-        self._trained[index] = [parameter for parameter in layer.parameters() if trains(parameter)]
-        self._handles[index] = [_hook(parameter, drop) for parameter in self._trained[index]]
-        self._handles[index] += [_hook(parameter, note) for parameter in resting if _can_train(parameter)]
-
-    def opened(self, index: int) -> bool:
-        """Whether the user has opened a layer: something in it requires a gradient that did not when it froze."""
-        return any(parameter.requires_grad for parameter in self._resting.get(index, ()))
-
-    def held_still(self, index: int) -> list[nn.Parameter]:
-        """What the user held still of a layer when it froze."""
-        return self._resting[index]
-
-    @property
-    def resting(self) -> bool:
-        """Whether there is something that the user may open."""
-        return any(self._resting.values())
-
-    @property
-    def whole_layer_rests(self) -> bool:
-        """Whether the user held one of the layers still as a whole when it froze."""
-        return any(resting and not self._trained[index] for index, resting in self._resting.items())
-
-    def hold_before_passes(self, model: nn.Module) -> None:
-        """Switch off before each pass of the model what the loop has switched on: no gradient is computed for it then.
-
-        Adapters are switched in every step where a model is its own reference.
-        """
-        if self._before_pass is None:
-            self._before_pass = on_forward(model, self._hold)
-
-    def _hold(self, *_: object) -> None:
-        if self._dropped() is None:
-            return
-        for index, trained in self._trained.items():
-            if not self.opened(index):
-                for parameter in trained:
-                    parameter.requires_grad_(False)
-
-    def drop_gradients(self, but: Collection[int]) -> list[int]:
-        """Drop the gradients of all guarded layers but those that the user has opened. Returns which had any."""
-        had = []
-        for index, trained in self._trained.items():
-            if index in but or self.opened(index):
-                continue
-            parameters = [parameter for parameter in (*trained, *self._resting[index]) if parameter.grad is not None]
-            for parameter in parameters:
-                parameter.grad = None
-            had += [index] if parameters else []
-        return had
-
-    def leave(self, indices: Iterable[int]) -> None:
-        """Guard these layers no more."""
-        for index in indices:
-            self._resting.pop(index, None)
-            self._trained.pop(index, None)
-            for handle in self._handles.pop(index, []):
-                handle.remove()
-        if self._before_pass is not None and not self._handles:
-            self._before_pass.remove()
-            self._before_pass = None
-
-    def close(self) -> None:
-        """Guard nothing any more."""
-        self.leave(list(self._handles))
-
-
-def _hook(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    # PyTorch takes such a hook only while the parameter requires a gradient, and keeps it afterwards.
-    required = parameter.requires_grad
-    parameter.requires_grad_(True)
-    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-    parameter.requires_grad_(required)
-    return handle
-
-
 def _is_zero(gradient: Tensor) -> bool:
     """Whether a gradient is zero, as far as one process can tell."""
     if gradient.is_sparse:
         return not gradient._nnz()
     return not hasattr(gradient, "to_local") and not gradient.any()
-
-
-def _can_train(parameter: nn.Parameter) -> bool:
-    """Whether a parameter could require a gradient. Quantized ones cannot."""
-    return parameter.is_leaf and (parameter.is_floating_point() or parameter.is_complex())
-
-
-def _drop_gradient(
-    dropped: "weakref.WeakMethod[Callable[[int], None]]",
-    opened: "weakref.WeakMethod[Callable[[int], None]]",
-    index: int,
-    resting: Sequence[nn.Parameter],
-    parameter: Tensor,
-) -> None:
-    if any(other.requires_grad for other in resting):  # the whole layer is the user's now
-        _note_opening(opened, index, parameter)
-    elif (report := dropped()) is not None:
-        parameter.grad = None
-        report(index)
-
-
-def _note_opening(opened: "weakref.WeakMethod[Callable[[int], None]]", index: int, parameter: Tensor) -> None:
-    if (report := opened()) is not None:
-        report(index)
 
 
 def _modules_in(layer: Layer) -> list[nn.Module]:

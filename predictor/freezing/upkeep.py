@@ -5,21 +5,13 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from predictor.freezing.freeze import (
-    GradientGuard,
-    freeze,
-    is_frozen,
-    is_on,
-    settle_containers,
-    settle_observers,
-    trains,
-    unfreeze,
-)
+from predictor.freezing.freeze import freeze, is_frozen, settle_containers, settle_observers, unfreeze
 from predictor.freezing.frozen_weights import FrozenWeights
+from predictor.freezing.gradient_guard import GradientGuard
 from predictor.freezing.learning_rates import innermost
 from predictor.freezing.optimizer_state import begin_again
 from predictor.freezing.wrappers import refuse_capture
@@ -64,8 +56,6 @@ class Upkeep:
         self._wake: weakref.WeakMethod[Callable[[], None]] = weakref.WeakMethod(wake)
         self._guard = GradientGuard(self._on_dropped_gradient, self._on_opened)
         self._weights = FrozenWeights()
-        self._held_still: dict[int, list[nn.Parameter]] = {}
-        self._trained: dict[int, list[nn.Parameter]] = {}  # until they froze; modules may come to hold them otherwise
         self._warned_of_motion = self._warned_of_reset = self._warned_of_set = False
         self._before_steps: list[RemovableHandle] = []  # on the optimizers, while gradients may be set by hand
         self._stepped = False  # whether they were called since a layer froze
@@ -85,15 +75,12 @@ class Upkeep:
         optimizers = self._optimizers if step else ()
         for index in froze:
             self._guard.guard(index, self.layers[index])
-            self._held_still[index] = self._guard.held_still(index)
-            self._trained[index] = list(filter(trains, self.layers[index].parameters()))
             freeze(self.layers[index], optimizers, self._model)
-        self._guard.leave(unfroze)
-        for index in unfroze:
-            del self._held_still[index]
         unfreeze([self.layers[index] for index in unfroze], self._model)
-        for parameter in (parameter for index in unfroze for parameter in self._trained.pop(index, ())):
-            parameter.requires_grad_(True)
+        for index in unfroze:
+            for parameter in self._guard.trained.get(index, ()):
+                parameter.requires_grad_(True)
+            self._guard.leave(index)
         begin_again(self._optimizers, [self.layers[index] for index in unfroze])
         settle_containers(self._model, self.layers, frozen)
         self._weights.keep(parameter for index in frozen for parameter in self.layers[index].parameters())
@@ -104,7 +91,7 @@ class Upkeep:
     @property
     def held_still(self) -> list[str]:
         """The names of what the user held still of the frozen layers when they froze."""
-        held = {id(parameter) for parameters in self._held_still.values() for parameter in parameters}
+        held = {id(parameter) for parameters in self._guard.held_still.values() for parameter in parameters}
         return [name for name, parameter in self._model.named_parameters() if id(parameter) in held]
 
     def hold_still(self, indices: Iterable[int], held_still: Collection[str]) -> None:
@@ -132,7 +119,7 @@ class Upkeep:
         """Whether `take_back` has to be called at each step: no gradient tells of a layer that is opened while its
         outputs come from a cache.
         """
-        return bool(self.moved) and self._guard.resting
+        return bool(self.moved) and self._guard.may_be_opened
 
     def take_back(self, step: int, frozen: frozenset[int]) -> frozenset[int]:
         """The frozen layers that the user has opened: what the user froze and unfreezes is the user's."""
@@ -199,7 +186,7 @@ class Upkeep:
         """Freeze again what the user's code has switched back on, and inform what keeps its outputs."""
         if frozen:
             settle_observers(self._model)
-        reset = [index for index in sorted(frozen) if any(map(is_on, self.layers[index].parameters()))]
+        reset = [index for index in sorted(frozen) if any(map(_may_move, self.layers[index].parameters()))]
         for index in reset:
             if is_frozen(self.layers[index]):  # so no backward pass has made these gradients
                 self._sets_gradients = True
@@ -247,6 +234,11 @@ class Upkeep:
             "step. Leave out parameters that require no gradient, or call controller.release() to train frozen layers",
             stacklevel=stacklevel,
         )
+
+
+def _may_move(parameter: Tensor) -> bool:
+    """Whether an optimizer may move a parameter: also by a gradient of zeros, under weight decay or momentum."""
+    return parameter.requires_grad or parameter.grad is not None
 
 
 def _call(method: "weakref.WeakMethod[Callable[[], None]]", *_: object) -> None:

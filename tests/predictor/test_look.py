@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 
 from predictor import FreezeController, FreezePolicy, SieveSampler
 from predictor.errors import UsageError
+from tests.predictor.wrapped_loaders import Wrapped, generated
 
 X = torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(48) % 3
@@ -443,21 +444,6 @@ class Noisy(Dataset):
     def __getitem__(self, index):
         self.seen[index] += 1
         return self.transform(X[index]), Y[index]
-
-
-class Wrapped:
-    """A loader around another one, as for a device."""
-
-    def __init__(self, loader):
-        self.loader = loader
-
-    def __iter__(self):
-        yield from self.loader
-
-
-def generated(loader):
-    """Batches from a generator."""
-    yield from loader
 
 
 TRANSFORMS = {

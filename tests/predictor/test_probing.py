@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from predictor import FeatureCache, FreezeController, SieveSampler, make_policy, probe_head
 from predictor.errors import UsageError
 from predictor.probing import regression
+from tests.predictor.wrapped_loaders import Wrapped, generated
 from tests.second_device import second_device
 
 FEATURES, CLASSES = 12, 3
@@ -206,20 +207,6 @@ class Noisy(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return index, self.x[index] + float(self.random.rand()), self.y[index]
-
-
-class Wrapped:
-    """A loader around another one, as for a device."""
-
-    def __init__(self, loader):
-        self.loader = loader
-
-    def __iter__(self):
-        yield from self.loader
-
-
-def generated(loader):
-    yield from loader
 
 
 LOADERS = {

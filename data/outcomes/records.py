@@ -1,8 +1,10 @@
 """What freezing did to a training: one outcome for each continuation of a run, and the files of outcomes."""
 
+import gzip
 import json
 import math
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +14,7 @@ from pydantic import Field, FiniteFloat
 from data.outcomes.folder import OutcomeFolder as OutcomeFolder  # its former home
 from data.validation import validated
 from predictor.errors import DamagedFile, FileFault, UsageError, unknown
-from predictor.shared.files import written_whole
+from predictor.shared.files import lines_of, written_whole
 
 KINDS = ("unfrozen", "noise", "front", "single")
 """The run itself; a continuation with nothing frozen and the samples in another order; one with a frozen prefix; one
@@ -133,14 +135,14 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
 
 
 def read_outcomes(path: Path) -> tuple[Outcome, ...]:
-    """The outcomes of a file that `gather outcomes` wrote, in its order.
+    """The outcomes of a file that `gather outcomes` wrote, in its order. It may be packed by gzip.
 
     Raises:
         DamagedFile: The file is empty, is no text, or has a line that is cut short.
         FileFault: The file cannot be read, or a line does not fit (as a newer version's may not) or comes twice.
     """
     outcomes: dict[Key, Outcome] = {}
-    for number, line in enumerate(_text(path).removesuffix("\n").split("\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         where = f"{path}, line {number}"
         try:
             outcome = outcome_of(json.loads(line), where)
@@ -163,13 +165,14 @@ def outcome_of(row: Any, where: str = "outcome") -> Outcome:
     return validated(Outcome, row, where)
 
 
-def _text(path: Path) -> str:
+def _lines(path: Path) -> Iterator[str]:
+    line = None
     try:
-        text = path.read_text(encoding="utf-8")
+        for line in lines_of(path):
+            yield line.removesuffix(b"\n").decode()
+    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
+        raise DamagedFile(f"{path}: not a text of JSON lines ({error}): {_CURE}") from error
     except OSError as error:
         raise FileFault(f"{path}: cannot be read ({error.strerror}): make it with {_COMMAND}") from error
-    except ValueError as error:
-        raise DamagedFile(f"{path}: not a text of JSON lines ({error}): {_CURE}") from error
-    if not text:
+    if line is None:
         raise DamagedFile(f"{path}: is empty: {_CURE}")
-    return text

@@ -1,11 +1,10 @@
 """Takes trials over that were run elsewhere: those that the repository publishes, or another machine's."""
 
-import gzip
 import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from evaluate.trials.config import trial_id
 from evaluate.trials.folder import PUBLISHED, SuiteFolder
@@ -13,10 +12,7 @@ from evaluate.trials.plan import Plan
 from evaluate.trials.records import ADOPTED, MALFORMED, Results, Suite, has_result, trial_of
 from evaluate.trials.suite import read_suite
 from predictor.errors import FileFault
-from predictor.shared.files import read_json_lines
-
-_LONGEST_LINE = 1 << 20
-"""Bytes; a trial's line has some thousands. A packed file of a few kilobytes may unpack to any length."""
+from predictor.shared.files import lines_of, read_json_lines
 
 
 def published_results(suite: str) -> Results:
@@ -60,20 +56,12 @@ def _is_one_of(row: dict[str, Any], wanted: set[str]) -> bool:
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """The file's objects, one at a time; lines that are none are passed over."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for line in _lines(path, file):
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(row, dict):
-                    yield row
+        for line in lines_of(path):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict):
+                yield row
     except (OSError, EOFError, zlib.error) as error:
         raise FileFault(f"{path}: cannot be read ({error}): give a results.jsonl, or one packed by gzip") from error
-
-
-def _lines(path: Path, file: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
-    while line := file.readline(_LONGEST_LINE):
-        if len(line) == _LONGEST_LINE:
-            raise FileFault(f"{path}: a line of more than {_LONGEST_LINE} bytes: this is no results.jsonl")
-        yield line

@@ -1,6 +1,7 @@
 """Files are written whole or not at all: a temporary neighbour, flushed to the disk, then renamed."""
 
 import errno
+import gzip
 import json
 import os
 import time
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from predictor.errors import FileFault, UsageError
+
+_LONGEST_LINE = 1 << 23
+"""Bytes; a trial's line has some thousands. A packed file of a few kilobytes may unpack to any length."""
 
 
 @contextmanager
@@ -66,6 +70,20 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """The lines of a text, or of one packed by gzip if it is named so, one at a time.
+
+    Raises:
+        FileFault: a line is longer than 8 MiB, as in a file that was made to fill the memory.
+        OSError, EOFError, zlib.error: the file cannot be read or unpacked.
+    """
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        while line := file.readline(_LONGEST_LINE):
+            if len(line) == _LONGEST_LINE:
+                raise FileFault(f"{path}: a line of more than {_LONGEST_LINE} bytes: this is no file of JSON lines")
+            yield line
 
 
 @contextmanager

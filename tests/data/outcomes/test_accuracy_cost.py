@@ -1,6 +1,5 @@
 """The surface of accuracy cost: figures worked by hand, the shape that it must have, and what is refused."""
 
-import gzip
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,10 +197,9 @@ def test_outcomes_that_do_not_fit_together_are_refused():
 
 
 @pytest.mark.parametrize(("name", "runs"), [("shipped", 46), ("varied", 117)])
-def test_the_published_outcomes_say_what_the_first_layer_does_alone(tmp_path, name, runs):
+def test_the_published_outcomes_say_what_the_first_layer_does_alone(name, runs):
     packed = Path(__file__).parents[3] / "evaluate" / "results" / "outcomes" / f"{name}.jsonl.gz"
-    (tmp_path / "outcomes.jsonl").write_bytes(gzip.decompress(packed.read_bytes()))
-    costs = accuracy_costs(read_outcomes(tmp_path / "outcomes.jsonl"), read_held_out(SHIPPED_SPLIT))
+    costs = accuracy_costs(read_outcomes(packed), read_held_out(SHIPPED_SPLIT))
     assert len(costs) == runs
     assert all(
         cost.prefix_F[:2].tolist() == [0, 1] and cost.prefix_F[-1] == cost.layer_count for cost in costs.values()

@@ -1,5 +1,6 @@
 """Files of outcomes: written, read, and refused."""
 
+import gzip
 import json
 import math
 from dataclasses import replace
@@ -103,6 +104,27 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe{}")
     with pytest.raises(FileFault, match=r"bytes.jsonl: not a text"):
         read_outcomes(tmp_path / "bytes.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{}\n", "not a text of JSON lines"),  # not packed
+        (gzip.compress(b"{" * 1000)[:-8], "not a text of JSON lines"),
+        (gzip.compress(bytes(1 << 24)), "a line of more than 8388608 bytes"),
+        (gzip.compress(b""), "is empty"),
+    ],
+)
+def test_a_damaged_packed_file_is_refused(tmp_path, content, message):
+    (tmp_path / "o.jsonl.gz").write_bytes(content)
+    with pytest.raises(FileFault, match=message):
+        read_outcomes(tmp_path / "o.jsonl.gz")
+
+
+def test_a_packed_file_is_read(tmp_path):
+    write_outcomes(tmp_path / "o.jsonl", outcomes := (made_outcome(),))
+    (tmp_path / "o.jsonl.gz").write_bytes(gzip.compress((tmp_path / "o.jsonl").read_bytes()))
+    assert read_outcomes(tmp_path / "o.jsonl.gz") == outcomes
 
 
 def test_a_run_that_diverged_stands_alone(tmp_path):

@@ -119,7 +119,7 @@ def test_a_packed_file(machine, elsewhere, folder, tmp_path):
         ("none.jsonl", None, "No such file"),
         ("plain.jsonl.gz", b"not packed", "Not a gzipped file"),
         ("cut.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:40], "cannot be read"),
-        ("bomb.jsonl.gz", gzip.compress(bytes(1 << 24)), "this is no results.jsonl"),
+        ("bomb.jsonl.gz", gzip.compress(bytes(1 << 24)), "this is no file of JSON lines"),
     ],
     ids=["no file", "not packed", "cut short", "no lines"],
 )

@@ -62,8 +62,9 @@ class PrefixModel:
     allowances: tuple[tuple[float, float], ...] = ()
     """Rising pairs: a risk in percentage points of accuracy, and the predicted cost that a prefix may have for that."""
     fewest_steps: int = 0
-    """Optimizer steps of the shortest training that it was fitted to. In a shorter one no prefix may freeze: there the
-    same prefix costs more."""
+    """Optimizer steps of the shortest training that it is for."""
+    shorter: "PrefixModel | None" = None
+    """The model of trainings of fewer steps; without one no prefix may freeze there."""
 
     def costs(self, look: FirstLook) -> Floats:
         """cost_F: percentage points of accuracy that each prefix of 1 to L layers costs. It never falls."""
@@ -81,18 +82,24 @@ class PrefixModel:
         risks, costs = zip(*self.allowances, strict=True)
         return float(np.interp(risk, risks, costs))
 
+    def for_length(self, steps: int) -> "PrefixModel | None":
+        """The model for a training of so many optimizer steps; None where it is shorter than any that is known."""
+        if steps >= self.fewest_steps:
+            return self
+        return None if self.shorter is None else self.shorter.for_length(steps)
+
     def choose(self, look: FirstLook, steps: int, risk: float) -> int:
-        """How many layers freeze before the first step; 0 for none, as where the weights have learned nothing yet, or
-        the training is shorter than `fewest_steps`.
+        """How many layers freeze before the first step.
+
+        0 for none, as where the weights have learned nothing yet, or no model is for so short a training.
 
         Args:
             look: what the first batches' gradients say.
             steps: optimizer steps of the whole training.
             risk: percentage points of accuracy that may be lost.
         """
-        if steps < self.fewest_steps:
-            return 0
-        return min(look.learned, largest(self.costs(look), self.allowance(risk)))
+        model = self.for_length(steps)
+        return 0 if model is None else min(look.learned, largest(model.costs(look), model.allowance(risk)))
 
     def as_dict(self) -> dict[str, Any]:
         """The model as JSON."""
@@ -101,20 +108,25 @@ class PrefixModel:
             "weights": dict(self.weights),
             "allowances": [list(pair) for pair in self.allowances],
             "fewest_steps": self.fewest_steps,
+            **({} if self.shorter is None else {"shorter": self.shorter.as_dict()}),
         }
 
     @classmethod
     def from_dict(cls, content: Any) -> "PrefixModel":
         """The model that `as_dict` returned. Raises UsageError for content that is none."""
         try:
+            inner = content.get("shorter")
+            shorter = None if inner is None else cls.from_dict(inner)
             weights = {str(name): float(weight) for name, weight in content["weights"].items()}
             allowances = tuple((float(risk), float(cost)) for risk, cost in content["allowances"])
-            model = cls(float(content["intercept"]), weights, allowances, int(content.get("fewest_steps", 0)))
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            fewest = int(content.get("fewest_steps", 0))
+            model = cls(float(content["intercept"]), weights, allowances, fewest, shorter)
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UsageError(f"no prefix model ({error})") from error
         numbers: Sequence[float] = [model.intercept, *weights.values(), *sum(allowances, ())]
         rising = all(one < other for (one, _), (other, _) in pairwise(allowances))
-        if not all(map(math.isfinite, numbers)) or not rising or not weights.keys() <= set(FEATURES):
+        falling = shorter is None or shorter.fewest_steps < fewest
+        if not all(map(math.isfinite, numbers)) or not rising or not falling or not weights.keys() <= set(FEATURES):
             raise UsageError(f"no prefix model ({content!r:.80})")
         return model
 

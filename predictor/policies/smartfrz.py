@@ -124,7 +124,7 @@ class SmartFRZPolicy(FreezePolicy):
 
     def worth_a_look(self, total_steps: int) -> bool:
         """Whether the training is as long as those that the prefix model has learned from."""
-        return self._first_prefix is not None and total_steps >= self._first_prefix.fewest_steps
+        return self._first_prefix is not None and self._first_prefix.for_length(total_steps) is not None
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         """Draw the positions of the sampled weights, and begin a new history."""

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,25 +42,52 @@ class FirstPrefixes:
     """FLOPs of a step with a frozen prefix of 0, 1, ... L layers, as shares of a full step's."""
 
 
-def fit_first_prefix(runs: Sequence[FirstPrefixes]) -> tuple[PrefixModel, dict[str, Any]]:
+def fit_first_prefix(
+    runs: Sequence[FirstPrefixes], shorter: Sequence[FirstPrefixes] = ()
+) -> tuple[PrefixModel, dict[str, Any]]:
     """Fit the model to runs. Returns it and what a card says about it.
 
     What may be risked comes from families that it was not fitted to, each left out in turn, and from those of their
     runs in which a prefix may freeze at all: in the others the first layer has learned nothing yet.
 
+    Args:
+        runs: what the model is fitted to.
+        shorter: runs of shorter trainings. They have the same line, and allowances of their own.
+
     Raises:
-        UsageError: the runs are of fewer than two families, or no prefix may freeze in any.
+        UsageError: the runs are of fewer than two families, no prefix may freeze in any, or the shorter ones are not
+            shorter.
     """
     families = sorted({run.family for run in runs})
     if len(families) < 2:
         raise UsageError(f"{len(runs)} runs of {len(families)} families: a family is left out in turn, so give two")
-    without = {family: _line([run for run in runs if run.family != family]) for family in families}
-    predicted = predict_unseen(runs, {family: PrefixModel(*line) for family, line in without.items()})
-    predicted = [each for each in predicted if each.most]
+    line = PrefixModel(*_line(runs))
+    without = {family: PrefixModel(*_line([run for run in runs if run.family != family])) for family in families}
+    model, card = _with_allowances(runs, line, without)
+    if not shorter:
+        return model, card
+    longest = max(run.steps for run in shorter)
+    if longest >= model.fewest_steps:
+        raise UsageError(
+            f"shorter runs of up to {longest} steps, and others from {model.fewest_steps} on: they must be shorter"
+        )
+    known = {run.family: without.get(run.family, line) for run in shorter}
+    below, figures = _with_allowances(shorter, line, known)
+    return replace(model, shorter=below), {**card, "shorter": figures}
+
+
+def _with_allowances(
+    runs: Sequence[FirstPrefixes], line: PrefixModel, without: dict[str, PrefixModel]
+) -> tuple[PrefixModel, dict[str, Any]]:
+    """The line with what may be risked in trainings as long as the runs, and what a card says about it.
+
+    without: by family, the line that was fitted to the others.
+    """
+    predicted = [each for each in predict_unseen(runs, without) if each.most]
     if not predicted:
         raise UsageError(f"of {len(runs)} runs none has a first layer that has learned something: give pretrained ones")
     allowances = tuple((risk, _allowance(risk, predicted)) for risk in RISKS)
-    model = PrefixModel(*_line(runs), allowances, min(run.steps for run in runs))
+    model = replace(line, allowances=allowances, fewest_steps=min(run.steps for run in runs))
     return model, _card(runs, predicted, model)
 
 
@@ -151,6 +178,7 @@ def _card(runs: Sequence[FirstPrefixes], predicted: Sequence[_Predicted], model:
         "runs": len(runs),
         "replayed": len(predicted),
         "fewest_steps": model.fewest_steps,
+        "most_steps": max(run.steps for run in runs),
         "families": {family: families.count(family) for family in sorted(set(families))},
         "replays": [dict(zip(("risk", "points", "flops"), each, strict=True)) for each in replays],
     }

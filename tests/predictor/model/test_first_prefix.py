@@ -1,5 +1,6 @@
 """What a prefix costs that freezes before the first step: the features, the line through them, and the choice."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -89,9 +90,24 @@ def test_in_a_training_shorter_than_any_that_it_knows_nothing_freezes():
     assert model.choose(LOOK, STEPS - 1, 0.5) == 0
 
 
+def test_a_shorter_training_has_a_model_of_its_own():
+    careful = PrefixModel(-20.0, {"gradient": 1.0}, ((0.5, 0.0),), fewest_steps=STEPS // 2)
+    model = PrefixModel(-20.0, {"gradient": 1.0}, ((0.5, 10.0),), STEPS, careful)
+    assert model.for_length(STEPS) is model
+    assert model.for_length(STEPS - 1) is careful
+    assert model.for_length(STEPS // 2 - 1) is None
+    assert model.choose(LOOK, STEPS, 0.5) == len(LOOK.size_L)
+    assert model.choose(LOOK, STEPS - 1, 0.5) == 0
+    eager = replace(model, shorter=replace(careful, allowances=((0.5, 10.0),)))
+    assert eager.choose(LOOK, STEPS // 2, 0.5) == len(LOOK.size_L)
+    assert eager.choose(LOOK, STEPS // 2 - 1, 0.5) == 0
+
+
 def test_it_travels_as_json():
     model = PrefixModel(0.5, {"gradient": 1.0, "agreement": 0.25}, ((0.5, 1.0), (1.0, 2.0)), 220)
     assert PrefixModel.from_dict(model.as_dict()) == model
+    both = replace(model, shorter=replace(model, intercept=1.0, fewest_steps=40))
+    assert PrefixModel.from_dict(json.loads(json.dumps(both.as_dict()))) == both
 
 
 @pytest.mark.parametrize(
@@ -106,6 +122,9 @@ def test_it_travels_as_json():
         {"allowances": None},
         {"fewest_steps": "many"},
         {"fewest_steps": math.inf},
+        {"shorter": 3},
+        {"shorter": {"intercept": 0.0}},
+        {"shorter": PrefixModel(0.0).as_dict()},  # not shorter
     ],
 )
 def test_content_that_is_no_model_is_refused(change):

@@ -83,6 +83,11 @@ def test_in_a_short_training_it_does_not_look(tmp_path):
     assert controller.looked == 0
 
 
+def test_in_a_short_training_it_asks_the_model_of_those(tmp_path):
+    short = replace(CHEAP, fewest_steps=2)
+    assert started(tmp_path, replace(CHEAP, fewest_steps=STEPS + 1, shorter=short)).frozen == {0, 1}
+
+
 def test_without_a_look_nothing_freezes(tmp_path):
     assert started(tmp_path, CHEAP, look=False).frozen == frozenset()
 

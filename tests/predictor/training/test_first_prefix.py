@@ -86,3 +86,31 @@ def test_only_what_may_freeze_counts_in_what_may_be_risked():
 def test_one_family_is_too_few():
     with pytest.raises(UsageError, match="6 runs of 1 families"):
         fit_first_prefix(RUNS[:6])
+
+
+def test_shorter_trainings_have_the_same_line_and_allowances_of_their_own():
+    """Where a prefix costs twice as much, about half of it may be predicted."""
+    alone, _ = fit_first_prefix(RUNS)
+    short = [replace(each, steps=40 + number, cost_F=2 * each.cost_F) for number, each in enumerate(RUNS)]
+    model, card = fit_first_prefix(RUNS, short)
+    assert replace(model, shorter=None) == alone
+    below = model.shorter
+    assert (below.intercept, below.weights) == (model.intercept, model.weights)
+    assert below.fewest_steps == card["shorter"]["fewest_steps"] == 40
+    for (_, allowed), (_, there), row in zip(
+        model.allowances, below.allowances, card["shorter"]["replays"], strict=True
+    ):
+        assert 0.4 * allowed < there < 0.75 * allowed
+        assert row["points"] <= row["risk"] / 2
+
+
+def test_a_family_of_short_trainings_alone_is_no_part_of_the_line():
+    others = [replace(run("e", number), steps=40) for number in range(6)]
+    model, card = fit_first_prefix(RUNS, others)
+    assert model.shorter.allowances
+    assert card["shorter"]["families"] == {"e": 6}
+
+
+def test_shorter_runs_must_be_shorter():
+    with pytest.raises(UsageError, match="shorter runs of up to 100 steps, and others from 95 on"):
+        fit_first_prefix(RUNS, RUNS[:6])

@@ -112,7 +112,7 @@ def first_prefix_text(card: Any) -> str:
         return ""
     parts, shortest = [_first_prefix_replays(figures, "Frozen before the first step, fitted to")], figures
     if isinstance(shorter := at(figures, "shorter"), dict):
-        parts.append(_first_prefix_replays(shorter, "In short trainings, with what may be risked there from"))
+        parts.append(_first_prefix_replays(shorter, "In shorter trainings, with allowances from"))
         shortest = shorter
     steps = text(at(shortest, "fewest_steps"))
     return "\n\n".join([*parts, f"In trainings of fewer than {steps} steps no layer freezes before the first one."])

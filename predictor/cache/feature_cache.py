@@ -186,8 +186,8 @@ class FeatureCache:
     def batch(self, ids: Tensor | Iterable[int]) -> Iterator[None]:
         """Within it, call the model once, on the samples with these ids, in their order.
 
-        ids: a whole number for each sample of the batch. Raises UsageError for anything else, where the batch has
-        another number of samples, and where a sample is not what it was.
+        ids: a whole number for each sample of the batch. Raises UsageError for anything else, and where the batch has
+        another number of samples.
         """
         known = checked_ids(ids)
         token = (object(), get_ident())

@@ -1,4 +1,4 @@
-"""Going on from a predictor that is trained already: its weights, its scaling and its sampling."""
+"""Going on from a trained predictor: its weights, its scaling, its sampling, and what it knows of prefixes."""
 
 from collections.abc import Collection
 from dataclasses import fields, replace
@@ -64,7 +64,8 @@ def origin(settings: FitConfig) -> dict[str, Any]:
         return {}
     path = _path(settings.continue_from)
     before = {name: start.card[name] for name in ("labels", "data", "continued_from") if name in start.card}
-    return {"continued_from": {"name": settings.continue_from, "sha256": fingerprint(path), **before}}
+    kept = {name: start.card[name] for name in ("first_prefix",) if name in start.card}
+    return {"continued_from": {"name": settings.continue_from, "sha256": fingerprint(path), **before}, **kept}
 
 
 def _path(name: str) -> Path:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from predictor.errors import DivergedError, UsageError
 from predictor.model.config import CLOCK, MOTION, PredictorConfig
 from predictor.model.file import PredictorFile
+from predictor.model.first_prefix import PrefixModel
 from predictor.model.network import FreezePredictor
 from predictor.model.sampling import SampleSpec
 from predictor.shared.tracking import Tracker
@@ -53,10 +54,12 @@ class FitResult:
     threshold: float
     risks: tuple[tuple[float, float], ...] = ()
     """Thresholds by risk, if they are known: see `predictor.training.thresholds`."""
+    prefix: PrefixModel | None = None
+    """What prefixes cost that freeze before the first step, as the predictor that was continued knew it."""
 
     def file(self, card: dict[str, Any]) -> PredictorFile:
         """What `save_predictor` writes."""
-        return PredictorFile(self.fitted.model.cpu().eval(), self.spec, self.threshold, card, self.risks)
+        return PredictorFile(self.fitted.model.cpu().eval(), self.spec, self.threshold, card, self.risks, self.prefix)
 
 
 def fit(
@@ -85,13 +88,14 @@ def fit(
         UsageError: for data that cannot train a predictor: too few runs, one class only, fewer weights than configured,
             another sampling than that of the predictor to go on from.
     """
-    check_sampling(start_of(settings), spec)
+    start = start_of(settings)
+    check_sampling(start, spec)
     split = split_by_run(windows.runs, settings.validation, settings.test, settings.split_seed)
     train, validation = (learn_from or windows).subset(split.train), windows.subset(split.validation)
     fitted = fit_on(train, validation, config, settings, progress=progress, tracker=tracker)
     probability_N = fitted.probability_N(validation)
     threshold = choose_threshold(validation.labels_N.numpy(), probability_N, settings.false_freeze)
-    return FitResult(fitted, spec, split, threshold)
+    return FitResult(fitted, spec, split, threshold, prefix=None if start is None else start.prefix)
 
 
 def fit_on(

@@ -1,6 +1,7 @@
 """Going on from a predictor: with its weights and its scaling, and never to something worse."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from predictor.__main__ import main
 from predictor.errors import FileFault, UsageError
 from predictor.model.config import PredictorConfig
 from predictor.model.file import load_predictor, save_predictor
+from predictor.model.first_prefix import PrefixModel
 from predictor.model.sampling import SampleSpec
 from predictor.training.card import show
 from predictor.training.config import CONTINUED_LEARNING_RATE, FitConfig
@@ -51,6 +53,21 @@ def test_it_keeps_widths_window_and_scaling_and_says_where_it_comes_from(before,
     assert new.card["continued_from"]["name"] == str(before)
     assert new.card["continued_from"]["data"] == old.card["data"]
     assert "15 runs of mlp, vit" in show(new)
+
+
+def test_it_keeps_what_is_known_of_prefixes_before_the_first_step(before, write_trajectories, tmp_path, capsys):
+    old = load_predictor(before)
+    known = PrefixModel(0.5, {"gradient": 1.0}, ((0.5, 1.0),), 88)
+    save_predictor(before, replace(old, prefix=known, card={**old.card, "first_prefix": {"runs": 7, "replays": []}}))
+    train(
+        write_trajectories("own.h5", families=("mine",), first=50),
+        tmp_path / "p.safetensors",
+        "--continue-from",
+        str(before),
+    )
+    new = load_predictor(tmp_path / "p.safetensors")
+    assert new.prefix == known
+    assert "fitted to 7 runs" in show(new)
 
 
 @pytest.mark.parametrize(("given", "rate"), [({}, CONTINUED_LEARNING_RATE), ({"--learning-rate"}, 0.03)])

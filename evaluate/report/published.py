@@ -61,11 +61,10 @@ class _Kind:
 _KINDS = (
     _Kind("standard", "from scratch", ("smartfrz", "smartfrz, stop")),
     _Kind("pretrained", "fine-tuning", ("smartfrz", "smartfrz, cached", "smartfrz, risk 1, cached")),
-    _Kind("finetune", "fine-tuning, short", ("smartfrz", "smartfrz, front 0.4, cached")),
-    _Kind("confirm", "fine-tuning, short, seeds kept back", ("smartfrz, stop", "smartfrz, front 0.4, cached, stop")),
+    _Kind("short", "fine-tuning, short", ("smartfrz", "smartfrz, cached", "smartfrz, risk 1, cached")),
     _Kind("converged", "to convergence", ("smartfrz, cached", "smartfrz, risk 0.25, cached, stop")),
 )
-_DRAWN = ("standard", "finetune", "pretrained", "converged")
+_DRAWN = ("standard", "short", "pretrained", "converged")
 
 
 def publish(picture: Path = PICTURE) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
@@ -139,15 +140,15 @@ def test_outcomes_that_cannot_be_read_or_are_of_a_newer_version_are_kept(
     gather(tmp_path, path, *FEW)
     file = OutcomeFolder(tmp_path / "out" / "outcomes").run(ids_of(path)[0])
 
-    sound, read = file.read_text(), Path.read_text
+    sound, read = file.read_text(), Path.open
 
-    def denied(path: Path, encoding: str | None = None) -> str:
-        if path == file:
+    def denied(path: Path, mode: str = "r", *args: Any, **options: Any) -> IO[Any]:
+        if path == file and mode == "rb":
             raise PermissionError(13, "Permission denied")
-        return read(path, encoding)
+        return read(path, mode, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", denied)
+        patch.setattr(Path, "open", denied)
         with pytest.raises(FileFault, match="Permission denied"):
             gather(tmp_path, path, *FEW)
     assert file.read_text() == sound

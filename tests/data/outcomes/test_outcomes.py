@@ -114,6 +114,7 @@ def test_files_that_are_none(tmp_path):
         (gzip.compress(bytes(1 << 24)), "a line of more than 8388608 bytes"),
         (gzip.compress(b""), "is empty"),
     ],
+    ids=["not packed", "cut short", "no lines", "empty"],  # the packed bytes name the second at which they were packed
 )
 def test_a_damaged_packed_file_is_refused(tmp_path, content, message):
     (tmp_path / "o.jsonl.gz").write_bytes(content)

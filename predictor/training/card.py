@@ -19,8 +19,8 @@ _MOST_ROWS = 100
 _MOST_GROUPS = 40
 _LEGEND = """\
 AUROC, AP: chance to rank a freezable window above one that is not, and average precision; .5 and the class's share
-by guessing. AP not yet: of finding the windows that may not be frozen yet, the harder class.
-found: share of freezable windows frozen at the threshold. wrongly frozen: share of not-yet-freezable ones frozen.
+by guessing. AP not ready: of finding the windows that may not be frozen yet, the harder class.
+found: share of freezable windows frozen at the threshold. wrongly frozen: share of those that may not be frozen yet.
 false freezes: share of all its freezes that are wrong. n/a: there is one class only, or nothing is frozen."""
 _AT_HALF = """\
 Each classifier's threshold was chosen on validation runs of the families it knows. At half: false freezes at the
@@ -35,18 +35,18 @@ _COLUMNS = (
     ("accuracy", "accuracy"),
     ("AUROC", "auroc"),
     ("AP\nfreezable", "precision_freezable"),
-    ("AP\nnot yet", "precision_not_yet"),
+    ("AP\nnot ready", "precision_not_yet"),
     ("Brier", "brier"),
     ("calibration\nerror", "calibration_error"),
     ("found", "found"),
     ("wrongly\nfrozen", "wrongly_frozen"),
     ("false\nfreezes", "false_freezes"),
 )
-_COMPARED = (("AUROC", "auroc"), ("AP not yet", "precision_not_yet"), ("false freezes", "false_freezes"))
+_COMPARED = (("AUROC", "auroc"), ("AP not ready", "precision_not_yet"), ("false freezes", "false_freezes"))
 _SHOWN = ("clock", "hand-made", "attention")
 _UNSEEN = (
     ("AUROC", "auroc"),
-    ("AP not yet", "precision_not_yet"),
+    ("AP not ready", "precision_not_yet"),
     ("calibration error", "calibration_error"),
     ("found", "found"),
     ("false freezes", "false_freezes"),

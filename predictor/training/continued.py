@@ -64,7 +64,7 @@ def origin(settings: FitConfig) -> dict[str, Any]:
         return {}
     path = _path(settings.continue_from)
     before = {name: start.card[name] for name in ("labels", "data", "continued_from") if name in start.card}
-    kept = {name: start.card[name] for name in ("first_prefix",) if name in start.card}
+    kept = {"first_prefix": start.card["first_prefix"]} if "first_prefix" in start.card else {}
     return {"continued_from": {"name": settings.continue_from, "sha256": fingerprint(path), **before}, **kept}
 
 

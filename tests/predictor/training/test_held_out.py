@@ -108,7 +108,7 @@ def test_no_number_of_a_held_out_run_reaches_the_predictor(three, tmp_path, caps
     assert "held out: families resnet, mobilenet, texttransformer, efficientnet-lite, bert; sources fashion" in printed
     assert "12 runs in 5 groups" in printed
     assert "There was no run of them" in printed
-    for title in ("AUROC", "AP not yet", "calibration error", "found", "false freezes", "false freezes at half"):
+    for title in ("AUROC", "AP not ready", "calibration error", "found", "false freezes", "false freezes at half"):
         assert any(line.startswith(f"{title} ") for line in printed.splitlines()), title
     assert "mlp on fashion@14" in printed
     assert max(map(len, show(whole).split("Held-out runs")[1].splitlines())) <= 120

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from collect.workloads.initial import draw_weights
 from collect.workloads.recipe import Recipe, Workload, image_shape
 from data.sources.base import Source
 
@@ -38,18 +39,30 @@ class ConvNextBlock(nn.Module):
 
 
 class ConvNext(nn.Sequential):
-    """A 2x2 patch stem, two blocks a stage with a 2x2 convolution between stages, and the head."""
+    """A patch stem, stages of blocks with a 2x2 convolution between them, and the head.
 
-    def __init__(self, source: Source, widths: Sequence[int]) -> None:
+    Args:
+        source: its images' shape, and the number of classes.
+        widths: channels of each stage.
+        blocks: blocks in each stage.
+        patch: pixels along the side of the stem's patches.
+        spread: the standard deviation of all initial weights; None leaves PyTorch's.
+    """
+
+    def __init__(
+        self, source: Source, widths: Sequence[int], blocks: int = 2, patch: int = 2, spread: float | None = None
+    ) -> None:
         channels = widths[0]
-        modules: list[nn.Module] = [nn.Conv2d(image_shape(source)[0], channels, 2, stride=2), ChannelNorm(channels)]
+        stem = nn.Conv2d(image_shape(source)[0], channels, patch, stride=patch)
+        modules: list[nn.Module] = [stem, ChannelNorm(channels)]
         for stage, width in enumerate(widths):
             if stage:
                 modules += [ChannelNorm(channels), nn.Conv2d(channels, width, 2, stride=2)]
-            modules += [ConvNextBlock(width), ConvNextBlock(width)]
+            modules += [ConvNextBlock(width) for _ in range(blocks)]
             channels = width
         pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(channels)]
         super().__init__(*modules, *pooled, nn.Linear(channels, source.classes))
+        draw_weights(self, spread)
 
 
 def convnext_fashion() -> Workload:

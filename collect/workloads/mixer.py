@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from collect.workloads.initial import draw_weights
 from collect.workloads.recipe import Recipe, Workload, image_shape
 from data.sources.base import Source
 
@@ -24,9 +25,17 @@ class MixerBlock(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Patches through a linear layer, `depth` blocks, the mean over tokens, and the head."""
+    """Patches through a linear layer, `depth` blocks, the mean over tokens, and the head.
 
-    def __init__(self, source: Source, patch: int, width: int, depth: int) -> None:
+    Args:
+        source: its images' shape, and the number of classes.
+        patch: pixels along the side of a patch.
+        width: channels of a token.
+        depth: number of blocks.
+        spread: the standard deviation of all initial weights; None leaves PyTorch's.
+    """
+
+    def __init__(self, source: Source, patch: int, width: int, depth: int, spread: float | None = None) -> None:
         super().__init__()
         channels, height, across = image_shape(source)
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
@@ -34,6 +43,7 @@ class Mixer(nn.Module):
         self.blocks = nn.Sequential(*(MixerBlock(tokens, width) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, source.classes)
+        draw_weights(self, spread)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Images x_BCHW -> logits."""

@@ -9,15 +9,15 @@ from data.sources.base import Source
 
 
 class Vgg(nn.Sequential):
-    """Two convolutions a stage, each with BatchNorm and ReLU; each stage but the last halves the image."""
+    """Stages of `depth` convolutions, each with BatchNorm and ReLU; each stage but the last halves the image."""
 
-    def __init__(self, source: Source, widths: Sequence[int]) -> None:
+    def __init__(self, source: Source, widths: Sequence[int], depth: int = 2) -> None:
         modules: list[nn.Module] = []
         channels = image_shape(source)[0]
         for stage, width in enumerate(widths):
             if stage:
                 modules.append(nn.MaxPool2d(2))
-            for inputs in (channels, width):
+            for inputs in (channels, *[width] * (depth - 1)):
                 modules += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
             channels = width
         super().__init__(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, source.classes))

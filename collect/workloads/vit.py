@@ -4,14 +4,26 @@ import torch
 from torch import Tensor, nn
 
 from collect.workloads.encoder import EncoderBlock
+from collect.workloads.initial import draw_weights
 from collect.workloads.recipe import Recipe, Workload, image_shape
 from data.sources.base import Source
 
 
 class Vit(nn.Module):
-    """Patches through a linear layer, a class token, learned positions, `depth` encoder blocks, and the head."""
+    """Patches through a linear layer, a class token, learned positions, `depth` encoder blocks, and the head.
 
-    def __init__(self, source: Source, patch: int, width: int, depth: int, heads: int) -> None:
+    Args:
+        source: its images' shape, and the number of classes.
+        patch: pixels along the side of a patch.
+        width: channels of a token.
+        depth: number of blocks.
+        heads: of attention, in each block.
+        spread: the standard deviation of all initial weights; None leaves PyTorch's.
+    """
+
+    def __init__(
+        self, source: Source, patch: int, width: int, depth: int, heads: int, spread: float | None = None
+    ) -> None:
         super().__init__()
         channels, height, across = image_shape(source)
         tokens = (height // patch) * (across // patch)
@@ -21,6 +33,7 @@ class Vit(nn.Module):
         self.blocks = nn.Sequential(*(EncoderBlock(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, source.classes)
+        draw_weights(self, spread)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Images x_BCHW -> logits."""

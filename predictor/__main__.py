@@ -80,8 +80,6 @@ def _parser() -> argparse.ArgumentParser:
     prefix = commands.add_parser("prefix", help=text, description=f"{text[0].upper()}{text[1:]}.")
     text = "files of `python -m collect gather outcomes` that begin at --points 0"
     prefix.add_argument("--outcomes", nargs="+", type=Path, required=True, metavar="PATH", help=text)
-    text = "the same of shorter trainings, which get allowances of their own"
-    prefix.add_argument("--short-outcomes", nargs="+", type=Path, default=[], metavar="PATH", help=text)
     text = "the predictor to add it to: a file, or `shipped` (default: %(default)s)"
     prefix.add_argument("--predictor", default="shipped", metavar="PATH", help=text)
     prefix.add_argument("--out", type=Path, default=_OUT, help="the file to write (default: %(default)s)")
@@ -177,13 +175,9 @@ def _prefix(flags: argparse.Namespace) -> None:
     from predictor.training.first_prefix import fit_first_prefix
 
     file = load_predictor(SHIPPED if flags.predictor == "shipped" else flags.predictor)
-    longer, shorter = (
-        first_prefixes(outcome for path in paths for outcome in read_outcomes(path))
-        for paths in (flags.outcomes, flags.short_outcomes)
-    )
-    model, figures = fit_first_prefix(longer, shorter)
-    files = [path.name for path in flags.outcomes + flags.short_outcomes]
-    card = {**file.card, "first_prefix": {**figures, "files": files}}
+    runs = first_prefixes(outcome for path in flags.outcomes for outcome in read_outcomes(path))
+    model, figures = fit_first_prefix(runs)
+    card = {**file.card, "first_prefix": {**figures, "files": [path.name for path in flags.outcomes]}}
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     save_predictor(flags.out, replace(file, prefix=model, card=card))
     print(f"{first_prefix_text(card)}\n{flags.out}")

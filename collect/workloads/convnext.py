@@ -46,7 +46,7 @@ class ConvNext(nn.Sequential):
         widths: channels of each stage.
         blocks: blocks in each stage.
         patch: pixels along the side of the stem's patches.
-        spread: the standard deviation of all initial weights; None leaves PyTorch's.
+        spread: the standard deviation of the initial weights (`draw_weights`); None leaves PyTorch's.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Initial weights of one standard deviation, as most networks of patches that people download began with."""
+"""Initial weights that all have the same standard deviation, as most networks of patches that people download had."""
 
 from torch import nn
 

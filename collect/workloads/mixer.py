@@ -32,7 +32,7 @@ class Mixer(nn.Module):
         patch: pixels along the side of a patch.
         width: channels of a token.
         depth: number of blocks.
-        spread: the standard deviation of all initial weights; None leaves PyTorch's.
+        spread: the standard deviation of the initial weights (`draw_weights`); None leaves PyTorch's.
     """
 
     def __init__(self, source: Source, patch: int, width: int, depth: int, spread: float | None = None) -> None:

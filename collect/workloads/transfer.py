@@ -44,7 +44,7 @@ class Transfer:
     times: tuple[str, str]
     """The time that each of the two takes."""
     half: bool = False
-    """Whether the file holds the weights in half precision: the embedding of 5,371 words makes it twice as large."""
+    """Whether the file holds the weights in half precision, for its size."""
 
 
 TRANSFERS: dict[str, Transfer] = {

@@ -18,7 +18,7 @@ class Vit(nn.Module):
         width: channels of a token.
         depth: number of blocks.
         heads: of attention, in each block.
-        spread: the standard deviation of all initial weights; None leaves PyTorch's.
+        spread: the standard deviation of the initial weights (`draw_weights`); None leaves PyTorch's.
     """
 
     def __init__(

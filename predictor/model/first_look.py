@@ -1,5 +1,6 @@
 """The figures of a look at the first batches: how large each layer's gradient is, and how far the batches agree."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,6 +50,19 @@ class FirstLook:
     def signal_L(self) -> tuple[float, ...]:
         """The L1 norm of the mean gradient less that of the noise, at least 0: what all batches ask of a layer."""
         return tuple(max(0.0, mean - noise) for mean, noise in zip(self.mean_l1_L, self.noise_l1_L, strict=True))
+
+    @property
+    def early_share(self) -> float:
+        """How much more than their share of the gradient the first tenth of the layers have, at least one layer.
+
+        1 where they have what falls to them by their number. Layers without a gradient, as those that the user holds
+        still, do not count; infinite where no other is left.
+        """
+        trained = [mean for mean in self.mean_l1_L if mean > 0]
+        if not trained:
+            return math.inf
+        count = max(1, round(len(trained) / 10))
+        return sum(trained[:count]) / sum(trained) * len(trained) / count
 
     @property
     def learned(self) -> int:

@@ -22,16 +22,21 @@ _LARGEST = 20.0
 """A logarithm beyond which every cost is too much, and its exponential may overflow."""
 
 
-def features(look: FirstLook) -> dict[str, Floats]:
-    """What the prefix model may see, by name: of each prefix of 1 to L layers.
+def features(look: FirstLook, steps: int) -> dict[str, Floats]:
+    """What the prefix model may see, by name: of each prefix of 1 to L layers, in a training of so many steps.
 
     - `gradient`: the logarithm of the prefix's share of all layers' gradient, by the L1 norm of the mean gradient.
+    - `depth`: the logarithm of its share of the layers that have a gradient.
+    - `steps`: the logarithm of the training's optimizer steps.
     - `share`, `agreement`: what files of earlier versions use. The logarithm of the prefix's share of the signal, which
       is that norm less the noise's (`FirstLook.signal_L`), and of its signal over its noise.
     """
     mean_F, signal_F, noise_F = (np.cumsum(each) for each in (look.mean_l1_L, look.signal_L, look.noise_l1_L))
+    trained_F = np.cumsum([float(mean > 0) for mean in look.mean_l1_L])
     return {
         "gradient": _log_share(mean_F),
+        "depth": _log_share(trained_F),
+        "steps": np.full(len(mean_F), math.log(max(1, steps))),
         "share": _log_share(signal_F),
         "agreement": np.log(signal_F / np.maximum(noise_F, _TINY) + 0.02),
     }
@@ -49,7 +54,8 @@ def _log_share(sum_F: Floats) -> Floats:
 class PrefixModel:
     """A line through the logarithm of the accuracy cost of freezing a prefix before the first step.
 
-    Up to a few percentage points, the cost is about five of them times the prefix's share of the gradient.
+    Up to a few percentage points, the cost goes with the share of the layers, and with the square root of the share of
+    the gradient over the number of steps.
 
     log(min(cost, MOST_COST) + COST_FLOOR) = intercept + sum of weights times `features`. Ridge regression makes it
     (`predictor.training.first_prefix`). What a prefix saves is not weighed against it: that was tried, in proportion
@@ -63,12 +69,22 @@ class PrefixModel:
     """Rising pairs: a risk in percentage points of accuracy, and the predicted cost that a prefix may have for that."""
     fewest_steps: int = 0
     """Optimizer steps of the shortest training that it is for."""
+    most_steps: int | None = None
+    """Those of the longest training that it was fitted to: longer ones count as such. None if it has no such limit."""
+    most_early: float | None = None
+    """The largest `FirstLook.early_share` with which a prefix may freeze: where it is larger, the first layers have not
+    settled, and cost more than their gradient tells. None if it has no such limit."""
     shorter: "PrefixModel | None" = None
-    """The model of trainings of fewer steps; without one no prefix may freeze there."""
+    """In files of an earlier version: the model of trainings of fewer steps. Without one no prefix may freeze there."""
 
-    def costs(self, look: FirstLook) -> Floats:
-        """cost_F: percentage points of accuracy that each prefix of 1 to L layers costs. It never falls."""
-        known = features(look)
+    def costs(self, look: FirstLook, steps: int) -> Floats:
+        """cost_F: percentage points of accuracy that each prefix of 1 to L layers costs. It never falls.
+
+        Args:
+            look: what the first batches' gradients say.
+            steps: optimizer steps of the whole training.
+        """
+        known = features(look, steps if self.most_steps is None else min(steps, self.most_steps))
         line = self.intercept + sum(
             (weight * known[name] for name, weight in self.weights.items()), np.zeros(len(look.size_L))
         )
@@ -88,10 +104,15 @@ class PrefixModel:
             return self
         return None if self.shorter is None else self.shorter.for_length(steps)
 
+    def most(self, look: FirstLook) -> int:
+        """How many layers may freeze at the most: none of those that have learned nothing, or not settled."""
+        settled = self.most_early is None or look.early_share <= self.most_early
+        return look.learned if settled else 0
+
     def choose(self, look: FirstLook, steps: int, risk: float) -> int:
         """How many layers freeze before the first step.
 
-        0 for none, as where the weights have learned nothing yet, or no model is for so short a training.
+        0 for none, as where the first layers have not learned or settled, or no model is for so short a training.
 
         Args:
             look: what the first batches' gradients say.
@@ -99,7 +120,7 @@ class PrefixModel:
             risk: percentage points of accuracy that may be lost.
         """
         model = self.for_length(steps)
-        return 0 if model is None else min(look.learned, largest(model.costs(look), model.allowance(risk)))
+        return 0 if model is None else min(model.most(look), largest(model.costs(look, steps), model.allowance(risk)))
 
     def as_dict(self) -> dict[str, Any]:
         """The model as JSON."""
@@ -108,6 +129,8 @@ class PrefixModel:
             "weights": dict(self.weights),
             "allowances": [list(pair) for pair in self.allowances],
             "fewest_steps": self.fewest_steps,
+            **({} if self.most_steps is None else {"most_steps": self.most_steps}),
+            **({} if self.most_early is None else {"most_early": self.most_early}),
             **({} if self.shorter is None else {"shorter": self.shorter.as_dict()}),
         }
 
@@ -120,12 +143,15 @@ class PrefixModel:
             weights = {str(name): float(weight) for name, weight in content["weights"].items()}
             allowances = tuple((float(risk), float(cost)) for risk, cost in content["allowances"])
             fewest = int(content.get("fewest_steps", 0))
-            model = cls(float(content["intercept"]), weights, allowances, fewest, shorter)
+            most = None if content.get("most_steps") is None else int(content["most_steps"])
+            early = None if content.get("most_early") is None else float(content["most_early"])
+            model = cls(float(content["intercept"]), weights, allowances, fewest, most, early, shorter)
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UsageError(f"no prefix model ({error})") from error
-        numbers: Sequence[float] = [model.intercept, *weights.values(), *sum(allowances, ())]
+        numbers: Sequence[float] = [model.intercept, *weights.values(), *sum(allowances, ()), early or 0.0]
         rising = all(one < other for (one, _), (other, _) in pairwise(allowances))
         falling = shorter is None or shorter.fewest_steps < fewest
+        rising = rising and (most is None or most >= max(1, fewest))
         if not all(map(math.isfinite, numbers)) or not rising or not falling or not weights.keys() <= set(FEATURES):
             raise UsageError(f"no prefix model ({content!r:.80})")
         return model
@@ -136,5 +162,5 @@ def largest(cost_F: Floats, allowed: float) -> int:
     return int(np.searchsorted(cost_F, allowed, side="right")) if allowed > 0 else 0
 
 
-FEATURES = ("gradient", "share", "agreement")
+FEATURES = ("gradient", "depth", "steps", "share", "agreement")
 """The names that `features` returns."""

@@ -47,10 +47,10 @@ class SmartFRZPolicy(FreezePolicy):
         what freezing costs, as the shipped one has, a prefix needs a higher probability the less it saves
         (`predictor.model.decision`). The threshold is then that of a prefix that saves a whole step.
         Before the first step, where the training shows its first batches (`FreezeController.look`), a second model
-        predicts from each prefix's share of the gradient what it would cost if it froze at once
-        (`predictor.model.first_prefix`). The largest whose cost is allowed for the risk freezes, or none. In a training
-        of fewer steps than any that it has learned from it freezes none: where each step still counts, every frozen
-        layer costs more.
+        predicts from each prefix's share of the layers and of the gradient, and from the length of the training, what
+        it would cost if it froze at once (`predictor.model.first_prefix`). The largest whose cost is allowed for the
+        risk freezes. None does where the first layers have not learned or settled, nor in a training of fewer steps
+        than any that it has learned from: where each step still counts, every frozen layer costs more.
     Signal: the motion of the weights, their distance from the start, gradient times motion, learning rate, progress and
         depth (`predictor.model.history`).
     Differs: the paper's predictor sees raw weights alone, which in our measurements does not carry over to another

@@ -110,30 +110,23 @@ def first_prefix_text(card: Any) -> str:
     figures = at(card, "first_prefix")
     if not isinstance(figures, dict):
         return ""
-    parts, shortest = [_first_prefix_replays(figures, "Frozen before the first step, fitted to")], figures
-    if isinstance(shorter := at(figures, "shorter"), dict):
-        parts.append(_first_prefix_replays(shorter, "In shorter trainings, with allowances from"))
-        shortest = shorter
-    steps = text(at(shortest, "fewest_steps"))
-    return "\n\n".join([*parts, f"In trainings of fewer than {steps} steps no layer freezes before the first one."])
-
-
-def _first_prefix_replays(figures: Any, what: str) -> str:
-    """What prefixes would have lost in the runs of a part of a card; `what` begins its first sentence."""
     families = ", ".join(f"{text(name)} {text(count)}" for name, count in _rows(at(figures, "families")))
     replays = at(figures, "replays")
     rows = [
         (text(at(row, "risk")), figure(at(row, "points")), percent(at(row, "flops")))
         for row in (replays[:_MOST_ROWS] if isinstance(replays, list) else ())
     ]
-    runs, fewest, most = (at(figures, name) for name in ("runs", "fewest_steps", "most_steps"))
-    length = f" of {text(fewest)} to {text(most)} steps" if most else ""
+    runs, fitted, fewest, most = (at(figures, name) for name in ("runs", "fitted", "fewest_steps", "most_steps"))
     replayed = text(at(figures, "replayed") or runs)
+    shortest = at(figures, "shorter", "fewest_steps") or fewest  # in files of an earlier version
+    length = f", of {text(fewest)} to {text(most)} steps" if most else ""
     return (
-        f"{what} {text(runs)} runs{length}: {families}.\n"
-        f"What {replayed} of them would have lost, and what a step would have cost\n"
-        "without a cache; in the others no prefix may freeze. Each family by a model that was fitted to the others.\n"
-        f"{table(('risk (pp)', 'pp lost', 'FLOPs'), rows)}"
+        f"Frozen before the first step, learned from {text(runs)} runs: {families}.\n"
+        f"What a prefix costs is fitted to {text(fitted or runs)} of them{length}; in the others none may freeze.\n"
+        f"What the {replayed} whose first layer has learned something would have lost, and what a step\n"
+        "would have cost without a cache, each family by a model that was fitted to the others:\n"
+        f"{table(('risk (pp)', 'pp lost', 'FLOPs'), rows)}\n\n"
+        f"In trainings of fewer than {text(shortest)} steps no layer freezes before the first one."
     )
 
 

@@ -1,6 +1,7 @@
 """Fits the model of what a prefix costs that freezes before the first step, and what may be risked with it."""
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +15,14 @@ from predictor.model.first_prefix import COST_FLOOR, MOST_COST, PrefixModel, fea
 from predictor.training.thresholds import RISKS
 
 Floats = npt.NDArray[np.float64]
-USED = ("gradient",)
+USED = ("gradient", "depth", "steps")
 """The features that it is fitted to: see `predictor.model.first_prefix.features`."""
+_UNFITTED = PrefixModel(0.0, most_early=1.0)
+"""Where the first tenth of the layers has more than its share of the gradient, nothing freezes."""
 _RIDGE = 3.0
 _SPENT = 0.5
-"""The share of a risk that may be spent before the first step. What freezes later takes the other half."""
+"""The share of a risk that may be spent before the first step, in the mean over all families whose first layers have
+learned something: those in which nothing freezes lose nothing. What freezes later takes the other half."""
 _UNSURE = np.geomspace(1 / 1.5, 1.5, 5)
 """Factors by which the predictions may be off. Without them, a prefix that costs ten times what was predicted may lie
 just beyond what is allowed; then families left out of the choice lost more than their risk."""
@@ -42,57 +46,39 @@ class FirstPrefixes:
     """FLOPs of a step with a frozen prefix of 0, 1, ... L layers, as shares of a full step's."""
 
 
-def fit_first_prefix(
-    runs: Sequence[FirstPrefixes], shorter: Sequence[FirstPrefixes] = ()
-) -> tuple[PrefixModel, dict[str, Any]]:
+def fit_first_prefix(runs: Sequence[FirstPrefixes]) -> tuple[PrefixModel, dict[str, Any]]:
     """Fit the model to runs. Returns it and what a card says about it.
 
-    What may be risked comes from families that it was not fitted to, each left out in turn, and from those of their
-    runs in which a prefix may freeze at all: in the others the first layer has learned nothing yet.
-
-    Args:
-        runs: what the model is fitted to.
-        shorter: runs of shorter trainings. They have the same line, and allowances of their own.
+    The line is fitted to the runs in which a prefix may freeze at all (`PrefixModel.most`). What may be risked comes
+    from families that it was not fitted to, each left out in turn, and from all runs whose first layer has learned
+    something: those in which nothing freezes lose nothing, and save nothing.
 
     Raises:
-        UsageError: the runs are of fewer than two families, no prefix may freeze in any, or the shorter ones are not
-            shorter.
+        UsageError: a prefix may freeze in the runs of fewer than two families.
     """
-    families = sorted({run.family for run in runs})
+    freezing = [run for run in runs if _UNFITTED.most(_measured(run.look))]
+    families = sorted({run.family for run in freezing})
     if len(families) < 2:
-        raise UsageError(f"{len(runs)} runs of {len(families)} families: a family is left out in turn, so give two")
-    line = PrefixModel(*_line(runs))
-    without = {family: PrefixModel(*_line([run for run in runs if run.family != family])) for family in families}
-    model, card = _with_allowances(runs, line, without)
-    if not shorter:
-        return model, card
-    longest = max(run.steps for run in shorter)
-    if longest >= model.fewest_steps:
         raise UsageError(
-            f"shorter runs of up to {longest} steps, and others from {model.fewest_steps} on: they must be shorter"
+            f"of {len(runs)} runs {len(freezing)}, of {len(families)} families, have first layers that have learned "
+            "and settled: a family is left out in turn, so give pretrained networks of two"
         )
-    known = {run.family: without.get(run.family, line) for run in shorter}
-    below, figures = _with_allowances(shorter, line, known)
-    return replace(model, shorter=below), {**card, "shorter": figures}
-
-
-def _with_allowances(
-    runs: Sequence[FirstPrefixes], line: PrefixModel, without: dict[str, PrefixModel]
-) -> tuple[PrefixModel, dict[str, Any]]:
-    """The line with what may be risked in trainings as long as the runs, and what a card says about it.
-
-    without: by family, the line that was fitted to the others.
-    """
-    predicted = [each for each in predict_unseen(runs, without) if each.most]
-    if not predicted:
-        raise UsageError(f"of {len(runs)} runs none has a first layer that has learned something: give pretrained ones")
+    line = _line(freezing)
+    without = {family: _line([run for run in freezing if run.family != family]) for family in families}
+    learned = [run for run in runs if _measured(run.look).learned]
+    predicted = predict_unseen(learned, {run.family: without.get(run.family, line) for run in learned})
     allowances = tuple((risk, _allowance(risk, predicted)) for risk in RISKS)
-    model = replace(line, allowances=allowances, fewest_steps=min(run.steps for run in runs))
-    return model, _card(runs, predicted, model)
+    model = replace(line, allowances=allowances, fewest_steps=min(run.steps for run in freezing))
+    return model, _card(runs, freezing, predicted, model)
 
 
-def _line(runs: Sequence[FirstPrefixes]) -> tuple[float, dict[str, float]]:
-    """Intercept and weights by ridge regression. Every family weighs the same."""
+def _measured(look: FirstLook) -> FirstLook:
+    """A look whose layers have all learned something, where that was not measured."""
+    return look if look.evidence_L else replace(look, evidence_L=(math.inf,) * len(look.size_L))
+
+
+def _line(runs: Sequence[FirstPrefixes]) -> PrefixModel:
+    """A model with no allowances, by ridge regression. Every family weighs the same."""
     x_NC, y_N = _inputs(runs), _targets(runs)
     weight_N = _weights(runs)
     mean_C = np.average(x_NC, axis=0, weights=weight_N)
@@ -104,11 +90,16 @@ def _line(runs: Sequence[FirstPrefixes]) -> tuple[float, dict[str, float]]:
         (z_NC * weight_N[:, None]).T @ z_NC + ridge, (z_NC * weight_N[:, None]).T @ (y_N - middle)
     )
     slope_C /= scale_C
-    return middle - float(slope_C @ mean_C), dict(zip(USED, slope_C.tolist(), strict=True))
+    return replace(
+        _UNFITTED,
+        intercept=middle - float(slope_C @ mean_C),
+        weights=dict(zip(USED, slope_C.tolist(), strict=True)),
+        most_steps=max(run.steps for run in runs),
+    )
 
 
 def _inputs(runs: Iterable[FirstPrefixes]) -> Floats:
-    known = [(run, features(run.look)) for run in runs]
+    known = [(run, features(run.look, run.steps)) for run in runs]
     return np.concatenate([np.stack([each[name][run.size_F - 1] for name in USED], axis=1) for run, each in known])
 
 
@@ -130,11 +121,8 @@ class _Predicted:
     run: FirstPrefixes
     cost_L: Floats
     """The predicted cost of the prefix up to each layer."""
-
-    @property
-    def most(self) -> int:
-        """How many layers may freeze at the most: see `FirstLook.learned`."""
-        return self.run.look.learned if self.run.look.evidence_L else len(self.cost_L)
+    most: int
+    """How many layers may freeze at the most."""
 
     def freezes(self, allowed: float) -> int:
         """How many layers freeze, if a prefix may cost so much."""
@@ -149,7 +137,8 @@ def _allowance(risk: float, predicted: Sequence[_Predicted]) -> float:
 
 def predict_unseen(runs: Sequence[FirstPrefixes], unseen: dict[str, PrefixModel]) -> list[_Predicted]:
     """Each run as the model without its family sees it."""
-    return [_Predicted(run, unseen[run.family].costs(run.look)) for run in runs]
+    known = ((run, unseen[run.family]) for run in runs)
+    return [_Predicted(run, model.costs(run.look, run.steps), model.most(_measured(run.look))) for run, model in known]
 
 
 def replay(predicted: Sequence[_Predicted], allowed: float) -> tuple[float, float]:
@@ -171,14 +160,20 @@ def _mean_of_means(by_family: dict[str, list[float]]) -> float:
     return float(np.mean([np.mean(values) for values in by_family.values()]))
 
 
-def _card(runs: Sequence[FirstPrefixes], predicted: Sequence[_Predicted], model: PrefixModel) -> dict[str, Any]:
+def _card(
+    runs: Sequence[FirstPrefixes],
+    freezing: Sequence[FirstPrefixes],
+    predicted: Sequence[_Predicted],
+    model: PrefixModel,
+) -> dict[str, Any]:
     replays = [(risk, *replay(predicted, allowed)) for risk, allowed in model.allowances]
     families = [run.family for run in runs]
     return {
         "runs": len(runs),
+        "fitted": len(freezing),
         "replayed": len(predicted),
         "fewest_steps": model.fewest_steps,
-        "most_steps": max(run.steps for run in runs),
+        "most_steps": model.most_steps,
         "families": {family: families.count(family) for family in sorted(set(families))},
         "replays": [dict(zip(("risk", "points", "flops"), each, strict=True)) for each in replays],
     }

@@ -1,5 +1,6 @@
 """SmartFRZ before the first step: what it freezes by what it has learned that prefixes cost."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -86,6 +87,18 @@ def test_in_a_short_training_it_does_not_look(tmp_path):
 def test_in_a_short_training_it_asks_the_model_of_those(tmp_path):
     short = replace(CHEAP, fewest_steps=2)
     assert started(tmp_path, replace(CHEAP, fewest_steps=STEPS + 1, shorter=short)).frozen == {0, 1}
+
+
+def test_what_has_not_settled_stays_open(tmp_path):
+    """The first of the two layers has some share of the gradient."""
+    assert started(tmp_path, replace(CHEAP, most_early=2.0)).frozen == {0, 1}
+    assert started(tmp_path, replace(CHEAP, most_early=0.01)).frozen == frozenset()
+
+
+def test_it_knows_how_long_the_training_is(tmp_path):
+    """A prefix may cost 1 pp, and costs 99 or 111 over the 100 steps, less the floor of 0.1."""
+    for over, frozen in ((99.0, {0, 1}), (111.0, set())):
+        assert started(tmp_path, replace(CHEAP, intercept=math.log(over), weights={"steps": -1.0})).frozen == frozen
 
 
 def test_without_a_look_nothing_freezes(tmp_path):

@@ -67,7 +67,7 @@ def test_it_keeps_what_is_known_of_prefixes_before_the_first_step(before, write_
     )
     new = load_predictor(tmp_path / "p.safetensors")
     assert new.prefix == known
-    assert "fitted to 7 runs" in show(new)
+    assert "learned from 7 runs" in show(new)
 
 
 @pytest.mark.parametrize(("given", "rate"), [({}, CONTINUED_LEARNING_RATE), ({"--learning-rate"}, 0.03)])

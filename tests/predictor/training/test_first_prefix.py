@@ -1,21 +1,31 @@
 """Fitting what a prefix costs that freezes before the first step, on runs whose cost is known."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from evaluate.trials.folder import PUBLISHED
+from predictor.__main__ import main
 from predictor.errors import UsageError
+from predictor.model.file import load_predictor
 from predictor.model.first_look import FirstLook
 from predictor.model.first_prefix import COST_FLOOR, MOST_COST, PrefixModel
+from predictor.policies.smartfrz import SHIPPED
+from predictor.training.card import first_prefix_text
 from predictor.training.first_prefix import FirstPrefixes, fit_first_prefix, predict_unseen, replay
 from predictor.training.thresholds import RISKS
 
 
-def run(family, number, scale=4.9):
-    """A run of ten layers that costs `scale` percentage points times the prefix's share of the gradient."""
+def run(family, number, scale=4.9, first=0.5):
+    """A run of ten layers that costs `scale` percentage points times the prefix's share of the gradient.
+
+    first: what the first layer's gradient is multiplied with.
+    """
     draw = np.random.default_rng([ord(family), number])
-    mean = draw.exponential(size=10)
+    mean = draw.uniform(0.5, 1.5, size=10)
+    mean[0] *= first
     flat = (1.0,) * 10
     look = FirstLook(8, tuple(mean), flat, flat, flat, flat, flat, (100,) * 10)
     share = mean.cumsum() / mean.sum()
@@ -28,11 +38,11 @@ RUNS = [run(family, number) for family in "abcd" for number in range(6)]
 
 def test_it_finds_the_rule_that_made_the_costs():
     model, card = fit_first_prefix(RUNS)
-    predicted = np.concatenate([model.costs(each.look) for each in RUNS])
+    predicted = np.concatenate([model.costs(each.look, each.steps) for each in RUNS])
     true = np.concatenate([each.cost_F for each in RUNS])
     clear = (true > 5 * COST_FLOOR) & (true < MOST_COST)
     assert predicted[clear] == pytest.approx(true[clear], rel=0.25)
-    assert model.weights["gradient"] == pytest.approx(1, abs=0.2)
+    assert model.weights["gradient"] + model.weights["depth"] == pytest.approx(1, abs=0.2)
     assert card["runs"] == 24
     assert model.fewest_steps == card["fewest_steps"] == 95
     assert card["families"] == dict.fromkeys("abcd", 6)
@@ -53,7 +63,7 @@ def test_the_replay_by_hand():
     one, other = run("a", 0), run("c", 0)
     model, _ = fit_first_prefix(RUNS)
     first, second = predict_unseen([one, other], {"a": model, "c": PrefixModel(100.0)})
-    assert first.cost_L == pytest.approx(model.costs(one.look))
+    assert first.cost_L == pytest.approx(model.costs(one.look, one.steps))
     allowed = float(first.cost_L[4:6].mean())
     assert first.freezes(allowed) == 5
     # The predictions may be off by half: five factors, evenly spread in their logarithm.
@@ -78,39 +88,60 @@ def test_only_what_may_freeze_counts_in_what_may_be_risked():
     random = [with_evidence(run(family, 9, scale=40.0), *[0.0] * 10) for family in "abcd"]
     model, card = fit_first_prefix(RUNS + random)
     assert (card["runs"], card["replayed"]) == (28, 24)
-    with pytest.raises(UsageError, match="of 4 runs none has a first layer that has learned something"):
+    with pytest.raises(UsageError, match="of 4 runs 0, of 0 families, have first layers that have learned and settled"):
         fit_first_prefix(random)
     assert replay(predict_unseen(random, dict.fromkeys("abcd", model)), 100.0) == (0.0, 1.0)
 
 
 def test_one_family_is_too_few():
-    with pytest.raises(UsageError, match="6 runs of 1 families"):
+    with pytest.raises(UsageError, match="of 6 runs 6, of 1 families"):
         fit_first_prefix(RUNS[:6])
 
 
-def test_shorter_trainings_have_the_same_line_and_allowances_of_their_own():
-    """Where a prefix costs twice as much, about half of it may be predicted."""
+def test_runs_whose_first_layers_have_not_settled_lose_nothing_and_save_nothing():
+    """They are no part of the line. Among as many others, twice as much may be risked there."""
     alone, _ = fit_first_prefix(RUNS)
-    short = [replace(each, steps=40 + number, cost_F=2 * each.cost_F) for number, each in enumerate(RUNS)]
-    model, card = fit_first_prefix(RUNS, short)
-    assert replace(model, shorter=None) == alone
-    below = model.shorter
-    assert (below.intercept, below.weights) == (model.intercept, model.weights)
-    assert below.fewest_steps == card["shorter"]["fewest_steps"] == 40
-    for (_, allowed), (_, there), row in zip(
-        model.allowances, below.allowances, card["shorter"]["replays"], strict=True
-    ):
-        assert 0.4 * allowed < there < 0.75 * allowed
-        assert row["points"] <= row["risk"] / 2
+    restless = [run(family, number, scale=40.0, first=5.0) for family in "efgh" for number in range(6)]
+    assert min(each.look.early_share for each in restless) > 1 > max(each.look.early_share for each in RUNS)
+    model, card = fit_first_prefix(RUNS + restless)
+    assert (model.intercept, model.weights) == (alone.intercept, alone.weights)
+    assert (card["runs"], card["fitted"], card["replayed"]) == (48, 24, 48)
+    assert dict(model.allowances)[0.5] == pytest.approx(dict(alone.allowances)[1.0], rel=0.05)
 
 
-def test_a_family_of_short_trainings_alone_is_no_part_of_the_line():
-    others = [replace(run("e", number), steps=40) for number in range(6)]
-    model, card = fit_first_prefix(RUNS, others)
-    assert model.shorter.allowances
-    assert card["shorter"]["families"] == {"e": 6}
+def test_it_finds_what_the_length_does():
+    """Costs that fall with the square root of the steps."""
+    lengths = ((4**number, each) for number, each in zip(itertools.cycle(range(3)), RUNS, strict=False))
+    model, _ = fit_first_prefix([replace(each, steps=100 * n, cost_F=each.cost_F / n**0.5) for n, each in lengths])
+    assert model.weights["steps"] == pytest.approx(-0.5, abs=0.1)
+    assert (model.fewest_steps, model.most_steps) == (100, 1600)
 
 
-def test_shorter_runs_must_be_shorter():
-    with pytest.raises(UsageError, match="shorter runs of up to 100 steps, and others from 95 on"):
-        fit_first_prefix(RUNS, RUNS[:6])
+def test_of_a_family_those_that_have_settled_count_in_the_line():
+    mixed = [run("e", number, scale=40.0, first=5.0 if number % 2 else 0.5) for number in range(6)]
+    model, card = fit_first_prefix(RUNS + mixed)
+    settled, _ = fit_first_prefix(RUNS + mixed[::2])
+    assert (model.intercept, model.weights) == (settled.intercept, settled.weights)
+    assert (card["runs"], card["fitted"], card["replayed"]) == (30, 27, 30)
+
+
+def test_the_published_outcomes_make_what_ships(tmp_path, capsys):
+    outcomes = [PUBLISHED.parent / "outcomes" / f"{name}.jsonl.gz" for name in ("prefixes", "prefixes-short")]
+    main(["prefix", "--outcomes", *map(str, outcomes), "--out", str(tmp_path / "p.safetensors")])
+    said = capsys.readouterr().out
+    made, ships = load_predictor(tmp_path / "p.safetensors"), load_predictor(SHIPPED)
+    assert made.prefix.weights == pytest.approx(ships.prefix.weights)
+    assert made.prefix.intercept == pytest.approx(ships.prefix.intercept)
+    assert np.array(made.prefix.allowances) == pytest.approx(np.array(ships.prefix.allowances), rel=0.05)
+    assert (made.prefix.fewest_steps, made.prefix.most_steps) == (ships.prefix.fewest_steps, ships.prefix.most_steps)
+    assert made.card["first_prefix"]["files"] == [path.name for path in outcomes]
+    assert f"In trainings of fewer than {ships.prefix.fewest_steps} steps no layer freezes" in said
+
+
+def test_the_card_of_an_earlier_version_says_from_how_many_steps_on():
+    figures = {"runs": 60, "replayed": 26, "fewest_steps": 176, "most_steps": 528, "replays": []}
+    said = first_prefix_text({"first_prefix": {**figures, "shorter": {"runs": 48, "fewest_steps": 88}}})
+    assert "learned from 60 runs" in said
+    assert "In trainings of fewer than 88 steps" in said
+    assert "In trainings of fewer than 176 steps" in first_prefix_text({"first_prefix": figures})
+    assert first_prefix_text({}) == ""

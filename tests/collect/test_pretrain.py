@@ -98,7 +98,7 @@ def test_the_shipped_weights_are_as_good_as_their_card_says(name: str) -> None:
 def test_no_other_files_ship_and_all_of_them_are_small() -> None:
     paths = {path for path in WEIGHTS.iterdir() if path.name != "README.md"}
     assert paths == {weights_of(name) for name in TRANSFERS}
-    assert sum(path.stat().st_size for path in paths) < 6e6
+    assert sum(path.stat().st_size for path in paths) < 8e6
 
 
 def test_a_name_that_does_not_exist_and_data_that_is_missing_are_told_of_before_anything_is_trained(

@@ -42,11 +42,11 @@ class ConvNext(nn.Sequential):
     """A patch stem, stages of blocks with a 2x2 convolution between them, and the head.
 
     Args:
-        source: its images' shape, and the number of classes.
-        widths: channels of each stage.
-        blocks: blocks in each stage.
-        patch: pixels along the side of the stem's patches.
-        spread: the standard deviation of the initial weights (`draw_weights`); None leaves PyTorch's.
+        source: Its images' shape, and the number of classes.
+        widths: Channels of each stage.
+        blocks: Blocks in each stage.
+        patch: Pixels along the side of the stem's patches.
+        spread: The standard deviation of the initial weights (`draw_weights`); None leaves PyTorch's.
     """
 
     def __init__(

@@ -28,11 +28,11 @@ class Mixer(nn.Module):
     """Patches through a linear layer, `depth` blocks, the mean over tokens, and the head.
 
     Args:
-        source: its images' shape, and the number of classes.
-        patch: pixels along the side of a patch.
-        width: channels of a token.
-        depth: number of blocks.
-        spread: the standard deviation of the initial weights (`draw_weights`); None leaves PyTorch's.
+        source: Its images' shape, and the number of classes.
+        patch: Pixels along the side of a patch.
+        width: Channels of a token.
+        depth: Number of blocks.
+        spread: The standard deviation of the initial weights (`draw_weights`); None leaves PyTorch's.
     """
 
     def __init__(self, source: Source, patch: int, width: int, depth: int, spread: float | None = None) -> None:

@@ -13,12 +13,12 @@ class Vit(nn.Module):
     """Patches through a linear layer, a class token, learned positions, `depth` encoder blocks, and the head.
 
     Args:
-        source: its images' shape, and the number of classes.
-        patch: pixels along the side of a patch.
-        width: channels of a token.
-        depth: number of blocks.
-        heads: of attention, in each block.
-        spread: the standard deviation of the initial weights (`draw_weights`); None leaves PyTorch's.
+        source: Its images' shape, and the number of classes.
+        patch: Pixels along the side of a patch.
+        width: Channels of a token.
+        depth: Number of blocks.
+        heads: Of attention, in each block.
+        spread: The standard deviation of the initial weights (`draw_weights`); None leaves PyTorch's.
     """
 
     def __init__(

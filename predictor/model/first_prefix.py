@@ -151,8 +151,9 @@ class PrefixModel:
         numbers: Sequence[float] = [model.intercept, *weights.values(), *sum(allowances, ()), early or 0.0]
         rising = all(one < other for (one, _), (other, _) in pairwise(allowances))
         falling = shorter is None or shorter.fewest_steps < fewest
-        rising = rising and (most is None or most >= max(1, fewest))
-        if not all(map(math.isfinite, numbers)) or not rising or not falling or not weights.keys() <= set(FEATURES):
+        lasting = most is None or most >= max(1, fewest)
+        known = weights.keys() <= set(FEATURES)
+        if not (all(map(math.isfinite, numbers)) and rising and falling and lasting and known):
             raise UsageError(f"no prefix model ({content!r:.80})")
         return model
 

@@ -168,7 +168,8 @@ def _introduce(plan: "Plan", left: int, root: Path, adopted: bool) -> None:
     from evaluate.trials.plan import TRAINED
 
     suite, settings = plan.suite, plan.settings
-    grid = f"workloads: {len(suite.workloads)}, policies: {len(suite.policies)}, seeds: {len(suite.seeds)}"
+    own = ", some have others" if suite.workload_seeds or suite.policy_seeds else ""
+    grid = f"workloads: {len(suite.workloads)}, policies: {len(suite.policies)}, seeds: {len(suite.seeds)}{own}"
     print(f"suite {suite.name}: {len(plan.jobs)} trials ({grid}); {left} to run, {settings.at_once}")
     for mark, path in plan.predictors.items():
         print(f"predictor: {path} (sha256 {mark})")

@@ -10,7 +10,7 @@ with more trials.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,8 @@ def make_search(workload: str, suite: str | None, seeds: Sequence[int] | None, t
     if entry is None:
         known = ", ".join(entry.label for entry in named.workloads)
         raise UsageError(f"suite {named.name!r} has no workload {workload!r}: it has {known}")
-    return Search(entry, named.seeds if seeds is None else tuple(seeds), trials, named.scores)
+    own = named.seeds if seeds is None else tuple(seeds)
+    return Search(replace(entry, seeds=()), own, trials, named.scores)
 
 
 def find_oracle(search: Search, out: Path, settings: Settings, say: Callable[[str], None] = print) -> Path:

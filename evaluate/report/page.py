@@ -102,6 +102,7 @@ def render(results: Results, oracles: Mapping[str, Oracle] | None = None, refuse
         legend=_legend(results),
         symbols=_SYMBOLS,
         trials=results.trials,
+        seeds=results.seed_count,
         counts={status: _of_status(results, status) for status in ("finished", "diverged", "failed")},
         missing=results.missing(),
         missing_seeds=_missing_seeds(results),

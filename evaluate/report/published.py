@@ -121,9 +121,11 @@ def _saved(row: Row) -> str:
 
 
 def _name(label: str) -> str:
-    kind, _, budget = label.partition(" ")
+    length, _, how = label.partition(", ")
+    kind, _, budget = length.partition(" ")
     if kind in ("shorter", "stopped"):
-        return f"{'trained for' if kind == 'shorter' else 'stopped at'} {float(budget) * 100:.0f} % of the steps"
+        what = "trained for" if kind == "shorter" else "stopped at"
+        return f"{what} {float(budget) * 100:.0f} % of the steps{f' ({how})' if how else ''}"
     return _NAMES.get(label, label)
 
 
@@ -164,8 +166,7 @@ def _picture(results: Mapping[str, Results]) -> str:
 
 
 def _panel(axes: Axes, title: str, results: Results) -> None:
-    networks, seeds = len(results.workloads), len(results.suite.seeds)
-    axes.set_title(f"{title.capitalize()}\n{networks} networks, {seeds} seeds")
+    axes.set_title(f"{title.capitalize()}\n{len(results.workloads)} networks, {results.seed_count} seeds")
     axes.set(xlim=(27, 103), xticks=(40, 60, 80, 100))
     axes.axhline(0, color=FAINT, linewidth=1.2, zorder=0)
     for series, rows in zip(_SERIES, _split(results), strict=True):

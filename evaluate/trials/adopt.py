@@ -20,10 +20,25 @@ def published_results(suite: str) -> Results:
     plan = read_suite(suite)
     workloads, policies = (tuple(entry.label for entry in entries) for entries in (plan.workloads, plan.policies))
     groups = {entry.label: entry.group for entry in plan.workloads if entry.group}
-    description = Suite(plan.name, plan.baseline, plan.margin, "flops", workloads, policies, plan.seeds, groups=groups)
+    description = Suite(
+        plan.name,
+        plan.baseline,
+        plan.margin,
+        "flops",
+        workloads,
+        policies,
+        plan.seeds,
+        groups=groups,
+        workload_seeds=plan.workload_seeds,
+        policy_seeds=plan.policy_seeds,
+    )
     read = (trial_of(row) for row in _rows(PUBLISHED / f"{plan.name}.jsonl.gz"))
     planned = [trial for trial in read if trial.workload in workloads and trial.policy in policies]
-    trials = {(trial.workload, trial.policy, trial.seed): trial for trial in planned if trial.seed in plan.seeds}
+    trials = {
+        (trial.workload, trial.policy, trial.seed): trial
+        for trial in planned
+        if trial.seed in description.seeds_of(trial.workload, trial.policy)
+    }
     return Results(description, tuple(trials.values()), ())
 
 

@@ -144,7 +144,7 @@ def make_plan(suite: Suite, settings: Settings) -> Plan:
         mark = None if path is None else fingerprint(path)
         code = "" if entry.name in POLICIES else code_of(policy_class(entry.name))
         method = methods[entry.label] = _Method(entry, mark, code)
-        options = dict(method.with_options(suite.seeds[0]).options)
+        options = dict(method.with_options((entry.seeds or suite.seeds)[0]).options)
         if path is not None and mark is not None:
             predictors[mark] = path
             options["predictor"] = str(path)

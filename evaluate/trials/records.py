@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,14 @@ _Count = Annotated[int, Field(ge=0, le=_MOST)]
 _Name = Annotated[str, StringConstraints(min_length=1)]
 
 
+def cell_seeds(suite: Sequence[int], workload: Sequence[int], policy: Sequence[int]) -> tuple[int, ...]:
+    """The seeds of a workload under a policy: the workload's own, or else the suite's, that the policy has too.
+
+    A workload without seeds of its own has the suite's, and a policy without has all.
+    """
+    return tuple(seed for seed in workload or suite if not policy or seed in policy)
+
+
 @dataclass(frozen=True)
 class Suite:
     """What was to be run and how it is compared."""
@@ -55,6 +63,14 @@ class Suite:
     """The family whose area the others' are compared with; empty for that of training for fewer steps."""
     groups: Mapping[str, str] = field(default_factory=dict)
     """The group of each workload that has one."""
+    workload_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The seeds of each workload that has its own."""
+    policy_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Those of each policy that has its own."""
+
+    def seeds_of(self, workload: str, policy: str) -> tuple[int, ...]:
+        """The seeds with which a workload was to be trained under a policy."""
+        return cell_seeds(self.seeds, self.workload_seeds.get(workload, ()), self.policy_seeds.get(policy, ()))
 
 
 @dataclass(frozen=True)
@@ -181,10 +197,16 @@ class Results:
         """The trials of a workload under a policy, by seed."""
         return self._cells.get((workload, policy), {})
 
+    @property
+    def seed_count(self) -> str:
+        """How many seeds the workloads have, in words: such as 5, or 8 to 32."""
+        counts = sorted(self.planned(workload, self.suite.baseline) for workload in self.workloads) or [0]
+        return " to ".join(dict.fromkeys(str(count) for count in (counts[0], counts[-1])))
+
     def planned(self, workload: str, policy: str) -> int:
         """How many trials the suite plans for a workload under a policy, or were run beyond the plan."""
         inside = workload in self.suite.workloads and policy in self.suite.policies
-        seeds = {*self.cell(workload, policy), *(self.suite.seeds if inside else ())}
+        seeds = {*self.cell(workload, policy), *(self.suite.seeds_of(workload, policy) if inside else ())}
         return len(seeds)
 
     def missing(self) -> list[tuple[str, str, int]]:
@@ -193,7 +215,7 @@ class Results:
             (workload, policy, seed)
             for workload in self.suite.workloads
             for policy in self.suite.policies
-            for seed in self.suite.seeds
+            for seed in self.suite.seeds_of(workload, policy)
             if seed not in self.cell(workload, policy)
         ]
 

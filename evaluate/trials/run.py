@@ -131,6 +131,8 @@ def _description(plan: Plan, folder: SuiteFolder, left: list[Job]) -> dict[str, 
         "groups": {entry.label: entry.group for entry in suite.workloads if entry.group},
         "policies": [entry.label for entry in suite.policies],
         "seeds": list(suite.seeds),
+        "workload_seeds": suite.workload_seeds,
+        "policy_seeds": suite.policy_seeds,
     }
 
 

@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from collect.gather.plan import suite_path
 from collect.training.state import Scores
 from data.validation import validated
 from evaluate.trials.freezing import CacheForm
+from evaluate.trials.records import cell_seeds
 from predictor.errors import FileFault, unknown
 
 _toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -24,6 +26,15 @@ def _not_exact(cache: bool | CacheForm) -> bool | CacheForm:
     if cache == "exact":
         raise ValueError("'exact': write true, so that trials with such a cache have one id")
     return cache
+
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{list(seeds)}: give each once")
+    return seeds
+
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_distinct)]
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,8 @@ class WorkloadEntry:
     """Fields of the recipe that are changed."""
     group: str = ""
     """Workloads of one group are also reported together, such as those of one regime of training."""
+    seeds: Seeds = ()
+    """The seeds with which it is trained; empty for the suite's. Where seeds differ much it needs more of them."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,8 @@ class PolicyEntry:
     sparse: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     """The share of each layer's weights that masks hold at zero, while they are pruned and grown
     (`collect.hooks.sparse_masks.SparseMasks`)."""
+    seeds: Seeds = field(default=(), kw_only=True)
+    """The seeds with which it is tried; empty for all those of each workload."""
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -91,7 +106,7 @@ class PolicyEntry:
 
 @dataclass(frozen=True)
 class Suite:
-    """A grid of trials. Every policy meets every workload with the same seeds, so that results can be paired."""
+    """A grid of trials. The baseline is trained with every seed of a policy, so that results can be paired."""
 
     name: str
     """Names the folder of the results too."""
@@ -107,13 +122,25 @@ class Suite:
     shipped: bool = False
     """Whether it is about the predictor that ships, though another was trained here; one that is given comes first."""
 
+    @property
+    def workload_seeds(self) -> dict[str, tuple[int, ...]]:
+        """The seeds of each workload that has its own."""
+        return {entry.label: entry.seeds for entry in self.workloads if entry.seeds}
+
+    @property
+    def policy_seeds(self) -> dict[str, tuple[int, ...]]:
+        """Those of each policy that has its own."""
+        return {entry.label: entry.seeds for entry in self.policies if entry.seeds}
+
     def cells(self) -> Iterable[tuple[int, WorkloadEntry, PolicyEntry]]:
         """Every trial's seed, workload and policy, in the order in which they run.
 
         Policies of the same workload and seed follow each other, so that other load on the machine affects all alike.
         The seed changes slowest, so that an interrupted suite has compared every policy with a few seeds.
         """
-        return ((seed, work, policy) for seed in self.seeds for work in self.workloads for policy in self.policies)
+        seeds = dict.fromkeys([*self.seeds, *(seed for work in self.workloads for seed in work.seeds)])
+        grid = ((seed, work, policy) for seed in seeds for work in self.workloads for policy in self.policies)
+        return (cell for cell in grid if cell[0] in cell_seeds(self.seeds, cell[1].seeds, cell[2].seeds))
 
 
 def read_suite(name_or_path: str) -> Suite:
@@ -144,7 +171,7 @@ class _File(BaseModel):
 
     # A folder is called so.
     name: Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
-    seeds: tuple[Annotated[int, Field(ge=0)], ...]
+    seeds: Seeds
     workloads: tuple[WorkloadEntry, ...]
     policies: tuple[PolicyEntry, ...]
     recipe: dict[str, Any] = Field(default_factory=dict)
@@ -162,13 +189,6 @@ class _File(BaseModel):
             raise ValueError("give at least one")
         return values
 
-    @field_validator("seeds")
-    @classmethod
-    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{list(seeds)}: give each once")
-        return seeds
-
     @model_validator(mode="after")
     def _labels(self) -> "_File":
         labels = [entry.label for entry in self.policies]
@@ -178,13 +198,19 @@ class _File(BaseModel):
                 raise ValueError(f"{what} {twice!r} comes twice: give each a label of its own")
         if self.baseline not in labels:
             raise ValueError(f"the baseline must be one of the policies: {unknown('policy', self.baseline, labels)}")
+        if next(entry for entry in self.policies if entry.label == self.baseline).seeds:
+            raise ValueError(f"the baseline {self.baseline!r} is trained with every seed: give it none of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _trained(self) -> "_File":
+        for work, policy in product(self.workloads, self.policies):
+            if not cell_seeds(self.seeds, work.seeds, policy.seeds):
+                raise ValueError(f"policy {policy.label!r} shares no seed with workload {work.label!r}")
         return self
 
     def suite(self) -> Suite:
         """The suite, each workload with its whole recipe."""
-        workloads = tuple(
-            WorkloadEntry(entry.name, entry.label, entry.source, {**self.recipe, **entry.recipe}, entry.group)
-            for entry in self.workloads
-        )
+        workloads = tuple(replace(entry, recipe={**self.recipe, **entry.recipe}) for entry in self.workloads)
         shipped = self.predictor == "shipped"
         return Suite(self.name, workloads, self.policies, self.seeds, self.baseline, self.margin, self.scores, shipped)

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from evaluate.analysis.compute_multiplier import compute_multipliers
-from evaluate.report.published import PICTURE, publish
+from evaluate.report.published import PICTURE, _name, publish
 from evaluate.trials.adopt import published_results
 
 
@@ -20,6 +20,11 @@ def test_the_table_names_every_kind_of_training_and_a_rival(published):
     for text in ("from scratch", "fine-tuning", "to convergence", "SmartFRZ", "stopped at 90 % of the steps: 10 %"):
         assert text in table
     assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+
+
+def test_lengths_of_full_training_are_named_in_words():
+    assert _name("stopped 0.9") == "stopped at 90 % of the steps"
+    assert _name("shorter 0.5, linear") == "trained for 50 % of the steps (linear)"
 
 
 def test_the_picture_is_small_and_readable_on_light_and_dark(published):

@@ -97,6 +97,53 @@ def test_policies_of_a_seed_and_workload_follow_each_other(tmp_path):
     ]
 
 
+OWN_SEEDS = """
+name = "mine"
+seeds = [0, 1]
+[[workloads]]
+name = "mlp-digits"
+seeds = [0, 1, 2]
+[[workloads]]
+name = "vgg-digits"
+[[policies]]
+name = "none"
+[[policies]]
+name = "linear"
+seeds = [0, 2]
+"""
+
+
+def test_workloads_and_policies_may_have_their_own_seeds(tmp_path):
+    suite = read(tmp_path, OWN_SEEDS)
+    cells = [(seed, work.label, policy.label) for seed, work, policy in suite.cells()]
+    assert cells == [
+        (0, "mlp-digits", "none"),
+        (0, "mlp-digits", "linear"),
+        (0, "vgg-digits", "none"),
+        (0, "vgg-digits", "linear"),
+        (1, "mlp-digits", "none"),
+        (1, "vgg-digits", "none"),
+        (2, "mlp-digits", "none"),
+        (2, "mlp-digits", "linear"),
+    ]
+    assert suite.policies[1].changes == {}  # a trial's id does not depend on what else is trained
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds = [0, 2]", "seeds = [3]", "policy 'linear' shares no seed with workload 'mlp-digits'"),
+        ("seeds = [0, 2]", "seeds = [0, 0]", r"policies\[1\].seeds: \[0, 0\]"),
+        ("seeds = [0, 1, 2]", "seeds = [-1]", r"workloads\[0\].seeds\[0\]: -1"),
+        ('name = "none"', 'name = "none"\nseeds = [0]', "baseline 'none' is trained with every seed"),
+    ],
+)
+def test_seeds_that_compare_nothing_are_refused(tmp_path, old, new, message):
+    assert old in OWN_SEEDS
+    with pytest.raises(FileFault, match=message):
+        read(tmp_path, OWN_SEEDS.replace(old, new))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

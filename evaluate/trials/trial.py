@@ -168,7 +168,8 @@ def _freezing(
 def _spared(caching: CacheHook | None, step_flops: StepFlops) -> int:
     """FLOPs of the forward passes that the cache made unnecessary, less those that it made to find where to cut.
 
-    These count as whole passes, though most of them skip the prefix that is tried.
+    These count as whole passes, though most of them skip the prefix that is tried. That is more than what it costs to
+    check two samples now and then (`FeatureCache.checked`), which is not counted.
     """
     if caching is None:
         return 0

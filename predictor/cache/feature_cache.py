@@ -129,6 +129,8 @@ class FeatureCache:
         """Batches for which it was run."""
         self.looked = 0
         """Samples in the passes forward that were made to find places to cut."""
+        self.checked = 0
+        """Samples that were run through the prefix again, to see whether what is kept of them is right."""
         self.taken: Counter[frozenset[int] | None] = Counter()
         """Samples of the last batch, by the layers that were frozen when the cut was found from whose features their
         pass began; by None, where it began from the inputs."""
@@ -489,6 +491,7 @@ class FeatureCache:
 
     def _agree(self, level: Level, ids: list[int], prints: Tensor, arguments: Arguments, indices: list[int]) -> bool:
         """Whether the prefix gives what the level holds of these samples; else the cache is off."""
+        self.checked += len(ids)
         outputs = prefix_outputs(self._model, level.cut, arguments.rows(self._call_kind.layout, indices), modes=True)
         agrees, fault = level.agrees(ids, outputs, _taken(prints, indices))
         if fault:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from predictor.cache.arguments import CONSTANTS
 from predictor.cache.hooks import is_watched, number_of_hooks
+from predictor.freezing.standstill import holding, without_holding
 
 _READ = 1 << 12
 """How many numbers of a weight are read with each batch, for writes that PyTorch does not count (`weight.data`)."""
@@ -144,7 +145,7 @@ class Watch:
             if held.tensor.dtype in _COMPARED and (head := _head(held.tensor)) is not None
         ]
         self._norms = self.norms()
-        self._modes = [(module, module.training, _names_in(module)) for module in self._modules]
+        self._modes = [(module, *_mode_and_names(module)) for module in self._modules]
         self._attributes = list(_attributes(self._modules, self._unread))
 
     def norms(self) -> list[Tensor]:
@@ -190,17 +191,18 @@ class Watch:
     def odd(self) -> bool:
         """Whether something else may not be what it was."""
         return (
-            any(module.training != mode or _names_in(module) != names for module, mode, names in self._modes)
+            any(_mode_and_names(module) != (mode, names) for module, mode, names in self._modes)
             or any(map(self._may_differ, self._buffers))
             or any(each.differs for each in self._attributes)
         )
 
     def changes(self, written: bool) -> list[str]:
         """Names of what has another value than it had, weights aside. written: look at all buffers."""
+        now = ((module, mode, count, *_mode_and_names(module)) for module, mode, count in self._modes)
         names = [
-            f"{type(module).__name__}'s {'mode' if module.training != mode else 'attributes'}"
-            for module, mode, count in self._modes
-            if module.training != mode or _names_in(module) != count
+            f"{type(module).__name__}'s {'mode' if new_mode != mode else 'attributes'}"
+            for module, mode, count, new_mode, new_count in now
+            if (new_mode, new_count) != (mode, count)
         ]
         for held in self._buffers:
             if (written or self._may_differ(held)) and held.differs:
@@ -247,9 +249,12 @@ def _held(modules: Iterable[nn.Module], kind: str) -> Iterator[Held]:
                 yield Held(type(module).__name__, table, name, tensor, *marks, content)
 
 
-def _names_in(module: nn.Module) -> int:
-    """How many attributes and buffers a module has."""
-    return len(vars(module)) + sum(buffer is not None for buffer in module._buffers.values())
+def _mode_and_names(module: nn.Module) -> tuple[bool, int]:
+    """A module's mode, and how many attributes and buffers it has; both without what it has because it is frozen."""
+    mode, count = without_holding(module)
+    for buffer in module._buffers.values():
+        count += buffer is not None
+    return mode, count
 
 
 def _address(tensor: Tensor) -> int:
@@ -303,9 +308,9 @@ def _attributes(modules: Iterable[nn.Module], unread: Container[_Key]) -> Iterat
     """What modules keep in plain attributes, and the global names that their `forward` reads."""
     seen: set[int] = set()  # such as a configuration that all modules share
     for module in modules:
-        table, owner = vars(module), type(module).__name__
+        table, owner, ours = vars(module), type(module).__name__, holding(module)
         for name, value in table.items():
-            if name not in OF_EVERY_MODULE and (id(table), name) not in unread:
+            if name not in OF_EVERY_MODULE and name not in ours and (id(table), name) not in unread:
                 yield Attribute(owner, False, table, name, value, None if id(value) in seen else _content(value))
                 seen.add(id(value))
         if id(type(module)) not in seen and not type(module).__module__.startswith("torch."):

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 _RECORD = "_before_freezing"
 """The attribute in which a module keeps what it was before, as plain data: copies and pickles take it along."""
+_STANDS = ("train", "reset_running_stats", "enable_observer")
+"""The methods that have stand-ins while their module is held."""
 _CHANCE = re.compile(
     r"(?i)drop|rand|noise|jitter|prob|bernoulli|dirichlet|gauss|normal_|augment|aug_|_aug|requires_grad"
 )
@@ -69,7 +71,7 @@ def unhold(module: nn.Module, model: nn.Module | None = None) -> bool:
     record = module.__dict__.get(_RECORD, {})
     if "mode" not in record:
         return False
-    for name in ("train", "reset_running_stats", "enable_observer"):
+    for name in _STANDS:
         own = module.__dict__.get(name)
         if isinstance(own, _Stand):
             own.leave()
@@ -92,6 +94,24 @@ def unhold(module: nn.Module, model: nn.Module | None = None) -> bool:
 def is_held(module: nn.Module) -> bool:
     """Whether a module stands still, or was copied from one that did."""
     return "mode" in module.__dict__.get(_RECORD, {})
+
+
+def without_holding(module: nn.Module) -> tuple[bool, int]:
+    """A module's mode and how many attributes it has, as both would be if it were not held."""
+    own = module.__dict__
+    record = own.get(_RECORD)
+    if record is None:
+        return module.training, len(own)
+    return record.get("mode", module.training), len(own) - len(holding(module))
+
+
+def holding(module: nn.Module) -> frozenset[str]:
+    """The names of the attributes that a module has because it is held."""
+    own = module.__dict__
+    if _RECORD not in own:
+        return frozenset()
+    stands = ((name, own.get(name)) for name in _STANDS)
+    return frozenset({_RECORD, *(name for name, own in stands if isinstance(own, _Stand) and own.former is None)})
 
 
 def note_trained(modules: Iterable[nn.Module], parameters: set[int]) -> set[int]:

@@ -189,3 +189,32 @@ def test_no_cut_is_taken_inside_what_the_backward_pass_computes_once_more():
         F.cross_entropy(out, Y).backward()
         assert torch.isfinite(model[2].second.weight.grad).all()
     assert "activations are checkpointed" in cache.reason
+
+
+class Block(nn.Module):
+    """Has a layer before the cut and layers behind it. Held in evaluation mode once all of them are frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.early, self.between, self.late = nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return F.dropout(self.late(self.between(self.early(x))), 0.1, self.training)
+
+
+@pytest.mark.parametrize("block", [Block, lambda: nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))])
+def test_a_module_around_the_cut_that_is_held_later_is_no_change_of_what_lies_before_it(block):
+    def checked(later):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), block(), nn.Linear(64, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        script = Script({0: {0}, 6: later})
+        controller = FreezeController(model, optimizer, script, total_steps=16, say=None)
+        cache = FeatureCache(controller)
+        for step in range(16):
+            run(model, cache, torch.arange(12)[6 * (step % 2) :][:6])
+            controller.step()
+        assert (cache.reason, controller.frozen) == ("", frozenset(later))
+        return cache.checked
+
+    assert checked({0, 1}) == checked({0}) > 0

@@ -12,7 +12,7 @@ from predictor.cache.arguments import Arguments, Layout
 from predictor.cache.cut_points import Call, Cut, TensorForm, at_call, form_of, replayed, trace_calls, versions_of
 from predictor.cache.hooks import is_watched, without_own_hooks
 from predictor.cache.side_effects import kept_in, left_by
-from predictor.cache.watch import read
+from predictor.cache.watch import COMPARED, read
 from predictor.errors import UsageError
 from predictor.layers.isolated_pass import isolated
 from predictor.layers.tensors import tensors_in
@@ -412,7 +412,9 @@ def close(first: Any, second: Any, tolerance: Callable[[Tensor], float]) -> bool
         if isinstance(a, Tensor):
             if not isinstance(b, Tensor) or (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
                 return False
-            found.append(_close(a, b, tolerance(b)))
+            at_once = a.device.type == "cpu" and a.layout == torch.strided and a.dtype in COMPARED
+            if not (at_once and torch.equal(a, b)):
+                found.append(_close(a, b, tolerance(b)))
     return not found or all(read(found))  # a GPU is waited for once
 
 

@@ -35,7 +35,14 @@ class Draws:
         states = [torch.get_rng_state(), *(each.get_state() for each in self._generators)]
         states += [torch.get_device_module(device).get_rng_state(device) for device in self._devices]
         own = [state.numpy().tobytes() if numpy else tuple(state.tolist()) for state in map(Tensor.cpu, states)]
-        return [random.getstate(), repr(numpy.random.get_state(legacy=False)) if numpy else None, *own]
+        return [random.getstate(), _plain(numpy.random.get_state(legacy=False)) if numpy else None, *own]
+
+
+def _plain(value: Any) -> Any:
+    """A generator's state as values that can be compared at once: with the bytes of arrays in their place."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return value.tobytes() if hasattr(value, "tobytes") else value
 
 
 def kept_in(model: nn.Module) -> Kept:

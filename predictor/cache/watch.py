@@ -19,7 +19,8 @@ _WAITED_FOR = 4
 """After so many writes to a buffer on a GPU that left it as it was, nobody waits to compare it any more."""
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Names of the attributes that every module has."""
-_COMPARED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COMPARED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of numbers that every torch can add up and compare."""
 _Key: TypeAlias = "tuple[int, str]"
 
 
@@ -142,7 +143,7 @@ class Watch:
         self._heads = [
             head
             for held in (*self._weights, *self._buffers)
-            if held.tensor.dtype in _COMPARED and (head := _head(held.tensor)) is not None
+            if held.tensor.dtype in COMPARED and (head := _head(held.tensor)) is not None
         ]
         self._norms = self.norms()
         self._modes = [(module, *_mode_and_names(module)) for module in self._modules]
@@ -284,7 +285,7 @@ def _norms_of(heads: list[Tensor]) -> list[Tensor]:
 def _sums(tensors: list[Tensor]) -> list[float]:
     """The sum and the norm of each: other weights have others."""
     real = [torch.view_as_real(each) if each.is_complex() else each for each in tensors]
-    some = [each.detach() for each in real if each.dtype in _COMPARED and not each.is_meta]
+    some = [each.detach() for each in real if each.dtype in COMPARED and not each.is_meta]
     wide = [torch.promote_types(each.dtype, torch.float32) for each in some]
     sums = [each.sum(dtype=dtype) for each, dtype in zip(some, wide, strict=True)]
     norms = [torch.linalg.vector_norm(each, dtype=dtype) for each, dtype in zip(some, wide, strict=True)]

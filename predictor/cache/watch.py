@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from predictor.cache.arguments import CONSTANTS
 from predictor.cache.hooks import is_watched, number_of_hooks
-from predictor.freezing.standstill import holding, without_holding
+from predictor.freezing.standstill import without_holding
 
 _READ = 1 << 12
 """How many numbers of a weight are read with each batch, for writes that PyTorch does not count (`weight.data`)."""
@@ -22,6 +22,9 @@ OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 COMPARED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of numbers that every torch can add up and compare."""
 _Key: TypeAlias = "tuple[int, str]"
+_State: TypeAlias = "tuple[bool | None, int, bool]"
+"""A module's mode, how many attributes and buffers it has, and whether it is held in evaluation mode. The mode and the
+number are those that it would have if it were not held."""
 
 
 class Held(NamedTuple):
@@ -146,7 +149,7 @@ class Watch:
             if held.tensor.dtype in COMPARED and (head := _head(held.tensor)) is not None
         ]
         self._norms = self.norms()
-        self._modes = [(module, *_mode_and_names(module)) for module in self._modules]
+        self._states = [(module, _state_of(module)) for module in self._modules]
         self._attributes = list(_attributes(self._modules, self._unread))
 
     def norms(self) -> list[Tensor]:
@@ -192,18 +195,18 @@ class Watch:
     def odd(self) -> bool:
         """Whether something else may not be what it was."""
         return (
-            any(_mode_and_names(module) != (mode, names) for module, mode, names in self._modes)
+            any(_differs(then, _state_of(module)) for module, then in self._states)
             or any(map(self._may_differ, self._buffers))
             or any(each.differs for each in self._attributes)
         )
 
     def changes(self, written: bool) -> list[str]:
         """Names of what has another value than it had, weights aside. written: look at all buffers."""
-        now = ((module, mode, count, *_mode_and_names(module)) for module, mode, count in self._modes)
+        states = [(module, then, _state_of(module)) for module, then in self._states]
         names = [
-            f"{type(module).__name__}'s {'mode' if new_mode != mode else 'attributes'}"
-            for module, mode, count, new_mode, new_count in now
-            if (new_mode, new_count) != (mode, count)
+            f"{type(module).__name__}'s {'attributes' if now[1] != then[1] else 'mode'}"
+            for module, then, now in states
+            if _differs(then, now)
         ]
         for held in self._buffers:
             if (written or self._may_differ(held)) and held.differs:
@@ -250,12 +253,16 @@ def _held(modules: Iterable[nn.Module], kind: str) -> Iterator[Held]:
                 yield Held(type(module).__name__, table, name, tensor, *marks, content)
 
 
-def _mode_and_names(module: nn.Module) -> tuple[bool, int]:
-    """A module's mode, and how many attributes and buffers it has; both without what it has because it is frozen."""
-    mode, count = without_holding(module)
+def _state_of(module: nn.Module) -> _State:
+    mode, names, held = without_holding(module)
     for buffer in module._buffers.values():
-        count += buffer is not None
-    return mode, count
+        names += buffer is not None
+    return mode, names, held
+
+
+def _differs(then: _State, now: _State) -> bool:
+    """Whether a module does something else now. One around the cut that is held later does not."""
+    return now != then and now != (then[0], then[1], True)
 
 
 def _address(tensor: Tensor) -> int:
@@ -309,9 +316,9 @@ def _attributes(modules: Iterable[nn.Module], unread: Container[_Key]) -> Iterat
     """What modules keep in plain attributes, and the global names that their `forward` reads."""
     seen: set[int] = set()  # such as a configuration that all modules share
     for module in modules:
-        table, owner, ours = vars(module), type(module).__name__, holding(module)
+        table, owner = vars(module), type(module).__name__
         for name, value in table.items():
-            if name not in OF_EVERY_MODULE and name not in ours and (id(table), name) not in unread:
+            if name not in OF_EVERY_MODULE and (id(table), name) not in unread:
                 yield Attribute(owner, False, table, name, value, None if id(value) in seen else _content(value))
                 seen.add(id(value))
         if id(type(module)) not in seen and not type(module).__module__.startswith("torch."):

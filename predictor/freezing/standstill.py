@@ -96,22 +96,23 @@ def is_held(module: nn.Module) -> bool:
     return "mode" in module.__dict__.get(_RECORD, {})
 
 
-def without_holding(module: nn.Module) -> tuple[bool, int]:
-    """A module's mode and how many attributes it has, as both would be if it were not held."""
-    own = module.__dict__
-    record = own.get(_RECORD)
-    if record is None:
-        return module.training, len(own)
-    return record.get("mode", module.training), len(own) - len(holding(module))
+def without_holding(module: nn.Module) -> tuple[bool | None, int, bool]:
+    """A module's mode and how many attributes it has, as both would be if it were not held; and whether it is held.
 
-
-def holding(module: nn.Module) -> frozenset[str]:
-    """The names of the attributes that a module has because it is held."""
+    The mode is None where somebody has set it against the `train` by which the module is held.
+    """
     own = module.__dict__
     if _RECORD not in own:
-        return frozenset()
-    stands = ((name, own.get(name)) for name in _STANDS)
-    return frozenset({_RECORD, *(name for name, own in stands if isinstance(own, _Stand) and own.former is None)})
+        return module.training, len(own), False
+    count = len(own) - 1
+    for name in _STANDS:
+        stand = own.get(name)
+        if isinstance(stand, _Stand) and stand.former is None:
+            count -= 1
+    train = own.get("train")
+    if not isinstance(train, _HeldMode):
+        return module.training, count, False
+    return None if module.training else train.record["mode"], count, True
 
 
 def note_trained(modules: Iterable[nn.Module], parameters: set[int]) -> set[int]:

@@ -4,7 +4,8 @@ On one workload, the curve of full training is the best accuracy that training w
 over the whole training and every shorter one that the suite holds, whatever becomes of the schedule there (rescaled,
 falling to zero in a straight line, broken off, or broken off after a cool-down), from a random and from a probed head.
 Lengths that another one beats in both cost and accuracy are left out, and between two lengths the curve is a straight
-line. Then
+line. So that all policies meet the same curve, a length that was planned with fewer seeds than the baseline is no part
+of it. Then
 
     multiplier = FLOPs at which the curve reaches the policy's accuracy / FLOPs of the policy.
 
@@ -143,16 +144,15 @@ def lengths_not_trained(results: Results) -> list[tuple[str, str]]:
 
     A curve without them is lower, and multipliers are larger for it.
     """
-    lengths = full_training_lengths(results)
     seeds = {name: set(_points(results.cell(name, results.suite.baseline))) for name in results.workloads}
-    cells = [(name, label) for name in results.workloads for label in lengths]
+    cells = [(name, label) for name in results.workloads for label in _curve_lengths(results, name)]
     return [(name, label) for name, label in cells if not seeds[name] <= set(_points(results.cell(name, label)))]
 
 
 def full_training_curve(results: Results, workload: str) -> Curve | None:
     """The curve of full training over the seeds with which the baseline finished; None with fewer than two lengths."""
     seeds = sorted(_points(results.cell(workload, results.suite.baseline)))
-    known = [(label, _points(results.cell(workload, label))) for label in full_training_lengths(results)]
+    known = [(label, _points(results.cell(workload, label))) for label in _curve_lengths(results, workload)]
     means = [(label, _mean(points, seeds)) for label, points in known if seeds and set(seeds) <= set(points)]
     if len(means) < 2:
         return None
@@ -162,12 +162,18 @@ def full_training_curve(results: Results, workload: str) -> Curve | None:
 
 
 def policy_point(results: Results, workload: str, policy: str, curve: Curve) -> CurvePoint | None:
-    """A policy in the plane of a curve; None where it lacks one of the curve's seeds."""
-    own = _points(results.cell(workload, policy))
-    if not set(curve.seeds) <= set(own):
+    """A policy in the plane of a curve: as far from full training as with the seeds that both have.
+
+    None where they share none, or where the policy lost one.
+    """
+    baseline, own = (results.cell(workload, label) for label in (results.suite.baseline, policy))
+    full, points = _points(baseline), _points(own)
+    seeds = [seed for seed in curve.seeds if seed in points]
+    if not seeds or _lost_one(own, full):
         return None
-    mean = _mean(own, curve.seeds)
-    return CurvePoint(policy, mean.flops, mean.accuracy)
+    whole, paired, mean = _mean(full, curve.seeds), _mean(full, seeds), _mean(points, seeds)
+    accuracy = whole.accuracy + mean.accuracy - paired.accuracy
+    return CurvePoint(policy, whole.flops * mean.flops / paired.flops, accuracy)
 
 
 def flops_on_curve(lengths: Sequence[tuple[float, float]], accuracy: float) -> tuple[float, int]:
@@ -208,11 +214,11 @@ def _combined(parts: Sequence[_OnWorkload]) -> Multiplier:
 def _on_workload(results: Results, workload: str, policy: str) -> _OnWorkload | None:
     """None where there is no multiplier."""
     baseline, own = _points(results.cell(workload, results.suite.baseline)), results.cell(workload, policy)
-    if any(trial.status != "finished" and seed in baseline for seed, trial in own.items()):
-        return None  # to leave a lost seed out would reward the policy for losing it
+    if _lost_one(own, baseline):
+        return None
     policy_points = _points(own)
     seeds = sorted(set(baseline) & set(policy_points))
-    of_length = [_points(results.cell(workload, label)) for label in full_training_lengths(results)]
+    of_length = [_points(results.cell(workload, label)) for label in _curve_lengths(results, workload)]
     lengths = [points for points in of_length if set(seeds) <= set(points)]
     if not seeds or len(lengths) < 2:
         return None
@@ -242,6 +248,18 @@ def _points(cell: Mapping[int, Trial]) -> dict[int, _Point]:
         for seed, trial in cell.items()
         if trial.status == "finished" and trial.flops and trial.flops > 0 and trial.accuracy is not None
     }
+
+
+def _lost_one(own: Mapping[int, Trial], baseline: Mapping[int, _Point]) -> bool:
+    """Whether a training was lost though the baseline's finished: to leave it out would reward the policy for it."""
+    return any(trial.status != "finished" and seed in baseline for seed, trial in own.items())
+
+
+def _curve_lengths(results: Results, workload: str) -> list[str]:
+    """The lengths of full training that were planned with all of the baseline's seeds."""
+    planned = set(results.suite.seeds_of(workload, results.suite.baseline))
+    lengths = full_training_lengths(results)
+    return [label for label in lengths if planned <= set(results.suite.seeds_of(workload, label))]
 
 
 def _is_full_training(results: Results, label: str) -> bool:

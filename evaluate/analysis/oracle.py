@@ -94,8 +94,8 @@ def make_search(workload: str, suite: str | None, seeds: Sequence[int] | None, t
     if entry is None:
         known = ", ".join(entry.label for entry in named.workloads)
         raise UsageError(f"suite {named.name!r} has no workload {workload!r}: it has {known}")
-    own = named.seeds if seeds is None else tuple(seeds)
-    return Search(replace(entry, seeds=()), own, trials, named.scores)
+    own = (entry.seeds or named.seeds) if seeds is None else tuple(seeds)
+    return Search(replace(entry, seeds=None), own, trials, named.scores)
 
 
 def find_oracle(search: Search, out: Path, settings: Settings, say: Callable[[str], None] = print) -> Path:

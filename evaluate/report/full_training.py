@@ -97,7 +97,9 @@ def _relative(results: Results, workload: str) -> dict[str, tuple[float, float]]
     curve = full_training_curve(results, workload)
     if curve is None:
         return None
-    points = {label: policy_point(results, workload, label, curve) for label in results.policies}
+    others = set(full_training_lengths(results)) - {point.label for point in (*curve.points, *curve.beaten)}
+    labels = [label for label in results.policies if label not in others]
+    points = {label: policy_point(results, workload, label, curve) for label in labels}
     full = points[results.suite.baseline]
     assert full is not None  # the curve's seeds are those with which the baseline finished
     return {

@@ -37,8 +37,8 @@ _Count = Annotated[int, Field(ge=0, le=_MOST)]
 _Name = Annotated[str, StringConstraints(min_length=1)]
 
 
-def cell_seeds(suite: Sequence[int], workload: Sequence[int], policy: Sequence[int]) -> tuple[int, ...]:
-    """The seeds of a workload under a policy: the workload's own, or else the suite's, that the policy has too.
+def cell_seeds(suite: Sequence[int], workload: Sequence[int] | None, policy: Sequence[int] | None) -> tuple[int, ...]:
+    """The seeds of a workload under a policy: those of the workload, or else of the suite, that the policy has too.
 
     A workload without seeds of its own has the suite's, and a policy without has all.
     """
@@ -70,7 +70,7 @@ class Suite:
 
     def seeds_of(self, workload: str, policy: str) -> tuple[int, ...]:
         """The seeds with which a workload was to be trained under a policy."""
-        return cell_seeds(self.seeds, self.workload_seeds.get(workload, ()), self.policy_seeds.get(policy, ()))
+        return cell_seeds(self.seeds, self.workload_seeds.get(workload), self.policy_seeds.get(policy))
 
 
 @dataclass(frozen=True)
@@ -199,9 +199,10 @@ class Results:
 
     @property
     def seed_count(self) -> str:
-        """How many seeds the workloads have, in words: such as 5, or 8 to 32."""
-        counts = sorted(self.planned(workload, self.suite.baseline) for workload in self.workloads) or [0]
-        return " to ".join(dict.fromkeys(str(count) for count in (counts[0], counts[-1])))
+        """With how many seeds the workloads' baselines finished, in words: such as 5, or 8 to 32."""
+        cells = [self.cell(workload, self.suite.baseline) for workload in self.workloads]
+        counts = [count for cell in cells if (count := sum(trial.status == "finished" for trial in cell.values()))]
+        return " to ".join(dict.fromkeys(map(str, (min(counts), max(counts))))) if counts else "0"
 
     def planned(self, workload: str, policy: str) -> int:
         """How many trials the suite plans for a workload under a policy, or were run beyond the plan."""

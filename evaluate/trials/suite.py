@@ -28,13 +28,15 @@ def _not_exact(cache: bool | CacheForm) -> bool | CacheForm:
     return cache
 
 
-def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+def _some_distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if not seeds:
+        raise ValueError("give at least one")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"{list(seeds)}: give each once")
     return seeds
 
 
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_distinct)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_some_distinct)]
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class WorkloadEntry:
     """Fields of the recipe that are changed."""
     group: str = ""
     """Workloads of one group are also reported together, such as those of one regime of training."""
-    seeds: Seeds = ()
-    """The seeds with which it is trained; empty for the suite's. Where seeds differ much it needs more of them."""
+    seeds: Seeds | None = None
+    """The seeds with which it is trained; None for the suite's. Where seeds differ much it needs more of them."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ class PolicyEntry:
     sparse: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     """The share of each layer's weights that masks hold at zero, while they are pruned and grown
     (`collect.hooks.sparse_masks.SparseMasks`)."""
-    seeds: Seeds = field(default=(), kw_only=True)
-    """The seeds with which it is tried; empty for all those of each workload."""
+    seeds: Seeds | None = field(default=None, kw_only=True)
+    """The seeds with which it is tried, where a workload has them; None for all those of each workload."""
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -138,7 +140,7 @@ class Suite:
         Policies of the same workload and seed follow each other, so that other load on the machine affects all alike.
         The seed changes slowest, so that an interrupted suite has compared every policy with a few seeds.
         """
-        seeds = dict.fromkeys([*self.seeds, *(seed for work in self.workloads for seed in work.seeds)])
+        seeds = dict.fromkeys([*self.seeds, *(seed for work in self.workloads for seed in work.seeds or ())])
         grid = ((seed, work, policy) for seed in seeds for work in self.workloads for policy in self.policies)
         return (cell for cell in grid if cell[0] in cell_seeds(self.seeds, cell[1].seeds, cell[2].seeds))
 
@@ -182,7 +184,7 @@ class _File(BaseModel):
     predictor: Literal["shipped"] | None = None
     """The one that ships; any other is given with --predictor PATH."""
 
-    @field_validator("seeds", "workloads", "policies")
+    @field_validator("workloads", "policies")
     @classmethod
     def _some(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if not values:
@@ -204,9 +206,16 @@ class _File(BaseModel):
 
     @model_validator(mode="after")
     def _trained(self) -> "_File":
+        known = {*self.seeds, *(seed for work in self.workloads for seed in work.seeds or ())}
+        for policy in self.policies:
+            if odd := sorted(set(policy.seeds or ()) - known):
+                raise ValueError(f"policy {policy.label!r}: no workload has seed {odd[0]}: add it to the suite's seeds")
         for work, policy in product(self.workloads, self.policies):
             if not cell_seeds(self.seeds, work.seeds, policy.seeds):
-                raise ValueError(f"policy {policy.label!r} shares no seed with workload {work.label!r}")
+                raise ValueError(
+                    f"policy {policy.label!r} has seeds {list(policy.seeds or ())} and workload {work.label!r} "
+                    f"{list(work.seeds or self.seeds)}: give them one in common"
+                )
         return self
 
     def suite(self) -> Suite:

@@ -9,6 +9,8 @@ from evaluate.analysis.compute_multiplier import (
     flops_on_curve,
     full_training_curve,
     full_training_lengths,
+    lengths_not_trained,
+    policy_point,
 )
 from evaluate.analysis.statistics import compare
 from evaluate.trials.records import read_results
@@ -140,6 +142,29 @@ def test_the_curve_has_every_length_and_names_those_that_another_beats(suite):
     ]
     assert [point.label for point in curve.beaten] == ["stopped 0.8"]
     assert curve.flops(0.88) == pytest.approx(77.5)
+
+
+def test_a_length_with_fewer_seeds_than_the_baseline_is_on_no_policys_curve(write, trial):
+    """With seed 0 alone a rival would meet a better curve than a policy that has both seeds."""
+    cells = FULL | {"shorter 0.4": [(0.90, 40)], "both": [(0.85, 50), (0.87, 50)], "rival": [(0.85, 50)]}
+    rows = [
+        trial("a", label, seed, accuracy=accuracy, flops=flops)
+        for label, values in cells.items()
+        for seed, (accuracy, flops) in enumerate(values)
+    ]
+    results = read_results(write(rows, policy_seeds={"shorter 0.4": [0], "rival": [0]}))
+    found = compute_multipliers(results)
+    assert found["a", "both"].value.mean == found["a", "rival"].value.mean == pytest.approx(1.5)
+    assert lengths_not_trained(results) == []
+    curve = full_training_curve(results, "a")
+    assert curve is not None
+    assert [point.label for point in curve.points] == ["shorter 0.5", "none"]
+    # Five points below full training with seed 0, so five below the mean over both. None where a seed was lost.
+    point = policy_point(read_results(write(rows, policy_seeds={"rival": [0]})), "a", "rival", curve)
+    assert point is not None
+    assert (point.flops, point.accuracy) == (pytest.approx(50), pytest.approx(0.91 - 0.05))
+    lost = [*rows, trial("a", "rival", 1, status="diverged", accuracy=None)]
+    assert policy_point(read_results(write(lost)), "a", "rival", curve) is None
 
 
 def test_outside_of_the_curve_it_is_a_bound(suite):

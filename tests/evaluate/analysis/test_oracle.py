@@ -99,7 +99,8 @@ def test_a_suite_says_what_is_trained():
     assert (search.seeds, search.scores, search.workload.recipe["train_samples"]) == ((0, 1, 2, 3, 4), "end", 1000)
     assert make_search("resnet8-fashion", None, [4], 4).seeds == (4,)
     own = make_search("mobilenet-transfer", "pretrained", [4], 4)  # which has seeds of its own there
-    assert (own.seeds, own.workload.seeds) == ((4,), ())
+    assert (own.seeds, own.workload.seeds) == ((4,), None)
+    assert len(make_search("mobilenet-transfer", "pretrained", None, 4).seeds) == 32
     with pytest.raises(UsageError, match="has no workload 'vit': it has mlp-fashion"):
         make_search("vit", "quick", None, 4)
 

@@ -12,7 +12,7 @@ from evaluate.trials.folder import SuiteFolder
 from evaluate.trials.plan import Settings, make_plan
 from evaluate.trials.records import ACCOUNTING, read_results
 from evaluate.trials.run import pending, run_suite
-from evaluate.trials.suite import PolicyEntry
+from evaluate.trials.suite import PolicyEntry, WorkloadEntry
 from predictor.errors import FileFault, UsageError
 from predictor.shared.files import read_json_lines
 from tests.evaluate.machine import SUITE, Machine
@@ -150,6 +150,16 @@ def test_the_description_is_what_the_report_reads(machine, run):
     suite = read_results(run()[1].root).suite
     assert (suite.name, suite.baseline, suite.margin) == ("mine", "none", 0.005)
     assert (suite.workloads, suite.policies, suite.seeds) == (("mlp-digits",), ("none", "linear"), (0, 1))
+
+
+def test_seeds_of_workloads_and_policies_are_what_is_trained_and_what_the_report_expects(machine, run):
+    workloads = (WorkloadEntry("mlp-digits", "mlp-digits", seeds=(0, 1, 2)),)
+    policies = (PolicyEntry("none", "none"), PolicyEntry("linear", "linear", seeds=(2,)))
+    results = read_results(run(dataclasses.replace(SUITE, workloads=workloads, policies=policies))[1].root)
+    trained = {*(f"mlp-digits, none, seed {seed}" for seed in range(3)), "mlp-digits, linear, seed 2"}
+    assert (set(machine.ran), len(machine.ran)) == (trained, 4)
+    assert results.missing() == []
+    assert (results.planned("mlp-digits", "none"), results.planned("mlp-digits", "linear")) == (3, 1)
 
 
 def test_two_at_once_in_one_folder(machine, run, tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from predictor.cache.arguments import CONSTANTS
 from predictor.cache.hooks import is_watched, number_of_hooks
-from predictor.freezing.standstill import without_holding
+from predictor.freezing.standstill import RECORD, mode_and_attributes
 
 _READ = 1 << 12
 """How many numbers of a weight are read with each batch, for writes that PyTorch does not count (`weight.data`)."""
@@ -19,12 +19,12 @@ _WAITED_FOR = 4
 """After so many writes to a buffer on a GPU that left it as it was, nobody waits to compare it any more."""
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Names of the attributes that every module has."""
+_LEFT_OUT = OF_EVERY_MODULE | {RECORD}
 COMPARED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of numbers that every torch can add up and compare."""
 _Key: TypeAlias = "tuple[int, str]"
-_State: TypeAlias = "tuple[bool | None, int, bool]"
-"""A module's mode, how many attributes and buffers it has, and whether it is held in evaluation mode. The mode and the
-number are those that it would have if it were not held."""
+_State: TypeAlias = "tuple[bool | None, int]"
+"""A module's mode, None where nothing in it reads that, and how many attributes and buffers it has."""
 
 
 class Held(NamedTuple):
@@ -254,15 +254,15 @@ def _held(modules: Iterable[nn.Module], kind: str) -> Iterator[Held]:
 
 
 def _state_of(module: nn.Module) -> _State:
-    mode, names, held = without_holding(module)
+    mode, names = mode_and_attributes(module)
     for buffer in module._buffers.values():
         names += buffer is not None
-    return mode, names, held
+    return mode, names
 
 
 def _differs(then: _State, now: _State) -> bool:
-    """Whether a module does something else now. One around the cut that is held later does not."""
-    return now != then and now != (then[0], then[1], True)
+    """Whether a module may do something else now. That it is held since makes no difference where it reads no mode."""
+    return now != then and (now[1] != then[1] or None not in (now[0], then[0]))
 
 
 def _address(tensor: Tensor) -> int:
@@ -318,7 +318,7 @@ def _attributes(modules: Iterable[nn.Module], unread: Container[_Key]) -> Iterat
     for module in modules:
         table, owner = vars(module), type(module).__name__
         for name, value in table.items():
-            if name not in OF_EVERY_MODULE and (id(table), name) not in unread:
+            if name not in _LEFT_OUT and (id(table), name) not in unread:
                 yield Attribute(owner, False, table, name, value, None if id(value) in seen else _content(value))
                 seen.add(id(value))
         if id(type(module)) not in seen and not type(module).__module__.startswith("torch."):

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_RECORD = "_before_freezing"
+RECORD = "_before_freezing"
 """The attribute in which a module keeps what it was before, as plain data: copies and pickles take it along."""
 _STANDS = ("train", "reset_running_stats", "enable_observer")
 """The methods that have stand-ins while their module is held."""
@@ -42,7 +42,7 @@ def hold(module: nn.Module, model: nn.Module | None = None) -> None:
         module: the module alone, without those inside it.
         model: the model whose mode it follows, if it does.
     """
-    record = module.__dict__.setdefault(_RECORD, {})
+    record = module.__dict__.setdefault(RECORD, {})
     if _is_fake_quantize(module) and "observes" not in record and _has_observed(module):
         observed: Any = module.observer_enabled
         record["observes"] = int(observed[0])
@@ -68,7 +68,7 @@ def unhold(module: nn.Module, model: nn.Module | None = None) -> bool:
         module: the module alone.
         model: the model whose mode it takes, if it followed that.
     """
-    record = module.__dict__.get(_RECORD, {})
+    record = module.__dict__.get(RECORD, {})
     if "mode" not in record:
         return False
     for name in _STANDS:
@@ -87,32 +87,41 @@ def unhold(module: nn.Module, model: nn.Module | None = None) -> bool:
     for key in ("mode", "follows", "observes"):
         record.pop(key, None)
     if not record:
-        del module.__dict__[_RECORD]
+        del module.__dict__[RECORD]
     return True
 
 
 def is_held(module: nn.Module) -> bool:
     """Whether a module stands still, or was copied from one that did."""
-    return "mode" in module.__dict__.get(_RECORD, {})
+    return "mode" in module.__dict__.get(RECORD, {})
 
 
-def without_holding(module: nn.Module) -> tuple[bool | None, int, bool]:
-    """A module's mode and how many attributes it has, as both would be if it were not held; and whether it is held.
+def mode_and_attributes(module: nn.Module) -> tuple[bool | None, int]:
+    """A module's mode, and how many attributes it has but for those by which it is held.
 
-    The mode is None where somebody has set it against the `train` by which the module is held.
+    The mode is None for a module that is held and whose code does the same in both modes.
     """
     own = module.__dict__
-    if _RECORD not in own:
-        return module.training, len(own), False
+    if RECORD not in own:
+        return module.training, len(own)
     count = len(own) - 1
     for name in _STANDS:
         stand = own.get(name)
         if isinstance(stand, _Stand) and stand.former is None:
             count -= 1
-    train = own.get("train")
-    if not isinstance(train, _HeldMode):
-        return module.training, count, False
-    return None if module.training else train.record["mode"], count, True
+    kind: type = type(module)
+    if isinstance(own.get("train"), _HeldMode) and not _reads_its_mode(kind):
+        return None, count
+    return module.training, count
+
+
+@cache
+def _reads_its_mode(kind: type) -> bool:
+    """Whether modules of a class may do something else in evaluation mode, as far as source code tells."""
+    parts = [part for part in kind.__mro__ if part.__module__.partition(".")[0] not in ("torch", "builtins")]
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    of_torch = [part for part in kind.__mro__ if part.__module__.startswith("torch.nn.modules")]
+    return any(map(_uses_of_mode, parts)) or not {*of_torch} <= {nn.Module, *containers}
 
 
 def note_trained(modules: Iterable[nn.Module], parameters: set[int]) -> set[int]:
@@ -122,7 +131,7 @@ def note_trained(modules: Iterable[nn.Module], parameters: set[int]) -> set[int]
         names = [name for name, parameter in module._parameters.items() if id(parameter) in parameters]
         left -= {id(module._parameters[name]) for name in names}
         if names:
-            record = module.__dict__.setdefault(_RECORD, {})
+            record = module.__dict__.setdefault(RECORD, {})
             record["trained"] = sorted({*record.get("trained", ()), *names})
     return left
 
@@ -130,7 +139,7 @@ def note_trained(modules: Iterable[nn.Module], parameters: set[int]) -> set[int]
 def forget_trained(modules: Iterable[nn.Module], parameters: set[int] | None = None) -> Iterator[nn.Parameter]:
     """Give the parameters that were noted, of all or of these by id, and note them no more."""
     for module in modules:
-        record = module.__dict__.get(_RECORD, {})
+        record = module.__dict__.get(RECORD, {})
         for name in list(record.get("trained", ())):
             parameter = _named(module, name)
             if parameters is None or id(parameter) in parameters:
@@ -140,7 +149,7 @@ def forget_trained(modules: Iterable[nn.Module], parameters: set[int] | None = N
         if "trained" in record and not record["trained"]:
             del record["trained"]
         if not record:
-            module.__dict__.pop(_RECORD, None)
+            module.__dict__.pop(RECORD, None)
 
 
 def _named(module: nn.Module, name: str) -> nn.Parameter | None:

@@ -9,6 +9,7 @@ from torch.nn.functional import mse_loss
 
 import predictor
 from predictor import FeatureCache, FreezeController, make_policy
+from tests.predictor.scripted import Script
 
 SAMPLES, SIZE, AT = 24, 6, 13  # the second batch of the fourth epoch: nothing is due to be checked then
 generator = torch.Generator().manual_seed(0)
@@ -42,6 +43,19 @@ class Scaled(nn.Module):
         return self.linear(torch.where(x[:, :1] >= LARGE, 3 * x, x))
 
 
+class Stage(nn.Module):
+    """Held in evaluation mode once both layers are frozen. In training it adds something to the last samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.late, self.noise = nn.Linear(4, 4), nn.Linear(4, 8), 0.5
+
+    def forward(self, x):
+        if self.training:
+            x = torch.where(x[:, :1] >= LARGE, x + self.noise, x)
+        return self.late(self.linear(x))
+
+
 def network(first):
     return nn.Sequential(first, nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
 
@@ -61,11 +75,12 @@ def copy_of_a_held_one():
     return other
 
 
-def losses(make, act, cached):
+def losses(make, act, cached, policy=None):
     torch.manual_seed(0)
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    controller = FreezeController(model, optimizer, make_policy("static", layers=1), total_steps=999, say=None)
+    policy = policy or make_policy("static", layers=1)
+    controller = FreezeController(model, optimizer, policy, total_steps=999, say=None)
     cache, found = FeatureCache(controller), []
     for step in range(24):
         if step == AT:
@@ -104,8 +119,26 @@ def test_losses_are_those_without_a_cache(make, act):
     assert cache.hits >= AT - 4  # it worked before
 
 
-def test_modes_that_change_nothing_cost_nothing():
-    found, cache = losses(lambda: network(Normed()), lambda model: model.eval() and model.train(), cached=True)
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_around_the_cut_that_reads_its_mode_is_held_later():
+    def found(cached):
+        policy = Script({0: {0}, AT: {0, 1}})
+        return losses(lambda: network(Stage()), lambda model: None, cached, policy)
+
+    assert found(cached=True)[0] == pytest.approx(found(cached=False)[0], rel=1e-4)
+
+
+def as_lightning_does(model):
+    """What Lightning does around a validation: it notes the modes, and sets them again one by one."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    for module, mode in before.items():
+        module.training = mode
+
+
+@pytest.mark.parametrize("act", [lambda model: model.eval() and model.train(), as_lightning_does])
+def test_modes_that_change_nothing_cost_nothing(act):
+    found, cache = losses(lambda: network(Normed()), act, cached=True)
     assert (cache.reason, cache.hits) == ("", 20)
     assert cache.checked < SAMPLES
     assert found == pytest.approx(losses(lambda: network(Normed()), lambda model: None, cached=False)[0], rel=1e-4)

@@ -92,7 +92,7 @@ def _add_oracle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", help="take recipe, source and seeds from this suite, to compare with its policies")
     parser.add_argument("--trials", type=int, default=60, help="schedules to try (default: %(default)s)")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", help="trainings of each schedule (default: the suite's, or 0 1 2)"
+        "--seeds", type=int, nargs="+", help="trainings of each schedule (default: all those of the suite, or 0 1 2)"
     )
     parser.add_argument("--slots", type=int, help="trainings at once (default: one a CPU core or GPU)")
     parser.add_argument("--out", type=Path, default=_RUNS / "oracle", help="default: %(default)s")

@@ -4,8 +4,8 @@ On one workload, the curve of full training is the best accuracy that training w
 over the whole training and every shorter one that the suite holds, whatever becomes of the schedule there (rescaled,
 falling to zero in a straight line, broken off, or broken off after a cool-down), from a random and from a probed head.
 Lengths that another one beats in both cost and accuracy are left out, and between two lengths the curve is a straight
-line. So that all policies meet the same curve, a length that was planned with fewer seeds than the baseline is no part
-of it. Then
+line. A length that was planned with fewer seeds than the baseline is no part of the curve, so that all policies of a
+finished suite meet the same one. Then
 
     multiplier = FLOPs at which the curve reaches the policy's accuracy / FLOPs of the policy.
 
@@ -139,20 +139,31 @@ def full_training_lengths(results: Results) -> list[str]:
     return [label for label in results.policies if _is_full_training(results, label)]
 
 
+def curve_lengths(results: Results, *workloads: str) -> list[str]:
+    """Those that were planned with all of the baseline's seeds on each of the workloads; of all without any."""
+
+    def seeds(workload: str, label: str) -> set[int]:
+        return set(results.suite.seeds_of(workload, label))
+
+    baseline, names = results.suite.baseline, workloads or results.workloads
+    lengths = full_training_lengths(results)
+    return [label for label in lengths if all(seeds(name, baseline) <= seeds(name, label) for name in names)]
+
+
 def lengths_not_trained(results: Results) -> list[tuple[str, str]]:
     """Workloads and lengths of full training that the curve lacks, for not all of the baseline's seeds finished.
 
     A curve without them is lower, and multipliers are larger for it.
     """
     seeds = {name: set(_points(results.cell(name, results.suite.baseline))) for name in results.workloads}
-    cells = [(name, label) for name in results.workloads for label in _curve_lengths(results, name)]
+    cells = [(name, label) for name in results.workloads for label in curve_lengths(results, name)]
     return [(name, label) for name, label in cells if not seeds[name] <= set(_points(results.cell(name, label)))]
 
 
 def full_training_curve(results: Results, workload: str) -> Curve | None:
     """The curve of full training over the seeds with which the baseline finished; None with fewer than two lengths."""
     seeds = sorted(_points(results.cell(workload, results.suite.baseline)))
-    known = [(label, _points(results.cell(workload, label))) for label in _curve_lengths(results, workload)]
+    known = [(label, _points(results.cell(workload, label))) for label in curve_lengths(results, workload)]
     means = [(label, _mean(points, seeds)) for label, points in known if seeds and set(seeds) <= set(points)]
     if len(means) < 2:
         return None
@@ -218,7 +229,7 @@ def _on_workload(results: Results, workload: str, policy: str) -> _OnWorkload | 
         return None
     policy_points = _points(own)
     seeds = sorted(set(baseline) & set(policy_points))
-    of_length = [_points(results.cell(workload, label)) for label in _curve_lengths(results, workload)]
+    of_length = [_points(results.cell(workload, label)) for label in curve_lengths(results, workload)]
     lengths = [points for points in of_length if set(seeds) <= set(points)]
     if not seeds or len(lengths) < 2:
         return None
@@ -253,13 +264,6 @@ def _points(cell: Mapping[int, Trial]) -> dict[int, _Point]:
 def _lost_one(own: Mapping[int, Trial], baseline: Mapping[int, _Point]) -> bool:
     """Whether a training was lost though the baseline's finished: to leave it out would reward the policy for it."""
     return any(trial.status != "finished" and seed in baseline for seed, trial in own.items())
-
-
-def _curve_lengths(results: Results, workload: str) -> list[str]:
-    """The lengths of full training that were planned with all of the baseline's seeds."""
-    planned = set(results.suite.seeds_of(workload, results.suite.baseline))
-    lengths = full_training_lengths(results)
-    return [label for label in lengths if planned <= set(results.suite.seeds_of(workload, label))]
 
 
 def _is_full_training(results: Results, label: str) -> bool:

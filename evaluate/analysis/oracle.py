@@ -81,7 +81,7 @@ def make_search(workload: str, suite: str | None, seeds: Sequence[int] | None, t
     Args:
         workload: A name of `collect.workloads`; with a suite, what the suite calls it.
         suite: The suite whose recipe, source and seeds are taken.
-        seeds: Of the trainings of each schedule. Default: the suite's, or 0, 1 and 2.
+        seeds: Of the trainings of each schedule. Default: those of the suite's workload, or 0, 1 and 2.
         trials: How many schedules are tried.
 
     Raises:

@@ -123,7 +123,8 @@ def _note(plane: CurvePlane, several: bool) -> str:
         "Left of the line a policy beats training for fewer steps. Means over the workloads; a multiplier is taken on "
         "each workload's own curve and may differ from what is seen here."
         if several
-        else "Thin: how much more full training spends to be as accurate; the number is the compute multiplier."
+        else "Thin: how much more full training spends to be as accurate; the number is the compute multiplier, of the "
+        "policy's own seeds where it has fewer."
     )
     if any(_below(plane, spot) for spot in plane.policies):
         note += " Hollow, at the edge: lies below it."

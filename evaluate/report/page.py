@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from tqdm import tqdm
 
 from evaluate.analysis.area import LOSS, area_headline, areas
-from evaluate.analysis.compute_multiplier import Multiplier, compute_multipliers, full_training_lengths
+from evaluate.analysis.compute_multiplier import Multiplier, compute_multipliers, curve_lengths, full_training_lengths
 from evaluate.analysis.families import MANY, colour_indices, families, policy_names, rival
 from evaluate.analysis.oracle_file import Oracle, find_oracles, oracles_beside, shares_of_saving
 from evaluate.analysis.statistics import (
@@ -92,6 +92,7 @@ def render(results: Results, oracles: Mapping[str, Oracle] | None = None, refuse
         curves=curve_plots(results, rows, found),
         multipliers=multipliers,
         lengths=full_training_lengths(results),
+        on_the_curve=curve_lengths(results),
         curve_gaps=write.curve_gaps(results),
         oracle_notes=[write.oracle_note(oracle, results) for oracle in (oracles or {}).values()],
         oracle_shares=shares_of_saving(results, rows, oracles or {}),

@@ -9,7 +9,7 @@ from textwrap import fill
 from tabulate import tabulate
 
 from evaluate.analysis.area import LOSS, FamilyArea, areas
-from evaluate.analysis.compute_multiplier import Multiplier, compute_multipliers, full_training_lengths
+from evaluate.analysis.compute_multiplier import Multiplier, compute_multipliers, curve_lengths, full_training_lengths
 from evaluate.analysis.families import rival
 from evaluate.analysis.oracle_file import Oracle, find_oracles, oracles_beside, shares_of_saving
 from evaluate.analysis.statistics import Row, compare
@@ -153,7 +153,7 @@ def _rendered(lines: Sequence[_Line], names: Sequence[str]) -> list[str]:
 
 def _notes(results: Results) -> list[str]:
     """What the columns mean, and what was left out."""
-    suite, lengths = results.suite, full_training_lengths(results)
+    suite, lengths = results.suite, curve_lengths(results)
     lines = [
         f"difference: percentage points to {suite.baseline}, mean of paired seeds [95 % interval]; "
         f"margin {suite.margin * 100:g}",

@@ -206,10 +206,10 @@ class _File(BaseModel):
 
     @model_validator(mode="after")
     def _trained(self) -> "_File":
-        known = {*self.seeds, *(seed for work in self.workloads for seed in work.seeds or ())}
+        known = {seed for work in self.workloads for seed in work.seeds or self.seeds}
         for policy in self.policies:
             if odd := sorted(set(policy.seeds or ()) - known):
-                raise ValueError(f"policy {policy.label!r}: no workload has seed {odd[0]}: add it to the suite's seeds")
+                raise ValueError(f"policy {policy.label!r}: no workload has seed {odd[0]}: give it to one")
         for work, policy in product(self.workloads, self.policies):
             if not cell_seeds(self.seeds, work.seeds, policy.seeds):
                 raise ValueError(

@@ -137,7 +137,7 @@ def test_workloads_and_policies_may_have_their_own_seeds(tmp_path):
             "seeds = [2]",
             r"'linear' has seeds \[2\] and workload 'vgg-digits' \[0, 1\]: give them one",
         ),
-        ("seeds = [0, 2]", "seeds = [0, 99]", "policy 'linear': no workload has seed 99: add it"),
+        ("seeds = [0, 2]", "seeds = [0, 99]", "policy 'linear': no workload has seed 99: give it to one"),
         ("seeds = [0, 2]", "seeds = [0, 0]", r"policies\[1\].seeds: \[0, 0\]"),
         ("seeds = [0, 2]", "seeds = []", r"policies\[1\].seeds: give at least one"),
         ("seeds = [0, 1, 2]", "seeds = [-1]", r"workloads\[0\].seeds\[0\]: -1"),

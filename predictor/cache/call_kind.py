@@ -22,6 +22,7 @@ class CallKind:
         self._shared: list[Any] | None = None
         self._shared_too: list[Any] = []  # the last other values of theirs that give the same features
         self._shared_not: list[Any] = []  # and the last ones that do not
+        self._devices: list[str] = []  # the kinds of device that the model is on
         self._autocast: list[Any] = []
         self._precisions: list[str] | None = None  # of autocast when features were kept; None where a state lacks it
 
@@ -29,30 +30,31 @@ class CallKind:
         """Take the kind of this call, with which features begin to be kept."""
         self.layout, self._kinds = layout, arguments.kind(layout)
         self._shared, self._shared_too, self._shared_not = _own(arguments.shared(layout)), [], []
-        self._autocast = _autocast(model)
-        self._precisions = _precisions(self._autocast)
+        self._take_autocast(model)
 
     def note_autocast(self, model: nn.Module) -> bool:
         """Take autocast as it is now. Returns whether a loaded state's features were kept in the same precision."""
-        before, self._autocast = self._precisions, _autocast(model)
-        self._precisions = _precisions(self._autocast)
+        before = self._precisions
+        self._take_autocast(model)
         return before is None or before == self._precisions
 
-    def why_other(
-        self, model: nn.Module, arguments: Arguments, batch: int, same_features: SameFeatures | None, loaded: bool
-    ) -> str:
+    def _take_autocast(self, model: nn.Module) -> None:
+        self._devices = sorted({"cpu", *(weight.device.type for weight in model.parameters())} - {"meta"})
+        self._autocast = _autocast(self._devices)
+        self._precisions = sorted({str(dtype) for dtype in self._autocast if dtype is not None})
+
+    def why_other(self, arguments: Arguments, batch: int, same_features: SameFeatures | None, loaded: bool) -> str:
         """How a call differs from this kind, in words; empty where it does not.
 
         Args:
-            model: the model that is called.
-            arguments: what it is called with.
+            arguments: what the model is called with.
             batch: samples in it.
             same_features: sees whether other shared arguments matter; None where nothing is kept yet to compare with.
             loaded: whether what is kept comes from a state, and has not been used yet.
         """
         if loaded and not self.layout:  # a state that does not hold it
             self.layout = next(iter(arguments.layouts(batch)), ())
-        if not loaded and self._autocast != _autocast(model):
+        if not loaded and self._autocast != _autocast(self._devices):
             return "autocast is switched on or off, unlike when features were kept"
         if len(arguments.leaves) != len(self.layout):
             return "the model is called with another number of arguments than when features were kept"
@@ -82,13 +84,8 @@ class CallKind:
         self._precisions = state.get("autocast")
 
 
-def _autocast(model: nn.Module) -> list[Any]:
-    kinds = sorted({"cpu", *(weight.device.type for weight in model.parameters())} - {"meta"})
-    return [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds]
-
-
-def _precisions(autocast: list[Any]) -> list[str]:
-    return sorted({str(dtype) for dtype in autocast if dtype is not None})
+def _autocast(devices: list[str]) -> list[Any]:
+    return [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in devices]
 
 
 def _own(values: list[Any]) -> list[Any]:

@@ -514,7 +514,7 @@ class FeatureCache:
         if not self._levels and not self._pending:
             return ""
         same_features = partial(self._same_features, batch, arguments) if self._levels else None
-        return self._call_kind.why_other(self._model, arguments, batch, same_features, loaded=not self._levels)
+        return self._call_kind.why_other(arguments, batch, same_features, loaded=not self._levels)
 
     def _same_features(self, batch: int, arguments: Arguments, then: Sequence[Any]) -> bool:
         """Whether some samples' features are the same with the shared arguments of now and those of then."""

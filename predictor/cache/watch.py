@@ -143,25 +143,21 @@ class Watch:
     def renew_state(self) -> None:
         """Take all but weights, modules and hooks as it is now."""
         self._buffers = list(_held(self._modules, "_buffers"))
-        self._heads = [
-            head
-            for held in (*self._weights, *self._buffers)
-            if held.tensor.dtype in COMPARED and (head := _head(held.tensor)) is not None
-        ]
+        self._heads: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for held in (*self._weights, *self._buffers):
+            if held.tensor.dtype in COMPARED and (head := _head(held.tensor)) is not None:
+                self._heads.setdefault((head.device, head.dtype), []).append(head)
         self._norms = self.norms()
         self._states = [(module, _state_of(module)) for module in self._modules]
         self._attributes = list(_attributes(self._modules, self._unread))
 
     def norms(self) -> list[Tensor]:
-        """The norms of what is read of each weight and buffer, one tensor a device."""
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for head in self._heads:
-            by_device.setdefault(head.device, []).append(head)
+        """The norms of what is read of each weight and buffer, one tensor for each device and type of numbers."""
         with torch.no_grad():
-            return [torch.stack(_norms_of(heads)) for heads in by_device.values()]
+            return [torch.stack(_norms_of(heads)) for heads in self._heads.values()]
 
     def norms_differ(self) -> list[Tensor]:
-        """Whether they are others now: a tensor on each device, true or false."""
+        """Whether they are others now: as many tensors, true or false."""
         return [(now != then).any() for now, then in zip(self.norms(), self._norms, strict=True)]
 
     @property
@@ -281,11 +277,11 @@ def _head(tensor: Tensor) -> Tensor | None:
 
 
 def _norms_of(heads: list[Tensor]) -> list[Tensor]:
+    wide = torch.promote_types(heads[0].dtype, torch.float32)
     try:
-        norms = list(torch._foreach_norm(heads))
-    except (AttributeError, RuntimeError, NotImplementedError):
-        norms = [torch.linalg.vector_norm(head) for head in heads]
-    return [norm.double() if norm.device.type != "mps" else norm.float() for norm in norms]
+        return list(torch._foreach_norm(heads, 2, wide))
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError):
+        return [torch.linalg.vector_norm(head, dtype=wide) for head in heads]
 
 
 @torch.no_grad()
@@ -319,7 +315,8 @@ def _attributes(modules: Iterable[nn.Module], unread: Container[_Key]) -> Iterat
         table, owner = vars(module), type(module).__name__
         for name, value in table.items():
             if name not in _LEFT_OUT and (id(table), name) not in unread:
-                yield Attribute(owner, False, table, name, value, None if id(value) in seen else _content(value))
+                fixed = id(value) in seen or _is_fixed(value)
+                yield Attribute(owner, False, table, name, value, None if fixed else _content(value))
                 seen.add(id(value))
         if id(type(module)) not in seen and not type(module).__module__.startswith("torch."):
             yield from _globals(type(module))
@@ -333,6 +330,11 @@ def _globals(kind: type[nn.Module]) -> Iterator[Attribute]:
         content = None if isinstance(value, ModuleType | list) else _content(value)  # a list is mostly a log
         if content is not None or (value is not None and isinstance(value, CONSTANTS)):
             yield Attribute(kind.__module__, True, names, name, value, content)
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether a value is a tuple of constants, such as a convolution's stride."""
+    return type(value) is tuple and all(isinstance(each, CONSTANTS) for each in value)
 
 
 def _content(value: Any, depth: int = 2, constants: bool = False) -> Any:

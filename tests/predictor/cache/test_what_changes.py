@@ -408,6 +408,24 @@ def test_other_weights_are_noticed_at_once_and_features_are_kept_anew(act):
     assert (cache.reason, cache.hits) == ("", 8)
 
 
+def test_a_small_write_to_weights_of_a_short_type_is_noticed():
+    model = network(nn.Linear(4, 64)).bfloat16()
+    model[2] = nn.Linear(64, 8).bfloat16()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)  # with a norm of 16, next to which bfloat16 has 16.125
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    cache = FeatureCache(FreezeController(model, optimizer, make_policy("static", layers=1), total_steps=9, say=None))
+    batches = [ids for _ in range(2) for ids in torch.arange(SAMPLES).split(SIZE)]
+    for ids in batches[:-2]:  # two hits, of which the second is checked, and the third is not
+        with cache.batch(ids):
+            model(ROWS[ids].bfloat16())
+    model[0].weight.data[0, 0] += 0.5  # and the norm becomes 16.04
+    with cache.batch(batches[-2]):
+        found = model(ROWS[batches[-2]].bfloat16())
+    assert torch.equal(found, model(ROWS[batches[-2]].bfloat16()))
+    assert cache.hits == 2
+
+
 def test_weights_that_are_written_to_again_and_again_switch_the_cache_off():
     cache = check(network, lambda model, epoch: model[0].weight.data.mul_(1.01), epochs=6)
     assert "again and again" in cache.reason

@@ -14,6 +14,8 @@ from predictor.errors import UsageError
 
 Layout: TypeAlias = "tuple[int | None, ...]"
 """For each argument the dimension of the samples; None for one that all samples share."""
+Inputs: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
+"""Positional and named arguments of a call."""
 CONSTANTS = (type(None), bool, int, float, complex, str, bytes)
 """Types of values that cannot change and can be compared."""
 _MOST_LAYOUTS = 8
@@ -128,13 +130,16 @@ class Arguments:
         """The arguments that all samples share."""
         return [leaf for leaf, dim in zip(self.leaves, layout, strict=True) if dim is None]
 
-    def copied(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    @property
+    def versions(self) -> list[int]:
+        """How often each tensor has been written to."""
+        return [leaf._version for leaf in self.leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+    def copied(self) -> Inputs:
         """Arguments of a call on the same samples, which may be written to."""
         return self._built([leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves])
 
-    def rows(
-        self, layout: Layout, indices: Sequence[int], shared: Sequence[Any] | None = None
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def rows(self, layout: Layout, indices: Sequence[int], shared: Sequence[Any] | None = None) -> Inputs:
         """Arguments of a call on the samples at these indices of the batch, which may be written to.
 
         shared: takes the place of the arguments that all samples share.
@@ -149,7 +154,7 @@ class Arguments:
                 leaves.append(leaf.detach().index_select(dim, index_of(indices, leaf.device)))
         return self._built(leaves)
 
-    def _built(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _built(self, leaves: list[Any]) -> Inputs:
         args, kwargs = tree_unflatten(leaves, self._spec)
         return args, kwargs
 

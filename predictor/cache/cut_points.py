@@ -16,6 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from predictor.cache.arguments import CONSTANTS
 from predictor.cache.side_effects import Draws
+from predictor.cache.stand_ins import Compute, Skipped
 from predictor.layers.isolated_pass import in_isolated_pass
 from predictor.layers.tensors import tensors_in
 
@@ -99,7 +100,7 @@ class TensorForm(NamedTuple):
         dims = [dim for dim, slope in enumerate(self.slope) if slope]
         return dims[0] if len(dims) == 1 and self.slope[dims[0]] == 1 and self.base[dims[0]] == 0 else None
 
-    def stand_in(self, batch: int) -> Tensor:
+    def like(self, batch: int) -> Tensor:
         """A tensor of this form without the memory. Its values are NaN, which show in a result that depends on them."""
         shape = [base + slope * batch for base, slope in zip(self.base, self.slope, strict=True)]
         value = float("nan") if self.dtype.is_floating_point else 0
@@ -116,8 +117,12 @@ class OutputForm(NamedTuple):
     def batch_dims(self) -> list[int] | None:
         """The batch dimension of each tensor; None where one has none, or where there is none or another object."""
         dims = [leaf.batch_dim for leaf in self.leaves if isinstance(leaf, TensorForm)]
-        plain = all(isinstance(leaf, (TensorForm, *CONSTANTS)) for leaf in self.leaves)
-        return cast(list[int], dims) if plain and dims and None not in dims else None
+        return cast(list[int], dims) if self.is_plain and dims and None not in dims else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it holds tensors and constants alone. What another object holds may belong to one batch."""
+        return all(isinstance(leaf, (TensorForm, *CONSTANTS)) for leaf in self.leaves)
 
     def rows(self, output: Any) -> list[Tensor] | None:
         """The tensors of an output with the samples first; None for an output of another form."""
@@ -137,9 +142,14 @@ class OutputForm(NamedTuple):
 
         return self._made(moved)
 
-    def stand_in(self, batch: int) -> Any:
-        """An output of this form that holds nothing."""
-        return self._made(lambda form: form.stand_in(batch))
+    def like(self, batch: int) -> list[Tensor]:
+        """Tensors of these forms that hold nothing."""
+        return [leaf.like(batch) for leaf in self.leaves if isinstance(leaf, TensorForm)]
+
+    def made_of(self, tensors: Iterable[Tensor]) -> Any:
+        """An output of this form that holds these tensors."""
+        rest = iter(tensors)
+        return self._made(lambda _: next(rest))
 
     def _made(self, tensor_of: Callable[[TensorForm], Tensor]) -> Any:
         leaves = [tensor_of(leaf) if isinstance(leaf, TensorForm) else leaf for leaf in self.leaves]
@@ -199,14 +209,17 @@ class Cut:
             rows += own
         return rows
 
-    def answers(self, rows: Iterable[Tensor], batch: int) -> dict[nn.Module, dict[int, Any]]:
-        """What each module answers to each of its calls that are left out, in a pass on `batch` samples."""
-        answers: dict[nn.Module, dict[int, Any]] = defaultdict(dict)
+    def answers(self, rows: Iterable[Tensor], skipped: Skipped) -> dict[nn.Module, dict[int, "_Answer"]]:
+        """What each module answers to each of its calls that are left out."""
+        answers: dict[nn.Module, dict[int, _Answer]] = defaultdict(dict)
+        for call, tensors, like in zip(self.skipped, skipped.stand_ins, skipped.like, strict=True):
+            assert call.form is not None
+            answers[call.module][call.nth] = _Answer(call.form.made_of(tensors), call.form.made_of(like))
         rest = iter(rows)
-        for calls, is_given in ((self.skipped, False), (self.given, True)):
-            for call in calls:
-                assert call.form is not None
-                answers[call.module][call.nth] = call.form.filled(rest) if is_given else call.form.stand_in(batch)
+        for call in self.given:
+            assert call.form is not None
+            output = call.form.filled(rest)
+            answers[call.module][call.nth] = _Answer(output, output)
         return answers
 
     def forget_values(self) -> None:
@@ -215,21 +228,40 @@ class Cut:
             call.output = call.parent = None
 
 
+class _Answer(NamedTuple):
+    """What a call that is left out returns."""
+
+    eager: Any
+    compiled: Any
+    """The same in compiled code, which cannot ask what is read: NaN, and zeros for whole numbers."""
+
+
+class Replay(NamedTuple):
+    """A pass with a cut."""
+
+    asked: Callable[[], bool]
+    """Whether, after the pass, it has asked for all that the cut skips and is given."""
+    skipped: Skipped
+    """What it skips."""
+
+
 @contextmanager
-def replayed(cut: Cut, rows: Sequence[Tensor], batch: int) -> Iterator[Callable[[], bool]]:
+def replayed(cut: Cut, rows: Sequence[Tensor], batch: int, compute: Compute | None = None) -> Iterator[Replay]:
     """Within it, the model's next pass skips what the cut skips and takes what it is given from `rows`.
 
-    Yields a function that says, after the pass, whether the pass asked for all of that. Discard the result of a pass
-    that did not, as when layers are left out at random.
+    Discard the result of a pass that did not ask for all of that, as when layers are left out at random.
+
+    compute: gives what the skipped calls return, where something reads it; by default that is NaN.
     """
-    answers = cut.answers(rows, batch)
+    skipped = Skipped([call.form.like(batch) for call in cut.skipped if call.form is not None], compute)
+    answers = cut.answers(rows, skipped)
     before = {module: module.__dict__.get("forward") for module in answers}
     answering = [_Answering(module.forward, known) for module, known in answers.items()]
     for module, answer in zip(answers, answering, strict=True):
         # Not by setattr, which looks for parameters and submodules of that name first.
         module.__dict__["forward"] = answer
     try:
-        yield lambda: all(each.asked for each in answering)
+        yield Replay(lambda: all(each.asked for each in answering), skipped)
     finally:
         for module, forward in before.items():
             if forward is None:
@@ -241,11 +273,12 @@ def replayed(cut: Cut, rows: Sequence[Tensor], batch: int) -> Iterator[Callable[
 class _Answering:
     """Takes the place of a module's forward for one pass: returns known answers and computes the others."""
 
-    def __init__(self, forward: Callable[..., Any], known: dict[int, Any]) -> None:
+    def __init__(self, forward: Callable[..., Any], known: dict[int, _Answer]) -> None:
         self._forward = forward
         self._known = known
         self._calls = 0
         self._thread = get_ident()
+        self._isolated = in_isolated_pass()
 
     @property
     def asked(self) -> bool:
@@ -253,11 +286,14 @@ class _Answering:
         return self._calls > max(self._known)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        compiling = torch.compiler.is_compiling()
         # Another thread makes another pass. Compiled code, which cannot ask for the thread, is not shared.
-        if not torch.compiler.is_compiling() and get_ident() != self._thread:
+        if not compiling and (get_ident() != self._thread or in_isolated_pass() != self._isolated):
             return self._forward(*args, **kwargs)
         nth, self._calls = self._calls, self._calls + 1
-        return self._known[nth] if nth in self._known else self._forward(*args, **kwargs)
+        if nth not in self._known:
+            return self._forward(*args, **kwargs)
+        return self._known[nth].compiled if compiling else self._known[nth].eager
 
 
 def at_call(nth: int, act: Callable[[Any], None]) -> Callable[[nn.Module, Any, Any], None]:

@@ -8,14 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from predictor.cache.arguments import Arguments, Layout
-from predictor.cache.cut_points import Call, Cut, TensorForm, at_call, form_of, replayed, trace_calls, versions_of
+from predictor.cache.arguments import Arguments, Inputs, Layout
+from predictor.cache.cut_points import (
+    Call,
+    Cut,
+    Replay,
+    TensorForm,
+    at_call,
+    form_of,
+    replayed,
+    trace_calls,
+    versions_of,
+)
 from predictor.cache.hooks import is_watched, without_own_hooks
 from predictor.cache.side_effects import kept_in, left_by
+from predictor.cache.stand_ins import stand_ins_in
 from predictor.cache.watch import COMPARED, read
 from predictor.errors import UsageError
 from predictor.layers.isolated_pass import isolated
-from predictor.layers.tensors import tensors_in
+from predictor.layers.tensors import tensors_anywhere_in, tensors_in
 
 _FEW = 8
 """Samples on which cuts are tried, at most. The one that is chosen is tried once more on the whole batch."""
@@ -83,7 +94,7 @@ def find_again(
 def prefix_outputs(
     model: nn.Module,
     cut: Cut,
-    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    inputs: Inputs,
     modes: bool = False,
     attributes: Iterable[tuple[dict[str, Any], str, Any]] = (),
 ) -> list[Any]:
@@ -133,6 +144,7 @@ class _Probe:
         # In another order, and less than all: what depends on the batch shows.
         self._few = list(range(min(_FEW, batch - 1)))[::-1]
         self._hooked = [name for name, module in model.named_modules() if name and is_watched(module)]
+        self._training = [module for module in model.modules() if module.training]
         self.calls: list[Call] = []
         self.samples = 0
         self._broken = ""
@@ -194,7 +206,8 @@ class _Probe:
             return self._found(None, self._reason())
         if not self._right_for_all(cut):
             return self._found(None, f"the cut at {cut.name!r} is right for a few samples, not for the whole batch")
-        return self._found(cut)
+        cut = self._right_in_training(cut)
+        return self._found(cut, "" if cut is not None else READ)
 
     def find(self, given: list[tuple[str, int]], skipped: list[tuple[str, int]]) -> Search:
         """Look for the cut at the calls with these keys."""
@@ -226,7 +239,8 @@ class _Probe:
             if one is None or other is None:
                 self._faults[call] = _UNSTEADY
                 continue
-            call.form = form_of(call.output, self._batch, other.output, len(self._few))
+            form = form_of(call.output, self._batch, other.output, len(self._few))
+            call.form = form if form is not None and form.is_plain else None
             self._few_outputs[call] = other.output
             self._faults[call] = self._fault(call, one, other)
         form = form_of(self._result, self._batch, self._few_result, len(self._few))
@@ -283,21 +297,45 @@ class _Probe:
         self.samples += batch
         args, kwargs = inputs
         try:
-            with traceless(self._model, seed), replayed(cut, rows or [], batch):
+            with traceless(self._model, seed), replayed(cut, rows or [], batch) as replay:
                 before = kept_in(self._model)
-                fits = same(result, self._model(*args, **kwargs))
+                output = self._model(*args, **kwargs)
+                fits = not _read_by(replay, output) and same(result, output)
                 found = left_by(self._model, before) if fits and left else {}
                 return fits and all(key in found and close(left[key], found[key], repeated) for key in left)
         except Exception:
-            return False  # a stand-in was written to, which it does not allow, or the model itself refuses its NaN
+            return False  # the model refuses the NaN that it has read
 
-    def _trace(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[list[Call], Any]:
+    def _right_in_training(self, cut: Cut) -> Cut | None:
+        """The cut, given what the model reads in the modes of the training alone; None where that cannot be kept."""
+        while read := self._read_in_training(cut):
+            if not all(map(self._keepable, read)):
+                return None
+            given = sorted((*cut.given, *read), key=lambda call: call.start)
+            cut = Cut(tuple(given), tuple(call for call in cut.skipped if call not in read))
+            if not self._right_for_all(cut):
+                return None
+        return cut
+
+    def _read_in_training(self, cut: Cut) -> list[Call]:
+        """The skipped calls on which something depends in a pass in the modes of the training."""
+        self.samples += len(self._few)
+        rows = cut.rows([self._few_outputs[call] for call in cut.given])
+        args, kwargs = self._some()
+        with traceless(self._model, seed=1), replayed(cut, rows or [], len(self._few)) as replay:
+            for module in self._training:
+                module.training = True
+            with suppress(Exception):  # of NaN, or of too few samples for a BatchNorm: what was read till then counts
+                _read_by(replay, self._model(*args, **kwargs))
+        return [cut.skipped[number] for number in sorted(replay.skipped.read)]
+
+    def _trace(self, inputs: Inputs) -> tuple[list[Call], Any]:
         return trace_calls(self._model, *inputs)
 
-    def _some(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _some(self) -> Inputs:
         return self._arguments.rows(self._layout, self._few)
 
-    def _all(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _all(self) -> Inputs:
         return self._arguments.copied()
 
     def _reason(self) -> str:
@@ -315,6 +353,7 @@ class _Probe:
         return next((fault for fault in (_UNSTEADY, _MIXED, _NO_ROWS, _WRITTEN) if fault in faults), _NO_CALL)
 
 
+READ = "the model reads what parts of the frozen prefix return on the way to its last outputs"
 _UNSTEADY = (
     "the frozen prefix gives other features for the same samples from pass to pass: it draws random numbers in "
     "evaluation mode too, or keeps a state between batches"
@@ -386,6 +425,13 @@ def _given_from(among: Sequence[Call], index: int, keepable: Callable[[Call], bo
 
 def _within(name: str, call: Call) -> bool:
     return name == call.name or name.startswith(f"{call.name}.")
+
+
+def _read_by(replay: Replay, output: Any) -> set[int]:
+    """The skipped calls on which something depends: what was read of them in the pass, and what it returns."""
+    for each in stand_ins_in(tensors_anywhere_in(output)):
+        replay.skipped.read.update(each.held.source.calls)
+    return replay.skipped.read
 
 
 def _trains(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from predictor.cache.arguments import (
     Arguments,
     Fingerprints,
     Ids,
+    Inputs,
     changed,
     checked_ids,
     named_twice,
@@ -24,12 +25,13 @@ from predictor.cache.arguments import (
 from predictor.cache.call_kind import CallKind
 from predictor.cache.compression import CompressedStore, Compression, precision_for
 from predictor.cache.cut_points import uncompiled
-from predictor.cache.cut_search import Search, close, find_again, find_cut, prefix_outputs, repeated
+from predictor.cache.cut_search import READ, Search, close, find_again, find_cut, prefix_outputs, repeated
 from predictor.cache.deferred import Deferred
 from predictor.cache.hooks import all_are_watched
 from predictor.cache.levels import LEFT_OUT, Level, Levels
 from predictor.cache.payoff import Payoff, Timing, clock_for
 from predictor.cache.prefetch import ReadAhead, moved_beside, with_next
+from predictor.cache.stand_ins import Skipped
 from predictor.cache.store import FeatureStore, Precision, index_of
 from predictor.cache.watch import Attribute, StandIn, Watch
 from predictor.controller import FreezeController
@@ -44,7 +46,9 @@ _TRIED = 2
 _PAYOFF_EVERY = 16
 """Hits after which it is seen whether they pay."""
 _RESTARTS = 3
-"""How often in a row kept features may be forgotten before they were used."""
+"""How often in a row kept features may be forgotten before they were used, and in all because of what is read."""
+_READ_IN_A_ROW = 2
+"""Hits that read what they skip, before another cut is looked for."""
 _DEVICE_BYTES = int(2e9)
 _DEVICE_SHARE = 0.1
 _DEVICE_BYTES_ELSEWHERE = int(5e8)
@@ -62,7 +66,7 @@ class FeatureCache:
     The model is not changed. Inside `batch`, on a hit, modules before the cut return a stand-in of the right shape, and
     the module at the cut returns what was stored. So do others behind it, where a connection leads around them, as in a
     residual block of which only the first layers are frozen. Where most samples of a batch are known, the prefix is run
-    on the others alone.
+    on the others alone. A stand-in that something reads after all is computed then, so the pass is right in any case.
 
     Nothing is kept before it is proved on a batch: features have one row a sample, the same in another order and in a
     smaller batch; they are the same after another batch, no random numbers are drawn for them, and nothing that trains
@@ -151,6 +155,9 @@ class FeatureCache:
         self._open: list[tuple[object, int]] = []  # the batches under way, with their threads: the innermost counts
         self._begun = False
         self._restarts = self._hits_then = 0
+        self._skipped: Skipped | None = None  # what the last hit has skipped
+        self._read = 0  # hits in a row of which something was read that they had skipped
+        self._searches = 0  # for cuts, because of that
         self._suspected = False  # that weights have been written to
         self._questions: list[tuple[str, Tensor]] = []
         self._deferred = Deferred()
@@ -337,6 +344,7 @@ class FeatureCache:
         if not (self._levels or self._pending or self._stale):
             return None  # off
         numbers = self._answered(ids)
+        self._note_what_was_read()
         written = self._inspect()
         if self._adaptive and self.hits % _PAYOFF_EVERY == 0 and (lost := self._payoff.lost()):
             self._give_up(f"it does not pay: {lost}")
@@ -371,7 +379,7 @@ class FeatureCache:
         if not self._levels:
             return None
         if known is not None and not self._replay(
-            stack, known, numbers, prints, rows if key == (known, numbers) else None
+            stack, known, numbers, prints, arguments, rows if key == (known, numbers) else None
         ):
             return None
         if known is self._levels[-1]:
@@ -550,7 +558,7 @@ class FeatureCache:
         below = self._levels.holding(some, before=level)
         below = below if below is not None and below.sure_of(some) else None
         with ExitStack() as stack:
-            if below is not None and not self._replay(stack, below, some, prints):
+            if below is not None and not self._replay(stack, below, some, prints, arguments, indices=indices):
                 return None
             outputs = prefix_outputs(self._model, level.cut, arguments.rows(self._call_kind.layout, indices))
             level.keep(some, outputs, prints)
@@ -560,11 +568,27 @@ class FeatureCache:
         return level
 
     def _replay(
-        self, stack: ExitStack, level: Level, ids: list[int], prints: Tensor, rows: list[Tensor] | None = None
+        self,
+        stack: ExitStack,
+        level: Level,
+        ids: list[int],
+        prints: Tensor,
+        arguments: Arguments,
+        rows: list[Tensor] | None = None,
+        indices: list[int] | None = None,
     ) -> bool:
-        """Arrange for the next pass to begin from the level's features of these samples. rows: read ahead.
+        """Arrange for the next pass to begin from the level's features of these samples.
 
         Not, where a sample is not what it was; on a GPU that is seen with the next batch.
+
+        Args:
+            stack: ends it.
+            level: whose features they are.
+            ids: the samples.
+            prints: their fingerprints of now.
+            arguments: those of the model's pass.
+            rows: their features, where they were read ahead.
+            indices: where these samples are in the batch; by default they are all of it.
         """
         rows = self._fetching(level, ids)() if rows is None else rows
         *rows, prints_then = level.store.unpacked(moved_beside(level.store, rows))
@@ -574,8 +598,31 @@ class FeatureCache:
                 return False
         elif self._check_inputs:
             self._questions.append((_SAMPLES, (prints != prints_then).any()))
-        level.replay(stack, self._model, rows, len(ids))
+        versions, layout = arguments.versions, self._call_kind.layout
+
+        def inputs() -> Inputs:
+            if arguments.versions != versions:
+                raise RuntimeError(
+                    "the model writes to its inputs, and then reads what the feature cache has skipped of the frozen "
+                    "prefix, which can no longer be computed: train without the cache"
+                )
+            return arguments.copied() if indices is None else arguments.rows(layout, indices)
+
+        self._skipped = level.replay(stack, self._model, rows, len(ids), inputs)
         return True
+
+    def _note_what_was_read(self) -> None:
+        """Look for another cut where the model keeps reading what passes skip, which is then computed each time."""
+        skipped, self._skipped = self._skipped, None
+        if skipped is None:
+            return
+        self._read = self._read + 1 if skipped.read else 0
+        if self._read < _READ_IN_A_ROW:
+            return
+        self._read, self._searches = 0, self._searches + 1
+        self.clear()
+        if self._searches > _RESTARTS:
+            self._give_up(READ)
 
     def _fetching(self, level: Level, ids: list[int]) -> Callable[[], list[Tensor]]:
         """What reads these samples' rows, in any thread; all that is to be chosen is chosen here."""

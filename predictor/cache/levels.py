@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-from predictor.cache.arguments import changed
+from predictor.cache.arguments import Inputs, changed
 from predictor.cache.cut_points import Call, Cut, at_call, replayed, uncompiled
-from predictor.cache.cut_search import close, look_passes, repeated, rounding
+from predictor.cache.cut_search import close, look_passes, prefix_outputs, repeated, rounding
 from predictor.cache.payoff import Timing
 from predictor.cache.side_effects import Draws
+from predictor.cache.stand_ins import Skipped
 from predictor.cache.store import FeatureStore
 from predictor.cache.watch import Watch
 from predictor.layers.tensors import tensors_in
@@ -191,9 +192,17 @@ class Level:
         trains = {id(weight) for weight in model.parameters() if weight.requires_grad}
         return _TRAINED if any(id(leaf) in trains for leaf in leaves_of(tensors_in(outputs))) else ""
 
-    def replay(self, stack: ExitStack, model: nn.Module, rows: Sequence[Tensor], batch: int) -> None:
-        """Arrange that the model's next pass begins here. Where it does not ask for `rows`, it is made again, whole."""
-        asked = stack.enter_context(replayed(self.cut, rows, batch))
+    def replay(
+        self, stack: ExitStack, model: nn.Module, rows: Sequence[Tensor], batch: int, inputs: Callable[[], Inputs]
+    ) -> Skipped:
+        """Arrange that the model's next pass begins here. Where it does not ask for `rows`, it is made again, whole.
+
+        inputs: arguments of that pass, for what it skips and reads all the same. Returns what it skips.
+        """
+        rest = Cut(self.cut.skipped, ())
+        asked, skipped = stack.enter_context(
+            replayed(self.cut, rows, batch, lambda: prefix_outputs(model, rest, inputs(), modes=True))
+        )
 
         def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if asked():
@@ -204,6 +213,7 @@ class Level:
 
         handle = model.register_forward_hook(uncompiled(check), prepend=True, with_kwargs=True)
         stack.callback(handle.remove)
+        return skipped
 
     def state_dict(self) -> dict[str, Any]:
         """Where the cut is, and all that is kept there."""

@@ -46,7 +46,7 @@ class Side(nn.Module):
 
 
 class Overwritten(nn.Module):
-    """What the first layer gave is written to: it cannot be kept, and a stand-in does not allow it."""
+    """What the first layer gave is written to: it cannot be kept, but need not be computed."""
 
     def __init__(self):
         super().__init__()
@@ -89,7 +89,7 @@ def run(model, cache, ids):
         (lambda: nn.Sequential(Residual(), Residual(), nn.Linear(64, 3)), 5, ("0", "1.layers.3"), 1),
         (lambda: nn.Sequential(Residual(), Residual(), nn.Linear(64, 3)), 3, ("0",), 3),
         (Side, 3, ("left", "right"), 1),
-        (Overwritten, 2, ("second",), 2),  # the layer whose output is written to runs
+        (Overwritten, 2, ("second",), 1),
     ],
 )
 def test_no_more_is_computed_or_kept_than_is_needed(make, layers, kept, computed):

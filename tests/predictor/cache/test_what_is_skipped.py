@@ -1,0 +1,287 @@
+"""What a hit skips is computed where something reads it all the same: the losses are those without a cache."""
+
+import copy
+import io
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from predictor import FeatureCache, FreezeController, make_policy
+
+SAMPLES, SIZE, CLASSES = 24, 8, 3
+generator = torch.Generator().manual_seed(0)
+ROWS = torch.randn(SAMPLES, 6, generator=generator)
+TARGET = torch.randint(CLASSES, (SAMPLES,), generator=generator)
+TOKENS = torch.randint(1, 20, (SAMPLES, 5), generator=generator)
+TOKENS[16:, 3:] = 0  # padding, which the first batches have none of
+
+
+class Network(nn.Module):
+    """Two layers that freeze, one that trains, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, CLASSES)
+        self.early = False
+        self.left = None
+
+    def forward(self, x):
+        early = self.first(x).relu()
+        late = self.third(self.second(early).relu())
+        return self.finish(early, late)
+
+    def finish(self, early, late):
+        return self.head((late + early if self.early else late).relu())
+
+
+class Deep(Network):
+    """Has a head on its first layer, in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(8, CLASSES)
+
+    def finish(self, early, late):
+        return (self.head(late.relu()), self.other(early)) if self.training else self.head(late.relu())
+
+
+class OnRequest(Network):
+    def forward(self, x, features=False):
+        early = self.first(x).relu()
+        late = self.third(self.second(early).relu())
+        return (self.head(late.relu()), [early]) if features else self.head(late.relu())
+
+
+class ByNumbers(Network):
+    """Takes a branch by what is in its batch."""
+
+    def finish(self, early, late):
+        chosen = torch.where(late.detach().mean(1, keepdim=True) > self.limit, early, late)
+        return self.head(chosen.relu())
+
+    limit = 9.0
+
+
+class Branching(Network):
+    def finish(self, early, late):
+        return self.head((late + early if len(late) < SIZE else late).relu())
+
+
+class InPlace(Network):
+    """Writes to what it reads later, and to a view of it."""
+
+    def forward(self, x):
+        early = self.first(x)
+        half = early[:, :4]
+        half.mul_(2.0)
+        early.relu_()
+        late = self.third(self.second(early).relu())
+        return self.finish(early, late)
+
+
+class Normed(Network):
+    """Has statistics of what is skipped, and random numbers behind them."""
+
+    def finish(self, early, late):
+        if self.early:
+            normed = F.batch_norm(early, torch.zeros(8), torch.ones(8), training=True)
+            late = late + F.dropout(normed, 0.5, training=True)
+        return self.head(late.relu())
+
+
+class Leaving(Network):
+    """Leaves features in an attribute, from the time that it is asked to."""
+
+    def finish(self, early, late):
+        self.left = early if self.early else None
+        return self.head(late.relu())
+
+
+@dataclass
+class Features:
+    maps: list
+
+
+class Boxed(Network):
+    def finish(self, early, late):
+        return self.head(late.relu()), Features([early])
+
+
+class Text(nn.Module):
+    """Its embedding returns which tokens are padding."""
+
+    def __init__(self):
+        super().__init__()
+
+        class Embedding(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table = nn.Embedding(20, 8)
+
+            def forward(self, tokens):
+                return self.table(tokens), tokens == 0
+
+        self.first, self.second, self.third = Embedding(), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, tokens):
+        embedded, padding = self.first(tokens)
+        late = self.third(self.second(embedded).relu())
+        late = late.masked_fill(padding[..., None], 0).sum(1) / (~padding).sum(1, keepdim=True)
+        return self.head(late)
+
+
+def trained(make, cached, loss_of, change=lambda model, epoch: None, rows=ROWS, size=SIZE, epochs=5, autocast=False):
+    """The losses of a training, and its cache. change: is called before each epoch."""
+    torch.manual_seed(0)
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    policy = make_policy("static", layers=2)
+    controller = FreezeController(model, optimizer, policy, total_steps=999, say=None)
+    cache = FeatureCache(controller)
+    losses = []
+    for epoch in range(epochs):
+        change(model, epoch)
+        for ids in torch.arange(SAMPLES).split(size):
+            torch.manual_seed(epoch)
+            with cache.batch(ids) if cached else torch.enable_grad():
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    out = loss_of(model, rows[ids], epoch)
+                loss = out(TARGET[ids]) if callable(out) else F.cross_entropy(out.float(), TARGET[ids])
+            loss.backward()
+            optimizer.step()
+            controller.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses, cache
+
+
+def check(make, loss_of=lambda model, x, epoch: model(x), rel=1e-5, **options):
+    """Compare the losses with and without a cache. Returns the cache."""
+    expected, _ = trained(make, False, loss_of, **options)
+    found, cache = trained(make, True, loss_of, **options)
+    assert found == pytest.approx(expected, rel=rel)
+    return cache
+
+
+def switched(model, epoch):
+    model.early = epoch >= 2
+
+
+def with_aux(model, x, epoch):
+    out, other = model(x)
+    return lambda target: F.cross_entropy(out, target) + 0.4 * F.cross_entropy(other, target)
+
+
+def test_a_head_that_only_a_training_has():
+    cache = check(Deep, with_aux)
+    assert (cache.reason, cache.kept, cache.hits) == ("", ("first", "second"), 12)
+
+
+@pytest.mark.parametrize("epochs", [{2}, {2, 3, 4}])
+def test_an_argument_that_asks_for_features(epochs):
+    def loss_of(model, x, epoch):
+        if epoch not in epochs:
+            return model(x, False)
+        out, (early,) = model(x, True)
+        return lambda target: F.cross_entropy(out, target) + early.square().mean()
+
+    cache = check(OnRequest, loss_of)
+    assert cache.reason == ""
+    assert cache.hits >= 9
+
+
+@pytest.mark.parametrize("make", [Network, Normed])
+def test_an_attribute_that_asks_for_features(make):
+    cache = check(make, change=switched)
+    assert cache.reason == ""
+    assert cache.kept[0] == "first"
+    assert cache.hits >= 7
+
+
+def test_one_batch_that_takes_another_branch_costs_no_features():
+    cache = check(Branching, size=10)
+    assert (cache.reason, cache.kept) == ("", ("second",))
+    assert cache.hits == 12
+
+
+def test_what_may_be_read_for_other_numbers_is_kept():
+    def change(model, epoch):
+        model.limit = 9.0 if epoch < 3 else -9.0
+
+    assert check(ByNumbers, change=change).kept[0] == "first"
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_writes_to_what_is_skipped_and_to_views_of_it(autocast):
+    cache = check(InPlace, change=switched, autocast=autocast, rel=1e-2 if autocast else 1e-5)
+    assert cache.hits >= 7
+
+
+@pytest.mark.parametrize(
+    "read", [lambda early: early.square().mean(), lambda early: torch.tensor(sum(early.tolist()[0]))]
+)
+def test_what_is_left_in_a_module_may_be_read_after_the_pass(read):
+    def loss_of(model, x, epoch):
+        out = model(x)
+        return lambda target: F.cross_entropy(out, target) + (0 if model.left is None else read(model.left))
+
+    assert check(Leaving, loss_of, change=switched).hits >= 5
+
+
+def test_features_in_an_object_of_the_users_own():
+    def loss_of(model, x, epoch):
+        out, features = model(x)
+        return lambda target: F.cross_entropy(out, target) + features.maps[0].square().mean()
+
+    assert check(Boxed, loss_of).reason == ""
+
+
+def test_a_mask_that_only_later_batches_need():
+    cache = check(Text, rows=TOKENS)
+    assert (cache.reason, cache.hits) == ("", 12)
+
+
+def test_where_the_model_goes_on_reading_what_no_cut_shows_the_cache_is_off():
+    def loss_of(model, x, epoch):
+        out = model(x)
+        return lambda target: F.cross_entropy(out, target) + model.left.mean()
+
+    class Hidden(Network):
+        """Leaves features where no pass that looks for a cut sees them."""
+
+        def finish(self, early, late):
+            self.left = early if torch.is_grad_enabled() else None
+            return self.head(late.relu())
+
+    assert "reads what parts of the frozen prefix return" in check(Hidden, loss_of, epochs=9).reason
+
+
+def test_a_stand_in_is_copied_and_written_to_files_as_what_it_stands_for():
+    def loss_of(model, x, epoch):
+        out = model(x)
+        if model.left is not None:
+            file = io.BytesIO()
+            torch.save(model.left, file)
+            file.seek(0)
+            expected = model.first(x).relu()
+            for each in (copy.deepcopy(model.left), torch.load(file), torch.from_numpy(model.left.numpy())):
+                assert type(each) is torch.Tensor
+                assert torch.equal(each, expected)
+        return out
+
+    check(Leaving, loss_of, change=switched)
+
+
+def test_a_model_that_writes_to_its_inputs_and_reads_what_is_skipped_is_told():
+    class Centering(Network):
+        def forward(self, x):
+            x -= 0.5
+            return super().forward(x)
+
+    with pytest.raises(RuntimeError, match="writes to its inputs"):
+        trained(Centering, True, lambda model, x, epoch: model(x.clone()), change=switched)

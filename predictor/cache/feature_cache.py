@@ -416,25 +416,31 @@ class FeatureCache:
                 self._give_up(f"a module in front of the cut, {name}, has got a hook, which has to see each pass")
                 return False
             if watch.replaced or (touched and watch.moved):
-                self._begin_again(suspected)
+                self._weights_changed(suspected)
                 return False
             written = written or touched
         return written
 
     def _note_changes(self, written: bool, arguments: Arguments, batch: int) -> None:
-        """See what else has changed. Samples that have features are then to be seen again, each before it is used."""
+        """See what else has changed. Samples that have features are then to be seen again, each before it is used.
+
+        Where samples need not be what they were, nothing shows whether features are: all are forgotten.
+        """
         for level in self._levels:
             watch = level.watch
             if not written and not watch.odd:
                 continue
-            if not self._check_inputs:
-                watch.renew()
-                continue
             if perhaps := watch.perhaps_unread():
                 watch.note_unread(perhaps, self._unread(level, perhaps, arguments, batch))
-            if names := watch.changes(written):
+            names = watch.changes(written, numbers=self._check_inputs)  # a first pass may add counters
+            if names and not self._check_inputs:
+                self._begin_again(f"{names[0]} changes")
+                return
+            if names:
                 level.changed(names)
                 watch.renew_state()
+            elif not self._check_inputs:
+                watch.renew()
 
     def _unread(self, level: Level, perhaps: list[Attribute], arguments: Arguments, batch: int) -> list[Attribute]:
         """Of some attributes those that nothing in front of the cut reads: stand-ins for them change no feature."""
@@ -456,7 +462,7 @@ class FeatureCache:
         now = features(None, [])
         return perhaps if are_unread(perhaps) else [each for each in perhaps if are_unread([each])]
 
-    def _begin_again(self, used: bool) -> None:
+    def _weights_changed(self, used: bool) -> None:
         """Forget all features: the prefix has other weights now. used: whether a batch has been trained on old ones."""
         if used:
             warnings.warn(
@@ -464,11 +470,15 @@ class FeatureCache:
                 "batches were trained on features of the old ones, and the feature cache begins anew",
                 stacklevel=2,
             )
+        self._begin_again("the frozen prefix's weights are written to")
+
+    def _begin_again(self, what_happens: str) -> None:
+        """Forget all features. what_happens: in words, for the case that it happens too often."""
         self._restarts = self._restarts + 1 if self.hits == self._hits_then else 1
         self._hits_then = self.hits
         self.clear()
         if self._restarts > _RESTARTS:
-            self._give_up("the frozen prefix's weights are written to again and again")
+            self._give_up(f"{what_happens} again and again")
 
     def _checked(self, level: Level, ids: list[int], prints: Tensor, arguments: Arguments, written: bool) -> bool:
         """Whether features that the level holds may be used.
@@ -505,7 +515,7 @@ class FeatureCache:
         if fault:
             self._switch_off(fault)
         elif not agrees and any(each.watch.moved for each in self._levels):
-            self._begin_again(used=False)
+            self._weights_changed(used=False)
         elif not agrees:
             self._give_up(
                 LEFT_OUT

@@ -196,9 +196,14 @@ class Watch:
             or any(each.differs for each in self._attributes)
         )
 
-    def changes(self, written: bool) -> list[str]:
-        """Names of what has another value than it had, weights aside. written: look at all buffers."""
+    def changes(self, written: bool, numbers: bool = True) -> list[str]:
+        """Names of what has another value than it had, weights aside.
+
+        written: look at all buffers. numbers: also where a module has more or fewer attributes and buffers than it had.
+        """
         states = [(module, then, _state_of(module)) for module, then in self._states]
+        if not numbers:
+            states = [(module, (then[0], now[1]), now) for module, then, now in states]
         names = [
             f"{type(module).__name__}'s {'attributes' if now[1] != then[1] else 'mode'}"
             for module, then, now in states

@@ -37,14 +37,16 @@ def plain_batches(epoch):
     return [(ids, ROWS[ids]) for ids in order.split(SIZE)]
 
 
-def losses(make, between, cached, loss_of=plain_loss, batches=plain_batches, optimizer=torch.optim.SGD, epochs=4):
+def losses(
+    make, between, cached, loss_of=plain_loss, batches=plain_batches, optimizer=torch.optim.SGD, epochs=4, **kinds
+):
     """The losses of some epochs under a static policy, and the cache. between: is called before each epoch."""
     torch.manual_seed(0)
     random.seed(0)
     model = make()
     made = optimizer(model.parameters(), 0.05)
     controller = FreezeController(model, made, make_policy("static", layers=1), total_steps=999, say=None)
-    cache = FeatureCache(controller)
+    cache = FeatureCache(controller, **kinds)
     found = []
     for epoch in range(epochs):
         between(model, epoch)
@@ -382,6 +384,32 @@ def test_modes_and_buffers_of_the_prefix(act):
     cache = check(lambda: network(Normed()), in_epoch(2, act))
     assert "a state that changes" in cache.reason
     assert cache.hits == 4
+
+
+def scaled(model):
+    model[0].scale.fill_(2.0)
+
+
+def other_gain(model):
+    model[0].gain = 2.0
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.gain, self.calls = nn.Linear(4, 8), 1.0, 0
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x) * self.scale * self.gain
+
+
+@pytest.mark.parametrize("act", [scaled, other_gain])
+def test_features_begin_anew_where_inputs_need_not_be_what_they_were(act):
+    cache = check(lambda: network(Scaled()), in_epoch(2, act), check_inputs=False)
+    assert (cache.reason, cache.hits) == ("", 8)
+    assert check(lambda: network(Scaled()), check_inputs=False).hits == 12
 
 
 def replaced(model):

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from predictor.errors import UsageError
@@ -18,6 +20,8 @@ from predictor.layers.tensors import converted, tensors_anywhere_in
 Unpack = Callable[[Any], tuple[Any, Tensor]]
 """From a batch to the model's inputs (a tensor, a tuple of inputs or a dict of named ones) and the labels."""
 _LABELS = ("labels", "label", "label_ids")
+_ROUNDING = torch.finfo(torch.bfloat16).eps
+"""By this share of the largest output the same arithmetic may differ in another precision or order."""
 
 
 class Unfit(Exception):
@@ -59,7 +63,7 @@ class FeatureCollector:
                 inputs, y_B = self._unpack(batch)
                 _check_labels(y_B)
                 if self.linear is None:
-                    self.linear = self._last_called(inputs, len(y_B))
+                    self._find_head(inputs, len(y_B))
                 features.append(self._features(inputs, len(y_B)))
                 labels.append(y_B.detach().cpu().long())
                 self.samples += len(y_B)
@@ -69,39 +73,50 @@ class FeatureCollector:
             raise UsageError("loader gives no batch: give one that can be iterated over more than once")
         return torch.cat(features), torch.cat(labels)
 
-    def _last_called(self, inputs: Any, samples: int) -> nn.Module:
-        called: list[nn.Module] = []
+    def _find_head(self, inputs: Any, samples: int) -> None:
+        """Take the linear layer that is called last, and see that it is one that can be fitted."""
+        called: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
 
-        def note(module: nn.Module, *_: Any) -> None:
-            called.append(module)
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+            called[:] = [(module, args, kwargs)]
 
         with _hooked(self._candidates, note):
             self._call(inputs, samples)
         if not called:
             raise Unfit("the model has no linear layer that trains, shares no weight, and is called in its pass")
-        return called[-1]
+        self.linear, args, kwargs = called[0]
+        if not all(parameter.requires_grad for parameter in self.linear.parameters()):
+            raise Unfit(f"the weight of the model's last linear layer, {self.head!r}, trains, and its bias does not")
+        if len(args) != 1 or kwargs or not _is_linear(self.linear, args[0]):
+            raise Unfit(
+                f"the model's last linear layer, {self.head!r}, does not just multiply its one input by its weight and "
+                "add its bias: it has a hook or a forward of its own"
+            )
 
     def _features(self, inputs: Any, samples: int) -> Tensor:
         """What the head makes the logits of: one row a sample.
 
-        The head's output is replaced by the number of each row. So the logits show which rows they are, and that
-        nothing else is made of them.
+        The head's output is replaced by numbers that tell rows and classes apart, half of them negative. So the logits
+        show which rows they are, and that nothing else is made of them.
         """
-        taken: list[Tensor] = []
+        taken: list[tuple[Tensor, Tensor]] = []
 
-        def mark(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        def mark(_: nn.Module, args: tuple[Any, ...], __: dict[str, Any], output: Tensor) -> Tensor:
             x_RF = args[0].detach().flatten(0, -2)
-            taken.append(x_RF)
-            marks_R1 = torch.arange(len(x_RF), dtype=torch.float32, device=output.device)[:, None]
-            return marks_R1.repeat(1, output.shape[-1]).view(output.shape)
+            row_R1 = torch.arange(len(x_RF), dtype=torch.float32, device=output.device)[:, None]
+            class_C = torch.arange(output.shape[-1], dtype=torch.float32, device=output.device)
+            marks_RC = (row_R1 + class_C) * (1 - 2 * (class_C % 2))
+            taken.append((x_RF, marks_RC))
+            return marks_RC.clone().view(output.shape)
 
         with _hooked([self.linear], mark):
             output = self._call(inputs, samples)
         for logits_BC in _tensors_in(output):
             if logits_BC.shape == (samples, self.linear.out_features) and len(taken) == 1:
-                rows_B = logits_BC[:, 0].detach().long().clamp(0, len(taken[0]) - 1)
-                if bool((logits_BC == rows_B[:, None]).all()):
-                    return taken[0].index_select(0, rows_B).float()
+                x_RF, marks_RC = taken[0]
+                rows_B = logits_BC[:, 0].detach().long().clamp(0, len(x_RF) - 1)
+                if bool((logits_BC == marks_RC.index_select(0, rows_B)).all()):
+                    return x_RF.index_select(0, rows_B).float()
         raise Unfit(f"the model's output is not that of its last linear layer, {self.head!r}, one row a sample")
 
     def _call(self, inputs: Any, samples: int) -> Any:
@@ -133,11 +148,38 @@ def _candidates(model: nn.Module, head: str | None) -> dict[nn.Module, str]:
         module: name
         for module, name in linear.items()
         # Others are not looked at: a hook on a frozen module would be one that a FeatureCache has to mind.
-        if module.weight.requires_grad
+        if isinstance(module.weight, nn.Parameter)  # not what a hook makes of others, as in pruning
+        and module.weight.requires_grad
         and module.weight.is_floating_point()
         and not is_parametrized(module)
         and all(holders[id(parameter)] == 1 for parameter in module.parameters())
     }
+
+
+def _is_linear(layer: Any, x: Tensor) -> bool:
+    """Whether a layer, with the hooks on it, makes x W^T + b of its input.
+
+    It is called with other weights than its own, since those of a new head may be zeros, which show nothing.
+    """
+    trial = {name: torch.randn_like(each, requires_grad=True) for name, each in layer.named_parameters()}
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Tensor, ...], *__: Any) -> None:
+        seen.append(args[0])  # after hooks that make other inputs
+
+    with _hooked([layer], note):
+        output = functional_call(layer, trial, (_as_weight(x, layer),))
+    expected = F.linear(_as_weight(seen[0], layer), trial["weight"], trial.get("bias"))
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
+        return False
+    output, expected = output.detach().float(), expected.detach().float()
+    largest = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.allclose(output / largest, expected / largest, rtol=0, atol=_ROUNDING, equal_nan=True)
+
+
+def _as_weight(x: Tensor, layer: Any) -> Tensor:
+    """An input in the weight's precision, in which a layer can be called outside of the model's autocast."""
+    return x.detach().to(layer.weight.dtype)
 
 
 def _unpacked(batch: Any) -> tuple[Any, Tensor]:
@@ -168,7 +210,7 @@ def _closed_after(iterator: Iterator[Any]) -> Iterator[Iterator[Any]]:
 
 @contextmanager
 def _hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module in modules]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
     try:
         yield
     finally:

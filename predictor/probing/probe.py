@@ -73,11 +73,13 @@ def probe_head(
     **It abstains**, leaves the head as it was, and gives the reason: where the probe is not clearly better on held-out
     samples than the head as it was and than the frequencies of the classes; where a class has no sample; where the
     task is not one label a sample out of as many classes as the head has outputs (regression, several labels, labels by
-    token); where the model's output is not that of a linear layer, as with a convolution for a head, or that layer does
-    not train, is tied or is parametrized; and where the model is sharded.
+    token); where the model's output is not that of a linear layer, as with a convolution for a head, or that layer or
+    its bias does not train, is tied or is parametrized; where a hook on it or a forward of its own makes something else
+    of its input; and where the model is sharded.
 
-    **The head** is the linear layer that runs last. It is proved on each batch that the model's logits are its output,
-    unchanged; of a model that classifies each token and then picks one, the features of that token are taken.
+    **The head** is the linear layer that runs last. With the first batch it is proved that it just multiplies by its
+    weight and adds its bias, and on each batch that the model's logits are its output, unchanged and in its order; of a
+    model that classifies each token and then picks one, the features of that token are taken.
 
     Call it before the first optimizer step and before copies of the model are made (an exponential average, a
     teacher). Under autocast, call it in that context. With DistributedDataParallel all processes call it, each on its

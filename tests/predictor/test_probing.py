@@ -9,7 +9,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from predictor import FeatureCache, FreezeController, SieveSampler, make_policy, probe_head
 from predictor.errors import UsageError
@@ -108,6 +108,49 @@ def test_the_same_samples_give_the_same_head():
 def test_a_head_without_bias():
     model = net(head=nn.Linear(FEATURES, CLASSES, bias=False))
     assert probe_head(model, batches(*samples())).probed
+
+
+class Upcast(nn.Linear):
+    """Computes in float32 whatever it is given, as some adapters' layers do."""
+
+    def forward(self, x):
+        return nn.functional.linear(x.float(), self.weight.float(), self.bias.float()).to(x.dtype)
+
+
+class InHalf(nn.Module):
+    """A head of half precision in a model of single precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = Upcast(FEATURES, CLASSES).bfloat16()
+
+    def forward(self, x):
+        return self.linear(x.bfloat16()).float()
+
+
+class UnderItsOwnAutocast(Net):
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x).float()
+
+
+def observed():
+    """A head with hooks that change nothing, or no more than its input."""
+    model = Net()
+    model.head.register_forward_pre_hook(lambda module, args: (3 * args[0],))
+    model.head.register_forward_hook(lambda module, args, output: output.register_hook(print) and None)
+    return model
+
+
+@pytest.mark.parametrize("make", [UnderItsOwnAutocast, lambda: Net(head=InHalf()), observed])
+def test_what_is_reported_is_what_the_model_has(make):
+    torch.manual_seed(1)
+    model, (x, y) = make(), samples()
+    report = probe_head(model, batches(x, y))
+    assert report.probed, report.reason
+    loss = nn.functional.cross_entropy(copy.deepcopy(model).eval()(x), y).item()
+    # Bfloat16 has 8 bits, and logits are of the order of 1.
+    assert loss == pytest.approx((4 * report.train_loss + report.loss) / 5, abs=2**-5)
 
 
 def test_under_autocast():
@@ -295,6 +338,41 @@ class Twice(Net):
         return self.head(features) + self.head(-features)
 
 
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return 4 * nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.weight), self.bias)
+
+
+class Behind(nn.Module):
+    """A linear layer, and what is done to its output."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.linear, self.change = nn.Linear(FEATURES, CLASSES), change
+
+    def forward(self, x):
+        return self.change(self.linear(x))
+
+
+def behind(change):
+    return lambda: Net(head=Behind(change))
+
+
+def hooked(zeros=False):
+    """A head whose hook makes all logits smaller. Of zeros that cannot be seen."""
+    model = Net()
+    model.head.register_forward_hook(lambda module, args, output: 0.1 * output)
+    if zeros:
+        nn.init.zeros_(model.head.weight), nn.init.zeros_(model.head.bias)
+    return model
+
+
+def bias_held_still():
+    model = Net()
+    model.head.bias.requires_grad_(False)
+    return model
+
+
 def one_hot(y):
     return nn.functional.one_hot(y, CLASSES)
 
@@ -317,6 +395,15 @@ UNFIT = {
     "a head that the user holds still": (Frozen, None),
     "a tied head": (Tied, None),
     "a parametrized head": (lambda: Net(head=parametrizations.weight_norm(nn.Linear(FEATURES, CLASSES))), None),
+    "a pruned head": (lambda: Net(head=prune.l1_unstructured(nn.Linear(FEATURES, CLASSES), "weight", 0.5)), None),
+    "a bias that the user holds still": (bias_held_still, None),
+    "a hook on the head": (hooked, None),
+    "a hook on a head of zeros": (lambda: hooked(zeros=True), None),
+    "a head with a forward of its own": (lambda: Net(head=Cosine(FEATURES, CLASSES)), None),
+    "classes in another order": (behind(lambda logits: logits.flip(-1)), None),
+    "classes that change places": (behind(lambda logits: logits[:, [0, 2, 1]]), None),
+    "negative logits cut off": (behind(torch.relu), None),
+    "logits of at least their mean": (behind(lambda logits: torch.maximum(logits, logits.mean(1, True))), None),
     "nearly no samples": (Net, lambda y: y),
     "one output": (lambda: Net(head=nn.Linear(FEATURES, 1)), lambda y: 0 * y),
     "features that are not finite": (lambda: Net(body=nn.Sequential(nn.Linear(4, FEATURES), Infinite())), None),

@@ -75,6 +75,38 @@ def test_small_gradients_do_not_vanish_under_autocast(dtype):
     assert half.mean_l1_L == pytest.approx(whole.mean_l1_L, rel=0.1)
 
 
+def test_small_gradients_of_weights_in_float16_do_not_vanish():
+    whole, half = Net().double(), Net().half()
+    looks = [
+        looked(model, loss_of(model, 1e-6), given=[(x.to(model[0].weight.dtype), y) for x, y in batches()])
+        for model in (whole, half)
+    ]
+    assert looks[1].mean_l1_L == pytest.approx(looks[0].mean_l1_L, rel=0.1)
+
+
+class Passing(torch.autograd.Function):
+    """Changes nothing, and its node in the graph is of Python."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def test_hooks_on_gradients_see_those_of_the_training():
+    """All gradients lie between -1 and 1, so that a hook that cuts there changes nothing."""
+    plain = Net()
+    clipped = copy.deepcopy(plain)
+    for parameter in clipped.parameters():
+        parameter.register_hook(lambda gradient: gradient.clamp(-1, 1))
+    whole = looked(plain)
+    assert max(whole.mean_l1_L) > 100 / 1024  # otherwise none would be cut if it was 1024 times as large
+    assert looked(clipped, lambda batch: F.cross_entropy(Passing.apply(clipped(batch[0])), batch[1])) == whole
+
+
 def test_half_weights_are_summed_in_full_precision():
     whole, half = Net().double(), Net().bfloat16()
     looks = [looked(model, given=[(x.to(model[0].weight.dtype), y) for x, y in batches()]) for model in (whole, half)]

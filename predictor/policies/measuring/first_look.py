@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from predictor.errors import UsageError
 from predictor.layers.batch import part_of
 from predictor.layers.isolated_pass import isolated
 from predictor.layers.layer import Layer
 from predictor.layers.loaders import beside_the_training
+from predictor.layers.tensors import tensors_in
 from predictor.model.first_look import FirstLook
 from predictor.policies.measuring.gradients import real_of, to_host
 from predictor.policies.measuring.learned import evidence_of
@@ -20,8 +22,8 @@ from predictor.policies.measuring.learned import evidence_of
 BATCHES = 8
 """Batches of which a part is looked at. Half of them are the other half's noise."""
 _SCALE = 1024.0
-"""So much larger are gradients in the backward pass, where small ones would vanish under autocast in float16. A power
-of two, which changes nothing in float32."""
+"""So much larger are gradients in the backward pass of a loss that is computed in float16, where small ones would
+vanish. Others are as in training: what clips gradients in a hook would clip larger ones to less of them."""
 
 
 class _NoLook(Exception):
@@ -81,11 +83,11 @@ def _sums_of(
     for batch in islice(batches, BATCHES):
         cuts = _can_be_cut(batch, loss) if cuts is None else cuts
         part, share = (batch, 1.0) if cuts is False else part_of(batch)
-        with around(share):
+        with around(share), _Float16() as float16:
             found = loss(part)
         _check(found)
         sums = sums or _Sums(layers() if callable(layers) else layers)
-        sums.add(found)
+        sums.add(found, scale=_SCALE if float16.seen else 1.0)
         del found  # and its graph, before the next one is made
     if sums is None or sums.count < 2:
         raise _NoLook("there are fewer than two batches")
@@ -104,6 +106,20 @@ def _can_be_cut(batch: Any, loss: Callable[[Any], Tensor]) -> bool | None:
     return True
 
 
+class _Float16(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees whether anything is computed in float16: of such weights, or under autocast, which a model may switch on."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator."""
+        output = func(*args, **(kwargs or {}))
+        self.seen = self.seen or any(tensor.dtype == torch.float16 for tensor in tensors_in(output))
+        return output
+
+
 class _Sums:
     """Sums of the gradients of several batches, as they are and with every other one's sign turned."""
 
@@ -115,11 +131,11 @@ class _Sums:
             raise _NoLook("no layer trains")
         self._sums, self._turned = ([[_zeros(p) for p in own] for own in self._trained] for _ in range(2))
 
-    def add(self, loss: Tensor) -> None:
-        """Add the gradients of a loss."""
+    def add(self, loss: Tensor, scale: float) -> None:
+        """Add the gradients of a loss, which is so much larger in the backward pass."""
         flat = [p for own in self._trained for p in own]
         try:
-            found = torch.autograd.grad(loss, flat, torch.full_like(loss, _SCALE), allow_unused=True)
+            found = torch.autograd.grad(loss, flat, torch.full_like(loss, scale), allow_unused=True)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # as under reentrant checkpointing
@@ -129,7 +145,7 @@ class _Sums:
         for sums, sign in ((self._sums, 1), (self._turned, -1 if self.count % 2 else 1)):
             for total, gradient in zip((each for own in sums for each in own), found, strict=True):
                 if gradient is not None:
-                    total.add_(gradient.to_dense() if gradient.is_sparse else gradient, alpha=sign / _SCALE)
+                    total.add_(gradient.to_dense() if gradient.is_sparse else gradient, alpha=sign / scale)
         self.count += 1
 
     @torch.no_grad()

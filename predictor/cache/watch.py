@@ -1,8 +1,10 @@
 """What features depend on besides their sample: weights, buffers, modes, plain attributes and hooks of the modules."""
 
+import dis
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
-from types import ModuleType
+from functools import cache
+from types import CodeType, ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -328,9 +330,16 @@ def _attributes(modules: Iterable[nn.Module], unread: Container[_Key]) -> Iterat
         seen.add(id(type(module)))
 
 
+@cache
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    """The names that a function's code reads as global ones. Attributes are in `co_names` too."""
+    loaded = (each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL")
+    return tuple(dict.fromkeys(loaded))
+
+
 def _globals(kind: type[nn.Module]) -> Iterator[Attribute]:
     code, names = getattr(kind.forward, "__code__", None), getattr(kind.forward, "__globals__", {})
-    for name in () if code is None else code.co_names:
+    for name in () if code is None else _global_names(code):
         value = names.get(name)
         content = None if isinstance(value, ModuleType | list) else _content(value)  # a list is mostly a log
         if content is not None or (value is not None and isinstance(value, CONSTANTS)):

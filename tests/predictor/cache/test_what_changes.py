@@ -22,6 +22,7 @@ ROWS = torch.randn(SAMPLES, 4, generator=generator)
 TARGET = ROWS.sum(1, keepdim=True)
 GAIN = {"value": 1.0}
 FACTOR = 1.0
+norm = 0.0
 
 
 def network(first=None):
@@ -321,6 +322,26 @@ def test_a_value_that_changes_with_every_batch_in_the_loop_and_not_in_the_model(
         return plain_loss(model, ids, x)
 
     cache = check(lambda: Busy(lambda *_: None), loss_of=loss_of, epochs=6)
+    assert (cache.reason, cache.hits) == ("", 20)
+
+
+class Named(nn.Module):
+    """Has an attribute with the name of a global variable."""
+
+    def __init__(self):
+        super().__init__()
+        self.network, self.norm = network(), nn.Identity()
+
+    def forward(self, x):
+        return self.network(self.norm(x))
+
+
+def test_a_global_variable_with_the_name_of_an_attribute():
+    def loss_of(model, ids, x):
+        globals()["norm"] += 1
+        return plain_loss(model, ids, x)
+
+    cache = check(Named, loss_of=loss_of, epochs=6)
     assert (cache.reason, cache.hits) == ("", 20)
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from predictor.layers.tensors import WithoutMemory
+
 _ALLOTTING = frozenset(f"new_{each}" for each in ("empty", "empty_strided", "full", "ones", "zeros"))
 _ALLOTTING |= {"empty", "full", "ones", "zeros", "rand", "randint", "randn"}
 """Operators that take a tensor for its shape alone; with `_like` behind some of the names."""
@@ -63,6 +65,7 @@ class Skipped:
             return
         self._settled = True
         if self._compute is not None:
+            self._numbers = []  # nothing that is computed now has them
             with ExitStack() as stack, torch.overrides.enable_reentrant_dispatch() if in_operator else nullcontext():
                 for kind, dtype, enabled in self._autocast:
                     stack.enter_context(torch.autocast(kind, dtype, enabled))
@@ -117,7 +120,7 @@ class _Held(NamedTuple):
         return self.source.results()[self.place]
 
 
-class StandIn(Tensor):
+class StandIn(WithoutMemory):
     """Stands for a tensor that is not computed unless something reads it.
 
     Args:
@@ -223,6 +226,8 @@ def _needs_numbers(func: Any, name: str, args: Any, leaves: list[Any]) -> bool:
         return True
     if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
         return True
+    if len({id(leaf.held.source.skipped) for leaf in leaves if isinstance(leaf, StandIn)}) > 1:
+        return True  # of several passes, which would keep each other's batches
     if "batch_norm" in name and not (len(args) > 5 and args[5] is False):  # it writes to statistics, undeclared
         return True
     if not func._schema.is_mutable:
@@ -244,9 +249,6 @@ def _writes_to_first(func: Any) -> bool:
 
 def _put_off(func: Any, args: Any, kwargs: Any, present: list[StandIn]) -> Any:
     """Note an operator on stand-ins, and give stand-ins for what it returns."""
-    skipped = {id(each.held.source.skipped): each.held.source.skipped for each in present}
-    for other in list(skipped.values())[1:]:  # stand-ins of two passes: only those of one are put off
-        other.settle(())
     writes = _writes_to_first(func)
     forms = func(*tree_map(_form, args), **tree_map(_form, _on_meta(kwargs)))
     leaves, spec = tree_flatten(forms)
@@ -268,8 +270,7 @@ def _put_off(func: Any, args: Any, kwargs: Any, present: list[StandIn]) -> Any:
             own_args = (own_args[0].clone(), *own_args[1:])
         return tree_leaves(func(*own_args, **own_kwargs))
 
-    first = present[0].held.source.skipped
-    source = first.source(run, {call for each in present for call in each.held.source.calls})
+    source = present[0].held.source.skipped.source(run, {call for each in present for call in each.held.source.calls})
     if writes:
         args[0].held = _Held(source, 0)
         return args[0]

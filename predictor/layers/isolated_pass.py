@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from predictor.layers.code_state import restores_of_code, users_hooks
 from predictor.layers.contents import Contents
 from predictor.layers.hook_tables import restored_hooks
-from predictor.layers.tensors import number_of, tensors_in
+from predictor.layers.tensors import WithoutMemory, number_of, tensors_in
 
 _isolated = ContextVar("isolated", default=False)
 _shown = ContextVar("shown", default=False)
@@ -60,7 +60,8 @@ def isolated(
         stack.enter_context(_no_autocast_cache())
         recording = torch.enable_grad() if gradients else torch.no_grad()
         stack.enter_context(_all_requiring_gradients(model) if as_in_training else recording)
-        stack.enter_context(_restored_parameters(contents.modules, contents.tensors))
+        deferred = [b for b in _all_of(module._buffers for module in contents.modules) if isinstance(b, WithoutMemory)]
+        stack.enter_context(_restored_parameters(contents.modules, [*contents.tensors, *deferred]))
         yield
 
 
@@ -106,7 +107,8 @@ def _restored_modes(model: nn.Module, evaluation: bool) -> Iterator[None]:
 @contextmanager
 def _restored_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     tables = [(module._buffers, dict(module._buffers)) for module in modules]
-    contents = [(b, b.detach().clone()) for b in _all_of(before for _, before in tables) if _can_be_written(b)]
+    buffers = [buffer for buffer in _all_of(before for _, before in tables) if not isinstance(buffer, WithoutMemory)]
+    contents = [(buffer, buffer.detach().clone()) for buffer in buffers if _can_be_written(buffer)]
     try:
         yield
     finally:

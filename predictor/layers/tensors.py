@@ -16,6 +16,10 @@ _SHARED = (nn.Module, type, FunctionType, BuiltinFunctionType, MethodType, Modul
 """What a copy of a value has in common with the value."""
 
 
+class WithoutMemory(Tensor):
+    """A tensor that is computed only where something reads it. To copy it is to read it."""
+
+
 def tensors_in(value: object) -> Iterator[Tensor]:
     """The tensors in tuples, lists, dicts and other containers that PyTorch's pytrees know, in order."""
     return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))

@@ -101,6 +101,29 @@ class Leaving(Network):
         return self.head(late.relu())
 
 
+class Buffering(Network):
+    """Leaves features in a buffer, which passes beside the training bring back."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(SIZE, 8))
+
+    def finish(self, early, late):
+        if self.early:
+            self.kept = early
+        return self.head(late.relu())
+
+
+class Averaging(Buffering):
+    """Writes to what an earlier pass has left."""
+
+    def finish(self, early, late):
+        if self.early:
+            self.left = early if self.left is None else self.left.mul_(0.5).add_(early)
+            self.kept = self.left
+        return self.head(late.relu())
+
+
 @dataclass
 class Features:
     maps: list
@@ -231,6 +254,15 @@ def test_what_is_left_in_a_module_may_be_read_after_the_pass(read):
         return lambda target: F.cross_entropy(out, target) + (0 if model.left is None else read(model.left))
 
     assert check(Leaving, loss_of, change=switched).hits >= 5
+
+
+@pytest.mark.parametrize("make", [Buffering, Averaging])
+def test_what_is_left_in_a_buffer(make):
+    def loss_of(model, x, epoch):
+        out = model(x)
+        return lambda target: F.cross_entropy(out, target) + (model.kept.square().mean() if epoch > 3 else 0)
+
+    check(make, loss_of, change=switched, epochs=6)
 
 
 def test_features_in_an_object_of_the_users_own():

@@ -78,15 +78,17 @@ def settle_containers(model: nn.Module, layers: Sequence[Layer], frozen: Iterabl
 
     A container may have dropout of its own. In BERT's attention the projections are layers, and the dropout between
     them belongs to their container. One without parameters, as fake quantization is, counts by the modules inside it.
+    What holds nothing of these layers is none of their containers: another controller may have frozen it.
 
     Args:
         model: the model.
-        layers: all its layers.
+        layers: all that its controller may freeze.
         frozen: indices of the frozen ones.
     """
     frozen = set(frozen)
     in_layers = {module for layer in layers for module in _modules_in(layer)}
     still = {module for index in frozen for module in _modules_in(layers[index])}
+    layer_ids = {id(p) for layer in layers for p in layer.parameters()}
     frozen_ids = {id(p) for index in frozen for p in layers[index].parameters()}
     users = _held_by_user(model)
     containers = [module for module in model.modules() if module not in in_layers]
@@ -96,7 +98,7 @@ def settle_containers(model: nn.Module, layers: Sequence[Layer], frozen: Iterabl
         if frozen_ids.issuperset(own) if own else within and still.issuperset(within):
             if module not in users:
                 hold(module, model)
-        elif is_held(module):
+        elif is_held(module) and (within or not layer_ids.isdisjoint(own)):
             _unhold_all([module], model)
 
 

@@ -250,3 +250,27 @@ def test_a_frozen_prefix_with_dropout_around_its_layers_gives_the_same_each_time
     x = torch.randn(3, 8)
     assert torch.equal(model[0](x), model[0](x))
     assert not torch.equal(model[1](x), model[1](x))
+
+
+def test_a_second_controller_of_the_model_leaves_what_the_first_one_froze():
+    encoder = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)), Attending())
+    model = nn.Sequential(encoder, Attending(), Attending(), nn.Linear(8, 2)).train()
+    layers = layers_of(model, torch.ones(3, 8))
+    assert len(layers) == 7
+    x = torch.randn(3, 8)
+    controllers = []
+    for own in (layers[:3], layers[3:]):
+        optimizer = torch.optim.SGD([p for layer in own for p in layer.parameters()], lr=0.1)
+        policy = make_policy("static", layers=3)
+        controllers.append(FreezeController(model, optimizer, policy, total_steps=4, layers=own))
+        model.train()
+        statistics = encoder[0][1].running_mean.clone()
+        assert torch.equal(encoder(x), encoder(x))
+        assert torch.equal(encoder[0][1].running_mean, statistics)
+    assert not model[1].training
+    assert model[2].training
+    controllers[1].release()
+    assert all(module.training for module in model[1:].modules())
+    assert not any(module.training for module in (*encoder[0][1:], encoder[1]))
+    controllers[0].release()
+    assert all(module.training for module in model.modules())

@@ -14,25 +14,19 @@ A held module stays so through `model.train()`. `model.eval()` does what it alwa
 are not held: their own `train` works. `release` gives back the rest.
 """  # noqa: E501 (a table has no line breaks)
 
-import ast
-import inspect
 import operator
-import re
-import textwrap
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from predictor.freezing.uses_of_mode import own_classes, uses_of_mode
+
 RECORD = "_before_freezing"
 """The attribute in which a module keeps what it was before, as plain data: copies and pickles take it along."""
 _STANDS = ("train", "reset_running_stats", "enable_observer")
 """The methods that have stand-ins while their module is held."""
-_CHANCE = re.compile(
-    r"(?i)drop|rand|noise|jitter|prob|bernoulli|dirichlet|gauss|normal_|augment|aug_|_aug|requires_grad"
-)
-_STATISTICS = re.compile(r"running|momentum|decay|codebook|\bema|_ema|self(\.\w+)+_\(")
 
 
 def hold(module: nn.Module, model: nn.Module | None = None) -> None:
@@ -118,10 +112,9 @@ def mode_and_attributes(module: nn.Module) -> tuple[bool | None, int]:
 @cache
 def _reads_its_mode(kind: type) -> bool:
     """Whether modules of a class may do something else in evaluation mode, as far as source code tells."""
-    parts = [part for part in kind.__mro__ if part.__module__.partition(".")[0] not in ("torch", "builtins")]
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     of_torch = [part for part in kind.__mro__ if part.__module__.startswith("torch.nn.modules")]
-    return any(map(_uses_of_mode, parts)) or not {*of_torch} <= {nn.Module, *containers}
+    return bool(uses_of_mode(kind)) or not {*of_torch} <= {nn.Module, *containers}
 
 
 def note_trained(modules: Iterable[nn.Module], parameters: set[int]) -> set[int]:
@@ -264,78 +257,15 @@ def _stands_still_in_evaluation(module: nn.Module) -> bool:
         return True
     if isinstance(module, (nn.MultiheadAttention, nn.RNNBase, nn.TransformerEncoderLayer)):
         return False
-    if any(kind.__name__ == "GraphModule" for kind in type(module).__mro__):
+    if any(base.__name__ == "GraphModule" for base in type(module).__mro__):
         return False  # its code looks at no mode, and it could not be pickled with a reference to itself
     if any(type(hook).__module__ == "torch.nn.utils.spectral_norm" for hook in module._forward_pre_hooks.values()):
         return True
-    own = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
-    if not own:  # of torch alone: what remains of torch.nn does the same in both modes
-        bases = (kind for kind in type(module).__mro__ if kind is not nn.Module)
-        return not any(kind.__module__.startswith("torch.nn.modules") for kind in bases)
-    uses = frozenset().union(*map(_uses_of_mode, own))
+    kind: type = type(module)
+    if not own_classes(kind):  # of torch alone: what remains of torch.nn does the same in both modes
+        bases = (base for base in kind.__mro__ if base is not nn.Module)
+        return not any(base.__module__.startswith("torch.nn.modules") for base in bases)
+    uses = uses_of_mode(kind)
     if not uses:
         return not (getattr(module, "gradient_checkpointing", False) or hasattr(module, "neftune_noise_alpha"))
     return "statistics" in uses or "other" not in uses
-
-
-@cache
-def _uses_of_mode(kind: type) -> frozenset[str]:
-    """What a class does by `self.training`, by its source: "chance" (dropout), "statistics" or "other".
-
-    What decides over a result's form, or over which of two computations is done, is "other".
-    """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    except (OSError, TypeError, SyntaxError):  # made at a prompt or by exec; the safe guess is dropout
-        return frozenset({"chance"})
-    (definition,) = tree.body
-    uses: set[str] = set()
-    for method in getattr(definition, "body", ()):
-        if getattr(method, "name", "") not in ("__init__", "train"):
-            uses |= _uses_in(method)
-    return frozenset(uses)
-
-
-def _uses_in(method: ast.AST) -> set[str]:
-    uses, seen = set(), set[ast.AST]()
-    names: dict[str, str] = {}  # variables that hold the mode, and what they were set to
-    for node in ast.walk(method):
-        if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Attribute, ast.BoolOp, ast.UnaryOp)):
-            reads = list(_reads(node.value, names))
-            own = {target.id: ast.unparse(node.value) for target in node.targets if isinstance(target, ast.Name)}
-            seen.update(reads if own else ())
-            names.update(own if reads else {})
-    for node in ast.walk(method):
-        if isinstance(node, (ast.If, ast.IfExp, ast.Assert)) and (reads := list(_reads(node.test, names))):
-            seen.update(reads)
-            said = " ".join(names[read.id] for read in reads if isinstance(read, ast.Name))
-            uses.add(_use_of(node, said))
-        elif node not in seen and next(_reads(node, names, nested=False), None):
-            uses.add("chance")  # given to a function, as to dropout
-    return uses - {"checkpoint"}
-
-
-def _reads(node: ast.AST, names: Collection[str], nested: bool = True) -> Iterator[ast.AST]:
-    for part in ast.walk(node) if nested else (node,):
-        if isinstance(part, ast.Attribute) and part.attr == "training" and ast.unparse(part.value) == "self":
-            yield part
-        if isinstance(part, ast.Name) and part.id in names and isinstance(part.ctx, ast.Load):
-            yield part
-
-
-def _use_of(node: ast.If | ast.IfExp | ast.Assert, said: str) -> str:
-    """What is done by the mode here. said: what the variables in the condition were set to."""
-    text = f"{ast.unparse(node)} {said}"
-    if "checkpoint" in f"{ast.unparse(node.test)} {said}":
-        return "checkpoint"
-    if "gumbel_softmax" in text:
-        return "other"  # a sample that lets gradients pass, and in evaluation mode a choice that lets none
-    targets = [t for part in ast.walk(node) if isinstance(part, ast.Assign) for t in part.targets]
-    targets += [part.target for part in ast.walk(node) if isinstance(part, ast.AugAssign)]
-    own = any(isinstance(t, ast.Attribute) and ast.unparse(t.value) == "self" for t in targets)
-    if isinstance(node, ast.If) and (own or _STATISTICS.search(text)):
-        return "statistics"
-    zero = isinstance(node, ast.IfExp) and any(
-        isinstance(branch, ast.Constant) and not branch.value for branch in (node.body, node.orelse)
-    )
-    return "chance" if zero or _CHANCE.search(text) else "other"

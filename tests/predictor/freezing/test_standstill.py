@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from predictor import FreezeController, layers_of, make_policy, release
-from predictor.freezing.standstill import _uses_of_mode
+from predictor.freezing.uses_of_mode import uses_of_mode
 from tests.predictor.scripted import Script
 
 
@@ -185,7 +185,7 @@ def test_what_known_classes_do_by_their_mode():
     if timm := pytest.importorskip("timm"):
         expected |= {timm.layers.DropPath: "chance", timm.layers.EvoNorm2dB0: "statistics"}
     for kind, use in expected.items():
-        assert use in _uses_of_mode(kind), kind
+        assert use in uses_of_mode(kind), kind
 
 
 def test_a_frozen_detector_still_returns_its_losses():
@@ -212,7 +212,7 @@ def test_checkpointed_blocks_stay_checkpointed_and_a_gumbel_quantizer_lets_gradi
     assert block.training or not hasattr(block, "gradient_checkpointing")  # older ones are checkpointed by their owner
     assert not block.self_attn.training
     quantizer = transformers.models.wav2vec2.modeling_wav2vec2.Wav2Vec2GumbelVectorQuantizer
-    assert "other" in _uses_of_mode(quantizer)
+    assert "other" in uses_of_mode(quantizer)
 
 
 def test_an_observer_that_has_seen_nothing_goes_on_so_that_its_layer_is_quantized_by_its_data():

@@ -170,6 +170,243 @@ def test_a_users_statistics_stand_still_and_a_users_results_keep_their_form():
     assert not torch.equal(mean, model[0].mean)
 
 
+class GuardedNoise(nn.Module):
+    """Noise behind a guard clause."""
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x + torch.randn_like(x)
+
+
+class GuardedDropout(nn.Module):
+    """Dropout behind a guard clause with a second condition."""
+
+    rate = 0.5
+
+    def forward(self, x):
+        evaluating = not self.training
+        if self.rate == 0 or evaluating:
+            return x
+        return x * torch.empty_like(x).bernoulli_(1 - self.rate) / (1 - self.rate)
+
+
+class NoisyLinear(nn.Linear):
+    """Noise on the weights, which evaluation mode leaves to the base."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        return F.linear(x, self.weight + torch.randn_like(self.weight), self.bias)
+
+
+class Shaken(nn.Module):
+    """Noise from a method that a method calls."""
+
+    def forward(self, x):
+        if self.training:
+            x = self.shaken(x)
+        return x
+
+    def shaken(self, x):
+        return self.moved(x, 0.1)
+
+    def moved(self, x, most):
+        return x + torch.empty_like(x).uniform_(-most, most)
+
+
+class NoisyItems(nn.Module):
+    """A guard in a loop."""
+
+    def forward(self, x):
+        rows = []
+        for row in x:
+            if not self.training:
+                rows.append(row)
+                continue
+            rows.append(row + torch.randn_like(row))
+        return torch.stack(rows)
+
+
+class Centering(nn.Module):
+    """Statistics that a method moves, with the guard in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        self.move(x)
+        return x - self.mean
+
+    def move(self, x):
+        if not self.training:
+            return
+        self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+
+
+class CenteringAfterGuard(Centering):
+    def forward(self, x):
+        if not self.training:
+            return x - self.mean
+        with torch.no_grad():
+            self.seen[0] += 1
+            self.mean = self.mean.lerp(x.mean(0), 0.1)
+        return x - self.mean
+
+
+class CenteringByBase(Centering):
+    """The base calls what this class overrides."""
+
+    def forward(self, x):
+        if self.training:
+            self.follow(x)
+        return x - self.mean
+
+    def follow(self, x):
+        """Moves nothing here."""
+
+
+class CenteringByMethod(CenteringByBase):
+    @torch.no_grad()
+    def follow(self, x):
+        self.mean[:] = 0.9 * self.mean + 0.1 * x.mean(0)
+
+
+class Quantizing(nn.Module):
+    """Vectors of its own that follow what comes, after a guard clause."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("book", torch.randn(4, 8))
+
+    def forward(self, x):
+        nearest = torch.cdist(x, self.book).argmin(1)
+        out = x + (self.book[nearest] - x).detach()
+        if not self.training:
+            return out
+        with torch.no_grad():
+            self.book.lerp_(F.one_hot(nearest, 4).float().T @ x.detach(), 0.1)
+        return out
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(GuardedNoise, GuardedDropout, NoisyLinear, Shaken, NoisyItems),
+        *(Centering, CenteringAfterGuard, CenteringByMethod, Quantizing),
+    ],
+)
+def test_a_users_module_stands_still_however_it_asks_for_its_mode(kind):
+    model = nn.Sequential(nn.Linear(8, 8), kind(), nn.Linear(8, 8), nn.Linear(8, 2))
+    controller = freeze_all(model)
+    x = torch.randn(4, 8)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert torch.equal(model.train()(x), model(x))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    controller.release()
+    assert model[1].training
+    assert not torch.equal(model(x), model(x))
+
+
+class Grid(nn.Module):
+    """As YOLO's heads: what evaluation mode gives has another form, and is computed from what it keeps."""
+
+    grid = None
+
+    def forward(self, x):
+        if self.training:
+            return x
+        self.grid = self.made(x)
+        return x + self.grid, x
+
+    def made(self, x):
+        return torch.rand_like(x)
+
+
+class GridByCase(Grid):
+    def forward(self, x):
+        grids = [None]
+        if not self.training:
+            grids[0] = self.made(x)
+        return x if self.training else (x, grids)
+
+
+class TwoPasses(nn.Module):
+    """As models of MMDetection."""
+
+    def forward(self, x):
+        if self.training:
+            return self.forward_train(x)
+        return self.forward_test(x)
+
+    def forward_train(self, x):
+        self.passes = 1
+        return F.dropout(x).mean()
+
+    def forward_test(self, x):
+        return x
+
+
+class LossByNegatives(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            return x
+        others = x[torch.randperm(len(x))]
+        return self.loss(x, others)
+
+    def loss(self, x, others):
+        return (x - others).mean()
+
+
+class AuxiliaryOutput(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x, x + torch.randn_like(x)
+
+
+class KeepsItsLoss(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            return x
+        self.aux_loss = x.square().mean()
+        return x
+
+
+class ForTrainingAlone(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            raise RuntimeError("only in training")
+        return x + torch.randn_like(x)
+
+
+class Samples(nn.Module):
+    """As heads of detectors, which sample what they compute a loss of."""
+
+    def forward(self, x, targets):
+        if self.training:
+            x, targets = self.sampled(x, targets)
+        return x, targets
+
+    def sampled(self, x, targets):
+        self.samples = len(x)
+        chosen = torch.randperm(len(x))[:2]
+        return x[chosen], targets[chosen]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Grid, GridByCase, TwoPasses, LossByNegatives, AuxiliaryOutput, KeepsItsLoss, ForTrainingAlone, Samples],
+)
+def test_a_users_module_that_gives_something_else_in_training_keeps_its_mode(kind):
+    assert uses_of_mode(kind) == {"other"}
+
+
 def test_what_known_classes_do_by_their_mode():
     expected = {}
     if torchvision := pytest.importorskip("torchvision"):

@@ -27,11 +27,8 @@ _MOST = 1000
 """Functions that are followed."""
 _CACHE = type(functools.lru_cache(len))
 
-Keep = Callable[[Any], Callable[[], object] | None]
-"""Returns what restores the content of a value; None for what cannot change."""
 
-
-def restores_of_code(model: nn.Module, keep: Keep, more: list[Any]) -> list[Callable[[], object] | None]:
+def restores_of_code(model: nn.Module, keep: Callable[[Any], None], more: Iterator[Any]) -> list[Callable[[], object]]:
     """What restores the variables that the code of a model's own classes names, as they are now.
 
     Followed are the methods of its modules' classes, the user's hooks and what `more` has, and the functions, classes
@@ -39,10 +36,10 @@ def restores_of_code(model: nn.Module, keep: Keep, more: list[Any]) -> list[Call
 
     Args:
         model: the model.
-        keep: makes what restores the content of one value.
-        more: further functions and classes, to which `keep` adds those that it finds.
+        keep: has the content of one value restored.
+        more: further functions and classes, such as those that are found in the values.
     """
-    restores: list[Callable[[], object] | None] = []
+    restores: list[Callable[[], object]] = []
     variables: dict[tuple[int, str], tuple[Any, str, Any]] = {}  # held, so that no other holder gets the same id
     for holder, name, value in _variables_of(model, more):
         if (id(holder), name) in variables:
@@ -51,11 +48,12 @@ def restores_of_code(model: nn.Module, keep: Keep, more: list[Any]) -> list[Call
         if isinstance(value, _CACHE):
             restores.append(functools.partial(_clear_if_grown, value, value.cache_info().currsize))
         elif not isinstance(value, (FunctionType, type, ModuleType)):
-            restores += [functools.partial(_bind_again, holder, name, value), keep(value)]
+            restores.append(functools.partial(_bind_again, holder, name, value))
+            keep(value)
     return restores
 
 
-def _variables_of(model: nn.Module, more: list[Any]) -> Iterator[tuple[Any, str, Any]]:
+def _variables_of(model: nn.Module, more: Iterator[Any]) -> Iterator[tuple[Any, str, Any]]:
     """(holder, name, value) of each variable that the code names."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__ if not _is_clean(cls)}
     stack: list[Any] = [code for cls in classes for code in _code_in(cls)]
@@ -66,9 +64,11 @@ def _variables_of(model: nn.Module, more: list[Any]) -> Iterator[tuple[Any, str,
             stack.append(function)
             owners.setdefault(id(function), []).extend(owner)
     seen = set[int]()
-    while (stack or more) and len(seen) < _MOST:
+    while len(seen) < _MOST:
         if not stack:
-            added = more.pop()
+            added = next(more, None)
+            if added is None:
+                return
             stack += [code for each in getattr(added, "__mro__", [added]) for code in _code_in(each)]
             continue
         function = stack.pop()

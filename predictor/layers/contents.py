@@ -4,7 +4,7 @@ import argparse
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import (
     BuiltinMethodType,
@@ -15,7 +15,7 @@ from types import (
     ModuleType,
     SimpleNamespace,
 )
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from weakref import ProxyTypes
 
 import torch
@@ -25,18 +25,19 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from predictor.sieving import SampleQueue
 
-Restore: TypeAlias = "Callable[[], object] | None"
+Restore: TypeAlias = Callable[[], object]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _SEARCHED = 1000
 """Containers with more than this many items are not searched."""
 _DEPTH = 8
 _MOST = 20_000
-"""Values that are looked at."""
+"""Values that are looked at. Those that lie deepest in containers within containers come last."""
 _ARRAY_BYTES = 1 << 26
 """Of NumPy's arrays so much is copied. A write to one cannot be seen before it happens, as one to a tensor can."""
 _DICTS: tuple[Any, ...] = (OrderedDict, dict)
 _CONTAINERS: tuple[Any, ...] = (*_DICTS, list, set, deque)
+_HOLDERS: tuple[Any, ...] = (*_CONTAINERS, tuple)
 _UNCHANGING = (bool, int, float, complex, str, bytes, type, ModuleType)
 _LEFT_ALONE = sys.stdlib_module_names | {
     *("", "accelerate", "lightning", "lightning_fabric", "numpy", "predictor", "pytorch_lightning", "ray", "torch"),
@@ -45,6 +46,18 @@ _LEFT_ALONE = sys.stdlib_module_names | {
 """Packages whose objects are not looked into: trainers, and trackers with threads of their own, are no part of a model.
 The standard library's namespaces and containers are."""
 _NAMESPACES = (argparse.Namespace, SimpleNamespace)
+
+
+class _Found(NamedTuple):
+    """A value that is to be looked at."""
+
+    value: Any
+    depth: int
+    """So deep values inside it are looked at."""
+    nested: int
+    """Containers that hold a container on the way to it."""
+    attribute: bool
+    given: bool = False
 
 
 class Contents:
@@ -63,48 +76,76 @@ class Contents:
         owners = [*model.modules(), *others]
         self._packages = {_package(kind) for owner in owners for kind in (owner, *type(owner).__mro__)} - _LEFT_ALONE
         self._packages |= {"__main__", "transformers"}  # whose caches of keys and values are in other people's modules
+        self.restores: list[Restore] = []
+        """What restores the values that were looked at."""
         self.tensors: list[Tensor] = []
         """Tensors that were found and are no parameters."""
         self.modules: dict[nn.Module, None] = {}
         """Modules that were found. Their parameters and buffers are restored apart, like `tensors`."""
-        self.code: list[Any] = []
-        """Functions that were found, and classes of objects that were: more may be in what their code names."""
+        self._code: list[Any] = []
+        self._waiting: list[deque[_Found]] = [deque() for _ in range(_DEPTH + 1)]  # by containers within containers
         self._seen: dict[int, object] = {}  # held, so that no other value gets the same id
         self._bytes_left = _ARRAY_BYTES
 
-    def restore_of(self, value: Any, depth: int = _DEPTH, attribute: bool = False, given: bool = False) -> Restore:
-        """What restores a value's content; None for what cannot change or is of another kind.
+    def add(self, value: Any, attribute: bool = False, given: bool = False) -> None:
+        """Have a value restored with what it holds. Nothing is looked at before `code` is run through.
 
         Args:
             value: anything.
-            depth: so deep values inside it are looked at.
             attribute: whether it is reached by attributes, and not by what code names.
             given: look into it, whatever it is an object of.
         """
-        kind = type(value)
-        if value is None or kind in ProxyTypes or isinstance(value, _UNCHANGING) or id(value) in self._seen:
-            return None
-        if len(self._seen) >= _MOST:
-            return None
+        if _may_change(value):
+            self._waiting[0].append(_Found(value, _DEPTH, 0, attribute, given))
+
+    def code(self) -> Iterator[Any]:
+        """Look at all values. Gives functions that are found, and classes of objects: their code may name more values,
+        which are looked at before what lies in containers within containers.
+        """
+        while True:
+            if self._waiting[0]:
+                self._look_at(self._waiting[0].popleft())
+            elif self._code:
+                yield self._code.pop()
+            elif bulk := next(filter(None, self._waiting), None):
+                self._look_at(bulk.popleft())
+            else:
+                return
+
+    def _find_all(self, values: Iterable[Any], within: "_Found", contained: bool = False) -> None:
+        """Find what a value holds. contained: as a container does, and not as attributes."""
+        if not within.depth:
+            return
+        levels = (within.nested, within.nested + contained)
+        room = {level: _MOST - len(self._seen) - sum(map(len, self._waiting[: level + 1])) for level in levels}
+        for value in values:
+            level = levels[issubclass(type(value), _HOLDERS)]
+            if room[level] > 0 and _may_change(value) and id(value) not in self._seen:
+                room[level] -= 1
+                self._waiting[level].append(_Found(value, within.depth - 1, level, within.attribute))
+
+    def _look_at(self, found: "_Found") -> None:
+        value = found.value
+        if id(value) in self._seen or len(self._seen) >= _MOST:
+            return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
             self.tensors += [] if isinstance(value, nn.Parameter) else [value]
-            return None
-        if isinstance(value, nn.Module):
-            return self._of_network(value)
-        if isinstance(value, FunctionType):
-            self.code += [value] if self._knows(_package(value), attribute) else []
-            return None
-        if isinstance(value, (MethodType, BuiltinMethodType)):
-            if isinstance(value, MethodType):
-                self.restore_of(value.__func__, depth, attribute)
-            return self.restore_of(value.__self__, depth, attribute)
-        if isinstance(value, partial):
-            return self._of_all((value.func, *value.args, *value.keywords.values()), depth, attribute)
-        if isinstance(value, GeneratorType):
-            return self._of_all(_variables_of(value), depth, attribute)
-        inside = given or self._looks_into(kind, attribute)
-        return self._of_generator_or_array(value) or self._of_object(value, depth, inside, attribute)
+        elif isinstance(value, nn.Module):
+            self._look_at_network(value)
+        elif isinstance(value, FunctionType):
+            self._code += [value] if self._knows(_package(value), found.attribute) else []
+        elif isinstance(value, (MethodType, BuiltinMethodType)):
+            function = [value.__func__] if isinstance(value, MethodType) else []
+            self._find_all((*function, value.__self__), found)
+        elif isinstance(value, partial):
+            self._find_all((value.func, *value.args, *value.keywords.values()), found)
+        elif isinstance(value, GeneratorType):
+            self._find_all(_variables_of(value), found)
+        elif (restore := self._of_generator_or_array(value)) is not None:
+            self.restores.append(restore)
+        else:
+            self._look_at_object(found)
 
     def _looks_into(self, kind: type, attribute: bool) -> bool:
         if issubclass(kind, (DataLoader, Dataset, Sampler, SampleQueue)) or kind in _NAMESPACES:
@@ -116,25 +157,23 @@ class Contents:
     def _knows(self, package: str, attribute: bool) -> bool:
         return package not in _LEFT_ALONE if attribute else package in self._packages
 
-    def _of_all(self, values: Iterable[Any], depth: int, attribute: bool) -> Restore:
-        return _together([self.restore_of(each, depth - 1, attribute) for each in values] if depth else [])
-
-    def _of_network(self, network: nn.Module) -> Restore:
-        """Of a module with all inside it."""
+    def _look_at_network(self, network: nn.Module) -> None:
+        """Look at a module with all inside it."""
         new = [module for module in network.modules() if module not in self.modules]
         self.modules.update(dict.fromkeys(new))
         self._seen.update({id(module): module for module in new})
-        self.code += dict.fromkeys(map(type, new))
-        return _together([self._of_attributes(module, _DEPTH, attribute=True) for module in new])
+        self._code += dict.fromkeys(map(type, new))
+        for module in new:
+            self._look_at_attributes(_Found(module, _DEPTH, 0, attribute=True))
 
-    def _of_attributes(self, owner: Any, depth: int, attribute: bool) -> Restore:
-        table = vars(owner)
+    def _look_at_attributes(self, found: "_Found") -> None:
+        table = vars(found.value)
         before = dict(table)
-        skipped = _OF_EVERY_MODULE if isinstance(owner, nn.Module) else ()
-        values = [value for name, value in before.items() if name not in skipped]
-        return _together([partial(_put_back, table, before), self._of_all(values, depth, attribute)])
+        self.restores.append(partial(_put_back, table, before))
+        skipped = _OF_EVERY_MODULE if isinstance(found.value, nn.Module) else ()
+        self._find_all((value for name, value in before.items() if name not in skipped), found)
 
-    def _of_generator_or_array(self, value: Any) -> Restore:
+    def _of_generator_or_array(self, value: Any) -> Restore | None:
         numpy = sys.modules.get("numpy")
         if isinstance(value, torch.Generator):
             return partial(value.set_state, value.get_state())
@@ -153,23 +192,26 @@ class Contents:
             return partial(_write_to_array, value, value.copy())
         return None
 
-    def _of_object(self, value: Any, depth: int, inside: bool, attribute: bool) -> Restore:
-        """Of a container, and of an object with attributes, where it is looked into."""
-        restores: list[Restore] = []
+    def _look_at_object(self, found: "_Found") -> None:
+        """Look at a container, and at an object with attributes where it is looked into."""
+        value = found.value
         kind = next((each for each in _CONTAINERS if isinstance(value, each)), tuple)
         if isinstance(value, kind):
             items = _items_of(value, kind)
-            restores += [partial(_refill, value, kind, items)] if kind is not tuple else []
+            self.restores += [partial(_refill, value, kind, items)] if kind is not tuple else []
             if len(value) <= _SEARCHED:
-                restores.append(self._of_all(items[1::2] if kind in _DICTS else items, depth, attribute))
-        if inside:
-            self.code.append(type(value))
+                self._find_all(items[1::2] if kind in _DICTS else items, found, contained=True)
+        if found.given or self._looks_into(type(value), found.attribute):
+            self._code.append(type(value))
             slots = [(slot, slot.__get__(value)) for slot in _slots_of(type(value)) if _is_set(slot, value)]
-            restores += [partial(_put_in_slot, value, *each) for each in slots]
-            restores.append(self._of_all((each for _, each in slots), depth, attribute))
+            self.restores += [partial(_put_in_slot, value, *each) for each in slots]
+            self._find_all((each for _, each in slots), found)
             if isinstance(getattr(value, "__dict__", None), dict):
-                restores.append(self._of_attributes(value, depth, attribute))
-        return _together(restores)
+                self._look_at_attributes(found)
+
+
+def _may_change(value: Any) -> bool:
+    return value is not None and type(value) not in ProxyTypes and not isinstance(value, _UNCHANGING)
 
 
 def _package(value: Any) -> str:
@@ -195,16 +237,6 @@ def _is_set(slot: Any, value: Any) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def _together(restores: Iterable[Restore]) -> Restore:
-    found = [restore for restore in restores if restore is not None]
-    return partial(_run, found) if found else None
-
-
-def _run(restores: list[Callable[[], object]]) -> None:
-    for restore in restores:
-        restore()
 
 
 def _put_back(table: dict[str, Any], before: dict[str, Any]) -> None:

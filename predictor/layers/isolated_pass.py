@@ -235,12 +235,16 @@ def _eager_part_by_part() -> Iterator[None]:
 def _restored_contents(model: nn.Module, others: Iterable[object]) -> Iterator[Contents]:
     """Restore what modules and others hold, and what the model's code keeps outside its modules."""
     contents = Contents(model, [*others, *users_hooks(model)])
-    found = [contents.restore_of(each, attribute=True, given=True) for each in (model, *others)]
-    found += restores_of_code(model, contents.restore_of, contents.code)
+    for each in (model, *others):
+        contents.add(each, attribute=True, given=True)
+    code = contents.code()
+    restores = restores_of_code(model, contents.add, code)
+    for _ in code:  # of more functions than are followed the values are looked at all the same
+        pass
     try:
         yield contents
     finally:
-        for restore in filter(None, found):
+        for restore in (*contents.restores, *restores):
             restore()
 
 

@@ -394,6 +394,40 @@ def test_what_cannot_be_brought_back_is_left_alone():
     assert dict(model.config) == {"size": 4}
 
 
+class Boxes(torch.utils.data.Dataset):
+    """Lists within lists, more than are searched, before what draws."""
+
+    def __init__(self):
+        self.boxes = [[[1.0] for _ in range(30)] for _ in range(800)]
+        self.transforms = [[Statistics()], random.Random(0)]
+
+    def __len__(self):
+        return len(self.boxes)
+
+
+@pytest.mark.parametrize("held", ["model", "loader"])
+def test_long_lists_within_lists_keep_nothing_else_from_being_restored(held):
+    data, model = Boxes(), nn.Linear(4, 2)
+    loader = torch.utils.data.DataLoader(data)
+    if held == "model":
+        model.data = data
+    inner, draws = data.transforms[0][0], data.transforms[1]
+    before = draws.getstate()
+    passes = STATISTICS.passes
+
+    def hook(*_):
+        STATISTICS.passes += 1
+        inner.passes += 1
+        draws.random()
+        data.boxes[0].append([2.0])
+
+    model.register_forward_hook(hook)
+    with isolated(model, others=[loader] if held == "loader" else []):
+        model(torch.ones(2, 4))
+    assert draws.getstate() == before
+    assert (inner.passes, STATISTICS.passes, len(data.boxes[0])) == (0, passes, 30)
+
+
 def test_large_arrays_are_not_copied(monkeypatch):
     monkeypatch.setattr(contents, "_ARRAY_BYTES", 100)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))

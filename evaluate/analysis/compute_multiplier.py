@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
-from evaluate.analysis.pareto import unbeaten
+from evaluate.analysis.pareto import ROUNDING, unbeaten
 from evaluate.analysis.statistics import Estimate, estimate
 from evaluate.trials.records import Results, Trial
 
@@ -40,8 +40,6 @@ _SAME_TRAINING = {"name", "label", "options", "probe"}
 """The keys of a policy's entry that leave full training what it is. A probed head only begins it elsewhere."""
 _LENGTH = {"budget", "schedule", "cooldown"}
 """The options that choose a length, and what becomes of the schedule."""
-# Accuracies are shares of a thousand test samples or so: means that differ by less are equal.
-_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -200,9 +198,9 @@ def flops_on_curve(lengths: Sequence[tuple[float, float]], accuracy: float) -> t
     curve = unbeaten(lengths, lambda each: each[0], lambda each: each[1])
     (cheapest, lowest), (dearest, highest) = curve[0], curve[-1]
     if accuracy <= lowest:
-        return cheapest, -1 if accuracy < lowest - _ROUNDING else 0
+        return cheapest, -1 if accuracy < lowest - ROUNDING else 0
     if accuracy >= highest:
-        return dearest, 1 if accuracy > highest + _ROUNDING else 0
+        return dearest, 1 if accuracy > highest + ROUNDING else 0
     (left, low), (right, high) = next(pair for pair in pairwise(curve) if pair[0][1] <= accuracy < pair[1][1])
     return left + (right - left) * (accuracy - low) / (high - low), 0
 

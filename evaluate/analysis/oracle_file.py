@@ -9,15 +9,13 @@ from typing import Any
 from data.validation import validated
 from evaluate.analysis.compute_multiplier import flops_on_curve, full_training_curve, policy_point
 from evaluate.analysis.families import families, is_full_training, keeps_features
-from evaluate.analysis.pareto import unbeaten
+from evaluate.analysis.pareto import ROUNDING, unbeaten
 from evaluate.analysis.statistics import Row
 from evaluate.trials.records import Results
 from predictor.errors import FileFault
 
 _MOST_PARTS = 4
 """Times at which a schedule freezes that are named one by one."""
-# A schedule that loses just what a policy loses, or just the margin, is within it.
-_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Oracle:
 
         cached: whether it may keep features.
         """
-        good = (each for each in self.schedules(cached=cached) if each.difference >= difference - _ROUNDING)
+        good = (each for each in self.schedules(cached=cached) if each.difference >= difference - ROUNDING)
         return next(good, None)
 
     def at_edge(self, best: Schedule, *, cached: bool = True) -> bool:

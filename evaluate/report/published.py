@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from evaluate.analysis.compute_multiplier import compute_multipliers, full_training_lengths
 from evaluate.analysis.families import families
-from evaluate.analysis.pareto import unbeaten
+from evaluate.analysis.pareto import ROUNDING, unbeaten
 from evaluate.analysis.statistics import Row, compare, overall
 from evaluate.report.format import difference, lowest, multiplier
 from evaluate.report.svg import FAINT, INK, colour, drawn, standalone
@@ -98,7 +98,7 @@ def _lines(kind: _Kind, results: Results) -> list[tuple[str, ...]]:
 
 def _rival(row: Row, rivals: Sequence[Row]) -> str:
     """The cheapest of the rivals that lose no more; in bold where it saves no less, so that it is to be preferred."""
-    as_accurate = [rival for rival in rivals if _lost(rival) <= _lost(row) and _share(rival) < 1]
+    as_accurate = [rival for rival in rivals if _lost(rival) <= _lost(row) + ROUNDING and _share(rival) < 1]
     if not as_accurate:
         return "none"
     best = min(as_accurate, key=_share)

@@ -1,6 +1,7 @@
 """Compute multipliers, worked out by hand."""
 
 import math
+from statistics import fmean
 
 import pytest
 
@@ -142,6 +143,20 @@ def test_the_curve_has_every_length_and_names_those_that_another_beats(suite):
     ]
     assert [point.label for point in curve.beaten] == ["stopped 0.8"]
     assert curve.flops(0.88) == pytest.approx(77.5)
+
+
+def test_equal_mean_accuracies_are_equal_though_their_last_bits_differ(suite):
+    """Both lengths classify 964 of 1080 samples, and so does the policy: 50 FLOPs are enough, and it takes 60."""
+    cells = {"none": ((325, 337, 302), 100), "shorter 0.5": ((330, 315, 319), 50), "fast": ((325, 337, 302), 60)}
+    cells["shorter 0.2"] = ((265, 277, 242), 20)
+    results = suite(a={label: [(right / 360, flops) for right in counts] for label, (counts, flops) in cells.items()})
+    means = {label: fmean(right / 360 for right in counts) for label, (counts, _) in cells.items()}
+    assert 0 < means["none"] - means["shorter 0.5"] < 1e-15
+    found = compute_multipliers(results)["a", "fast"]
+    assert (found.value.mean, found.above, found.below) == (pytest.approx(50 / 60), (), ())
+    curve = full_training_curve(results, "a")
+    assert curve is not None
+    assert [point.label for point in curve.points] == ["shorter 0.2", "shorter 0.5"]
 
 
 def test_a_length_with_fewer_seeds_than_the_baseline_is_on_no_policys_curve(write, trial):

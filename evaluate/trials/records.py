@@ -34,7 +34,8 @@ _Number = Annotated[float | None, _Finite]
 _Cost = Annotated[Annotated[float, Field(ge=0)] | None, _Finite]
 _Share = Annotated[Annotated[float, Field(ge=0, le=1)] | None, _Finite]
 _Count = Annotated[int, Field(ge=0, le=_MOST)]
-_Name = Annotated[str, StringConstraints(min_length=1)]
+Name = Annotated[str, StringConstraints(min_length=1)]
+"""What names a workload, a policy or a trial, in a suite's file as in its results."""
 
 
 def cell_seeds(suite: Sequence[int], workload: Sequence[int] | None, policy: Sequence[int] | None) -> tuple[int, ...]:
@@ -49,8 +50,8 @@ def cell_seeds(suite: Sequence[int], workload: Sequence[int] | None, policy: Seq
 class Suite:
     """What was to be run and how it is compared."""
 
-    name: _Name
-    baseline: _Name
+    name: Name
+    baseline: Name
     """The policy that every other is compared with."""
     margin: float
     """How much accuracy (a share of 1) may be lost and the policy still counts as accurate."""
@@ -112,9 +113,9 @@ class CacheUse:
 class Trial:
     """One training of a workload under a policy with a seed: a line of results.jsonl, as far as the report reads it."""
 
-    trial_id: _Name
-    workload: _Name
-    policy: _Name
+    trial_id: Name
+    workload: Name
+    policy: Name
     seed: int
     status: Literal["finished", "diverged", "failed"]
     error: str = ""
@@ -266,10 +267,15 @@ def _suite(path: Path) -> Suite:
 def has_result(row: dict[str, Any]) -> bool:
     """Whether a line of results.jsonl is a result: not of a trial that failed, or whose costs were counted differently.
 
-    Nor is it a result without the id of its trial, or without how many ran at a time.
+    Nor is a line without how many ran at a time, or one that the report leaves out.
     """
-    complete = isinstance(row.get("trial_id"), str) and type(row.get("slots")) is int
-    return complete and row.get("status") in ("finished", "diverged") and row.get("accounting") == ACCOUNTING
+    if row.get("status") not in ("finished", "diverged") or row.get("accounting") != ACCOUNTING or "slots" not in row:
+        return False
+    try:
+        trial_of(row)
+    except MALFORMED:
+        return False
+    return True
 
 
 def trial_of(row: Any) -> Trial:

@@ -14,7 +14,7 @@ from collect.gather.plan import suite_path
 from collect.training.state import Scores
 from data.validation import validated
 from evaluate.trials.freezing import CacheForm
-from evaluate.trials.records import cell_seeds
+from evaluate.trials.records import Name, cell_seeds
 from predictor.errors import FileFault, unknown
 
 _toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -45,9 +45,9 @@ class WorkloadEntry:
 
     __pydantic_config__ = _FORBID
 
-    name: str
+    name: Name
     """A name that `collect.workloads.load_workload` knows."""
-    label: str
+    label: Name
     """What tables and plots call it; the name by default."""
     source: str | None = None
     """Another data source than the workload's own."""
@@ -65,9 +65,9 @@ class PolicyEntry:
 
     __pydantic_config__ = _FORBID
 
-    name: str
+    name: Name
     """A name that `predictor.policies.make_policy` knows."""
-    label: str
+    label: Name
     """What tables and plots call it; the name by default."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The policy's options."""

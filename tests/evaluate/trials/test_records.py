@@ -146,8 +146,18 @@ def test_how_many_ran_at_a_time_and_where_is_kept(write, trial):
     assert [(row.slots, row.adopted) for row in read_results(write([known, unknown])).trials] == [(3, True), (1, False)]
 
 
-@pytest.mark.parametrize("change", [{"trial_id": ["a"]}, {"trial_id": None}, {"slots": None}, {"slots": "2"}])
-def test_a_line_without_its_trials_id_or_company_is_no_result(trial, change):
+def test_a_line_without_how_many_ran_at_a_time_is_no_result(trial):
     row = trial("a", "none", 0, accounting=ACCOUNTING)
     assert has_result(row)
-    assert not has_result(row | change)
+    assert not has_result({key: value for key, value in row.items() if key != "slots"})
+
+
+CHANGES = [{"trial_id": ["a"]}, {"trial_id": None}, {"trial_id": ""}, {"slots": None}, {"slots": "2"}, {"slots": True}]
+NONSENSE = [{"steps": -1}, {"workload": ""}, {"policy": ""}, {"accuracy": None}, {"flops": "many"}, {"curve": [{}]}]
+
+
+@pytest.mark.parametrize("change", CHANGES + NONSENSE)
+def test_a_line_that_the_report_leaves_out_is_no_result(write, trial, change):
+    row = trial("a", "none", 0, accounting=ACCOUNTING) | change
+    assert not has_result(row)
+    assert len(read_results(write([trial("a", "none", 1), row], policies=["none"], workloads=["a"])).faults) == 1

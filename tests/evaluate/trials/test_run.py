@@ -182,7 +182,7 @@ def test_lines_of_nonsense_are_no_results(machine, run):
     _, folder, plan = run()
     rows = read_json_lines(folder.results)
     broken = {key: value for key, value in rows[0].items() if key != "slots"}
-    nonsense = [broken, rows[1] | {"trial_id": ["a"]}, {"status": "failed", "trial_id": {}}]
+    nonsense = [broken, rows[1] | {"trial_id": ["a"]}, rows[1] | {"steps": -1}, {"status": "failed", "trial_id": {}}]
     deep = ["[" * 100_000, '{"trial_id": ' + "9" * 5_000 + "}"]
     folder.results.write_text("\n".join([*map(json.dumps, [*nonsense, *rows[2:]]), *deep, ""]))
     assert [job.title for job in pending(plan, folder)] == TITLES[:2]

@@ -163,6 +163,13 @@ def test_seeds_that_compare_nothing_are_refused(tmp_path, old, new, message):
         ("margin = 0.01", "margn = 0.01", "did you mean 'margin'"),
         ("margin = 0.01", 'scores = "ends"', "did you mean 'end'"),
         ('["mlp-digits", "vgg-digits"]', "[]", "workloads: give at least one"),
+        (
+            '["mlp-digits", "vgg-digits"]',
+            '[{ name = "mlp-digits", label = "" }]',
+            r"workloads\[0\].label: ''",
+        ),
+        ('["mlp-digits", "vgg-digits"]', '[""]', r"workloads\[0\].name: ''"),
+        ('["none", "linear"]', '["none", { name = "linear", label = "" }]', r"policies\[1\].label: ''"),
         ('["mlp-digits", "vgg-digits"]', "[1]", r"workloads\[0\]: 1"),
         ('["mlp-digits", "vgg-digits"]', '[{ nam = "x" }]', r"workloads\[0\].nam: .*did you mean 'name'"),
         ('["none", "linear"]', '["none", "none"]', "policy 'none' comes twice"),

@@ -5,6 +5,7 @@ Its input ends when the parent closes it, and also when the parent is killed: ei
 
 import errno
 import importlib
+import io
 import json
 import os
 import queue
@@ -27,6 +28,9 @@ def main() -> None:
     """Do jobs until the parent ends."""
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     _point_output_at(Path(os.devnull))  # only answers go to the parent, whatever a job prints
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a log may hold any text, whatever the terminal's encoding
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(orders.put,), daemon=True).start()
     while True:

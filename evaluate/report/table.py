@@ -1,7 +1,6 @@
 """The comparison as a table in the terminal, with what was left out of it."""
 
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
@@ -38,9 +37,7 @@ def print_table(folder: Path, oracles: Path | None = None, cost: str | None = No
     """
     results = read_results(folder, cost, against)
     found, _ = find_oracles(oracles or oracles_beside(folder), results)
-    text = table(results, shutil.get_terminal_size((120, 24)).columns, found)
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, errors="replace").decode(encoding))
+    print(table(results, shutil.get_terminal_size((120, 24)).columns, found))
 
 
 def table(results: Results, width: int, oracles: Mapping[str, Oracle] | None = None) -> str:

@@ -1,6 +1,8 @@
 """What the command lines share: flags made from a configuration's fields, and errors without tracebacks."""
 
 import argparse
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -39,8 +41,14 @@ def from_flags(config: type[Config], flags: argparse.Namespace) -> Config:
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Run a program's main function and leave with its exit status.
 
-    The status is 2 for an error that the user can cure and 130 for Ctrl-C.
+    The status is 2 for an error that the user can cure, 130 for Ctrl-C, and 1 where nothing can be printed. Characters
+    that the output's encoding lacks are printed as escapes.
     """
+    if sys.stdout is None:  # closed, as by `>&-`: the next file that is opened would take its place
+        print("error: standard output is closed: leave it open, or send it to /dev/null", file=sys.stderr)
+        sys.exit(1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main(None) or 0
         sys.stdout.flush()
@@ -51,9 +59,20 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # the reader, as in `... | head`, wants no more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         status = 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: {error}: make room where this command writes, and where its output goes", file=sys.stderr)
+        _discard_output()
+        status = 1
     sys.exit(status)
+
+
+def _discard_output() -> None:
+    """Let nothing more be printed, also not what Python still holds at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, kind: Any, default: Any, text: str) -> None:

@@ -33,6 +33,10 @@ def change_threads(payload, folder, progress):
     torch.set_num_threads(3)
     return {}
 
+def print_any_text(payload, folder, progress):
+    print("\\u0394 \\ud800")
+    return {}
+
 def fail(payload, folder, progress):
     raise KeyError("a fault")
 
@@ -148,6 +152,12 @@ def test_one_slot_runs_jobs_in_order_in_one_pinned_process(folder: Path, capfd: 
     printed = capfd.readouterr().out
     assert "said by" not in printed
     assert [line.split(" (")[0] for line in printed.splitlines()][:3] == [f"{n + 1}/7 job {'abc'[n]}" for n in range(3)]
+
+
+def test_a_log_holds_any_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    assert list(run(folder, "print_any_text").done) == ["a"]
+    assert (folder / "a.log").read_text(encoding="utf-8").splitlines()[1] == "\u0394 \\ud800"
 
 
 def test_a_process_that_dies_costs_only_its_job_and_is_replaced(folder: Path) -> None:

@@ -6,7 +6,7 @@ from evaluate.analysis.area import areas
 from evaluate.analysis.oracle_file import read_oracle
 from evaluate.analysis.statistics import compare
 from evaluate.report.format import distinct_length, plain, shortened
-from evaluate.report.table import print_table, table
+from evaluate.report.table import table
 from evaluate.trials.records import read_results
 
 
@@ -147,13 +147,6 @@ def test_labels_are_cut_no_shorter_than_tells_them_apart(write, trial):
     text = table(read_results(write([trial("a", "none", 0), *(trial("a", label, 0) for label in labels)])), 200)
     rows = text[: text.index("area under the Pareto front")].splitlines()
     assert len({line.split("  ")[1] for line in rows if line.startswith("  smartfrz")}) == 2
-
-
-def test_a_terminal_of_another_encoding_is_printed_to(folder, monkeypatch, tmp_path):
-    with (tmp_path / "out").open("w", encoding="ascii") as out:
-        monkeypatch.setattr("sys.stdout", out)
-        print_table(folder)
-    assert "smartfrz" in (tmp_path / "out").read_text()
 
 
 def test_areas_of_families_are_listed_the_largest_first(folder):

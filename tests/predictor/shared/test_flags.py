@@ -1,6 +1,8 @@
 """Flags made from fields, exit statuses, and help that answers at once."""
 
 import argparse
+import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -64,6 +66,35 @@ def test_what_the_user_can_cure_has_no_traceback(raised, status, said, capsys):
         cli.run(main)
     assert left.value.code == status
     assert said in capsys.readouterr().err
+
+
+def program(code, redirected="", **environment):
+    """Run a program in a shell, its main function one expression."""
+    code = f"from predictor.shared import flags; flags.run(lambda _: {code})"
+    return subprocess.run(
+        f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {redirected}",
+        shell=True,
+        cwd=CHECKOUT,
+        env={**os.environ, **environment},
+        capture_output=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"), [("latin-1", "\\u0394 ü\n".encode("latin-1")), ("ascii", b"\\u0394 \\xfc\n")]
+)
+def test_text_that_the_outputs_encoding_lacks_is_printed_as_escapes(encoding, printed):
+    done = program(r"print('\u0394 \xfc')", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout, done.stderr) == (0, printed, b"")
+
+
+@pytest.mark.parametrize("code", ["print('text')", "print('text', flush=True)", "print('text' * 100_000)"])
+@pytest.mark.parametrize("redirected", ["> /dev/full", ">&-"])
+def test_an_output_that_takes_nothing_ends_in_one_line(code, redirected):
+    done = program(code, redirected)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: ")
+    assert done.stderr.count(b"\n") == 1
 
 
 @pytest.mark.parametrize("program", ["collect", "predictor", "evaluate", "data"])

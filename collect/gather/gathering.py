@@ -11,10 +11,11 @@ from collect.gather.plan import RunConfig, Suite
 from collect.gather.settings import Settings
 from collect.jobs import Job, run_jobs
 from collect.training.checkpoint import CheckpointFault
+from collect.training.checks import check_trainable
+from collect.workloads import load_workload
 from data.outcomes.records import OutcomeFolder
-from data.sources import load_source
 from data.trajectories.folder import GatherFolder
-from predictor.errors import DamagedFile
+from predictor.errors import DamagedFile, FileFault, UsageError
 from predictor.shared.files import held
 from predictor.shared.tracking import Tracker
 
@@ -106,10 +107,7 @@ def gather(suite: Suite, kind: Kind, settings: Settings, tracker: Tracker) -> Ga
         FileFault: A folder or file that cannot be used. A finished run that cannot be read is never removed.
     """
     runs = suite.shard(*settings.shard)
-    for run in runs:
-        run.workload.check_files()
-    for name, samples in {(run.workload.source, run.workload.recipe.train_samples) for run in runs}:
-        load_source(name, train_samples=samples)
+    _check(runs)
     waiting = [run for run in runs if not _is_finished(kind, run)]
     done = len(runs) - len(waiting)
     shard = "" if settings.shard[1] == 1 else ", shard {}/{}".format(*settings.shard)
@@ -144,8 +142,9 @@ def gather(suite: Suite, kind: Kind, settings: Settings, tracker: Tracker) -> Ga
 
 
 def describe_plan(suite: Suite, kind: Kind, settings: Settings) -> str:
-    """List what `gather` would do, one line a run."""
+    """List what `gather` would do, one line a run. Raises as `gather` does."""
     runs = suite.shard(*settings.shard)
+    _check(runs)
     states = [kind.state(run) for run in runs]
     lines = [f"{run.id}  {state:8}  {run.title}" for run, state in zip(runs, states, strict=True)]
     left = len(runs) - states.count("finished")
@@ -165,6 +164,22 @@ def attempted(log: Path, attempt: Callable[[], T], discard_checkpoints: Callable
             print(f"{fault}\nstarting over")
             discard_checkpoints()
             return attempt()
+
+
+def _check(runs: Sequence[RunConfig]) -> None:
+    """Raise UsageError or FileFault, with the run's title, where a run cannot be trained."""
+    different: dict[Any, RunConfig] = {}
+    for run in runs:
+        recipe = run.workload.recipe
+        samples = recipe.train_samples, recipe.batch_size, recipe.accumulate
+        different.setdefault((run.reference, run.workload.source, samples), run)
+    for run in different.values():
+        try:
+            check_trainable(run.workload, load_workload(run.reference).source)
+        except FileFault:
+            raise
+        except UsageError as error:
+            raise UsageError(f"{run.title}: {error}") from error
 
 
 def _is_finished(kind: Kind, run: RunConfig) -> bool:

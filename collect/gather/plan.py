@@ -19,12 +19,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from collect.hooks.cka import ProbeSpec
 from collect.workloads import Recipe, Workload, load_workload, own_code
+from collect.workloads.recipe import Seed
 from data.validation import validated
 from predictor.errors import FileFault, UsageError, unknown
 from predictor.model.sampling import SampleSpec
@@ -164,7 +165,7 @@ class _Row(Recipe):
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     workload: str = ""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     source: str = ""
 
 

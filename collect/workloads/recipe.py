@@ -18,6 +18,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 """A share, from 0 to below 1."""
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+"""A seed that torch's generators take."""
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from collect.workloads import own_code
+from data.validation import validated
 from evaluate.analysis.oracle_file import Schedule, pareto
 from evaluate.trials.folder import SuiteFolder
 from evaluate.trials.plan import Settings, make_plan
 from evaluate.trials.records import Results, Trial, read_results
 from evaluate.trials.run import run_suite
-from evaluate.trials.suite import PolicyEntry, Suite, WorkloadEntry, read_suite
+from evaluate.trials.suite import PolicyEntry, Seeds, Suite, WorkloadEntry, read_suite
 from evaluate.trials.trial import build_workload
 from predictor.errors import UsageError
 from predictor.shared.files import write_json
@@ -69,8 +70,7 @@ class Search:
     def __post_init__(self) -> None:
         if self.trials < 1:
             raise UsageError(f"trials={self.trials}: at least one schedule must be tried")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise UsageError(f"seeds={list(self.seeds)}: give different whole numbers from 0")
+        validated(Seeds, list(self.seeds), "seeds")
         if "/" in self.workload.label:
             raise UsageError(f"workload {self.workload.label!r}: a file is called so: give it a label without '/'")
 

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 from collect.jobs import THIS_MACHINE, Job, JobOptions, visible_gpus
+from collect.training.checks import check_trainable
 from collect.training.device import pick_device
 from collect.training.state import steps_per_epoch
-from collect.workloads import Workload, own_code
+from collect.workloads import Workload, load_workload, own_code
 from data.sources import load_source
 from evaluate.trials.config import BY_FINGERPRINT, TrialConfig
 from evaluate.trials.folder import SuiteFolder
@@ -18,7 +19,7 @@ from evaluate.trials.freezing import UNDER_AUGMENTATION
 from evaluate.trials.lora import with_lora
 from evaluate.trials.suite import PolicyEntry, Suite, WorkloadEntry
 from evaluate.trials.trial import build_workload
-from predictor.errors import UsageError
+from predictor.errors import FileFault, UsageError
 from predictor.model.file import fingerprint, load_predictor
 from predictor.policies import POLICIES, make_policy, policy_class
 from predictor.policies.base import FreezePolicy
@@ -189,8 +190,12 @@ def find_predictor(given: Path | None) -> Path:
 
 def _checked(entry: WorkloadEntry) -> _Work:
     workload = build_workload(entry.name, entry.source, entry.recipe)
-    workload.check_files()
-    load_source(workload.source, train_samples=workload.recipe.train_samples)
+    try:
+        check_trainable(workload, load_workload(entry.name).source)
+    except FileFault:
+        raise
+    except UsageError as error:
+        raise UsageError(f"workload {entry.label!r}: {error}") from error
     return _Work(entry, workload, own_code(entry.name))
 
 

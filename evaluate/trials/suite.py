@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from collect.gather.plan import suite_path
 from collect.training.state import Scores
+from collect.workloads.recipe import Seed
 from data.validation import validated
 from evaluate.trials.freezing import CacheForm
 from evaluate.trials.records import Name, cell_seeds
@@ -36,7 +37,7 @@ def _some_distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_some_distinct)]
+Seeds = Annotated[tuple[Seed, ...], AfterValidator(_some_distinct)]
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class LisaPolicy(FreezePolicy):
         """All but the first layer and those drawn for these steps."""
         # A generator of its own for each draw: the training's random numbers do not change, and a draw depends on its
         # number alone, so that there is nothing to save.
-        generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + view.step // self.every)
+        seed = (self.seed * 1_000_003 + view.step // self.every) % 2**64
+        generator = torch.Generator("cpu").manual_seed(seed)
         order = torch.randperm(len(view.layers) - 1, generator=generator, device="cpu") + 1
         return frozenset(order[self.layers :].tolist())

@@ -19,16 +19,16 @@ GLUE_FILES = {
 """What a file of each task holds: eight lines, four of each class."""
 
 
-def write_cifar(root: Path, dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four images a file of CIFAR, and the checksums that torchvision compares. dataset: torchvision's class."""
+def write_cifar(root: Path, dataset: Any, monkeypatch: pytest.MonkeyPatch, images: int = 4) -> None:
+    """CIFAR with so many images a file, and the checksums that torchvision compares. dataset: torchvision's class."""
     folder = root / dataset.base_folder
     key = "fine_labels" if dataset.__name__ == "CIFAR100" else "labels"
     folder.mkdir()
     for split in ("train_list", "test_list"):
         checksums = []
         for name, _ in getattr(dataset, split):
-            pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
-            content = pickle.dumps({"data": pixels, key: list(range(4))}, protocol=2)
+            pixels = np.random.default_rng(0).integers(0, 256, (images, 3072), dtype=np.uint8)
+            content = pickle.dumps({"data": pixels, key: [number % 4 for number in range(images)]}, protocol=2)
             (folder / name).write_bytes(content)
             checksums.append([name, hashlib.md5(content).hexdigest()])
         monkeypatch.setattr(dataset, split, checksums)
@@ -37,13 +37,14 @@ def write_cifar(root: Path, dataset: Any, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(dataset.meta, "md5", hashlib.md5(content).hexdigest())
 
 
-def write_glue(root: Path) -> None:
-    """GLUE's three tasks, train.tsv and dev.tsv of each alike."""
+def write_glue(root: Path, times: int = 1) -> None:
+    """GLUE's three tasks, train.tsv and dev.tsv of each alike. times: how often the file has its lines."""
     for task, content in GLUE_FILES.items():
         folder = root / "glue" / task
         folder.mkdir(parents=True)
         for part in ("train", "dev"):
-            (folder / f"{part}.tsv").write_bytes(content.encode())
+            head = "" if task == "CoLA" else content[: content.index("\n") + 1]
+            (folder / f"{part}.tsv").write_bytes((head + content.removeprefix(head) * times).encode())
 
 
 def write_bert(root: Path) -> dict[str, Any]:

@@ -173,6 +173,7 @@ def test_shards_are_all_runs_and_each_once(tmp_path: Path) -> None:
         (MLP + 'optimizer = "adam"', ("optimizer: 'adam'", "did you mean 'adamw'?", "'sgd'")),
         (MLP + "train_samples = 1.5", ("train_samples: 1.5", "integer")),
         (MLP + "seed = -1", ("seed: -1", "greater than or equal to 0")),
+        (MLP + f"seed = {2**64}", (f"seed: {2**64}", "less than")),
         (MLP + "seed = true", ("seed: True", "integer")),
         (MLP + "seed = []", ("no runs", "empty")),
         ("", ("runs: missing",)),

@@ -13,6 +13,8 @@ import pytest
 from collect import __main__ as program
 from collect.gather.plan import RunConfig, read_suite
 from collect.gather.trajectories import record_run
+from collect.training.loop import Training, train
+from collect.workloads import Workload
 from data.trajectories.folder import GatherFolder
 from data.trajectories.reader import TrajectoryFile, open_trajectories
 from predictor.errors import FileFault, UsageError
@@ -147,12 +149,19 @@ def test_a_run_that_fails_does_not_stop_the_others(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path = suite(MLP + "seed = [0, 1]\nbatch_size = [32, 200]")
+    path = suite(MLP + "seed = [0, 1]\nbatch_size = [32, 48]")
+
+    def failing(workload: Workload, **settings: Any) -> Training:
+        if workload.recipe.batch_size == 48:
+            raise UsageError("it broke")
+        return train(workload, **settings)
+
+    monkeypatch.setattr("collect.gather.trajectories.train", failing)
     assert gather(tmp_path, path) == 1
     printed = capsys.readouterr().out
-    failed = [run for run in read_suite(path).runs if run.workload.recipe.batch_size == 200]
+    failed = [run for run in read_suite(path).runs if run.workload.recipe.batch_size == 48]
     for run in failed:
-        (line,) = (line for line in printed.splitlines() if line.startswith(f"FAILED {run.title}: batch_size=200"))
+        (line,) = (line for line in printed.splitlines() if line.startswith(f"FAILED {run.title}: it broke"))
         assert line.endswith(f"({tmp_path / 'out' / 'trajectories' / 'logs' / run.id}.log)")
     assert "2 runs failed: the same command tries them again" in printed
     assert packed_ids(tmp_path) == sorted(set(ids_of(path)) - {run.id for run in failed})
@@ -226,6 +235,26 @@ def test_a_dry_run_does_nothing_and_says_what_there_is(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[:2]] == [[ids_of(path)[0], "finished"], [ids_of(path)[1], "to"]]
     assert lines[-1] == "mine: 2 runs, 1 to do, 3 at a time"
+    assert not trained
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('source = "nope"', "mlp-digits source=nope seed=0 .*: there is no source 'nope'"),
+        (
+            'source = "glosses"',
+            "mlp-digits source=glosses seed=0 .* takes images: choose another one",
+        ),
+        ("batch_size = 100000", "mlp-digits seed=0 .*: batch_size=100000, .* digits has 96: lower them"),
+    ],
+)
+def test_a_run_that_cannot_be_trained_is_refused_by_a_dry_run_too(
+    tmp_path: Path, suite: Callable[..., str], trained: list[str], text: str, message: str, flags: tuple[str, ...]
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        gather(tmp_path, suite(MLP + text), *flags)
     assert not trained
 
 

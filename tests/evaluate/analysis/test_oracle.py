@@ -108,8 +108,15 @@ def test_a_suite_says_what_is_trained():
 def test_what_cannot_be_searched_is_refused_before_any_training(tmp_path):
     with pytest.raises(UsageError, match="trials=0"):
         make_search(SIX, None, None, 0)
-    with pytest.raises(UsageError, match="different whole numbers"):
-        make_search(SIX, None, [1, 1], 2)
+    for seeds, message in (
+        ([1, 1], r"seeds: \[1, 1\]: give each once"),
+        ([], "at least one"),
+        ([-1], r"seeds: \[0\]: -1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            make_search(SIX, None, seeds, 2)
+    with pytest.raises(UsageError, match=rf"seeds: \[1\]: {2**64}: .*less than"):
+        make_search(SIX, None, [0, 2**64], 2)
     with pytest.raises(UsageError, match="workload"):
         find_oracle(make_search("no-such-workload", None, None, 2), tmp_path, Settings("cpu"))
 

@@ -35,13 +35,13 @@ def test_it_plans_where_the_files_are(
 ) -> None:
     import torchvision
 
-    write_cifar(disk, torchvision.datasets.CIFAR100, monkeypatch)
+    write_cifar(disk, torchvision.datasets.CIFAR100, monkeypatch, images=128)
     (disk / "deit-small").mkdir()
     (disk / "deit-small" / "model.safetensors").touch()
     if name == "paper-bert":
         pytest.importorskip("transformers", reason="an optional extra")
         write_bert(disk)
-        write_glue(disk)
+        write_glue(disk, times=4)
     assert dry_run(name, tmp_path) == 0
     suite = read_suite(name)
     trials = len(suite.workloads) * len(suite.policies) * len(suite.seeds)

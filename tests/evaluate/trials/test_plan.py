@@ -181,6 +181,9 @@ def test_masks_beside_adapters(tmp_path):
         (with_workload(epoch=3), "did you mean 'epochs'"),
         (with_workload(source="digit"), "there is no source 'digit': did you mean 'digits'"),
         (with_workload(train_samples=10**9), "samples"),
+        (with_workload(batch_size=100_000), "workload 'work': batch_size=100000.* digits has 1437: lower them"),
+        (with_workload(source="glosses"), "workload 'work': source 'glosses' holds text, .* takes images: choose"),
+        (with_workload("textcnn-glosses", "digits"), "workload 'work': source 'digits' holds image"),
     ],
 )
 def test_what_does_not_exist_is_named(tmp_path, suite, message):

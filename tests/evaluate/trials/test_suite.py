@@ -159,6 +159,7 @@ def test_seeds_that_compare_nothing_are_refused(tmp_path, old, new, message):
         ("seeds = [1, 0]", "seeds = []", "seeds: give at least one"),
         ("seeds = [1, 0]", "seeds = [1, 1]", r"seeds: \[1, 1\]"),
         ("seeds = [1, 0]", "seeds = [true]", r"seeds\[0\]: True"),
+        ("seeds = [1, 0]", f"seeds = [{2**64}]", rf"seeds\[0\]: {2**64}: .*less than"),
         ("margin = 0.01", "margin = 2", "margin: 2: .*less than 1"),
         ("margin = 0.01", "margn = 0.01", "did you mean 'margin'"),
         ("margin = 0.01", 'scores = "ends"', "did you mean 'end'"),

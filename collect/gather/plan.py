@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from collect.hooks.cka import ProbeSpec
 from collect.workloads import Recipe, Workload, load_workload, own_code
-from collect.workloads.recipe import Seed
+from collect.workloads.recipe import NotNegative, Seed
 from data.validation import validated
 from predictor.errors import FileFault, UsageError, unknown
 from predictor.model.sampling import SampleSpec
@@ -153,7 +153,7 @@ class _SuiteFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     name: str = ""
-    checkpoint_seconds: float = 120.0
+    checkpoint_seconds: NotNegative = 120.0
     sampling: SampleSpec = SampleSpec()
     probe: ProbeSpec = ProbeSpec()
     runs: list[dict[str, Any]] = Field(min_length=1)

@@ -174,6 +174,8 @@ def test_shards_are_all_runs_and_each_once(tmp_path: Path) -> None:
         (MLP + "train_samples = 1.5", ("train_samples: 1.5", "integer")),
         (MLP + "seed = -1", ("seed: -1", "greater than or equal to 0")),
         (MLP + f"seed = {2**64}", (f"seed: {2**64}", "less than")),
+        ("checkpoint_seconds = nan\n" + MLP, ("checkpoint_seconds: nan", "finite")),
+        ("checkpoint_seconds = -1\n" + MLP, ("checkpoint_seconds: -1", "greater than or equal to 0")),
         (MLP + "seed = true", ("seed: True", "integer")),
         (MLP + "seed = []", ("no runs", "empty")),
         ("", ("runs: missing",)),

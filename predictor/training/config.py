@@ -1,13 +1,17 @@
 """How a predictor is trained and how settings are searched. Imports no torch, so that `--help` answers at once."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from predictor.errors import UsageError
 from predictor.shared.flags import option
 
 CONTINUED_LEARNING_RATE = 0.0002
 """By default, for a predictor that is trained already: a tenth of a new one's, so that a few runs do not undo it."""
+
+_LARGEST = 1e38
+"""What single precision holds."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,21 @@ class FitConfig:
     )
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.patience, self.epoch_windows, self.batch_size) < 1:
-            raise UsageError(f"{self}: epochs, patience, epoch_windows and batch_size count from 1")
-        if self.learning_rate <= 0 or self.weight_decay < 0:
-            raise UsageError(f"{self}: learning_rate > 0, weight_decay >= 0")
-        if not (0 <= self.false_freeze < 1 and 0 <= self.hide_clock < 1):
-            raise UsageError(f"{self}: false_freeze and hide_clock are shares in [0, 1)")
+        for name in ("epochs", "patience", "epoch_windows", "batch_size"):
+            _require(self, name, getattr(self, name) >= 1, "a whole number from 1")
+        _require(self, "learning_rate", 0 < self.learning_rate <= _LARGEST, f"a number above 0, {_LARGEST:g} at most")
+        largest = _LARGEST / max(self.learning_rate, 1.0)
+        _require(self, "weight_decay", 0 <= self.weight_decay <= largest, f"a number from 0 to {largest:g}")
+        for name in ("false_freeze", "hide_clock"):
+            _require(self, name, 0 <= getattr(self, name) < 1, "a share from 0 to below 1")
+        for name in ("validation", "test"):
+            _require(self, name, 0 < getattr(self, name) < 1, "a share above 0 and below 1")
+        _require(self, "seed", 0 <= self.seed < 2**64, "a whole number from 0 to below 2**64")
 
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """How a study goes. Raises UsageError for fewer than one trial or two folds."""
+    """How a study goes. Raises UsageError for a number out of range."""
 
     trials: int = option(
         30, "Trials that the study has at the end, those of earlier starts of the same command included"
@@ -76,8 +84,15 @@ class TuneConfig:
     prune: bool = option(True, "Stop a trial early when it falls below the median of the trials before it")
 
     def __post_init__(self) -> None:
-        if self.trials < 1 or self.folds < 2:
-            raise UsageError(f"trials={self.trials}, folds={self.folds}: at least 1 trial and 2 folds")
+        _require(self, "trials", self.trials >= 1, "a whole number from 1")
+        _require(self, "folds", self.folds >= 2, "a whole number from 2")
+        good = self.timeout is None or 0 <= self.timeout < math.inf
+        _require(self, "timeout", good, "a number of seconds from 0, or leave it out")
+
+
+def _require(config: Any, name: str, is_good: bool, what: str) -> None:
+    if not is_good:
+        raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)}: give {what}")
 
 
 SEARCHED = ("hide_clock", "scaling", "balance", "learning_rate", "weight_decay", "batch_size")

@@ -73,8 +73,10 @@ def split_by_run(runs: Sequence[RunWindows], validation: float, test: float, see
     The split depends on the runs' ids and families and on `seed`, not on the runs' order. Raises UsageError if the
     shares are out of range, and for fewer than three runs.
     """
-    if min(validation, test) <= 0 or validation + test >= 1:
-        raise UsageError(f"validation={validation}, test={test}: shares above 0 that leave some runs for training")
+    if not (validation > 0 and test > 0 and validation + test < 1):
+        raise UsageError(
+            f"--validation {validation}, --test {test}: give shares above 0 that leave some runs for training"
+        )
     if len(runs) < 3:
         raise UsageError(
             f"{len(runs)} run(s): training, validation and test need one each; gather more with "

@@ -200,7 +200,7 @@ def _open(task: SearchTask, folder: Path, at_once: int) -> "optuna.Study":
         study.set_user_attr("described", task.described)
     # With the same seed a study that goes on would draw the settings of its first trials again.
     # With a constant liar trials that run at the same time do not try the same.
-    seed = task.settings.seed + len(study.trials)
+    seed = (task.settings.seed + len(study.trials)) % 2**32  # NumPy's generator takes no larger one
     study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=at_once > 1)
     _fail_stale(study)
     if not _begun(study):

@@ -155,6 +155,8 @@ def test_the_label_flags_have_the_rules_defaults():
         (["--window", "2"], "at least 3 snapshots"),
         (["--label-threshold", "1.5"], "threshold=1.5"),
         (["--validation", "0.9"], "shares above 0"),
+        (["--validation", "nan"], "--validation nan: give a share above 0 and below 1"),
+        (["--learning-rate", "nan"], "--learning-rate nan: give a number above 0"),
         (["--learning-rate", "1e30"], "lower learning_rate"),
         (["--label-threshold", "0.5"], "are labelled freezable"),
     ],

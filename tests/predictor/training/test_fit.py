@@ -1,6 +1,7 @@
 """Training a predictor, and the figures on unseen runs."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -254,6 +255,8 @@ def test_a_training_that_diverges_says_so(make_windows):
     windows = make_windows(each=1)
     with pytest.raises(DivergedError, match="lower learning_rate"):
         fit_on(windows, windows, CONFIG, replace(QUICK, learning_rate=1e30))
+    with pytest.raises(DivergedError, match="lower learning_rate"):
+        fit_on(windows, windows, CONFIG, replace(QUICK, learning_rate=1e19, weight_decay=1e19))
 
 
 @pytest.mark.parametrize(
@@ -263,12 +266,23 @@ def test_a_training_that_diverges_says_so(make_windows):
         {"patience": 0},
         {"batch_size": 0},
         {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"learning_rate": 1e300},
+        {"weight_decay": -1.0},
+        {"weight_decay": math.nan},
+        {"weight_decay": 1e300},
         {"false_freeze": 1.0},
         {"hide_clock": 1.0},
+        {"hide_clock": math.nan},
+        {"validation": math.nan},
+        {"test": 0.0},
+        {"seed": -1},
+        {"seed": 2**64},
     ],
 )
 def test_settings_that_cannot_work_are_refused(wrong):
-    with pytest.raises(UsageError):
+    ((name, value),) = wrong.items()
+    with pytest.raises(UsageError, match=re.escape(f"--{name.replace('_', '-')} {value}: give a ")):
         FitConfig(**wrong)
 
 

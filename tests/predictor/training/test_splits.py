@@ -1,5 +1,6 @@
 """Runs are split whole, family by family."""
 
+import math
 import random
 from collections import Counter
 
@@ -51,7 +52,9 @@ def test_three_runs_are_the_fewest():
         split_by_run(made_runs(a=2), 0.2, 0.2, 0)
 
 
-@pytest.mark.parametrize(("validation", "test"), [(0, 0.2), (0.2, 0), (0.5, 0.5), (-1, 0.2)])
+@pytest.mark.parametrize(
+    ("validation", "test"), [(0, 0.2), (0.2, 0), (0.5, 0.5), (-1, 0.2), (math.nan, 0.2), (0.2, math.nan)]
+)
 def test_shares_that_cannot_be_are_refused(validation, test):
     with pytest.raises(UsageError, match="shares above 0"):
         split_by_run(made_runs(a=9), validation, test, 0)

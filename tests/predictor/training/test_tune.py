@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import signal
 import sqlite3
@@ -165,10 +166,17 @@ def test_a_broken_study_file_is_a_clear_error(make_windows, tmp_path):
         tune(task_of(make_windows(each=3)), tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("wrong", [{"trials": 0}, {"folds": 1}])
+@pytest.mark.parametrize("wrong", [{"trials": 0}, {"folds": 1}, {"timeout": math.nan}, {"timeout": -1.0}])
 def test_a_study_that_cannot_be_is_refused(wrong):
-    with pytest.raises(UsageError):
+    ((name, value),) = wrong.items()
+    with pytest.raises(UsageError, match=f"--{name} {value}: give a "):
         TuneConfig(**wrong)
+
+
+def test_a_study_takes_every_seed_that_a_training_takes(make_windows, tmp_path):
+    settings = replace(FIT, seed=2**64 - 1)
+    task = SearchTask({0.98: make_windows(each=3)}, 0.98, LABELS, TuneConfig(trials=1, folds=3), settings)
+    assert len(tune(task, tmp_path, progress=False).trials) == 1
 
 
 def test_a_trial_that_was_killed_at_its_very_start_does_not_run_for_ever(make_windows, tmp_path):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from threading import get_ident
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from predictor.cache.stand_ins import Compute, Skipped
 from predictor.layers.isolated_pass import in_isolated_pass
 from predictor.layers.tensors import tensors_in
 
+Key: TypeAlias = "tuple[str, int]"
+"""A module's name, and how often it had been called before in the pass."""
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
 
 
@@ -44,7 +46,7 @@ class Call:
     """Whether the pass had drawn random numbers when the call ended."""
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
         """What identifies this call in other passes of the model."""
         return self.name, self.nth
 

@@ -1,10 +1,11 @@
 """Finding where to cut a model: passes in evaluation mode that leave no trace, and what they prove."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -12,6 +13,7 @@ from predictor.cache.arguments import Arguments, Inputs, Layout
 from predictor.cache.cut_points import (
     Call,
     Cut,
+    Key,
     Replay,
     TensorForm,
     at_call,
@@ -60,24 +62,27 @@ class Search(NamedTuple):
     """Those that run before the features are there, and all that these are parts of."""
 
 
-def find_cut(model: nn.Module, arguments: Arguments, batch: int, layouts: Sequence[Layout]) -> Search:
+def find_cut(
+    model: nn.Module, arguments: Arguments, batch: int, layouts: Sequence[Layout], needed: Container[Key] = ()
+) -> Search:
     """Find the cut that skips most among those that change nothing, for a call of the model on `batch` samples.
 
     layouts: what the arguments' dimensions may mean, the likeliest first. The first one for which every output of the
-    frozen prefix has rows that depend on their own sample is taken, or else the one for which most have.
+    frozen prefix has rows that depend on their own sample is taken, or else the one for which most have. needed: calls
+    of which the training has read what they return, and which are not to be skipped.
     """
     samples, scores = 0, []
     for layout in layouts:
         with _Probe(model, arguments, layout, batch) as probe:
             if probe.consistent or len(layouts) == 1:
-                return probe.search(samples)
+                return probe.search(samples, needed)
         samples += probe.samples
         scores.append(probe.score)
     best = [layout for layout, score in zip(layouts, scores, strict=True) if score == max(scores)]
     if any(a != b and None not in (a, b) for other in best for a, b in zip(best[0], other, strict=True)):
         return Search(None, best[0], [], _AMBIGUOUS, samples, [])
     with _Probe(model, arguments, best[0], batch) as probe:
-        return probe.search(samples)
+        return probe.search(samples, needed)
 
 
 def find_again(
@@ -191,8 +196,8 @@ class _Probe:
         """How many calls have such rows, and whether the result has."""
         return -1 if self._broken else sum(map(self._keepable, self.calls)), self._result_fits
 
-    def search(self, samples: int) -> Search:
-        """Look for the best cut. samples: in passes that were made before."""
+    def search(self, samples: int, needed: Container[Key]) -> Search:
+        """Look for the best cut. samples: in passes that were made before. needed: calls that are not to be skipped."""
         hooked = next((name for name in self._hooked for call in whole_calls(self.calls) if _within(name, call)), None)
         if hooked is not None:
             self._before_few.close()
@@ -206,8 +211,16 @@ class _Probe:
             return self._found(None, self._reason())
         if not self._right_for_all(cut):
             return self._found(None, f"the cut at {cut.name!r} is right for a few samples, not for the whole batch")
-        cut = self._right_in_training(cut)
-        return self._found(cut, "" if cut is not None else READ)
+        read = [call for call in cut.skipped if call.key in needed]
+        while read or (read := self._read_in_training(cut)):
+            if not all(map(self._keepable, read)):
+                return self._found(None, READ)
+            given = sorted((*cut.given, *read), key=lambda call: call.start)
+            cut = Cut(tuple(given), tuple(call for call in cut.skipped if call not in read))
+            if not self._right_for_all(cut):
+                return self._found(None, READ)
+            read = []
+        return self._found(cut)
 
     def find(self, given: list[tuple[str, int]], skipped: list[tuple[str, int]]) -> Search:
         """Look for the cut at the calls with these keys."""
@@ -306,19 +319,13 @@ class _Probe:
         except Exception:
             return False  # the model refuses the NaN that it has read
 
-    def _right_in_training(self, cut: Cut) -> Cut | None:
-        """The cut, given what the model reads in the modes of the training alone; None where that cannot be kept."""
-        while read := self._read_in_training(cut):
-            if not all(map(self._keepable, read)):
-                return None
-            given = sorted((*cut.given, *read), key=lambda call: call.start)
-            cut = Cut(tuple(given), tuple(call for call in cut.skipped if call not in read))
-            if not self._right_for_all(cut):
-                return None
-        return cut
-
     def _read_in_training(self, cut: Cut) -> list[Call]:
-        """The skipped calls on which something depends in a pass in the modes of the training."""
+        """The skipped calls on which something depends in a pass in the modes of the training.
+
+        Not where others train too: such a pass may wait for them, as in a SyncBatchNorm.
+        """
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            return []
         self.samples += len(self._few)
         rows = cut.rows([self._few_outputs[call] for call in cut.given])
         args, kwargs = self._some()

@@ -24,7 +24,7 @@ from predictor.cache.arguments import (
 )
 from predictor.cache.call_kind import CallKind
 from predictor.cache.compression import CompressedStore, Compression, precision_for
-from predictor.cache.cut_points import uncompiled
+from predictor.cache.cut_points import Cut, Key, uncompiled
 from predictor.cache.cut_search import READ, Search, close, find_again, find_cut, prefix_outputs, repeated
 from predictor.cache.deferred import Deferred
 from predictor.cache.hooks import all_are_watched
@@ -155,8 +155,9 @@ class FeatureCache:
         self._open: list[tuple[object, int]] = []  # the batches under way, with their threads: the innermost counts
         self._begun = False
         self._restarts = self._hits_then = 0
-        self._skipped: Skipped | None = None  # what the last hit has skipped
+        self._last: tuple[Cut, Skipped] | None = None  # where the last hit has begun, and what it has skipped
         self._read = 0  # hits in a row of which something was read that they had skipped
+        self._needed: set[Key] = set()  # the calls of which it was read
         self._searches = 0  # for cuts, because of that
         self._suspected = False  # that weights have been written to
         self._questions: list[tuple[str, Tensor]] = []
@@ -618,17 +619,19 @@ class FeatureCache:
                 )
             return arguments.copied() if indices is None else arguments.rows(layout, indices)
 
-        self._skipped = level.replay(stack, self._model, rows, len(ids), inputs)
+        self._last = level.cut, level.replay(stack, self._model, rows, len(ids), inputs)
         return True
 
     def _note_what_was_read(self) -> None:
         """Look for another cut where the model keeps reading what passes skip, which is then computed each time."""
-        skipped, self._skipped = self._skipped, None
-        if skipped is None:
+        last, self._last = self._last, None
+        if last is None:
             return
+        cut, skipped = last
         self._read = self._read + 1 if skipped.read else 0
         if self._read < _READ_IN_A_ROW:
             return
+        self._needed.update(cut.skipped[number].key for number in skipped.read)
         self._read, self._searches = 0, self._searches + 1
         self.clear()
         if self._searches > _RESTARTS:
@@ -671,7 +674,7 @@ class FeatureCache:
                 "samples to compare" + (f", but shapes {shapes}" if shapes else "")
             )
             return
-        found = find_cut(self._model, arguments, batch, layouts)
+        found = find_cut(self._model, arguments, batch, layouts, self._needed)
         self.looked += found.samples
         if found.cut is None:
             self._give_up(found.reason)

@@ -278,19 +278,38 @@ def test_a_mask_that_only_later_batches_need():
     assert (cache.reason, cache.hits) == ("", 12)
 
 
-def test_where_the_model_goes_on_reading_what_no_cut_shows_the_cache_is_off():
-    def loss_of(model, x, epoch):
-        out = model(x)
-        return lambda target: F.cross_entropy(out, target) + model.left.mean()
-
+def test_what_no_pass_shows_that_looks_for_a_cut_is_kept_once_it_was_read():
     class Hidden(Network):
-        """Leaves features where no pass that looks for a cut sees them."""
+        """Leaves features where gradients are recorded."""
 
         def finish(self, early, late):
             self.left = early if torch.is_grad_enabled() else None
             return self.head(late.relu())
 
-    assert "reads what parts of the frozen prefix return" in check(Hidden, loss_of, epochs=9).reason
+    def loss_of(model, x, epoch):
+        out = model(x)
+        return lambda target: F.cross_entropy(out, target) + model.left.mean()
+
+    cache = check(Hidden, loss_of)
+    assert (cache.reason, cache.kept) == ("", ("first", "second"))
+    assert cache.hits >= 9
+
+
+def test_what_is_read_of_the_whole_batch_is_computed_of_the_whole_batch():
+    class Mixed(Network):
+        """Reads what depends on the whole batch."""
+
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8, affine=False, track_running_stats=False)
+
+        def forward(self, x):
+            early = self.first(x)
+            normed = self.norm(early) if self.training and self.early else early
+            return self.finish(normed, self.third(self.second(early).relu()))
+
+    cache = check(Mixed, change=switched)
+    assert (cache.reason, cache.kept) == ("", ("first", "second"))
 
 
 def test_a_stand_in_is_copied_and_written_to_files_as_what_it_stands_for():

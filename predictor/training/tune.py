@@ -5,6 +5,7 @@ JSON, and `train --settings` reads them.
 """
 
 import functools
+import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -177,13 +178,15 @@ def _open(task: SearchTask, folder: Path, at_once: int) -> "optuna.Study":
     import optuna
     from optuna.storages import RDBStorage
     from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.pool import QueuePool
 
     path = folder / STUDY_FILE
-    patience = {"connect_args": {"timeout": _LOCK_SECONDS}}
+    # Not in the URL, which Optuna takes as text: `?`, `%` and braces would mean something else there.
+    connect = functools.partial(sqlite3.connect, path, timeout=_LOCK_SECONDS, check_same_thread=False)
     try:
         study = optuna.create_study(
             study_name=_NAME,
-            storage=RDBStorage(f"sqlite:///{path}", engine_kwargs=patience),
+            storage=RDBStorage("sqlite://", engine_kwargs={"creator": connect, "poolclass": QueuePool}),
             pruner=_pruner(),
             direction="maximize",
             load_if_exists=True,

@@ -141,6 +141,14 @@ def test_every_part_of_the_search_space_builds(make_windows):
     assert {suggest(study.ask(), wide).config.weights for _ in range(30)} == {32, 64, 100}
 
 
+@pytest.mark.parametrize("name", ["what?a=1&b", "a#b%20c", "{a}", "t iny ü@:"])
+def test_a_study_may_lie_in_any_folder(make_windows, tmp_path, name):
+    for trials in (1, 2):
+        study = tune(task_of(make_windows(each=3), trials=trials), tmp_path / name, progress=False)
+        assert len(study.trials) == len(states(tmp_path / name)) == trials
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_study_of_other_data_is_refused(make_windows, tmp_path):
     tune(task_of(make_windows(each=3), trials=1), tmp_path, progress=False)
     with pytest.raises(UsageError, match="a study of other data or settings"):

@@ -257,8 +257,9 @@ def _text(path: Path) -> str:
 
 
 def _suite(path: Path) -> Suite:
+    text = _text(path)
     try:
-        content = json.loads(_text(path))
+        content = json.loads(text)
     except MALFORMED as error:
         raise FileFault(f"{path}: not JSON ({error}): run the suite again to write it anew") from error
     return validated(Suite, content, f"{path}: not a suite's description", FileFault)

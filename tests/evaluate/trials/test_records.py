@@ -112,7 +112,7 @@ def test_trials_beyond_the_plan_are_kept(write, trial):
 @pytest.mark.parametrize("name", ["suite.json", "results.jsonl"])
 def test_a_missing_file_is_named_with_the_cure(folder, name):
     (folder / name).unlink()
-    with pytest.raises(FileFault, match=rf"{name}: cannot be read .*run-suite"):
+    with pytest.raises(FileFault, match=rf"^{folder / name}: cannot be read .*run-suite"):
         read_results(folder)
 
 

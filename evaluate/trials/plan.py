@@ -257,6 +257,8 @@ def _predictor_of(entry: PolicyEntry, given: Path | None) -> Path | None:
     if "predictor" not in _parameters(entry.name):
         return None
     named = entry.options.get("predictor")
+    if not isinstance(named, str | None):
+        raise UsageError(f"policy {entry.label!r}: predictor = {named!r}: give the path of a file, or 'shipped'")
     path = find_predictor(given) if named is None else SHIPPED if named == "shipped" else Path(named)
     load_predictor(path)
     return path

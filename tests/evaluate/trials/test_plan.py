@@ -177,6 +177,7 @@ def test_masks_beside_adapters(tmp_path):
         (with_policy("smartfreeze"), "there is no policy 'smartfreeze': did you mean 'smartfrz'"),
         (with_policy("linear", begin=0.5), "begin"),
         (with_policy("shorter", budget=2.0), "budget=2.0"),
+        (with_policy("smartfrz", predictor=3), "policy 'smartfrz': predictor = 3: give the path"),
         (with_workload("mlp-digit"), "there is no workload 'mlp-digit': did you mean 'mlp-digits'"),
         (with_workload(epoch=3), "did you mean 'epochs'"),
         (with_workload(source="digit"), "there is no source 'digit': did you mean 'digits'"),

@@ -178,7 +178,6 @@ def _prefix(flags: argparse.Namespace) -> None:
     runs = first_prefixes(outcome for path in flags.outcomes for outcome in read_outcomes(path))
     model, figures = fit_first_prefix(runs)
     card = {**file.card, "first_prefix": {**figures, "files": [path.name for path in flags.outcomes]}}
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
     save_predictor(flags.out, replace(file, prefix=model, card=card))
     print(f"{first_prefix_text(card)}\n{flags.out}")
 

@@ -8,7 +8,7 @@ import pytest
 
 from evaluate.trials.folder import PUBLISHED
 from predictor.__main__ import main
-from predictor.errors import UsageError
+from predictor.errors import FileFault, UsageError
 from predictor.model.file import load_predictor
 from predictor.model.first_look import FirstLook
 from predictor.model.first_prefix import COST_FLOOR, MOST_COST, PrefixModel
@@ -136,6 +136,14 @@ def test_the_published_outcomes_make_what_ships(tmp_path, capsys):
     assert (made.prefix.fewest_steps, made.prefix.most_steps) == (ships.prefix.fewest_steps, ships.prefix.most_steps)
     assert made.card["first_prefix"]["files"] == [path.name for path in outcomes]
     assert f"In trainings of fewer than {ships.prefix.fewest_steps} steps no layer freezes" in said
+
+
+def test_a_file_in_the_way_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("predictor.training.first_prefix.fit_first_prefix", lambda runs: (None, {}))
+    (tmp_path / "file").touch()
+    outcomes = PUBLISHED.parent / "outcomes" / "prefixes.jsonl.gz"
+    with pytest.raises(FileFault, match=r"file.x.p\.safetensors: cannot be written"):
+        main(["prefix", "--outcomes", str(outcomes), "--out", str(tmp_path / "file" / "x" / "p.safetensors")])
 
 
 def test_the_card_of_an_earlier_version_says_from_how_many_steps_on():

@@ -121,13 +121,7 @@ def read_suite(name_or_path: str) -> Suite:
         FileFault: A file that cannot be read, or whose content makes no sense; names the key and the value.
     """
     path = suite_path(name_or_path)
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileFault(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:  # TOML's and Unicode's errors
-        raise FileFault(f"{path}: {error}") from error
-    return _suite(content, path)
+    return _suite(read_toml(path), path)
 
 
 def combinations(table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -146,6 +140,16 @@ def suite_path(name_or_path: str, suites: Path = SUITES) -> Path:
     if name_or_path not in known:
         raise unknown("suite", name_or_path, known, "PATH.toml")
     return suites / f"{name_or_path}.toml"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a suite's file. Raises FileFault for one that cannot be read, or is no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileFault(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:  # of TOML, or of UTF-8
+        raise FileFault(f"{path}: {error}") from error
 
 
 class _SuiteFile(BaseModel):

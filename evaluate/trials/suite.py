@@ -1,16 +1,14 @@
 """Suite files: which workloads are trained under which policies with which seeds, and how the results are compared."""
 
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from collect.gather.plan import suite_path
+from collect.gather.plan import read_toml, suite_path
 from collect.training.state import Scores
 from collect.workloads.recipe import Seed
 from data.validation import validated
@@ -18,7 +16,6 @@ from evaluate.trials.freezing import CacheForm
 from evaluate.trials.records import Name, cell_seeds
 from predictor.errors import FileFault, unknown
 
-_toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 SUITES = Path(__file__).parents[1] / "suites"
 _FORBID = ConfigDict(extra="forbid")
 
@@ -149,12 +146,7 @@ class Suite:
 def read_suite(name_or_path: str) -> Suite:
     """The suite of a name, or of a file of the user's own. Raises FileFault or UsageError that names what is wrong."""
     path = suite_path(name_or_path, SUITES)
-    try:
-        content = _toml.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileFault(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:  # TOML's and Unicode's errors
-        raise FileFault(f"{path}: {error}") from error
+    content = read_toml(path)
     tables = {key: _as_tables(content[key]) for key in ("workloads", "policies") if key in content}
     return validated(_File, content | tables, str(path), FileFault).suite()
 

@@ -53,7 +53,7 @@ def read_held_out(path: Path) -> HeldOut:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileFault(f"{path}: cannot be read ({error.strerror or error}): {cure}") from error
-    except ValueError as error:  # of TOML, or of UTF-8
+    except (ValueError, RecursionError) as error:  # of TOML, or of UTF-8
         raise FileFault(f"{path}: no TOML ({error}): {cure}") from error
     known = [field.name for field in fields(HeldOut)]
     # A misspelt key would hold nothing out without a message.

@@ -79,7 +79,7 @@ def settings_flags(path: Path) -> list[str]:
         if unknown := sorted(set(settings) - own - {*CKA_LABEL_FLAGS, OUTCOME_LABEL_FLAG}):
             raise FileFault(f"{path}: no settings of a predictor: {', '.join(unknown)}")
         return [_flag(name, value) for name, value in settings.items() if value is not None]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, FileFault):
             raise
         raise FileFault(f"{path}: no settings ({error}): give a file that `python -m predictor tune` wrote") from error

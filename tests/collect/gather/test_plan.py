@@ -186,6 +186,7 @@ def test_shards_are_all_runs_and_each_once(tmp_path: Path) -> None:
         ("sampling = 3\n" + MLP, ("sampling: 3",)),
         (MLP + "[probe]\nsamples = 2", ("probe", "at least 4 samples")),
         (MLP + "lr = ", ("Invalid value",)),
+        (MLP + f"lr = {'[' * 3000}", ()),
     ],
 )
 def test_what_is_wrong_with_a_suite_file(tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:

@@ -185,6 +185,7 @@ def test_seeds_that_compare_nothing_are_refused(tmp_path, old, new, message):
         ('["none", "linear"]', '["none", { name = "linear", sparse = nan }]', "sparse: nan"),
         ('["none", "linear"]', '["none", { name = "linear", sparsity = 0.9 }]', "did you mean 'sparse'"),
         ('["none", "linear"]', "[", "suite.toml"),
+        ('["none", "linear"]', "[" * 3000 + "]" * 3000, "suite.toml: "),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, old, new, message):

@@ -106,6 +106,7 @@ def test_settings_of_a_file_count_unless_a_flag_says_otherwise(write_trajectorie
     [
         ("{", "no settings"),
         ("[]", "no settings"),
+        ("[" * 100_000, "no settings"),
         ('{"settings": 3}', "no settings"),
         ('{"settings": {"out": "/tmp/x"}}', "no settings of a predictor: out"),
         (None, "No such file"),

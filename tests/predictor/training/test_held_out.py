@@ -156,6 +156,7 @@ def test_a_predictor_without_evaluation_says_so(three, tmp_path, capsys):
         ("families = []\n", "names no family and no source"),
         ("", "names no family and no source: .*`none` to hold nothing out"),
         (b"\xff\xfe", "no TOML"),
+        ("families = " + "[" * 3000, "no TOML"),
     ],
 )
 def test_a_split_file_that_would_hold_nothing_out_is_refused(tmp_path, content, words):

@@ -32,7 +32,7 @@ from itertools import pairwise
 from statistics import fmean
 
 from evaluate.analysis.pareto import ROUNDING, unbeaten
-from evaluate.analysis.statistics import Estimate, estimate
+from evaluate.analysis.statistics import Estimate, estimate, log_of, ratio_of
 from evaluate.trials.records import Results, Trial
 
 _FULL_TRAINING = ("none", "shorter", "stopped")
@@ -211,12 +211,12 @@ def _combined(parts: Sequence[_OnWorkload]) -> Multiplier:
     assert spread is not None
     mean = fmean(part.log for part in parts)
     half = spread.high - spread.mean
-    low, high = (math.exp(mean - half), math.exp(mean + half)) if spread.bounded else (-math.inf, math.inf)
+    low, high = (ratio_of(mean - half), ratio_of(mean + half)) if spread.bounded else (-math.inf, math.inf)
     return Multiplier(
-        Estimate(math.exp(mean), low, high, spread.count),
+        Estimate(ratio_of(mean), low, high, spread.count),
         above=tuple(part.workload for part in parts if part.side > 0),
         below=tuple(part.workload for part in parts if part.side < 0),
-        by_workload=tuple((part.workload, math.exp(part.log)) for part in parts),
+        by_workload=tuple((part.workload, ratio_of(part.log)) for part in parts),
     )
 
 
@@ -243,7 +243,7 @@ def _log(lengths: Sequence[Mapping[int, _Point]], own: Mapping[int, _Point], see
     curve = [_mean(length, seeds) for length in lengths]
     policy = _mean(own, seeds)
     flops, side = flops_on_curve([(point.flops, point.accuracy) for point in curve], policy.accuracy)
-    return math.log(flops / policy.flops), side
+    return log_of(flops / policy.flops), side
 
 
 def _mean(points: Mapping[int, _Point], seeds: Sequence[int]) -> _Point:

@@ -97,19 +97,19 @@ def estimate(groups: Sequence[Sequence[float]]) -> Estimate | None:
 
 def geometric(groups: Sequence[Sequence[float]]) -> Estimate | None:
     """`estimate` on logarithms: the geometric mean of ratios with its interval."""
-    logs = estimate([[_log(ratio) for ratio in group] for group in groups])
+    logs = estimate([[log_of(ratio) for ratio in group] for group in groups])
     if logs is None:
         return None
-    low, high = (_exp(logs.low), _exp(logs.high)) if logs.bounded else (-math.inf, math.inf)
-    return Estimate(_exp(logs.mean), low, high, logs.count)
+    low, high = (ratio_of(logs.low), ratio_of(logs.high)) if logs.bounded else (-math.inf, math.inf)
+    return Estimate(ratio_of(logs.mean), low, high, logs.count)
 
 
-def _log(ratio: float) -> float:
+def log_of(ratio: float) -> float:
     """The logarithm; of a quotient so large or small that it became infinity or zero, that of the farthest ratio."""
     return math.log(min(max(ratio, 1 / _FARTHEST), _FARTHEST))
 
 
-def _exp(log: float) -> float:
+def ratio_of(log: float) -> float:
     """The ratio of a logarithm, which as the end of a wide interval may be larger than any that went in."""
     farthest = math.log(_FARTHEST)
     return math.exp(min(max(log, -farthest), farthest))

@@ -21,6 +21,7 @@ ACCOUNTING = 3
 """Grows when what is counted into a trial's costs changes, so that trials counted otherwise are run again."""
 MALFORMED = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
 """What reading nonsense raises."""
+_LARGEST = 1e300  # of costs: beyond it, a sum of them overflows
 _MOST = 1 << 53  # of steps and the like: beyond it, floating-point arithmetic loses count
 
 
@@ -31,7 +32,7 @@ def _finite(value: Any) -> Any:
 _Finite = BeforeValidator(_finite)
 """Infinity and NaN, which JSON files of before may hold, count as not measured."""
 _Number = Annotated[float | None, _Finite]
-_Cost = Annotated[Annotated[float, Field(ge=0)] | None, _Finite]
+_Cost = Annotated[Annotated[float, Field(ge=0, le=_LARGEST)] | None, _Finite]
 _Share = Annotated[Annotated[float, Field(ge=0, le=1)] | None, _Finite]
 _Count = Annotated[int, Field(ge=0, le=_MOST)]
 Name = Annotated[str, StringConstraints(min_length=1)]

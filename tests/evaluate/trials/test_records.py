@@ -50,6 +50,7 @@ def test_of_two_lines_for_one_trial_the_last_counts(write, trial):
         ({"accuracy": -0.1}, "line 2: accuracy: -0.1"),
         ({"curve": [{"step": 1, "test_accuracy": 93.0}]}, "line 2: curve[0].test_accuracy: 93.0"),
         ({"flops": -1}, "line 2: flops: -1"),
+        ({"flops": 1e308}, "line 2: flops: 1e+308"),
         ({"cpu_seconds": -0.5}, "line 2: cpu_seconds: -0.5"),
         ({"steps": 2**53 + 1}, "line 2: steps: 9007199254740993"),
         ({"planned_steps": -1}, "line 2: planned_steps: -1"),

@@ -18,7 +18,7 @@ from predictor.cache.arguments import CONSTANTS
 from predictor.cache.side_effects import Draws
 from predictor.cache.stand_ins import Compute, Skipped
 from predictor.layers.isolated_pass import in_isolated_pass
-from predictor.layers.tensors import tensors_in
+from predictor.layers.tensors import number_of, tensors_in
 
 Key: TypeAlias = "tuple[str, int]"
 """A module's name, and how often it had been called before in the pass."""
@@ -44,6 +44,9 @@ class Call:
     """How the output depends on the number of samples; None where that is unknown."""
     drew: bool = False
     """Whether the pass had drawn random numbers when the call ended."""
+    shares: bool = False
+    """Whether what it returned shares memory with something that there was before it, or in itself. It is not skipped:
+    what is written to one of them is written to the other."""
 
     @property
     def key(self) -> Key:
@@ -59,6 +62,7 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     counts: dict[nn.Module, int] = defaultdict(int)
     clock = 0
     draws = Draws(model)
+    since = {number_of(tensor): 0 for tensor in tensors_in((args, kwargs))}  # when memory was first returned
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, _: Any) -> None:
@@ -77,6 +81,10 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         call = stack.pop()
         call.end, call.output, call.versions = clock, output, versions_of(list(tensors_in(output)))
         call.drew = bool(draws)
+        numbers = [number_of(tensor) for tensor in tensors_in(output)]
+        call.shares = len(set(numbers)) < len(numbers) or any(since.get(n, clock) < call.start for n in numbers)
+        for number in numbers:
+            since.setdefault(number, clock)
 
     handles = [module.register_forward_pre_hook(enter(name)) for name, module in model.named_modules()]
     handles += [module.register_forward_hook(leave) for module in model.modules()]
@@ -95,6 +103,8 @@ class TensorForm(NamedTuple):
     slope: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    order: tuple[int, ...]
+    """The dimensions in the order in which they lie in memory."""
 
     @property
     def batch_dim(self) -> int | None:
@@ -102,9 +112,17 @@ class TensorForm(NamedTuple):
         dims = [dim for dim, slope in enumerate(self.slope) if slope]
         return dims[0] if len(dims) == 1 and self.slope[dims[0]] == 1 and self.base[dims[0]] == 0 else None
 
+    def shape(self, batch: int) -> list[int]:
+        """The shape for so many samples."""
+        return [base + slope * batch for base, slope in zip(self.base, self.slope, strict=True)]
+
+    def on_meta(self, batch: int) -> Tensor:
+        """A tensor of this form on the device "meta"."""
+        return torch.empty_permuted(self.shape(batch), self.order, dtype=self.dtype, device="meta")
+
     def like(self, batch: int) -> Tensor:
         """A tensor of this form without the memory. Its values are NaN, which show in a result that depends on them."""
-        shape = [base + slope * batch for base, slope in zip(self.base, self.slope, strict=True)]
+        shape = self.shape(batch)
         value = float("nan") if self.dtype.is_floating_point else 0
         return torch.full((), value, dtype=self.dtype, device=self.device).expand(shape)
 
@@ -118,7 +136,7 @@ class OutputForm(NamedTuple):
     @property
     def batch_dims(self) -> list[int] | None:
         """The batch dimension of each tensor; None where one has none, or where there is none or another object."""
-        dims = [leaf.batch_dim for leaf in self.leaves if isinstance(leaf, TensorForm)]
+        dims = [form.batch_dim for form in self.tensors]
         return cast(list[int], dims) if self.is_plain and dims and None not in dims else None
 
     @property
@@ -129,8 +147,7 @@ class OutputForm(NamedTuple):
     def rows(self, output: Any) -> list[Tensor] | None:
         """The tensors of an output with the samples first; None for an output of another form."""
         tensors, dims = list(tensors_in(output)), self.batch_dims
-        forms = [leaf for leaf in self.leaves if isinstance(leaf, TensorForm)]
-        if dims is None or [tensor.dim() for tensor in tensors] != [len(form.base) for form in forms]:
+        if dims is None or [tensor.dim() for tensor in tensors] != [len(form.base) for form in self.tensors]:
             return None
         return [tensor.movedim(dim, 0) for tensor, dim in zip(tensors, dims, strict=True)]
 
@@ -144,9 +161,10 @@ class OutputForm(NamedTuple):
 
         return self._made(moved)
 
-    def like(self, batch: int) -> list[Tensor]:
-        """Tensors of these forms that hold nothing."""
-        return [leaf.like(batch) for leaf in self.leaves if isinstance(leaf, TensorForm)]
+    @property
+    def tensors(self) -> list[TensorForm]:
+        """The forms of its tensors."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, TensorForm)]
 
     def made_of(self, tensors: Iterable[Tensor]) -> Any:
         """An output of this form that holds these tensors."""
@@ -178,7 +196,9 @@ def form_of(output: Any, batch: int, other: Any, other_batch: int) -> OutputForm
             return None
         slope = tuple(step for step, _ in steps)
         base = tuple(size - step * batch for size, step in zip(leaf.shape, slope, strict=True))
-        forms.append(TensorForm(base, slope, leaf.dtype, leaf.device))
+        strides = [stride if size > 1 else 0 for stride, size in zip(leaf.stride(), leaf.shape, strict=True)]
+        order = tuple(sorted(range(leaf.dim()), key=strides.__getitem__, reverse=True))
+        forms.append(TensorForm(base, slope, leaf.dtype, leaf.device, order))
     return OutputForm(forms, spec)
 
 
@@ -211,18 +231,25 @@ class Cut:
             rows += own
         return rows
 
-    def answers(self, rows: Iterable[Tensor], skipped: Skipped) -> dict[nn.Module, dict[int, "_Answer"]]:
-        """What each module answers to each of its calls that are left out."""
+    def answers(
+        self, rows: Iterable[Tensor], batch: int, compute: Compute | None
+    ) -> "tuple[dict[nn.Module, dict[int, _Answer]], Skipped]":
+        """What each module answers to each of its calls that are left out, and what is skipped of them."""
         answers: dict[nn.Module, dict[int, _Answer]] = defaultdict(dict)
-        for call, tensors, like in zip(self.skipped, skipped.stand_ins, skipped.like, strict=True):
+        forms = [[] if call.form is None else call.form.tensors for call in self.skipped]
+        like = [[form.like(batch) for form in each] for each in forms]
+        skipped = Skipped(like, compute)
+        for number, call in enumerate(self.skipped):
             assert call.form is not None
-            answers[call.module][call.nth] = _Answer(call.form.made_of(tensors), call.form.made_of(like))
+            on_meta = [form.on_meta(batch) for form in forms[number]]
+            eager = call.form.made_of(skipped.stand_ins(number, on_meta, [form.device for form in forms[number]]))
+            answers[call.module][call.nth] = _Answer(eager, call.form.made_of(like[number]))
         rest = iter(rows)
         for call in self.given:
             assert call.form is not None
             output = call.form.filled(rest)
             answers[call.module][call.nth] = _Answer(output, output)
-        return answers
+        return answers, skipped
 
     def forget_values(self) -> None:
         """Keep the forms of what the modules returned and free the values."""
@@ -248,17 +275,19 @@ class Replay(NamedTuple):
 
 
 @contextmanager
-def replayed(cut: Cut, rows: Sequence[Tensor], batch: int, compute: Compute | None = None) -> Iterator[Replay]:
+def replayed(
+    cut: Cut, rows: Sequence[Tensor], batch: int, compute: Compute | None = None, compiled: bool = False
+) -> Iterator[Replay]:
     """Within it, the model's next pass skips what the cut skips and takes what it is given from `rows`.
 
     Discard the result of a pass that did not ask for all of that, as when layers are left out at random.
 
-    compute: gives what the skipped calls return, where something reads it; by default that is NaN.
+    compute: gives what the skipped calls return, where something reads it; by default that is NaN. compiled: whether
+    compiled code may get what they return.
     """
-    skipped = Skipped([call.form.like(batch) for call in cut.skipped if call.form is not None], compute)
-    answers = cut.answers(rows, skipped)
+    answers, skipped = cut.answers(rows, batch, compute)
     before = {module: module.__dict__.get("forward") for module in answers}
-    answering = [_Answering(module.forward, known) for module, known in answers.items()]
+    answering = [_Answering(module.forward, known, compiled) for module, known in answers.items()]
     for module, answer in zip(answers, answering, strict=True):
         # Not by setattr, which looks for parameters and submodules of that name first.
         module.__dict__["forward"] = answer
@@ -275,9 +304,10 @@ def replayed(cut: Cut, rows: Sequence[Tensor], batch: int, compute: Compute | No
 class _Answering:
     """Takes the place of a module's forward for one pass: returns known answers and computes the others."""
 
-    def __init__(self, forward: Callable[..., Any], known: dict[int, _Answer]) -> None:
+    def __init__(self, forward: Callable[..., Any], known: dict[int, _Answer], compiled: bool) -> None:
         self._forward = forward
         self._known = known
+        self._compiled = compiled
         self._calls = 0
         self._thread = get_ident()
         self._isolated = in_isolated_pass()
@@ -295,7 +325,7 @@ class _Answering:
         nth, self._calls = self._calls, self._calls + 1
         if nth not in self._known:
             return self._forward(*args, **kwargs)
-        return self._known[nth].compiled if compiling else self._known[nth].eager
+        return self._known[nth].compiled if compiling or self._compiled else self._known[nth].eager
 
 
 def at_call(nth: int, act: Callable[[Any], None]) -> Callable[[nn.Module, Any, Any], None]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from predictor.cache.arguments import Arguments, Inputs, Layout
 from predictor.cache.cut_points import (
@@ -101,18 +101,20 @@ def prefix_outputs(
     cut: Cut,
     inputs: Inputs,
     modes: bool = False,
+    copies: bool = False,
     attributes: Iterable[tuple[dict[str, Any], str, Any]] = (),
 ) -> list[Any]:
     """Run the model up to the cut and no further. Returns what the given calls return.
 
-    modes: leave modules in the modes that they are in; by default they are in evaluation mode. attributes: other values
-    for attributes of modules, each with the module's `vars` and a name.
+    modes: leave modules in the modes that they are in; by default they are in evaluation mode. copies: copy what they
+    return at once, before the model's code may write to it. attributes: other values for attributes of modules, each
+    with the module's `vars` and a name.
     """
     outputs: dict[int, Any] = {}
 
     def note(index: int) -> Callable[[Any], None]:
         def act(output: Any) -> None:
-            outputs[index] = output
+            outputs[index] = tree_map_only(Tensor, Tensor.clone, output) if copies else output
             if len(outputs) == len(cut.given):
                 raise _Enough
 
@@ -394,7 +396,7 @@ def best_cut(calls: Sequence[Call], keepable: Callable[[Call], bool], right: Cal
         if any(map(keepable, among)) and right(_given_from(among, 0, keepable)):
             return _with_least(among, keepable, right)
     singles = (
-        Cut((call,), tuple(earlier for earlier in among if earlier.end < call.end))
+        Cut((call,), tuple(earlier for earlier in among if earlier.end < call.end and not earlier.shares))
         for among in (whole, weighty)
         for call in reversed(whole)
         if keepable(call) and call.end >= weighty[0].end
@@ -419,7 +421,7 @@ def _with_least(among: Sequence[Call], keepable: Callable[[Call], bool], right: 
     cut = _given_from(among, low, keepable)
     for call in among[low:]:
         given = tuple(other for other in cut.given if other is not call)
-        less = Cut(given, (*cut.skipped, call))
+        less = Cut(given, cut.skipped if call.shares else (*cut.skipped, call))
         if given and right(less):
             cut = less
     return cut
@@ -427,7 +429,7 @@ def _with_least(among: Sequence[Call], keepable: Callable[[Call], bool], right: 
 
 def _given_from(among: Sequence[Call], index: int, keepable: Callable[[Call], bool]) -> Cut:
     """Everything before `index` is skipped, what can be given of the rest is, and what cannot runs."""
-    return Cut(tuple(filter(keepable, among[index:])), tuple(among[:index]))
+    return Cut(tuple(filter(keepable, among[index:])), tuple(call for call in among[:index] if not call.shares))
 
 
 def _within(name: str, call: Call) -> bool:

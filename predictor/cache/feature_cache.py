@@ -628,6 +628,7 @@ class FeatureCache:
         if last is None:
             return
         cut, skipped = last
+        skipped.settle_what_is_left()
         self._read = self._read + 1 if skipped.read else 0
         if self._read < _READ_IN_A_ROW:
             return

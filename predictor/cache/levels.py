@@ -200,9 +200,8 @@ class Level:
         inputs: arguments of that pass, for what it skips and reads all the same. Returns what it skips.
         """
         rest = Cut(self.cut.skipped, ())
-        asked, skipped = stack.enter_context(
-            replayed(self.cut, rows, batch, lambda: prefix_outputs(model, rest, inputs(), modes=True))
-        )
+        compute = lambda: prefix_outputs(model, rest, inputs(), modes=True, copies=True)  # noqa: E731
+        asked, skipped = stack.enter_context(replayed(self.cut, rows, batch, compute, _has_compiled_parts(model)))
 
         def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if asked():
@@ -304,6 +303,13 @@ def leaves_of(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         new = {each for each, _ in node.next_functions if each is not None} - seen
         seen |= new
         nodes += new
+
+
+def _has_compiled_parts(model: nn.Module) -> bool:
+    """Whether `torch.compile` has compiled the model or modules in it."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    return any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in model.modules())
 
 
 def _checkpointed() -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from predictor.layers.tensors import WithoutMemory
@@ -15,7 +16,11 @@ from predictor.layers.tensors import WithoutMemory
 _ALLOTTING = frozenset(f"new_{each}" for each in ("empty", "empty_strided", "full", "ones", "zeros"))
 _ALLOTTING |= {"empty", "full", "ones", "zeros", "rand", "randint", "randn"}
 """Operators that take a tensor for its shape alone; with `_like` behind some of the names."""
-_TAGS = ("data_dependent_output", "dynamic_output_shape", "inplace_view", "nondeterministic_seeded")
+_MOST_KEPT = 1 << 16
+"""Numbers of tensors that are kept for an operator that is put off."""
+_RESHAPING = {"squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_"}
+"""Operators that change a tensor's shape and leave it its memory."""
+_TAGS = ("data_dependent_output", "dynamic_output_shape", "nondeterministic_seeded")
 """Of operators that cannot be put off: what they do depends on numbers, or on the state of a random generator."""
 
 Compute = Callable[[], "list[Any]"]
@@ -30,24 +35,43 @@ class Skipped:
     the operators on them, in their order.
 
     Args:
-        outputs: for each call the tensors that it returns, as they look; their numbers do not matter.
-        compute: gives what the calls return. Without it these same tensors take their place.
+        like: for each call tensors on the right devices, which take the place of what it returns without `compute`.
+        compute: gives what the calls return.
     """
 
-    def __init__(self, outputs: Sequence[Sequence[Tensor]], compute: Compute | None = None) -> None:
+    def __init__(self, like: Sequence[Sequence[Tensor]], compute: Compute | None = None) -> None:
         self.read: set[int] = set()
         """The numbers of the calls on which something depends that was read."""
-        self.like = outputs
-        """What was given."""
-        self._numbers = outputs
+        self._numbers = like
         self._compute = compute
         self._clock = count()
         self._settled = False
         self._live: weakref.WeakSet[_Source] = weakref.WeakSet()
-        kinds = sorted({"cpu", *(leaf.device.type for leaves in outputs for leaf in leaves)})
+        kinds = sorted({"cpu", *(leaf.device.type for leaves in like for leaf in leaves)})
         self._autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
-        self.stand_ins = [self._standing_for(call, leaves) for call, leaves in enumerate(outputs)]
-        """For each call what stands for its tensors."""
+
+    def stand_ins(self, call: int, forms: Sequence[Tensor], devices: Sequence[torch.device]) -> "list[StandIn]":
+        """What stands for the tensors of a call, which have these forms, on the device "meta"."""
+
+        def run() -> list[Tensor]:
+            if len(self._numbers) <= call:
+                raise RuntimeError(
+                    "the model reads what its frozen prefix has left in it, while the feature cache computes that: "
+                    "train without the cache"
+                )
+            return [_laid_out_as(form, leaf) for form, leaf in zip(forms, self._numbers[call], strict=True)]
+
+        source = self.source(run, [call])
+        return [
+            StandIn(form, device, _Held(source, place))
+            for place, (form, device) in enumerate(zip(forms, devices, strict=True))
+        ]
+
+    def settle_what_is_left(self) -> None:
+        """Compute what stand-ins stand for that are still there, so that they do not hold the batch."""
+        left = [call for source in self._live if not source.is_computed for call in source.calls]
+        if left:
+            self.settle(left, in_operator=False)
 
     def source(self, run: "Callable[[], list[Tensor]]", calls: Iterable[int]) -> "_Source":
         """What will compute tensors, from what these calls return."""
@@ -77,13 +101,7 @@ class Skipped:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             for source in sorted(self._live, key=lambda each: each.order):
                 source.results()
-
-    def _standing_for(self, call: int, leaves: Sequence[Tensor]) -> "list[StandIn]":
-        source = self.source(lambda: [leaf.detach().contiguous() for leaf in self._numbers[call]], [call])
-        return [
-            StandIn(torch.empty(leaf.shape, dtype=leaf.dtype, device="meta"), leaf.device, _Held(source, index))
-            for index, leaf in enumerate(leaves)
-        ]
+        self._compute, self._numbers = None, []
 
 
 class _Source:
@@ -165,7 +183,7 @@ class StandIn(WithoutMemory):
                 return _put_off(func, args, kwargs, present)
             except Exception:  # there is no such operator on tensors without memory, or it is a mistake of the caller's
                 pass
-        if torch.Tag.inplace_view in getattr(func, "tags", ()):
+        if torch.Tag.inplace_view in getattr(func, "tags", ()) and name not in _RESHAPING:
             raise RuntimeError(
                 f"{name} changes the shape of what a part of the frozen prefix returned, which the feature cache had "
                 "skipped: train without the cache, or use the form of it that makes a new tensor"
@@ -173,12 +191,34 @@ class StandIn(WithoutMemory):
         for each in present:
             each.held.source.skipped.settle(each.held.source.calls)
         made = func(*tree_map(_number, args), **tree_map(_number, kwargs))
+        if isinstance(args[0], StandIn) and name in _RESHAPING:
+            args[0].take_shape(func, args, kwargs)
         return args[0] if _writes_to_first(func) else made
 
     def number(self) -> Tensor:
         """What it stands for. The calls that it depends on are computed."""
         self.held.source.skipped.settle(self.held.source.calls, in_operator=False)
         return self.held.tensor
+
+    @property
+    def data(self) -> Tensor:
+        """As of any tensor: the same without gradients."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if not isinstance(value, StandIn) or value.shape != self.shape or value.dtype != self.dtype:
+            raise RuntimeError(
+                "something else is put in the place of what a part of the frozen prefix returned, which the feature "
+                "cache had skipped: train without the cache"
+            )
+        self.held = value.held
+
+    def take_shape(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Take the shape that an operator gives to what it writes to."""
+        with no_dispatch():
+            func(*args, **kwargs)
+        self.form = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
 
     def tolist(self) -> Any:
         """As of any tensor."""
@@ -191,6 +231,14 @@ class StandIn(WithoutMemory):
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         """As of any tensor."""
         return self.number().numpy().__array__(*args, **kwargs)
+
+    def __format__(self, spec: str) -> str:
+        """As of any tensor."""
+        return str(self.number().__format__(spec))  # type: ignore[no-untyped-call]
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """As of any tensor."""
+        return self.number().__dlpack__(**options)
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         """A copy of what it stands for."""
@@ -224,7 +272,10 @@ def _needs_numbers(func: Any, name: str, args: Any, leaves: list[Any]) -> bool:
     """Whether an operator cannot be put off."""
     if not hasattr(func, "_schema") or any(getattr(torch.Tag, tag) in func.tags for tag in _TAGS):
         return True
-    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+    plain = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, StandIn)]
+    if any(leaf.requires_grad for leaf in plain):
+        return True
+    if sum(leaf.numel() for leaf in plain if not isinstance(leaf, torch.nn.Parameter)) > _MOST_KEPT:
         return True
     if len({id(leaf.held.source.skipped) for leaf in leaves if isinstance(leaf, StandIn)}) > 1:
         return True  # of several passes, which would keep each other's batches
@@ -252,15 +303,11 @@ def _put_off(func: Any, args: Any, kwargs: Any, present: list[StandIn]) -> Any:
     writes = _writes_to_first(func)
     forms = func(*tree_map(_form, args), **tree_map(_form, _on_meta(kwargs)))
     leaves, spec = tree_flatten(forms)
-    held = tree_map(lambda value: value.held if isinstance(value, StandIn) else value, (args, kwargs))
-    plain = [(leaf, leaf._version) for leaf in tree_leaves((args, kwargs)) if type(leaf) is Tensor]
+    if any(leaf.is_conj() or leaf.is_neg() for leaf in leaves if isinstance(leaf, Tensor)):
+        raise NotImplementedError("a stand-in does not show that it is read otherwise than it lies in memory")
+    held = tree_map(_kept, (args, kwargs))
 
     def run() -> list[Tensor]:
-        if any(tensor._version != version for tensor, version in plain):
-            raise RuntimeError(
-                "a tensor was written to before the frozen prefix, which the feature cache had skipped, was computed "
-                "with it: train without the cache"
-            )
         own_args, own_kwargs = tree_map(
             lambda value: value.tensor if isinstance(value, _Held) else value,
             held,
@@ -273,6 +320,8 @@ def _put_off(func: Any, args: Any, kwargs: Any, present: list[StandIn]) -> Any:
     source = present[0].held.source.skipped.source(run, {call for each in present for call in each.held.source.calls})
     if writes:
         args[0].held = _Held(source, 0)
+        if torch.Tag.inplace_view in func.tags:
+            args[0].take_shape(func, args, kwargs)
         return args[0]
     device = kwargs.get("device") or present[0].device
     shares = any(returned.alias_info is not None for returned in func._schema.returns)
@@ -285,6 +334,20 @@ def _put_off(func: Any, args: Any, kwargs: Any, present: list[StandIn]) -> Any:
             each.views = present[0].views
             each.views.append(weakref.ref(each))
     return torch.utils._pytree.tree_unflatten(made, spec)
+
+
+def _laid_out_as(form: Tensor, tensor: Tensor) -> Tensor:
+    """A copy of a tensor with the strides of its form."""
+    if tensor.stride() == form.stride():
+        return tensor
+    return torch.empty_strided(form.shape, form.stride(), dtype=form.dtype, device=tensor.device).copy_(tensor)
+
+
+def _kept(value: Any) -> Any:
+    """An argument for later: a tensor may be written to till then. Only a large weight is not copied."""
+    if isinstance(value, StandIn):
+        return value.held
+    return value.detach().clone() if isinstance(value, Tensor) and value.numel() <= _MOST_KEPT else value
 
 
 def _form(value: Any) -> Any:

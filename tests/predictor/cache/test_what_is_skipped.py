@@ -1,7 +1,9 @@
 """What a hit skips is computed where something reads it all the same: the losses are those without a cache."""
 
 import copy
+import gc
 import io
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -158,12 +160,14 @@ class Text(nn.Module):
         return self.head(late)
 
 
-def trained(make, cached, loss_of, change=lambda model, epoch: None, rows=ROWS, size=SIZE, epochs=5, autocast=False):
+def trained(
+    make, cached, loss_of, change=lambda model, epoch: None, rows=ROWS, size=SIZE, epochs=5, autocast=False, layers=2
+):
     """The losses of a training, and its cache. change: is called before each epoch."""
     torch.manual_seed(0)
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    policy = make_policy("static", layers=2)
+    policy = make_policy("static", layers=layers)
     controller = FreezeController(model, optimizer, policy, total_steps=999, say=None)
     cache = FeatureCache(controller)
     losses = []
@@ -310,6 +314,142 @@ def test_what_is_read_of_the_whole_batch_is_computed_of_the_whole_batch():
 
     cache = check(Mixed, change=switched)
     assert (cache.reason, cache.kept) == ("", ("first", "second"))
+
+
+class Doubled(Network):
+    """Writes to what a skipped layer gives, before the next one is called."""
+
+    def forward(self, x):
+        early = self.first(x)
+        early.mul_(2.0)
+        return self.finish(early, self.third(self.second(early).relu()))
+
+
+class OverwrittenByModule(Network):
+    """A module writes to what a layer gave, and the model reads both that and a copy from before."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        early = self.first(x)
+        before = early.clone()
+        late = self.third(self.second(self.act(early)).relu())
+        return self.finish(early + before, late)
+
+
+class SameTensor(Network):
+    """A module returns what it is given, and the model writes to that."""
+
+    def __init__(self):
+        super().__init__()
+        self.same = nn.Identity()
+
+    def forward(self, x):
+        early = self.first(x)
+        self.same(early).mul_(2.0)
+        return self.finish(early, self.third(self.second(early).relu()))
+
+
+class WithView(Network):
+    """A layer returns a view of its output too, and the model writes to that."""
+
+    class Pair(nn.Linear):
+        def forward(self, x):
+            out = super().forward(x)
+            return out, out[:, :4]
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.Pair(6, 8)
+
+    def forward(self, x):
+        early, half = self.first(x)
+        half.mul_(3.0)
+        return self.finish(early, self.third(self.second(early).relu()))
+
+
+class Rescaling(Network):
+    """Changes a buffer, and a parameter that does not train, after it has used them with what is skipped."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(8))
+        self.factor = nn.Parameter(torch.ones(8), requires_grad=False)
+
+    def finish(self, early, late):
+        if self.early:
+            scaled = early * self.scale * self.factor
+            self.scale.mul_(0.5).add_(0.6)
+            self.scale.data.mul_(1.1)
+            with torch.no_grad():
+                self.factor.mul_(0.9)
+            late = late + scaled
+        return self.head(late.relu())
+
+
+class Products(Network):
+    """Multiplies by vectors, for which torch changes shapes in place, and does so itself."""
+
+    def finish(self, early, late):
+        if self.early:
+            late = late + early.mean(0) @ (early.t() @ early)
+            late = late + early.sum(0).unsqueeze_(0) + (torch.fft.fft(early).conj() * 1j).real
+            assert f"{early.mean():.3f}"
+        return self.head(late.relu())
+
+
+class Transposed(Network):
+    """Its first module returns a tensor that lies otherwise in memory."""
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 8)
+
+        def forward(self, x):
+            return self.linear(x).view(-1, 4, 2).transpose(1, 2)
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.Turned()
+
+    def forward(self, x):
+        early = self.first(x)
+        late = self.third(self.second(early.reshape(len(x), 8).relu()).relu())
+        return self.finish(early.transpose(1, 2).view(len(x), 8), late)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("make", [Doubled, OverwrittenByModule, SameTensor, WithView, Rescaling, Products, Transposed])
+def test_what_is_read_is_what_it_would_have_been(make, layers):
+    check(make, change=switched, layers=layers)
+
+
+def test_what_is_kept_of_a_pass_does_not_keep_its_batch():
+    batches = []
+
+    class Logging(Network):
+        def __init__(self):
+            super().__init__()
+            self.log = []
+
+        def finish(self, early, late):
+            if self.early:
+                self.log.append(early.detach().mean())
+            return self.head(late.relu())
+
+    def loss_of(model, x, epoch):
+        batches.append(weakref.ref(x))
+        return model(x)
+
+    gc.disable()
+    try:
+        trained(Logging, True, loss_of, change=switched, epochs=20)
+        assert sum(batch() is not None for batch in batches) <= 2
+    finally:
+        gc.enable()
 
 
 def test_a_stand_in_is_copied_and_written_to_files_as_what_it_stands_for():

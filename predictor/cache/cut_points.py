@@ -241,14 +241,13 @@ class Cut:
         skipped = Skipped(like, compute)
         for number, call in enumerate(self.skipped):
             assert call.form is not None
-            on_meta = [form.on_meta(batch) for form in forms[number]]
-            eager = call.form.made_of(skipped.stand_ins(number, on_meta, [form.device for form in forms[number]]))
+            eager = partial(_standing_for, skipped, number, call.form, batch)
             answers[call.module][call.nth] = _Answer(eager, call.form.made_of(like[number]))
         rest = iter(rows)
         for call in self.given:
             assert call.form is not None
             output = call.form.filled(rest)
-            answers[call.module][call.nth] = _Answer(output, output)
+            answers[call.module][call.nth] = _Answer(partial(_same, output), output)
         return answers, skipped
 
     def forget_values(self) -> None:
@@ -260,9 +259,19 @@ class Cut:
 class _Answer(NamedTuple):
     """What a call that is left out returns."""
 
-    eager: Any
+    eager: Callable[[], Any]
+    """Makes it, when it is asked for."""
     compiled: Any
     """The same in compiled code, which cannot ask what is read: NaN, and zeros for whole numbers."""
+
+
+def _standing_for(skipped: Skipped, number: int, form: OutputForm, batch: int) -> Any:
+    devices = [each.device for each in form.tensors]
+    return form.made_of(skipped.stand_ins(number, [each.on_meta(batch) for each in form.tensors], devices))
+
+
+def _same(output: Any) -> Any:
+    return output
 
 
 class Replay(NamedTuple):
@@ -325,7 +334,7 @@ class _Answering:
         nth, self._calls = self._calls, self._calls + 1
         if nth not in self._known:
             return self._forward(*args, **kwargs)
-        return self._known[nth].compiled if compiling or self._compiled else self._known[nth].eager
+        return self._known[nth].compiled if compiling or self._compiled else self._known[nth].eager()
 
 
 def at_call(nth: int, act: Callable[[Any], None]) -> Callable[[nn.Module, Any, Any], None]:

@@ -196,7 +196,7 @@ def test_outside_of_the_curve_it_is_a_bound(suite):
 
 def test_costs_of_nonsense_overflow_nothing(suite):
     """Costs as far apart as floats go: a multiplier and its interval are still numbers."""
-    nonsense = [(0.85, 1e300), (0.89, 50)], [(0.85, 1e-300), (0.89, 50)], [(0.85, 5e-324), (0.89, 1e300)]
+    nonsense = [(0.85, 1e300), (0.89, 50)], [(0.85, 1e-300), (0.89, 50)], [(0.85, 1e-300), (0.89, 1e300)]
     for full in (FULL, {"none": [(0.9, 1e300), (0.92, 100)], "shorter 0.5": [(0.8, 50), (0.82, 1e300)]}):
         for points in nonsense:
             found = compute_multipliers(suite(a=full | {"fast": points}))["a", "fast"]

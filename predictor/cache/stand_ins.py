@@ -45,7 +45,6 @@ class Skipped:
         self._numbers = like
         self._compute = compute
         self._clock = count()
-        self._settled = False
         self._live: weakref.WeakSet[_Source] = weakref.WeakSet()
         kinds = sorted({"cpu", *(leaf.device.type for leaves in like for leaf in leaves)})
         self._autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
@@ -72,6 +71,7 @@ class Skipped:
         left = [call for source in self._live if not source.is_computed for call in source.calls]
         if left:
             self.settle(left, in_operator=False)
+        self._compute, self._numbers = None, []
 
     def source(self, run: "Callable[[], list[Tensor]]", calls: Iterable[int]) -> "_Source":
         """What will compute tensors, from what these calls return."""
@@ -85,15 +85,13 @@ class Skipped:
         calls: those of which something is read. in_operator: whether this is called within an operator on a stand-in.
         """
         self.read.update(calls)
-        if self._settled:
-            return
-        self._settled = True
-        if self._compute is not None:
+        compute, self._compute = self._compute, None
+        if compute is not None:
             self._numbers = []  # nothing that is computed now has them
             with ExitStack() as stack, torch.overrides.enable_reentrant_dispatch() if in_operator else nullcontext():
                 for kind, dtype, enabled in self._autocast:
                     stack.enter_context(torch.autocast(kind, dtype, enabled))
-                found = self._compute()
+                found = compute()
             self._numbers = [[leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)] for output in found]
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -101,7 +99,6 @@ class Skipped:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             for source in sorted(self._live, key=lambda each: each.order):
                 source.results()
-        self._compute, self._numbers = None, []
 
 
 class _Source:

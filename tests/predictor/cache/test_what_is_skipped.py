@@ -400,6 +400,16 @@ class Products(Network):
         return self.head(late.relu())
 
 
+class ReadInTurn(Network):
+    """Reads what one skipped layer gives before the next one is called, and then what that gives."""
+
+    def forward(self, x):
+        early = self.first(x).relu()
+        factor = float(early.mean()) if self.early else 1.0
+        middle = self.second(early).relu()
+        return self.finish(middle * factor, self.third(middle))
+
+
 class Transposed(Network):
     """Its first module returns a tensor that lies otherwise in memory."""
 
@@ -422,7 +432,9 @@ class Transposed(Network):
 
 
 @pytest.mark.parametrize("layers", [2, 3])
-@pytest.mark.parametrize("make", [Doubled, OverwrittenByModule, SameTensor, WithView, Rescaling, Products, Transposed])
+@pytest.mark.parametrize(
+    "make", [Doubled, OverwrittenByModule, SameTensor, WithView, Rescaling, Products, ReadInTurn, Transposed]
+)
 def test_what_is_read_is_what_it_would_have_been(make, layers):
     check(make, change=switched, layers=layers)
 

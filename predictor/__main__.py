@@ -82,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     prefix.add_argument("--outcomes", nargs="+", type=Path, required=True, metavar="PATH", help=text)
     text = "the predictor to add it to: a file, or `shipped` (default: %(default)s)"
     prefix.add_argument("--predictor", default="shipped", metavar="PATH", help=text)
+    text = "from the runs that start from scratch, for such trainings; without it from the others, for the others"
+    prefix.add_argument("--scratch", action="store_true", help=text)
     prefix.add_argument("--out", type=Path, default=_OUT, help="the file to write (default: %(default)s)")
     tune = commands.add_parser("tune", help="search for better settings with Optuna; continues an interrupted study")
     _add_data_flags(tune)
@@ -170,16 +172,22 @@ def _prefix(flags: argparse.Namespace) -> None:
     from data.outcomes.first_prefixes import first_prefixes
     from data.outcomes.records import read_outcomes
     from predictor.model.file import load_predictor, save_predictor
+    from predictor.model.first_prefix import PrefixModel
     from predictor.policies.smartfrz import SHIPPED
     from predictor.training.card import first_prefix_text
     from predictor.training.first_prefix import fit_first_prefix
 
     file = load_predictor(SHIPPED if flags.predictor == "shipped" else flags.predictor)
-    runs = first_prefixes(outcome for path in flags.outcomes for outcome in read_outcomes(path))
+    runs = first_prefixes((outcome for path in flags.outcomes for outcome in read_outcomes(path)), flags.scratch)
     model, figures = fit_first_prefix(runs)
-    card = {**file.card, "first_prefix": {**figures, "files": [path.name for path in flags.outcomes]}}
-    save_predictor(flags.out, replace(file, prefix=model, card=card))
-    print(f"{first_prefix_text(card)}\n{flags.out}")
+    figures |= {"files": [path.name for path in flags.outcomes]}
+    known = file.prefix or PrefixModel(0.0)  # which allows nothing
+    if flags.scratch:
+        prefix, card = replace(known, scratch=model), {**file.card, "first_prefix_scratch": figures}
+    else:
+        prefix, card = replace(model, scratch=known.scratch), {**file.card, "first_prefix": figures}
+    save_predictor(flags.out, replace(file, prefix=prefix, card=card))
+    print(f"{first_prefix_text(card, flags.scratch)}\n{flags.out}")
 
 
 def _tune(flags: argparse.Namespace) -> None:

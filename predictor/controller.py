@@ -28,6 +28,7 @@ from predictor.layers.parts import unwrapped
 from predictor.model.first_look import FirstLook
 from predictor.policies.base import FreezePolicy, View
 from predictor.policies.measuring.first_look import look_at
+from predictor.policies.measuring.first_statistics import FirstStatistics
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,6 +119,7 @@ class FreezeController:
         self._looks = 0  # losses that it has taken
         self._look: FirstLook | None = None
         self._looking = False
+        self._statistics: FirstStatistics | None = None  # what the look has written to BatchNorms
         self.agree: Callable[[frozenset[int], int], frozenset[int]] = _own_answer
         self._planned: frozenset[int] = frozenset()  # what the policy wants frozen; frozen unless in a dry run
         warn_of_leftover_freezing(self.layers)
@@ -192,7 +194,8 @@ class FreezeController:
         Call it before the loop, after states were loaded. It takes a quarter of the samples of each of 8 batches, at
         least 4, forward and backward, in evaluation mode. Afterwards model, `.grad`, statistics, modes, the random
         generators of Python, NumPy and torch, the loader's own, and what `loss` uses are what they were. For that time
-        it keeps two more copies of all weights that train.
+        it keeps two more copies of all weights that train. A BatchNorm that has seen no data yet normalises by the
+        batch; if its layer freezes, it keeps the statistics of these batches.
 
         Batches stay whole whose samples cannot be told (tensors and lists of different lengths), and all of them where
         `loss` raises an error on a part. Under several processes each looks at its own, and the first decides.
@@ -223,7 +226,7 @@ class FreezeController:
     def wants_look(self) -> bool:
         """Whether `look` looks: the policy wants it, it could change something, and the training has not begun."""
         resumed = self._waiting_state is not None and self._waiting_state["step"]
-        asked = self.policy.wants_look and self.policy.worth_a_look(self.total_steps)
+        asked = self.policy.worth_a_look(self.total_steps) and self.policy.wants_look
         return bool(asked and not self._step and not resumed)
 
     def step(self) -> FreezeEvent | None:
@@ -359,10 +362,18 @@ class FreezeController:
         self._undo_start()
         self._looking = True
         model, why_not = self.called_model, self.report_no_look
+        statistics = self._statistics = FirstStatistics(model)
         try:
             with without_sync(model):
                 self._look = look_at(
-                    model, lambda: self.layers, batches, loss, others=others, around=self._taking, why_not=why_not
+                    model,
+                    lambda: self.layers,
+                    batches,
+                    loss,
+                    others=others,
+                    around=self._taking,
+                    why_not=why_not,
+                    statistics=statistics,
                 )
         finally:
             self._looking = False
@@ -370,6 +381,7 @@ class FreezeController:
             if state is not None and state["layers"] == [layer.name for layer in self.layers]:
                 self._waiting_state = None  # it has no more to say than that its training had not begun
             event = self._start()
+        statistics.write(self.layers[index] for index in self.frozen)
         return event
 
     @contextmanager
@@ -387,6 +399,9 @@ class FreezeController:
         """Undo what was decided before the first step."""
         if self._planned:
             self._change(frozenset())
+        if self._statistics is not None:
+            self._statistics.take_back()
+            self._statistics = None
         self.history.clear()
         self._reporter.withdraw()
         self._compiled.begin_anew()

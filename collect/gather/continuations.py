@@ -96,6 +96,8 @@ class Branch(Hook):
             say=None,
         )
         if self._step == 0:
+            # Its BatchNorms see some data before they freeze.
+            self._controller.look(training.batches(), lambda batch: training.loss_of(*batch[1:]))
             self._reorder()
 
     def on_step(self, training: Training) -> None:
@@ -145,6 +147,8 @@ def _first_look(training: Training) -> FirstLook | None:
 
 class _FrozenFrom(FreezePolicy):
     """Freezes the same layers from one step on."""
+
+    wants_look = True
 
     def __init__(self, step: int, layers: tuple[int, ...]) -> None:
         self._step, self._layers = step, frozenset(layers)

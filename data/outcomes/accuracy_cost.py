@@ -34,6 +34,9 @@ class AccuracyCost:
     Zero in the last row and in the first column."""
     flops_F: npt.NDArray[np.float64]
     """FLOPs of an optimizer step with each prefix frozen, as a share of a full step's. 1 for no layers."""
+    signed_PF: npt.NDArray[np.float64]
+    """The costs as they were measured: chance makes some negative, and puts them out of order. Means of them have no
+    such bias as those of `cost_PF`."""
 
     def cost(self, step_T: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """cost_TL: percentage points of accuracy lost by freezing layers 0 to l from step t to the end.
@@ -139,14 +142,16 @@ def _surface(prefixes: list[Outcome], rate: float) -> AccuracyCost:
         column = np.searchsorted(size_K, len(prefix.layers))
         cost_MK[np.searchsorted(step_M, prefix.step), column] = _cost(prefix, rate)
         flops_K[column] = prefix.flops_share
+    filled_MK = _filled(cost_MK, size_K)
     return AccuracyCost(
         run_id=run.run_id,
         total_steps=run.total_steps,
         layer_count=run.layer_count,
         step_P=np.append(step_M, run.total_steps),
         prefix_F=np.insert(size_K, 0, 0),
-        cost_PF=np.pad(_monotone(_filled(cost_MK, size_K)).clip(min=0), ((0, 1), (1, 0))),
+        cost_PF=np.pad(_monotone(filled_MK).clip(min=0), ((0, 1), (1, 0))),
         flops_F=np.insert(flops_K, 0, 1.0),
+        signed_PF=np.pad(filled_MK, ((0, 1), (1, 0))),
     )
 
 

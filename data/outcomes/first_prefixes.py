@@ -5,18 +5,16 @@ from collections.abc import Iterable
 from data.outcomes.accuracy_cost import accuracy_costs
 from data.outcomes.records import Outcome
 from predictor.errors import UsageError
-from predictor.model.first_look import LEARNED, FirstLook
+from predictor.model.first_look import FirstLook
 from predictor.training.first_prefix import FirstPrefixes
 
 _COMMAND = "`python -m collect gather outcomes --points 0`"
 
 
-def first_prefixes(outcomes: Iterable[Outcome]) -> list[FirstPrefixes]:
+def first_prefixes(outcomes: Iterable[Outcome], scratch: bool = False) -> list[FirstPrefixes]:
     """The runs that have prefixes frozen from step 0 and a look at their first batches, in the order of the outcomes.
 
-    Those from scratch are left out: there no prefix may freeze before the first step, whatever a model predicts.
-
-    Raises UsageError where there is none.
+    Those from scratch, or the others, which have a model of their own. Raises UsageError where there is none.
     """
     outcomes = tuple(outcomes)
     from_start = [each for each in outcomes if each.kind == "unfrozen" or (each.kind == "front" and each.step == 0)]
@@ -27,11 +25,15 @@ def first_prefixes(outcomes: Iterable[Outcome]) -> list[FirstPrefixes]:
         run = looked.get(run_id)
         if run is not None and cost.step_P[0] == 0:
             look = FirstLook.from_dict(run.facts["look"])
-            if look.evidence_L and max(look.evidence_L) < LEARNED:
+            if look.from_scratch != scratch:
                 continue
             size_F = cost.prefix_F[1:]
             paid_F = cost.cost([0])[0][size_F - 1]
-            runs.append(FirstPrefixes(run.workload, run.family, look, run.total_steps, size_F, paid_F, cost.flops()))
+            known = run.workload, run.family, look, run.total_steps, size_F, paid_F, cost.flops()
+            runs.append(FirstPrefixes(*known, cost.signed_PF[0][1:] if scratch else paid_F))
     if not runs:
-        raise UsageError(f"no run has prefixes frozen from step 0 and a look at its first batches: see {_COMMAND}")
+        kind = "from scratch " if scratch else ""
+        raise UsageError(
+            f"no run {kind}has prefixes frozen from step 0 and a look at its first batches: see {_COMMAND}"
+        )
     return runs

@@ -35,6 +35,9 @@ class FirstLook:
     evidence_L: tuple[float, ...] = ()
     """How far the weights are from independent random numbers, in standard deviations of such, at least 0
     (`predictor.policies.measuring.learned`). Empty if it was not measured."""
+    unready_L: tuple[bool, ...] = ()
+    """Whether a layer is of no use with random weights (`predictor.policies.measuring.unready`). Empty if it
+    was not looked at."""
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as JSON."""
@@ -63,6 +66,17 @@ class FirstLook:
             return math.inf
         count = max(1, round(len(trained) / 10))
         return sum(trained[:count]) / sum(trained) * len(trained) / count
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether nearly no layer has learned anything: of ten at most one, since chance may look like learning."""
+        learned = sum(evidence >= LEARNED for evidence in self.evidence_L)
+        return bool(self.evidence_L) and 10 * learned <= len(self.evidence_L)
+
+    @property
+    def ready(self) -> int:
+        """How many layers from the first on are of use with random weights."""
+        return self.unready_L.index(True) if True in self.unready_L else len(self.unready_L)
 
     @property
     def learned(self) -> int:

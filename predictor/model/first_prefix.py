@@ -76,6 +76,8 @@ class PrefixModel:
     settled, and cost more than their gradient tells. None if it has no such limit."""
     shorter: "PrefixModel | None" = None
     """In files of an earlier version: the model of trainings of fewer steps. Without one no prefix may freeze there."""
+    scratch: "PrefixModel | None" = None
+    """The model of networks that have learned nothing yet. Without one no prefix may freeze there."""
 
     def costs(self, look: FirstLook, steps: int) -> Floats:
         """cost_F: percentage points of accuracy that each prefix of 1 to L layers costs. It never falls.
@@ -104,22 +106,45 @@ class PrefixModel:
             return self
         return None if self.shorter is None else self.shorter.for_length(steps)
 
+    def model_for(self, from_scratch: bool, steps: int) -> "PrefixModel | None":
+        """The model for a training; None where no prefix may freeze, whatever its first batches say.
+
+        From scratch that is also where it is longer than any that is known: what random layers lack may tell there.
+
+        Args:
+            from_scratch: whether the network has learned nothing yet.
+            steps: optimizer steps of the whole training.
+        """
+        if not from_scratch:
+            return self.for_length(steps)
+        known = self.scratch
+        if known is None or (known.most_steps is not None and steps > known.most_steps):
+            return None
+        return known.for_length(steps)
+
     def most(self, look: FirstLook) -> int:
-        """How many layers may freeze at the most: none of those that have learned nothing, or not settled."""
+        """How many layers may freeze at the most.
+
+        None of those that have learned nothing, and none at all where the first have not settled. From scratch those
+        that are of use with random weights.
+        """
+        if look.from_scratch:
+            return look.ready
         settled = self.most_early is None or look.early_share <= self.most_early
         return look.learned if settled else 0
 
     def choose(self, look: FirstLook, steps: int, risk: float) -> int:
         """How many layers freeze before the first step.
 
-        0 for none, as where the first layers have not learned or settled, or no model is for so short a training.
+        0 for none, as where the first layers have not learned or settled, or no model is for such a training: a shorter
+        one than any that is known, and from scratch a longer one too.
 
         Args:
             look: what the first batches' gradients say.
             steps: optimizer steps of the whole training.
             risk: percentage points of accuracy that may be lost.
         """
-        model = self.for_length(steps)
+        model = self.model_for(look.from_scratch, steps)
         return 0 if model is None else min(model.most(look), largest(model.costs(look, steps), model.allowance(risk)))
 
     def as_dict(self) -> dict[str, Any]:
@@ -132,20 +157,21 @@ class PrefixModel:
             **({} if self.most_steps is None else {"most_steps": self.most_steps}),
             **({} if self.most_early is None else {"most_early": self.most_early}),
             **({} if self.shorter is None else {"shorter": self.shorter.as_dict()}),
+            **({} if self.scratch is None else {"scratch": self.scratch.as_dict()}),
         }
 
     @classmethod
     def from_dict(cls, content: Any) -> "PrefixModel":
         """The model that `as_dict` returned. Raises UsageError for content that is none."""
         try:
-            inner = content.get("shorter")
-            shorter = None if inner is None else cls.from_dict(inner)
+            inner = [content.get(name) for name in ("shorter", "scratch")]
+            shorter, scratch = (None if each is None else cls.from_dict(each) for each in inner)
             weights = {str(name): float(weight) for name, weight in content["weights"].items()}
             allowances = tuple((float(risk), float(cost)) for risk, cost in content["allowances"])
             fewest = int(content.get("fewest_steps", 0))
             most = None if content.get("most_steps") is None else int(content["most_steps"])
             early = None if content.get("most_early") is None else float(content["most_early"])
-            model = cls(float(content["intercept"]), weights, allowances, fewest, most, early, shorter)
+            model = cls(float(content["intercept"]), weights, allowances, fewest, most, early, shorter, scratch)
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UsageError(f"no prefix model ({error})") from error
         numbers: Sequence[float] = [model.intercept, *weights.values(), *sum(allowances, ()), early or 0.0]

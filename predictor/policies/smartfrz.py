@@ -27,7 +27,8 @@ from predictor.model.sampling import LayerSampler
 from predictor.policies.base import FreezePolicy, View
 from predictor.policies.measuring.gradients import gradient_norms_of, gradients, to_host
 from predictor.policies.measuring.layer_rates import group_of_layers
-from predictor.policies.measuring.learned import has_learned
+from predictor.policies.measuring.learned import from_scratch, has_learned
+from predictor.policies.measuring.unready import is_ready
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "smartfrz.safetensors"
 _DEFAULT_RISK = 0.5
@@ -50,7 +51,8 @@ class SmartFRZPolicy(FreezePolicy):
         predicts from each prefix's share of the layers and of the gradient, and from the length of the training, what
         it would cost if it froze at once (`predictor.model.first_prefix`). The largest whose cost is allowed for the
         risk freezes. None does where the first layers have not learned or settled, nor in a training of fewer steps
-        than any that it has learned from: where each step still counts, every frozen layer costs more.
+        than any that it has learned from: where each step still counts, every frozen layer costs more. From scratch a
+        third model says that of random layers, up to the first that is of no use so (`policies.measuring.unready`).
     Signal: the motion of the weights, their distance from the start, gradient times motion, learning rate, progress and
         depth (`predictor.model.history`).
     Differs: the paper's predictor sees raw weights alone, which in our measurements does not carry over to another
@@ -119,17 +121,23 @@ class SmartFRZPolicy(FreezePolicy):
 
     @property
     def wants_look(self) -> bool:  # type: ignore[override]  # weights may be loaded until it is asked
-        """Whether it can say which prefix may freeze before the first step: not from scratch."""
-        return self._first_prefix is not None and has_learned(self._layers)
+        """Whether it can say which prefix may freeze before the first step; not every predictor can from scratch."""
+        model = self._first_prefix
+        if model is None:
+            return False
+        if has_learned(self._layers):
+            return True
+        return model.scratch is not None and from_scratch(self._layers) and is_ready(self._network, self._layers[0])
 
     def worth_a_look(self, total_steps: int) -> bool:
         """Whether the training is as long as those that the prefix model has learned from."""
-        return self._first_prefix is not None and self._first_prefix.for_length(total_steps) is not None
+        model = self._first_prefix
+        return model is not None and model.model_for(not has_learned(self._layers), total_steps) is not None
 
     def bind(self, model: nn.Module, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         """Draw the positions of the sampled weights, and begin a new history."""
         self.close()
-        self._layers = layers
+        self._network, self._layers = model, layers
         self._steps, self._decided, self._rates = Counter(), 0, {}
         self._optimizers = list(map(innermost, optimizers_of(optimizer)))
         self._started = [[_known(group.get("lr")) for group in each.param_groups] for each in self._optimizers]

@@ -101,13 +101,18 @@ def show(file: PredictorFile) -> str:
 def figures_text(card: Any) -> str:
     """The tables of a card: test figures by classifier, by family, without each family, and on what was held out."""
     parts = [_overall(card), _by_family(card), _transfer(card), _unseen(card), _LEGEND, _risks(card)]
-    parts.append(first_prefix_text(card))
+    parts += [first_prefix_text(card), first_prefix_text(card, scratch=True)]
     return "\n\n".join(part for part in parts if part)
 
 
-def first_prefix_text(card: Any) -> str:
-    """The table of a card about prefixes that freeze before the first step; empty where it has none."""
-    figures = at(card, "first_prefix")
+def first_prefix_text(card: Any, scratch: bool = False) -> str:
+    """The table of a card about prefixes that freeze before the first step; empty where it has none.
+
+    Args:
+        card: of a predictor.
+        scratch: that of networks from scratch, in place of the others.
+    """
+    figures = at(card, "first_prefix_scratch" if scratch else "first_prefix")
     if not isinstance(figures, dict):
         return ""
     families = ", ".join(f"{text(name)} {text(count)}" for name, count in _rows(at(figures, "families")))
@@ -120,13 +125,16 @@ def first_prefix_text(card: Any) -> str:
     replayed = text(at(figures, "replayed") or runs)
     shortest = at(figures, "shorter", "fewest_steps") or fewest  # in files of an earlier version
     length = f", of {text(fewest)} to {text(most)} steps" if most else ""
+    which = "these" if scratch else f"the {replayed} whose first layer has learned something"
+    limits = f"fewer than {text(shortest)} steps" + (f" or more than {text(most)}" if scratch else "")
+    when = "before the first step" + (", from scratch" if scratch else "")
     return (
-        f"Frozen before the first step, learned from {text(runs)} runs: {families}.\n"
+        f"Frozen {when}, learned from {text(runs)} runs: {families}.\n"
         f"What a prefix costs is fitted to {text(fitted or runs)} of them{length}; in the others none may freeze.\n"
-        f"What the {replayed} whose first layer has learned something would have lost, and what a step\n"
+        f"What {which} would have lost, and what a step\n"
         "would have cost without a cache, each family by a model that was fitted to the others:\n"
         f"{table(('risk (pp)', 'pp lost', 'FLOPs'), rows)}\n\n"
-        f"In trainings of fewer than {text(shortest)} steps no layer freezes before the first one."
+        f"{'From scratch, in' if scratch else 'In'} trainings of {limits} no layer freezes before the first one."
     )
 
 

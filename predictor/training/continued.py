@@ -64,7 +64,8 @@ def origin(settings: FitConfig) -> dict[str, Any]:
         return {}
     path = _path(settings.continue_from)
     before = {name: start.card[name] for name in ("labels", "data", "continued_from") if name in start.card}
-    kept = {"first_prefix": start.card["first_prefix"]} if "first_prefix" in start.card else {}
+    names = ("first_prefix", "first_prefix_scratch")
+    kept: dict[str, Any] = {name: start.card[name] for name in names if name in start.card}
     return {"continued_from": {"name": settings.continue_from, "sha256": fingerprint(path), **before}, **kept}
 
 

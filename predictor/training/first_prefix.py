@@ -44,29 +44,35 @@ class FirstPrefixes:
     """Percentage points of accuracy that each of them cost."""
     step_F: Floats
     """FLOPs of a step with a frozen prefix of 0, 1, ... L layers, as shares of a full step's."""
+    lost_F: Floats
+    """What counts in the mean over runs for each of them: their costs, or these as they were measured, in which chance
+    may be below 0 too."""
 
 
 def fit_first_prefix(runs: Sequence[FirstPrefixes]) -> tuple[PrefixModel, dict[str, Any]]:
-    """Fit the model to runs. Returns it and what a card says about it.
+    """Fit the model to runs, all from scratch or none. Returns it and what a card says about it.
 
     The line is fitted to the runs in which a prefix may freeze at all (`PrefixModel.most`). What may be risked comes
-    from families that it was not fitted to, each left out in turn, and from all runs whose first layer has learned
-    something: those in which nothing freezes lose nothing, and save nothing.
+    from families that it was not fitted to, each left out in turn: from scratch from the same runs, else from all whose
+    first layer has learned something. Those in which nothing freezes lose nothing, and save nothing.
 
     Raises:
         UsageError: a prefix may freeze in the runs of fewer than two families.
     """
+    scratch = all(run.look.from_scratch for run in runs)
     freezing = [run for run in runs if _UNFITTED.most(_measured(run.look))]
     families = sorted({run.family for run in freezing})
     if len(families) < 2:
+        what = "layers that are of use with random weights" if scratch else "first layers that have learned and settled"
+        kind = "networks" if scratch else "pretrained networks"
         raise UsageError(
-            f"of {len(runs)} runs {len(freezing)}, of {len(families)} families, have first layers that have learned "
-            "and settled: a family is left out in turn, so give pretrained networks of two"
+            f"of {len(runs)} runs {len(freezing)}, of {len(families)} families, have {what}: a family is left out in "
+            f"turn, so give {kind} of two"
         )
     line = _line(freezing)
     without = {family: _line([run for run in freezing if run.family != family]) for family in families}
-    learned = [run for run in runs if _measured(run.look).learned]
-    predicted = predict_unseen(learned, {run.family: without.get(run.family, line) for run in learned})
+    replayed = freezing if scratch else [run for run in runs if _measured(run.look).learned]
+    predicted = predict_unseen(replayed, {run.family: without.get(run.family, line) for run in replayed})
     allowances = tuple((risk, _allowance(risk, predicted)) for risk in RISKS)
     model = replace(line, allowances=allowances, fewest_steps=min(run.steps for run in freezing))
     return model, _card(runs, freezing, predicted, model)
@@ -150,7 +156,7 @@ def replay(predicted: Sequence[_Predicted], allowed: float) -> tuple[float, floa
     left: dict[str, list[float]] = {}
     for each, factor in itertools.product(predicted, _UNSURE.tolist()):
         run, size = each.run, each.freezes(allowed * factor)
-        sizes, costs = np.append(0, run.size_F), np.append(0.0, run.cost_F)
+        sizes, costs = np.append(0, run.size_F), np.append(0.0, run.lost_F)
         lost.setdefault(run.family, []).append(float(np.interp(size, sizes, costs)))
         left.setdefault(run.family, []).append(float(run.step_F[size]))
     return _mean_of_means(lost), _mean_of_means(left)

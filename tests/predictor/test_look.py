@@ -86,6 +86,8 @@ def seed_all():
 def by_hand(model, layers, batches):
     """The L1 norms of the mean gradient and of the noise, for each layer."""
     model.eval()
+    for module in model.modules():
+        module.training = isinstance(module, nn.BatchNorm2d)  # which have seen no data yet
     found = []
     for x, y in batches:
         model.zero_grad()

@@ -400,12 +400,15 @@ def two_processes(folder):
         before = copy.deepcopy(net.state_dict())
         state = ddp.require_backward_grad_sync, ddp.require_forward_param_sync
         controller.look(given, loss_of(ddp))
-        same = all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+        # Of a BatchNorm that freezes, DDP sends the statistics of the first process to the other.
+        measured = {name for name, _ in net.named_buffers()}
+        same = all(torch.equal(before[name], t) != (name in measured) for name, t in net.state_dict().items())
         same &= state == (ddp.require_backward_grad_sync, ddp.require_forward_param_sync)
         F.cross_entropy(ddp(given[0][0]), given[0][1]).backward()
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
         look = list(controller.policy.looks[0].mean_l1_L)
-        seen[later] = {"frozen": sorted(controller.frozen), "look": look, "same": same, "gradients": gradients}
+        known = {"look": look, "same": same, "gradients": gradients, "statistics": list(net[2].buffers())}
+        seen[later] = {"frozen": sorted(controller.frozen), **known}
     torch.save(seen, folder / f"seen-{rank}.pt")
     dist.destroy_process_group()
 
@@ -420,6 +423,7 @@ def test_under_ddp_the_first_process_decides(tmp_path):
         assert theirs["same"]
         assert ours["look"] != theirs["look"]
         assert all(map(torch.equal, ours["gradients"], theirs["gradients"]))
+        assert all(map(torch.equal, ours["statistics"], theirs["statistics"]))
 
 
 if __name__ == "__main__":

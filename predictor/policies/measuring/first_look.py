@@ -14,10 +14,13 @@ from predictor.layers.batch import part_of
 from predictor.layers.isolated_pass import isolated
 from predictor.layers.layer import Layer
 from predictor.layers.loaders import beside_the_training
+from predictor.layers.parts import unwrapped
 from predictor.layers.tensors import tensors_in
 from predictor.model.first_look import FirstLook
+from predictor.policies.measuring.first_statistics import FirstStatistics
 from predictor.policies.measuring.gradients import real_of, to_host
 from predictor.policies.measuring.learned import evidence_of
+from predictor.policies.measuring.unready import CLOSED, Openness
 
 BATCHES = 8
 """Batches of which a part is looked at. Half of them are the other half's noise."""
@@ -39,11 +42,13 @@ def look_at(
     others: Sequence[object] = (),
     around: Callable[[float], AbstractContextManager[object]] = nullcontext,
     why_not: Callable[[str], None] | None = None,
+    statistics: FirstStatistics | None = None,
 ) -> FirstLook | None:
     """Look at the gradients of a model's first batches. The model, its gradients and the random state stay as they are.
 
     Of each of 8 batches it takes a quarter of the samples (`part_of`), which tells as much. Where `loss` raises an
     error on such a part, it takes whole batches. Two copies of all weights that train are kept for that time.
+    BatchNorms that have seen no data yet normalise by the batch; all else is in evaluation mode.
 
     Args:
         model: the model, as it is called.
@@ -53,6 +58,7 @@ def look_at(
         others: further objects that are left as they were.
         around: makes a context for computing a loss, given which part of the batch it is of.
         why_not: takes the reason where there is no look.
+        statistics: made for this model; it keeps what BatchNorms see that have seen no data yet.
 
     Returns:
         None where there are fewer than two batches, where a gradient is missing or not a finite number, and where the
@@ -64,8 +70,13 @@ def look_at(
     try:
         _refuse_unfit(model)
         batches = beside_the_training(batches)
-        with isolated(model, gradients=True, others=[batches, loss, *others]), _without_cudnn_for_rnns(model):
-            return _sums_of(layers, batches, loss, around).look()
+        statistics = FirstStatistics(model) if statistics is None else statistics
+        with (
+            isolated(model, gradients=True, others=[batches, loss, *others]),
+            _without_cudnn_for_rnns(model),
+            statistics.measuring(),
+        ):
+            return _sums_of(layers, batches, loss, around, statistics).look(Openness(unwrapped(model)), statistics)
     except (_NoLook, torch.OutOfMemoryError) as error:
         if why_not is not None:
             why_not(str(error) if isinstance(error, _NoLook) else "there is not enough memory on the device")
@@ -77,10 +88,12 @@ def _sums_of(
     batches: Iterable[Any],
     loss: Callable[[Any], Tensor],
     around: Callable[[float], AbstractContextManager[object]],
+    statistics: FirstStatistics,
 ) -> "_Sums":
     sums: _Sums | None = None
     cuts: bool | None = None  # as long as no batch could be cut
     for batch in islice(batches, BATCHES):
+        statistics.next_batch()
         cuts = _can_be_cut(batch, loss) if cuts is None else cuts
         part, share = (batch, 1.0) if cuts is False else part_of(batch)
         with around(share), _Float16() as float16:
@@ -149,7 +162,7 @@ class _Sums:
         self.count += 1
 
     @torch.no_grad()
-    def look(self) -> FirstLook:
+    def look(self, openness: Openness, statistics: FirstStatistics) -> FirstLook:
         """The norms, read with one synchronization for each device."""
         scaled = 1 / self.count
         rows = [
@@ -158,6 +171,7 @@ class _Sums:
                     *(norm(values, layer.own[0].device) * scaled for values in (mean, noise) for norm in (_l1, _l2)),
                     *(norm(list(layer.parameters()), layer.own[0].device) for norm in (_l1, _l2)),
                     evidence_of(layer),
+                    openness.of(layer),
                 ]
             )
             for layer, mean, noise in zip(self._layers, self._sums, self._turned, strict=True)
@@ -165,9 +179,11 @@ class _Sums:
         table = to_host(rows).double()
         if not bool(table.isfinite().all()):
             raise _NoLook("a gradient or a weight is not a finite number; give look() losses that are not scaled")
-        mean_l1, mean_l2, noise_l1, noise_l2, weight_l1, weight_l2, evidence = map(tuple, table.T.tolist())
+        mean_l1, mean_l2, noise_l1, noise_l2, weight_l1, weight_l2, evidence, opened = map(tuple, table.T.tolist())
         sizes = tuple(layer.size for layer in self._layers)
-        return FirstLook(self.count, mean_l1, noise_l1, mean_l2, noise_l2, weight_l1, weight_l2, sizes, evidence)
+        unready = tuple(o < CLOSED or statistics.lacking(each) for o, each in zip(opened, self._layers, strict=True))
+        norms = mean_l1, noise_l1, mean_l2, noise_l2, weight_l1, weight_l2
+        return FirstLook(self.count, *norms, sizes, evidence, unready)
 
 
 def _zeros(parameter: Tensor) -> Tensor:

@@ -20,9 +20,22 @@ def has_learned(layers: Sequence[Layer]) -> bool:
     """
     for layer in layers:
         if any(parameter.requires_grad for parameter in layer.parameters()):
-            unfit = any(hasattr(parameter, "device_mesh") or parameter.is_meta for parameter in layer.parameters())
-            return unfit or float(evidence_of(layer)) >= LEARNED
+            return _unfit(layer) or float(evidence_of(layer)) >= LEARNED
     return False
+
+
+def from_scratch(layers: Sequence[Layer]) -> bool:
+    """Whether nearly no layer has learned anything: see `FirstLook.from_scratch`."""
+    learned = 0
+    for layer in layers:
+        learned += _unfit(layer) or float(evidence_of(layer)) >= LEARNED
+        if 10 * learned > len(layers):
+            return False
+    return True
+
+
+def _unfit(layer: Layer) -> bool:
+    return any(hasattr(parameter, "device_mesh") or parameter.is_meta for parameter in layer.parameters())
 
 
 @torch.no_grad()

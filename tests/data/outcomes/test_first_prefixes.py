@@ -47,11 +47,30 @@ def test_without_a_look_or_without_prefixes_there_is_no_run(outcomes):
         first_prefixes(outcomes)
 
 
-def test_runs_from_scratch_are_left_out():
-    for evidence, runs in (((0.0, 1.0, 0.0, 0.0), 0), ((9.0, 9.0, 0.0, 0.0), 1)):
-        facts = {**OUTCOMES[0].facts, "look": replace(LOOK, evidence_L=evidence).as_dict()}
-        others = [replace(each, run_id="other") for each in OUTCOMES]
-        assert len(first_prefixes([replace(OUTCOMES[0], facts=facts), *OUTCOMES[1:], *others])) == runs + 1
+def of_run(name, evidence):
+    facts = {**OUTCOMES[0].facts, "look": replace(LOOK, evidence_L=evidence).as_dict()}
+    return [replace(each, run_id=name) for each in [replace(OUTCOMES[0], facts=facts), *OUTCOMES[1:]]]
+
+
+def test_runs_from_scratch_are_apart():
+    outcomes = [*of_run("new", (0.0, 1.0, 0.0, 0.0)), *of_run("one", (9.0, 9.0, 0.0, 0.0)), *of_run("other", ())]
+    assert [run.look.from_scratch for run in first_prefixes(outcomes)] == [False, False]
+    assert [run.look.from_scratch for run in first_prefixes(outcomes, scratch=True)] == [True]
+    with pytest.raises(UsageError, match="no run from scratch has prefixes frozen from step 0"):
+        first_prefixes(outcomes[4:], scratch=True)
+
+
+def test_from_scratch_chance_below_zero_stays_in_the_mean():
+    lucky = [outcome("front", (0,), 0.45), outcome("front", (0, 1, 2), 0.54)]
+    (run,) = first_prefixes(
+        [*of_run("new", (0.0,) * 4), *(replace(each, run_id="new") for each in lucky)], scratch=True
+    )
+    assert run.size_F.tolist() == [1, 2, 3, 4]
+    assert run.lost_F == pytest.approx([-2.0, 2.0, 1.6, 16.0])
+    assert run.cost_F[0] == 0
+    assert (np.diff(run.cost_F) >= 0).all()
+    (run,) = first_prefixes([*of_run("old", (9.0,) * 4), *(replace(each, run_id="old") for each in lucky)])
+    assert run.lost_F is run.cost_F
 
 
 def test_costs_are_finite():

@@ -218,3 +218,26 @@ def test_content_that_is_no_model_is_refused(change):
     content = PrefixModel(0.5, {"gradient": 1.0}, ((0.5, 1.0),)).as_dict()
     with pytest.raises(UsageError, match="no prefix model"):
         PrefixModel.from_dict({**content, **change})
+
+
+RANDOM = replace(LOOK, evidence_L=(0.0,) * 3, unready_L=(False,) * 3)
+"""The same gradients in a network from scratch."""
+
+
+def test_from_scratch_a_model_of_its_own_chooses():
+    cheap = PrefixModel(-20.0, {"gradient": 1.0}, ((0.5, 10.0),), fewest_steps=10, most_steps=100)
+    known = PrefixModel(20.0, {"gradient": 1.0}, ((0.5, 10.0),), scratch=cheap)
+    assert (known.choose(LOOK, 50, 0.5), known.choose(RANDOM, 50, 0.5)) == (0, 3)
+    assert [known.choose(RANDOM, steps, 0.5) for steps in (9, 10, 100, 101)] == [0, 3, 3, 0]
+    assert known.choose(replace(RANDOM, unready_L=(False, False, True)), 50, 0.5) == 2
+    assert replace(known, scratch=None).choose(RANDOM, 50, 0.5) == 0
+    assert replace(known, scratch=replace(cheap, most_steps=None)).choose(RANDOM, 5000, 0.5) == 3
+    assert PrefixModel.from_dict(json.loads(json.dumps(known.as_dict()))) == known
+
+
+@pytest.mark.parametrize(("learned", "layers", "scratch"), [(0, 3, True), (1, 3, False), (1, 10, True), (2, 10, False)])
+def test_a_network_is_from_scratch_where_hardly_a_layer_has_learned(learned, layers, scratch):
+    """One in a hundred random ones looks as if it had."""
+    evidence = (50.0,) * learned + (0.0,) * (layers - learned)
+    assert replace(RANDOM, evidence_L=evidence[::-1]).from_scratch is scratch
+    assert not replace(RANDOM, evidence_L=()).from_scratch  # not measured

@@ -19,11 +19,12 @@ STEPS = 100
 DEAR = replace(CHEAP, intercept=20.0)
 
 
-def network(pretrained=True):
+def network(pretrained=True, norm=nn.Identity, first=None):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    begin = nn.Linear(8, 16) if first is None else first
+    model = nn.Sequential(begin, norm(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     if pretrained:  # what training does to weights: a direction that is larger than others
-        for layer in (model[0], model[2]):
+        for layer in (model[0], model[3]):
             layer.weight.data += 0.5 * torch.randn(16, 1) @ torch.randn(1, layer.in_features)
     return model
 
@@ -34,10 +35,10 @@ def batches(count=10):
     return [(x, x[:, :4].argmax(dim=1)) for x in inputs]
 
 
-def started(tmp_path, learned, optimizer=torch.optim.SGD, look=True, pretrained=True, **options):
+def started(tmp_path, learned, optimizer=torch.optim.SGD, look=True, model=None, **options):
     path = tmp_path / "p.safetensors"
     save_predictor(path, replace(load_predictor(SHIPPED), prefix=learned))
-    model = network(pretrained)
+    model = network() if model is None else model
     policy = make_policy("smartfrz", predictor=path, **options)
     controller = FreezeController(model, optimizer(model.parameters(), lr=0.1), policy, total_steps=STEPS, say=None)
     assert not controller.frozen or "front" in options
@@ -69,10 +70,58 @@ def test_where_it_costs_too_much_or_is_not_asked_for_nothing_freezes(tmp_path, l
     assert started(tmp_path, learned, **options).frozen == frozenset()
 
 
-def test_from_scratch_nothing_freezes(tmp_path):
-    controller = started(tmp_path, CHEAP, pretrained=False)
+RANDOM = replace(DEAR, scratch=replace(CHEAP, most_steps=STEPS))
+"""Pretrained layers cost too much; random ones nothing, in trainings of so many steps."""
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+def test_from_scratch_random_layers_freeze_by_a_model_of_their_own(tmp_path, norm):
+    controller = started(tmp_path, RANDOM, model=network(False, norm))
+    assert controller.frozen == {0, 1}
+    assert controller.looked == 8 / 4
+    if norm is nn.BatchNorm1d:
+        assert int(controller.model[1].num_batches_tracked) > 0
+    assert started(tmp_path, RANDOM, model=network(True, norm)).frozen == frozenset()
+
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(8, 16))
+
+    def forward(self, x):
+        return x @ self.rows
+
+
+@pytest.mark.parametrize(
+    ("learned", "model"),
+    [
+        (CHEAP, network(False, nn.LayerNorm)),  # a predictor that knows pretrained layers alone
+        (RANDOM, network(False)),  # without a norm
+        (RANDOM, network(False, nn.LayerNorm, first=Table())),  # which random numbers are no use for
+        (replace(DEAR, scratch=replace(CHEAP, most_steps=STEPS - 1)), network(False, nn.LayerNorm)),
+        (replace(DEAR, scratch=replace(CHEAP, fewest_steps=STEPS + 1)), network(False, nn.LayerNorm)),
+    ],
+)
+def test_from_scratch_nothing_freezes_where_no_prefix_may(tmp_path, learned, model):
+    controller = started(tmp_path, learned, model=model)
     assert controller.frozen == frozenset()
     assert controller.looked == 0  # nor is anything paid
+
+
+def test_behind_a_new_first_layer_nothing_freezes(tmp_path):
+    """The layers behind it have learned, and not the first."""
+    model = nn.Sequential(network(True, nn.LayerNorm)[:-1], nn.Linear(16, 4))
+    nn.init.normal_(model[0][0].weight)
+    controller = started(tmp_path, replace(CHEAP, scratch=CHEAP), model=model)
+    assert controller.frozen == frozenset()
+    assert controller.looked == 0
+
+
+def test_what_random_numbers_are_no_use_for_ends_the_prefix(tmp_path):
+    model = network(False, nn.LayerNorm)
+    nn.init.zeros_(model[3].weight)
+    assert started(tmp_path, RANDOM, model=model).frozen == {0}
 
 
 def test_in_a_short_training_it_does_not_look(tmp_path):

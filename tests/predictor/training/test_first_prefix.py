@@ -30,7 +30,7 @@ def run(family, number, scale=4.9, first=0.5):
     look = FirstLook(8, tuple(mean), flat, flat, flat, flat, flat, (100,) * 10)
     share = mean.cumsum() / mean.sum()
     step_F = np.linspace(1, 0.3, 11)
-    return FirstPrefixes(family, family, look, 95 + number, np.arange(1, 11), scale * share, step_F)
+    return FirstPrefixes(family, family, look, 95 + number, np.arange(1, 11), scale * share, step_F, scale * share)
 
 
 RUNS = [run(family, number) for family in "abcd" for number in range(6)]
@@ -88,7 +88,8 @@ def test_only_what_may_freeze_counts_in_what_may_be_risked():
     random = [with_evidence(run(family, 9, scale=40.0), *[0.0] * 10) for family in "abcd"]
     model, card = fit_first_prefix(RUNS + random)
     assert (card["runs"], card["replayed"]) == (28, 24)
-    with pytest.raises(UsageError, match="of 4 runs 0, of 0 families, have first layers that have learned and settled"):
+    unready = "of 4 runs 0, of 0 families, have layers that are of use with random weights"
+    with pytest.raises(UsageError, match=unready):
         fit_first_prefix(random)
     assert replay(predict_unseen(random, dict.fromkeys("abcd", model)), 100.0) == (0.0, 1.0)
 
@@ -138,8 +139,48 @@ def test_the_published_outcomes_make_what_ships(tmp_path, capsys):
     assert f"In trainings of fewer than {ships.prefix.fewest_steps} steps no layer freezes" in said
 
 
+def test_the_published_outcomes_from_scratch_make_what_ships(tmp_path, capsys):
+    outcomes = PUBLISHED.parent / "outcomes" / "prefixes-scratch.jsonl.gz"
+    main(["prefix", "--scratch", "--outcomes", str(outcomes), "--out", str(tmp_path / "p.safetensors")])
+    said = capsys.readouterr().out
+    made, ships = load_predictor(tmp_path / "p.safetensors").prefix, load_predictor(SHIPPED).prefix
+    assert replace(made, scratch=None) == replace(ships, scratch=None)  # what others cost stays as it was
+    assert made.scratch.weights == pytest.approx(ships.scratch.weights)
+    assert np.array(made.scratch.allowances) == pytest.approx(np.array(ships.scratch.allowances), rel=0.05)
+    few, many = made.scratch.fewest_steps, made.scratch.most_steps
+    assert (few, many) == (ships.scratch.fewest_steps, ships.scratch.most_steps)
+    assert f"From scratch, in trainings of fewer than {few} steps or more than {many:,} no layer freezes" in said
+
+
+def from_scratch(each, ready=10):
+    """The same run, with weights that have learned nothing and so many layers that are of use so."""
+    unready = (False,) * ready + (True,) * (10 - ready)
+    return replace(each, look=replace(each.look, evidence_L=(0.0,) * 10, unready_L=unready))
+
+
+def test_from_scratch_those_that_may_freeze_count_alone():
+    random = [from_scratch(each) for each in RUNS]
+    model, card = fit_first_prefix(random)
+    other, _ = fit_first_prefix(RUNS)
+    assert model.weights == pytest.approx(other.weights)
+    assert model.allowances == other.allowances
+    unready = [from_scratch(run("e", number, scale=40.0), ready=0) for number in range(6)]
+    with_others, card = fit_first_prefix(random + unready)
+    assert with_others == model
+    assert (card["runs"], card["fitted"], card["replayed"]) == (30, 24, 24)
+
+
+def test_chance_that_is_below_zero_counts_in_what_may_be_risked():
+    noise = np.random.default_rng(0).normal(0, 0.5, size=(len(RUNS), 10))
+    measured = [replace(each, lost_F=each.cost_F + own) for each, own in zip(RUNS, noise, strict=True)]
+    cut = [replace(each, lost_F=each.lost_F.clip(0)) for each in measured]
+    allowed = [dict(fit_first_prefix(runs)[0].allowances)[0.5] for runs in (RUNS, measured, cut)]
+    assert allowed[1] == pytest.approx(allowed[0], rel=0.3)
+    assert allowed[2] < 0.9 * allowed[1]  # cut off, chance is taken for a cost
+
+
 def test_a_file_in_the_way_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("predictor.training.first_prefix.fit_first_prefix", lambda runs: (None, {}))
+    monkeypatch.setattr("predictor.training.first_prefix.fit_first_prefix", lambda runs: (PrefixModel(0.0), {}))
     (tmp_path / "file").touch()
     outcomes = PUBLISHED.parent / "outcomes" / "prefixes.jsonl.gz"
     with pytest.raises(FileFault, match=r"file.x.p\.safetensors: cannot be written"):

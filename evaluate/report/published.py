@@ -55,7 +55,7 @@ class _Kind:
 
 
 _KINDS = (
-    _Kind("standard", "from scratch", ("smartfrz", "smartfrz, stop")),
+    _Kind("standard", "from scratch", ("smartfrz, cached", "smartfrz", "smartfrz, stop")),
     _Kind("pretrained", "fine-tuning", ("smartfrz", "smartfrz, cached", "smartfrz, risk 1, cached")),
     _Kind("short", "fine-tuning, short", ("smartfrz", "smartfrz, cached", "smartfrz, risk 1, cached")),
     _Kind("converged", "to convergence", ("smartfrz, cached", "smartfrz, risk 0.25, cached, stop")),

@@ -169,14 +169,16 @@ def test_the_shipped_split_names_what_there_is_and_all_that_is_made_of_it():
 
 def cost_of(run_id, total_steps, layers=3):
     """Freezing one layer at the start costs a point and all of them nine, half of it at half of the training."""
+    cost_PF = np.array([[0.0, 1.0, 9.0], [0.0, 0.0, 0.0]])
     return AccuracyCost(
         run_id,
         total_steps,
         layers,
         step_P=np.array([0, total_steps]),
         prefix_F=np.array([0, 1, layers]),
-        cost_PF=np.array([[0.0, 1.0, 9.0], [0.0, 0.0, 0.0]]),
+        cost_PF=cost_PF,
         flops_F=np.array([1.0, 0.8, 0.4]),
+        signed_PF=cost_PF,
     )
 
 

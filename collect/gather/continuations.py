@@ -96,8 +96,8 @@ class Branch(Hook):
             say=None,
         )
         if self._step == 0:
-            # Its BatchNorms see some data before they freeze.
-            self._controller.look(training.batches(), lambda batch: training.loss_of(*batch[1:]))
+            if self._layers:  # whose BatchNorms see some data before they freeze
+                self._controller.look(training.batches(), lambda batch: training.loss_of(*batch[1:]))
             self._reorder()
 
     def on_step(self, training: Training) -> None:

@@ -29,11 +29,11 @@ def first_prefixes(outcomes: Iterable[Outcome], scratch: bool = False) -> list[F
                 continue
             size_F = cost.prefix_F[1:]
             paid_F = cost.cost([0])[0][size_F - 1]
-            known = run.workload, run.family, look, run.total_steps, size_F, paid_F, cost.flops()
-            runs.append(FirstPrefixes(*known, cost.signed_PF[0][1:] if scratch else paid_F))
+            lost_F = cost.signed_PF[0][1:] if scratch else paid_F
+            runs.append(
+                FirstPrefixes(run.workload, run.family, look, run.total_steps, size_F, paid_F, cost.flops(), lost_F)
+            )
     if not runs:
-        kind = "from scratch " if scratch else ""
-        raise UsageError(
-            f"no run {kind}has prefixes frozen from step 0 and a look at its first batches: see {_COMMAND}"
-        )
+        which = "run from scratch" if scratch else "run"
+        raise UsageError(f"no {which} has prefixes frozen from step 0 and a look at its first batches: see {_COMMAND}")
     return runs

@@ -80,4 +80,5 @@ class FirstStatistics:
 
 
 def _counts(norm: _BatchNorm) -> bool:
-    return norm.track_running_stats and norm.running_mean is not None and norm.num_batches_tracked is not None
+    count = norm.num_batches_tracked
+    return norm.track_running_stats and norm.running_mean is not None and count is not None and not count.is_meta

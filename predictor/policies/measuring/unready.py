@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from predictor.layers.layer import Layer
+from predictor.policies.measuring.gradients import real_of
 
 CLOSED = 0.01
 """Weights that are all smaller let next to nothing through: some begin at zero, others at 1e-6."""
-_MIXING = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+_WITH_BIAS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+_MIXING = (*_WITH_BIAS, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 """Modules that multiply their input by a matrix. A random one keeps how far samples are from each other."""
 
 
@@ -35,7 +37,8 @@ class Openness:
     def __init__(self, model: nn.Module) -> None:
         self._names = {id(parameter): name.rpartition(".")[2] for name, parameter in model.named_parameters()}
         self._mixing = {id(p) for m in model.modules() if isinstance(m, _MIXING) for p in m.parameters(recurse=False)}
-        self._normalised = any("norm" in type(module).__name__.lower() for module in model.modules())
+        kinds = {type(module).__name__.lower() for module in model.modules()}
+        self._normalised = any("norm" in kind and "normali" not in kind for kind in kinds)  # of inputs, as Normalize
 
     @torch.no_grad()
     def of(self, layer: Layer) -> Tensor:
@@ -45,17 +48,17 @@ class Openness:
         table = any(id(p) not in self._mixing and sum(size > 1 for size in p.shape) >= 2 for p in weights)
         if table or not self._normalised:
             return torch.zeros((), device=device)
-        largest = [p.detach().abs().amax().float().to(device) for p in weights]
+        largest = [real_of(p).abs().amax().to(device) for p in weights]
         passes = [_passes_more_than_it_adds(module).to(device) for module in _biased(layer)]
         return torch.stack([torch.ones((), device=device), *largest, *passes]).amin()
 
 
 def _biased(layer: Layer) -> list[nn.Module]:
     inside = {inner for module in layer.modules for inner in module.modules()}
-    return [each for each in inside if isinstance(each, _MIXING[:3]) and each.bias is not None and each.weight.numel()]
+    return [each for each in inside if isinstance(each, _WITH_BIAS) and isinstance(each.bias, Tensor)]
 
 
 def _passes_more_than_it_adds(module: Any) -> Tensor:
     """1 where it does, else 0."""
-    passes: Tensor = module.weight.float().square().sum() > module.bias.float().square().sum()
+    passes: Tensor = real_of(module.weight).square().sum() > real_of(module.bias).square().sum()
     return passes.float()

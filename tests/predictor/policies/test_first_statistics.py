@@ -117,3 +117,9 @@ def test_a_layer_whose_statistics_cannot_be_measured_is_not_ready():
     """Those of several processes would have to be gathered."""
     assert looked(Net()).policy.looks[-1].ready == 2
     assert looked(Net(nn.SyncBatchNorm).eval()).policy.looks[-1].ready == 0
+
+
+def test_on_the_meta_device_there_is_no_look_and_no_error():
+    with torch.device("meta"):
+        model = Net()
+    assert looked(model, ()).policy.looks == []

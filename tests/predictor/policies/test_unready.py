@@ -109,7 +109,24 @@ def test_attention_is_no_table():
     assert of_first(Attends(), torch.randn(2, 5, 8)) > CLOSED
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d(8), nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.RMSNorm(8), None])
+class Normalize(nn.Module):
+    """Of inputs, by numbers that are known before."""
+
+    def forward(self, x):
+        return x - 0.5
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(8), nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.RMSNorm(8), Normalize()])
 def test_in_a_network_without_norms_no_layer_is_ready(norm):
-    model = nn.Sequential(nn.Linear(8, 8), *([] if norm is None else [norm]), nn.Linear(8, 3))
-    assert (of_first(model, torch.randn(4, 8)) > CLOSED) is (norm is not None)
+    model = nn.Sequential(nn.Linear(8, 8), norm, nn.Linear(8, 3))
+    assert (of_first(model, torch.randn(4, 8)) > CLOSED) is not isinstance(norm, Normalize)
+    assert of_first(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), torch.randn(4, 8)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.complex64])
+def test_weights_may_be_of_any_type(dtype):
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    layer = layers_of(model, torch.randn(4, 8))[0]
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.to(dtype)
+    assert float(Openness(model).of(layer)) > CLOSED
